@@ -1,0 +1,184 @@
+"""Model folders back into Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.blocks import pieces
+from converters.convert import CARRIED, check_free, sha256
+from converters.json_file import read_object
+from converters.ops import Shape
+from converters.reader import INDEX, SAFETENSORS, SafetensorsSource
+from converters.rules import Part, layout_of
+from converters.safetensors_writer import SafetensorsWriter
+from lsg_jax.checkpoint import Problem, iter_base, read_manifest
+from lsg_jax.checkpoint.files import sync_folder
+from lsg_jax.config import ModelConfig, from_dict
+from lsg_jax.errors import CheckpointError
+
+SHARD_BYTES = 5_000_000_000  # what transformers writes
+
+
+def export(
+    model_dir: str | Path,
+    hf_dir: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a model folder as a checkpoint in Hugging Face format, by the names that its tensors came with.
+
+    Every tensor has the bytes it had, if the model was converted at the dtype of its source. Buffers that the conversion
+    dropped (`ignored` in the manifest) are not given back. Memory stays bounded; the folder appears when it is complete.
+
+    Args:
+        model_dir: made by `convert`.
+        hf_dir: the folder to make; must not exist, or be empty.
+        shard_bytes: the largest size of one weight file.
+        progress: called after each block with the bytes written and the bytes in all.
+
+    Raises:
+        InputError: no model at `model_dir`, or `hf_dir` is in the way.
+        CheckpointError: the model is damaged, or a write failed.
+    """
+    model, target = Path(model_dir), Path(hf_dir)
+    check_free(target)
+    manifest = read_manifest(model)
+    work = target.with_name(f"{target.name}.tmp")
+    check_free(work)
+    try:
+        for problem in hf_problems(model, manifest):
+            raise CheckpointError(f"{model}: damaged: {problem}; convert the model again")
+        work.mkdir(parents=True, exist_ok=True)
+        _Export(model, manifest, shard_bytes).write(work, progress)
+        os.replace(work, target)
+        sync_folder(target.absolute().parent)
+    except OSError as error:
+        raise CheckpointError(f"{work}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def hf_problems(model_dir: str | Path, manifest: dict[str, Any]) -> list[Problem]:
+    """Compares the files below `MODEL/hf` with the manifest; empty if all are as they were converted."""
+    problems = []
+    for name, digest in manifest.get("hf", {}).items():
+        path = Path(model_dir) / "hf" / name
+        if not path.is_file():
+            problems.append(Problem(f"hf/{name}", "is missing"))
+        elif sha256(path) != digest:
+            problems.append(Problem(f"hf/{name}", "does not match its sha256"))
+    return problems
+
+
+class _Export:
+    """What goes where, from the manifest alone. `tensors`: canonical name -> (shape, dtype name)."""
+
+    def __init__(self, model: Path, manifest: dict[str, Any], shard_bytes: int):
+        self.model, self.manifest = model, manifest
+        try:
+            config = from_dict(ModelConfig, manifest["config"], where=str(model))
+            self.names: dict[str, str] = manifest["names"]
+            self.repeats: dict[str, str] = manifest["repeats"]
+            self.dtype: str = manifest["leaves"]["language_model/embed_tokens"]["dtype"]
+            self.carried = bool(manifest["carried"])
+        except KeyError as error:
+            raise CheckpointError(f"{model}: its manifest has no {error}; it was not made by `lsg convert`") from None
+        plain = layout_of(config, self.names)
+        self.parts: dict[tuple[str, int | None], Part] = {(part.leaf, part.layer): part for part in plain.parts}
+        self.tensors: dict[str, tuple[Shape, str]] = {name: (shape, self.dtype) for name, shape in plain.tensors.items()}
+        self.tensors |= {name: self.tensors[other] for name, other in self.repeats.items()}
+        if self.carried:
+            self.carried_source = SafetensorsSource([model / "hf" / CARRIED])
+            self.tensors |= {name: (t.shape, t.dtype.name) for name, t in self.carried_source.tensors.items()}
+        if absent := sorted(self.tensors.keys() - self.names.keys()):
+            raise CheckpointError(f"{model}: its manifest has no original name for {', '.join(absent[:8])}")
+        self.shards = self._shards(shard_bytes)
+
+    def write(self, folder: Path, progress: Callable[[int, int], None] | None) -> None:
+        total, done = sum(map(_nbytes, self.tensors.values())), 0
+        with ExitStack() as stack:
+            writers: dict[str, SafetensorsWriter] = {}
+            for file, members in self.shards.items():
+                contents = {self.names[name]: self.tensors[name] for name in members}
+                writer = stack.enter_context(SafetensorsWriter(folder / file, contents))
+                writers |= dict.fromkeys(members, writer)
+            for leaf, offset, block in iter_base(self.model):
+                done += self._put(writers, leaf, offset, block)
+                if progress is not None:
+                    progress(done, total)
+            if self.carried:
+                for name in self.carried_source.tensors:
+                    for row, values in pieces(self.carried_source, name):
+                        writers[name].put(self.names[name], values.reshape(len(values), -1), row)
+                self.carried_source.close()
+        self._write_index(folder)
+        self._copy_files(folder)
+
+    def _put(self, writers: dict[str, SafetensorsWriter], leaf: str, offset: int, block: np.ndarray) -> int:
+        """Writes one block of a leaf to all tensors it belongs to. Returns the bytes written."""
+        if (leaf, None) in self.parts:
+            part, start = self.parts[leaf, None], offset
+        else:
+            part, start, block = self.parts[leaf, offset], 0, block[0]
+        matrix, row, column = part.op.invert(block, start)
+        names = [part.source, *(name for name, other in self.repeats.items() if other == part.source)]
+        for name in names:
+            writers[name].put(self.names[name], matrix, part.first_row + row, column)
+        return len(names) * block.nbytes
+
+    def _shards(self, limit: int) -> dict[str, list[str]]:
+        """File name -> canonical names, filled in order up to the limit."""
+        groups: list[list[str]] = [[]]
+        size = 0
+        for name in sorted(self.tensors, key=lambda n: self.names[n]):
+            nbytes = _nbytes(self.tensors[name])
+            if groups[-1] and size + nbytes > limit:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += nbytes
+        if len(groups) == 1:
+            return {SAFETENSORS: groups[0]}
+        return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+    def _write_index(self, folder: Path) -> None:
+        if len(self.shards) == 1:
+            return
+        index = {
+            "metadata": {"total_size": sum(map(_nbytes, self.tensors.values()))},
+            "weight_map": {self.names[name]: file for file, members in self.shards.items() for name in members},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _copy_files(self, folder: Path) -> None:
+        for path in sorted((self.model / "hf").iterdir()):
+            if path.name != CARRIED:
+                shutil.copyfile(path, folder / path.name)
+        if any(self.manifest["dtypes"][name] != self.dtype for name in self.tensors if name not in self.manifest["carried"]):
+            config = read_object(folder / "config.json")
+            _state_dtype(config, self.dtype)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _state_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Puts a new dtype wherever a configuration states one, by the name it uses for that; at least once at the top."""
+    if "torch_dtype" not in config:
+        config["dtype"] = dtype
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and name in part:
+                part[name] = dtype
+
+
+def _nbytes(tensor: tuple[Shape, str]) -> int:
+    return math.prod(tensor[0]) * np.dtype(tensor[1]).itemsize

@@ -1,0 +1,156 @@
+"""The operations between foreign tensors and parameters, and the rule that names one.
+
+An operation knows its inverse and works on parts of a tensor, so that neither direction needs a whole tensor in memory twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class Op(Protocol):
+    """One invertible way from a source tensor to a slice of a leaf (a layer of a stacked leaf, or a whole other leaf).
+
+    A tensor is read by rows (axis 0) and a slice is written in blocks (ranges of its axis 0), so both directions work on parts.
+    """
+
+    def source_shape(self, shape: Shape) -> Shape:
+        """Shape of the tensor that makes a slice of `shape`."""
+        ...
+
+    def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
+        """The range of tensor rows that the rows `start : stop` of the slice need."""
+        ...
+
+    def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
+        """Writes tensor rows, the first of which is `first_row`, into the block that begins at row `start` of the slice.
+
+        Rows of another float dtype are cast to that of the block.
+        """
+        ...
+
+    def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
+        """A block as a rectangle of the tensor: matrix [rows, columns], first row, first column; axes above 0 are columns."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The tensor itself."""
+
+    def source_shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
+        return start, stop
+
+    def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
+        begin = first_row - start
+        block[begin : begin + len(rows)] = rows
+
+    def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
+        return block.reshape(len(block), -1), start, 0
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A vector that the model keeps by heads: [N * H] -> [N, H]."""
+
+    def source_shape(self, shape: Shape) -> Shape:
+        return (math.prod(shape),)
+
+    def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
+        width = math.prod(shape[1:])
+        return start * width, stop * width
+
+    def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
+        begin = first_row - start * math.prod(block.shape[1:])
+        block.reshape(-1)[begin : begin + len(rows)] = rows
+
+    def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
+        return block.reshape(-1, 1), start * math.prod(block.shape[1:]), 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A torch linear weight [out, in] -> kernel [*in_shape, *out_shape]; the first `in_axes` axes of the kernel are inputs."""
+
+    in_axes: int = 1
+
+    def source_shape(self, shape: Shape) -> Shape:
+        return math.prod(shape[self.in_axes :]), math.prod(shape[: self.in_axes])
+
+    def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
+        return 0, math.prod(shape[self.in_axes :])
+
+    def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
+        matrix = self._matrix(block)
+        begin = start * math.prod(block.shape[1 : self.in_axes])
+        transpose_into(matrix[:, first_row : first_row + len(rows)], rows[:, begin : begin + len(matrix)])
+
+    def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
+        matrix = self._matrix(block)
+        out = np.empty(matrix.shape[::-1], block.dtype)
+        transpose_into(out, matrix)
+        return out, 0, start * math.prod(block.shape[1 : self.in_axes])
+
+    def _matrix(self, block: np.ndarray) -> np.ndarray:
+        return block.reshape(math.prod(block.shape[: self.in_axes]), -1)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A patch embedding [D, C, h, w] -> [h, w, C, D]. Small, so always one block."""
+
+    def source_shape(self, shape: Shape) -> Shape:
+        height, width, channels, out = shape
+        return out, channels, height, width
+
+    def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
+        return 0, shape[-1]
+
+    def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
+        height = len(block)
+        block[..., first_row : first_row + len(rows)] = rows[:, :, start : start + height].transpose(2, 3, 1, 0)
+
+    def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
+        if start:
+            raise ValueError("a patch embedding is exported in one block")
+        return np.ascontiguousarray(block.transpose(3, 2, 0, 1)).reshape(block.shape[-1], -1), 0, 0
+
+
+def transpose_into(target: np.ndarray, source: np.ndarray, tile: int = 128) -> None:
+    """target[...] = source.T for matrices, cast where the dtypes differ.
+
+    By tiles: numpy's own copy walks one of the two across its rows and is five times as slow.
+    """
+    same = target.dtype == source.dtype
+    if same and target.itemsize == 2:  # numpy copies its own integers faster than the bfloat16 of ml_dtypes
+        target, source = target.view(np.uint16), source.view(np.uint16)
+    for row in range(0, source.shape[0], tile):
+        for column in range(0, source.shape[1], tile):
+            part = source[row : row + tile, column : column + tile]
+            target[column : column + tile, row : row + tile] = (part if same else part.astype(target.dtype)).T
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One leaf of the model and the tensor that holds it.
+
+    Rules that name the same tensor share its rows in the order of the table: that is how fused projections are split.
+
+    Attributes:
+        leaf: '/'-joined path of the leaf.
+        source: canonical name of the tensor, with `{layer}` for a leaf that stacks layers.
+        op: how to get from one to the other.
+    """
+
+    leaf: str
+    source: str
+    op: Op

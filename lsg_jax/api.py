@@ -1,0 +1,37 @@
+"""The public face: `lsg_jax.load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lsg_jax.config import SinkConfig
+from lsg_jax.sharding import shard_params
+from lsg_jax.vlm import VLM, load_backbone, with_gates
+
+
+def load(
+    model_dir: str | Path,
+    gates: Any = None,
+    *,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    sinks: SinkConfig | None = None,
+) -> VLM:
+    """Opens a converted model, with gates if given.
+
+    Args:
+        model_dir: folder written by `lsg convert`.
+        gates: run folder of `lsg train`, portable gate file, PortableGates, or None.
+        dtype: of the weights, e.g. "float32"; None keeps them as stored.
+        mesh: devices to spread the weights over (lsg_jax.sharding.make_mesh); None for one device.
+        sinks: what counts as a sink; None takes what the gates were trained with, else what the model folder says.
+
+    Raises:
+        InputError, ConfigError, CheckpointError: each with one line that says what, where and what to do.
+    """
+    shard = None if mesh is None else lambda leaves: shard_params(leaves, mesh)
+    vlm = load_backbone(model_dir, dtype=dtype, sinks=sinks, shard=shard)
+    return vlm if gates is None else with_gates(vlm, gates, sinks=sinks)

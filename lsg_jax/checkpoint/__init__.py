@@ -1,0 +1,29 @@
+"""Stored parameters: the read-only backbone of a model folder and the steps of a run folder.
+
+This package is the only one that imports Orbax and TensorStore, and it closes what they leave open: every leaf has a digest
+that is checked when it is read, a difference in name, shape or dtype is an error and never a cast, and a step is only given up
+for a better one.
+"""
+
+from lsg_jax.checkpoint.base import iter_base, load_base, verify_base
+from lsg_jax.checkpoint.digest import Problem
+from lsg_jax.checkpoint.lock import FolderLock
+from lsg_jax.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from lsg_jax.checkpoint.run import Restored, RunFolder, read_step
+from lsg_jax.checkpoint.writer import BaseWriter, LeafSpec
+
+__all__ = [
+    "MANIFEST",
+    "BaseWriter",
+    "FolderLock",
+    "LeafSpec",
+    "Problem",
+    "Restored",
+    "RunFolder",
+    "iter_base",
+    "load_base",
+    "read_manifest",
+    "read_step",
+    "verify_base",
+    "write_manifest",
+]

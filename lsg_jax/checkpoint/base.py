@@ -1,0 +1,200 @@
+"""Reads the backbone: into its shardings, or block by block. Every byte is compared with the manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (np.dtype("bfloat16") needs it)
+import numpy as np
+
+from lsg_jax.checkpoint.digest import Problem, array_sha256, file_sha256, first_line
+from lsg_jax.checkpoint.manifest import read_manifest
+from lsg_jax.checkpoint.tree import differences, flatten, nest
+from lsg_jax.checkpoint.writer import LeafSpec, chunk_problem, leaf_folder, open_store
+from lsg_jax.errors import CheckpointError
+
+
+def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: bool = True) -> dict[str, Any]:
+    """Loads the backbone of a model folder straight into its shardings.
+
+    Args:
+        folder: the model folder.
+        abstract: nested dict of `jax.ShapeDtypeStruct`; a leaf without sharding goes to the first device.
+        dtype: cast float leaves to this dtype after the check; None keeps them as stored. With a dtype, the abstract float
+            leaves may have either. Integer leaves are never cast.
+        verify: compare the sha256 of every block with the manifest. Without it, chunks are still covered by their crc32c and by
+            the check of file sizes.
+
+    Returns:
+        Nested dict of `jax.Array` with the names, shapes and shardings of `abstract`.
+
+    Raises:
+        InputError: no converted model at `folder`.
+        CheckpointError: names, shapes or dtypes differ (all listed at once), or the stored data are damaged (names the leaf).
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    specs = leaf_specs(manifest)
+    wanted = flatten(abstract)
+    target = None if dtype is None else np.dtype(dtype)
+    if found := differences(
+        _signature(specs), {n: (x.shape, _wanted_dtype(x, specs.get(n), target)) for n, x in wanted.items()}
+    ):
+        raise CheckpointError(f"{folder}: does not hold the expected model: {found}")
+    for problem in [*_file_problems(folder, manifest), *_chunk_problems(folder, specs)]:
+        raise _damage(folder, str(problem))
+    result = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, leaf in wanted.items():
+            digests = manifest["leaves"][name]["sha256"] if verify else None
+            array = _load_leaf(folder, name, specs[name], digests, getattr(leaf, "sharding", None), pool)
+            cast = target is not None and _is_float(array.dtype) and array.dtype != target
+            result[name] = array.astype(target) if cast else array
+    return nest(result)
+
+
+def iter_base(folder: str | Path, *, verify: bool = True) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Reads the backbone in the blocks it was written in: (leaf name, offset along axis 0, block), one at a time.
+
+    Raises:
+        InputError: no converted model at `folder`. CheckpointError: a block is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, spec in leaf_specs(manifest).items():
+        for offset, digest in zip(spec.offsets(), manifest["leaves"][name]["sha256"], strict=True):
+            block, what = _read_block(folder, name, spec, offset, digest if verify else None)
+            if block is None:
+                raise _damage(folder, f"leaf {name}: {what}")
+            yield name, offset, block
+
+
+def verify_base(folder: str | Path) -> list[Problem]:
+    """Compares every file and every block of the backbone with the manifest, one block at a time.
+
+    Returns:
+        All problems, empty if there is none: damaged or missing blocks, changed files, and files that do not belong there.
+
+    Raises:
+        InputError, CheckpointError: the manifest itself is missing or damaged, so that there is nothing to compare with.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    specs = leaf_specs(manifest)
+    problems = _file_problems(folder, manifest)
+    for name, spec in specs.items():
+        for offset, digest in zip(spec.offsets(), manifest["leaves"][name]["sha256"], strict=True):
+            block, what = _read_block(folder, name, spec, offset, digest)
+            if block is None:
+                problems.append(Problem(f"leaf {name}", what))
+    base = folder / "base"
+    known = {leaf_folder(name) for name in specs} | set(manifest["files"])
+    present = [*base.glob("*"), *base.glob("state/*")] if base.is_dir() else []
+    extra = {str(p.relative_to(base)) for p in present} - known - {"state"}
+    return problems + [Problem(f"base/{path}", "does not belong to the model") for path in sorted(extra)]
+
+
+def leaf_specs(manifest: dict[str, Any]) -> dict[str, LeafSpec]:
+    """The leaves of a manifest.
+
+    Raises:
+        CheckpointError: an entry is not as `BaseWriter.finish` made it.
+    """
+    specs = {}
+    for name, entry in manifest["leaves"].items():
+        shape = tuple(entry["shape"])
+        plain = LeafSpec(shape, entry["dtype"])
+        spec = plain if plain.rows == entry["rows"] else LeafSpec(shape, entry["dtype"], stacked=True)
+        if spec.rows != entry["rows"] or len(spec.offsets()) != len(entry["sha256"]):
+            raise CheckpointError(f"leaf {name}: the manifest's blocks do not fit its shape; convert the model again")
+        specs[name] = spec
+    return specs
+
+
+def _load_leaf(
+    folder: Path, name: str, spec: LeafSpec, digests: list[str] | None, sharding: Any, pool: ThreadPoolExecutor
+) -> jax.Array:
+    """One leaf on its devices. Its blocks are read once each, hashed and checked on the host before a device sees them.
+
+    `ocp.load` reads the folder as well, but reads a chunk once for every device that holds a part of it, and cannot hash.
+    """
+    whole = np.empty(spec.shape, spec.numpy_dtype)
+
+    def read(offset: int, digest: str | None) -> str:
+        block, what = _read_block(folder, name, spec, offset, digest)
+        if block is not None:
+            whole[(slice(offset, offset + len(block)),) if spec.shape else ()] = block
+        return what
+
+    for what in pool.map(read, spec.offsets(), digests or [None] * len(spec.offsets())):
+        if what:
+            raise _damage(folder, f"leaf {name}: {what}")
+    if sharding is None:
+        return jax.device_put(whole, jax.local_devices()[0])
+    return jax.make_array_from_callback(spec.shape, sharding, lambda index: whole[index])
+
+
+def _read_block(folder: Path, name: str, spec: LeafSpec, offset: int, digest: str | None) -> tuple[np.ndarray | None, str]:
+    """One block, or None and what is wrong with it."""
+    base = folder / "base"
+    if what := chunk_problem(base, name, spec, offset):
+        return None, what
+    try:
+        store = open_store(base, name, spec)
+        block = (store[offset : offset + spec.block_shape(offset)[0]] if spec.shape else store).read().result()
+    except (ValueError, OSError) as error:
+        return None, f"block {offset} cannot be read: {first_line(error)}"
+    block = np.asarray(block)
+    if digest is not None and array_sha256(block) != digest:
+        return None, f"block {offset} does not match its sha256"
+    return block, ""
+
+
+def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for path, digest in manifest["files"].items():
+        full = folder / "base" / path
+        if not full.is_file():
+            problems.append(Problem(_leaf_or_file(path), f"base/{path} is missing"))
+        elif file_sha256(full) != digest:
+            problems.append(Problem(_leaf_or_file(path), f"base/{path} does not match its sha256"))
+    return problems
+
+
+def _leaf_or_file(path: str) -> str:
+    _, _, rest = path.partition("/")
+    return f"leaf {rest.removesuffix('/zarr.json').replace('.', '/')}" if path.endswith("/zarr.json") else f"base/{path}"
+
+
+def _chunk_problems(folder: Path, specs: dict[str, LeafSpec]) -> Iterator[Problem]:
+    for name, spec in specs.items():
+        for offset in spec.offsets():
+            if what := chunk_problem(folder / "base", name, spec, offset):
+                yield Problem(f"leaf {name}", what)
+
+
+def _damage(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: damaged: {what}; run `lsg verify {folder}` for the whole list, then convert the model again"
+    )
+
+
+def _signature(specs: dict[str, LeafSpec]) -> dict[str, tuple[Any, str]]:
+    return {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
+
+
+def _wanted_dtype(leaf: Any, spec: LeafSpec | None, target: np.dtype | None) -> str:
+    """The dtype name that must be stored for this leaf; with a target dtype, any stored float will do."""
+    dtype = np.dtype(leaf.dtype)
+    if target is not None and spec is not None and _is_float(dtype) and dtype == target and _is_float(spec.numpy_dtype):
+        return spec.dtype
+    return dtype.name
+
+
+def _is_float(dtype: Any) -> bool:
+    return jax.dtypes.issubdtype(dtype, np.floating)

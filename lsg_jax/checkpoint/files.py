@@ -1,0 +1,78 @@
+"""Small files: JSON written at once or not at all, and read strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.errors import InputError
+
+MAX_JSON_BYTES = 64 << 20
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file through a temporary one: after a crash there is the old content or the new one, never a part.
+
+    Raises:
+        OSError: as the file system gives it; the old content is kept.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes readable JSON atomically.
+
+    Raises:
+        OSError: the file cannot be written. ValueError, TypeError: `value` is no JSON.
+    """
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file, refusing NaN, duplicate keys and more than 64 MiB.
+
+    Raises:
+        InputError: the file is missing, unreadable or no such JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a file that lsg wrote")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate keys")
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")

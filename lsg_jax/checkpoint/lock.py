@@ -1,0 +1,148 @@
+"""An exclusive lock on a folder that names its owner."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.errors import BusyError, InputError
+
+logger = logging.getLogger(__name__)
+
+
+class FolderLock:
+    """Holds `folder/lock` while inside a `with` block.
+
+    The kernel holds the lock (flock) and drops it when the process dies, however it dies; the text in the file only names the
+    owner. A free lock with a name in it is therefore stale. Where the name is of another machine, the file system may not share
+    locks between machines, so that one is only taken over when `take_over` says that the other machine is gone.
+    """
+
+    def __init__(self, folder: str | Path, *, take_over: bool = False):
+        self.folder = Path(folder)
+        self.path = self.folder / "lock"
+        self._take_over = take_over
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Takes the lock or raises at once.
+
+        Raises:
+            BusyError: someone else holds it. InputError: the folder cannot be made or written.
+        """
+        if self._descriptor is not None:
+            raise BusyError(f"{self.folder}: already locked by this process")
+        descriptor = self._open_locked()
+        try:
+            self._check_previous(_read_owner(descriptor))
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
+            _write_owner(descriptor, json.dumps(owner).encode())
+        except OSError as error:
+            os.close(descriptor)
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Empties the file and frees the lock. The file stays: removing it would let two owners in."""
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        try:
+            os.ftruncate(descriptor, 0)
+        finally:
+            os.close(descriptor)
+
+    def _open_locked(self) -> int:
+        """A descriptor of the lock file with the kernel's lock on it."""
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise InputError(f"{self.folder}: cannot be written: {error.strerror}; choose another output") from None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                owner = _wait_for_owner(descriptor)
+                os.close(descriptor)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise self._busy(owner) from None
+                raise InputError(f"{self.path}: this file system cannot lock files: {error.strerror}") from None
+            # Someone may have deleted the file between open and flock; then the lock is on a file that no one else sees.
+            try:
+                if os.fstat(descriptor).st_ino == os.stat(self.path).st_ino:
+                    return descriptor
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
+
+    def _check_previous(self, owner: dict[str, Any] | None) -> None:
+        if owner is None:
+            return
+        if owner.get("host") != socket.gethostname() and not self._take_over:
+            raise BusyError(
+                f"{self.folder}: locked by pid {owner.get('pid')} on another machine ({owner.get('host')}) since "
+                f"{owner.get('started')}; if that machine is gone, delete {self.path}"
+            )
+        logger.warning(
+            "%s: taking over the lock of pid %s on %s (since %s), which ended without releasing it",
+            self.folder,
+            owner.get("pid"),
+            owner.get("host"),
+            owner.get("started"),
+        )
+
+    def _busy(self, owner: dict[str, Any] | None) -> BusyError:
+        name = "another process"
+        if owner is not None:
+            name = f"pid {owner.get('pid')} on {owner.get('host')} since {owner.get('started')}"
+        return BusyError(f"{self.folder}: in use by {name}; wait or choose another output")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read_owner(descriptor: int) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _write_owner(descriptor: int, data: bytes) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, data, 0)
+    os.fsync(descriptor)
+
+
+def _wait_for_owner(descriptor: int) -> dict[str, Any] | None:
+    """The owner's name; waits a moment for one who has just locked and is about to write it."""
+    for _ in range(10):
+        if (owner := _read_owner(descriptor)) is not None:
+            return owner
+        time.sleep(0.02)
+    return None

@@ -1,0 +1,285 @@
+"""The run folder: steps of gates and optimiser state, JSON files, a lock and a quarantine.
+
+    RUN/lock                  held while a run writes
+    RUN/run.json              through `RunFolder.write_json`
+    RUN/checkpoints/<step>/   Orbax v1, see steps.py
+    RUN/quarantine/<step>/    damaged steps, kept for a look
+
+With several processes all of them call the same methods in the same order with the same path. Reading, the lock and all JSON are
+done by process 0, which tells the others; saving is done together, as Orbax wants it, so that the folder must be shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lsg_jax.checkpoint import files, steps
+from lsg_jax.checkpoint.digest import Problem, first_line
+from lsg_jax.checkpoint.lock import FolderLock
+from lsg_jax.checkpoint.processes import is_primary, on_primary, share_bytes
+from lsg_jax.checkpoint.steps import DamagedStep, StoredLeaf
+from lsg_jax.checkpoint.tree import flatten, nest
+from lsg_jax.errors import CheckpointError, InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A step that was read back.
+
+    Attributes:
+        step: its number.
+        state: the pytree, of the structure and shardings of the abstract tree it was asked for.
+        meta: what was saved with it, after a trip through JSON (tuples are lists).
+    """
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+class RunFolder:
+    """A run's output folder.
+
+    Args:
+        path: the folder; made by `lock`.
+        keep: how many steps to keep, at least 1; 2 or more leave something to fall back to.
+    """
+
+    def __init__(self, path: str | Path, *, keep: int = 3):
+        if keep < 1:
+            raise InputError(f"keep is {keep}: at least one step must be kept")
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.quarantine = self.path / "quarantine"
+        self.keep = keep
+        self._lock: FolderLock | None = None
+
+    @contextlib.contextmanager
+    def lock(self, *, take_over: bool = False) -> Iterator[RunFolder]:
+        """Makes the folder, proves that it can be written, and owns it inside the block.
+
+        Args:
+            take_over: also take the lock of another machine that is known to be gone (a spot slice that was deleted).
+
+        Raises:
+            BusyError: another run owns it. InputError: it cannot be written; raised before anything else is done.
+        """
+        lock = FolderLock(self.path, take_over=take_over)
+        on_primary(lambda: self._acquire(lock))
+        self._lock = lock
+        try:
+            yield self
+        finally:
+            self._lock = None
+            lock.release()
+
+    def save(self, step: int, state: Any, *, meta: dict[str, Any]) -> None:
+        """Saves a step, reads it back, and only then deletes steps beyond `keep`. Needs the lock.
+
+        Args:
+            step: above the latest step.
+            state: pytree of arrays (dicts, lists, tuples, optax states, flax dataclasses); typed random keys are fine.
+            meta: JSON-able: data position, backbone digest, ...
+
+        Raises:
+            NonFiniteError: a float leaf holds NaN or infinity. CheckpointError: not saved, for the reason given. Earlier steps
+                are intact in every case.
+        """
+        if self._lock is None:
+            raise RuntimeError("save() needs `with run.lock():`")
+        stored = steps.to_stored(state)
+        on_primary(lambda: self._check_order(step))
+        steps.write_step(self.checkpoints, step, stored, meta)
+        on_primary(self._delete_old)
+
+    def latest(self, abstract: Any) -> Restored | None:
+        """Restores the newest step whose digests hold, or returns None where no step was ever saved.
+
+        A damaged newer step is passed over with a warning and, for the owner of the lock, moved to `quarantine/`.
+
+        Args:
+            abstract: pytree of arrays or `jax.ShapeDtypeStruct`; its shardings are used where present.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes differ from `abstract` (never cast), or every step is damaged.
+        """
+        found = on_primary(lambda: self._find(abstract))
+        header = json.dumps({"step": found[0], "meta": found[1]["meta"], "leaves": found[1]["leaves"]} if found else None)
+        record = json.loads(share_bytes(header.encode()))
+        if record is None:
+            return None
+        leaves = {}
+        for name, wanted in flatten(abstract).items():
+            leaves[name] = steps.place(_share_leaf(record["leaves"][name], found[2][name] if found else None), wanted)
+        state = jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
+        return Restored(record["step"], state, record["meta"])
+
+    def steps(self) -> list[int]:
+        """The stored steps, ascending, damaged ones included. Reads the folder: call it on process 0."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.checkpoints.iterdir() if steps.is_step(path.name))
+
+    def verify(self) -> list[Problem]:
+        """Reads every step and every JSON file of the run; returns what is wrong. Call it on process 0."""
+        problems = []
+        for step in self.steps():
+            try:
+                steps.read_stored(self.checkpoints, step)
+            except (DamagedStep, CheckpointError) as error:
+                problems.append(Problem(f"step {step}", str(error)))
+        for path in sorted(self.path.glob("*.json")):
+            try:
+                files.read_json(path)
+            except InputError as error:
+                problems.append(Problem(path.name, str(error)))
+        return problems
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes `RUN/<name>` at once or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+
+        def write() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                files.write_json(self.path / name, value)
+            except OSError as error:
+                raise CheckpointError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+
+        on_primary(write)
+
+    def read_json(self, name: str) -> Any:
+        """Reads `RUN/<name>` strictly. Call it on process 0.
+
+        Raises:
+            InputError: missing or no valid JSON.
+        """
+        return files.read_json(self.path / name)
+
+    def _acquire(self, lock: FolderLock) -> None:
+        lock.acquire()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(self.checkpoints / ".probe", b"x" * 4096)
+            steps.remove_leftovers(self.checkpoints)
+            (self.checkpoints / ".probe").unlink()
+        except OSError as error:
+            lock.release()
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}; choose another output") from None
+
+    def _check_order(self, step: int) -> None:
+        present = self.steps()
+        if step < 0 or (present and step <= present[-1]):
+            newest = present[-1] if present else "none"
+            raise CheckpointError(
+                f"{self.path}: step {step} was not saved: the latest step is {newest}; resume from it instead"
+            )
+
+    def _delete_old(self) -> None:
+        for old in self.steps()[: -self.keep]:
+            # Renamed first: a deletion that is killed must not leave half a step.
+            doomed = self.checkpoints / f"{old}.deleted"
+            try:
+                os.rename(self.checkpoints / str(old), doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning("%s: old step %d could not be deleted: %s", self.path, old, error.strerror)
+
+    def _find(self, abstract: Any) -> tuple[int, dict[str, Any], dict[str, StoredLeaf]] | None:
+        """The newest good step; moves damaged newer ones away once a good one is found."""
+        damaged: list[tuple[int, DamagedStep]] = []
+        for step in reversed(self.steps()):
+            try:
+                record, stored = steps.read_stored(self.checkpoints, step)
+            except DamagedStep as error:
+                damaged.append((step, error))
+                continue
+            if abstract is not None:
+                steps.check_fits(str(self.checkpoints / str(step)), record, abstract)
+            for bad, reason in damaged:
+                self._set_aside(bad, reason, step)
+            return step, record, stored
+        if damaged:
+            # They stay where they are: with an empty folder the next start would silently begin anew.
+            listed = "; ".join(f"step {step}: {first_line(reason)}" for step, reason in damaged)
+            raise CheckpointError(
+                f"{self.checkpoints}: every step is damaged ({listed}); run `lsg verify {self.path}` or choose another output"
+            )
+        return None
+
+    def _set_aside(self, step: int, reason: DamagedStep, instead: int) -> None:
+        if self._lock is None:
+            logger.warning("%s: step %d is damaged (%s); using step %d", self.path, step, first_line(reason), instead)
+            return
+        target, count = self.quarantine / str(step), 1
+        while target.exists():
+            count += 1
+            target = self.quarantine / f"{step}-{count}"
+        try:
+            self.quarantine.mkdir(exist_ok=True)
+            os.rename(self.checkpoints / str(step), target)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: damaged step {step} cannot be moved to {target}: {error.strerror}") from None
+        logger.warning(
+            "%s: step %d is damaged (%s); moved to %s, using step %d", self.path, step, first_line(reason), target, instead
+        )
+
+
+def read_step(path: str | Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Reads a step without knowing its tree; changes nothing in the folder. One process.
+
+    Args:
+        path: the run folder.
+        step: which step; None takes the newest whose digests hold.
+
+    Returns:
+        (step, nested dict of numpy arrays with string keys, meta). Positions of tuples are keys "0", "1", ..., and typed random
+        keys come as their uint32 key data.
+
+    Raises:
+        InputError: no run folder, no steps, or no such step. CheckpointError: the step, or every step, is damaged.
+    """
+    run = RunFolder(path)
+    present = run.steps()
+    if not present:
+        raise InputError(f"{run.path}: no run folder with saved steps")
+    if step is None:
+        found = run._find(None)
+        assert found is not None
+        step, record, stored = found
+    else:
+        if step not in present:
+            raise InputError(f"{run.path}: no step {step}; there are {', '.join(map(str, present))}")
+        try:
+            record, stored = steps.read_stored(run.checkpoints, step)
+        except DamagedStep as error:
+            raise CheckpointError(
+                f"{run.checkpoints / str(step)}: damaged: {first_line(error)}; run `lsg verify {path}`"
+            ) from error
+    return step, nest({name: leaf.data for name, leaf in stored.items()}), record["meta"]
+
+
+def _share_leaf(entry: dict[str, Any], leaf: StoredLeaf | None) -> StoredLeaf:
+    """A leaf of process 0, everywhere."""
+    if jax.process_count() == 1:
+        assert leaf is not None
+        return leaf
+    data = share_bytes(leaf.data.tobytes() if leaf is not None and is_primary() else b"")
+    dtype = np.dtype(np.uint32 if entry["key_impl"] else entry["dtype"])
+    return StoredLeaf(np.frombuffer(data, dtype).reshape(entry["shape"]), entry["dtype"], entry["key_impl"])

@@ -1,0 +1,325 @@
+"""Configuration: frozen dataclasses, strict TOML, dotted overrides.
+
+`ModelConfig` describes a converted checkpoint and lives in its manifest. `RunConfig` describes a training or evaluation run
+and is read from a TOML file. Every unknown field, wrong type and impossible value is a `ConfigError` of one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lsg_jax.errors import ConfigError
+
+Criterion = Literal["dim_abs", "dim_rms", "norm", "massive", "attention"]
+Signal = Literal["last", "mean_all", "mean_visual"]
+Grouping = Literal["v_sink_rest", "l_sink_rest", "three"]
+Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision transformer. `family` sets what differs: CLIP has a class token and a norm before its layers, SigLIP neither."""
+
+    family: Literal["clip", "siglip"]
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    layer_norm_eps: float
+    hidden_act: Activation
+    num_channels: int = 3
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.family == "clip"
+
+    @property
+    def num_positions(self) -> int:
+        return self.num_patches + self.has_class_token
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. `linear` divides the angles by `factor`; `llama3` interpolates by wavelength (Llama 3.1)."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+    rotary_dim: int | None = None  # None: the whole head
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A pre-norm decoder with rotary positions and a gated MLP; Llama, Mistral, Qwen2 and Phi-3 differ in these settings."""
+
+    family: Literal["llama", "mistral", "qwen2", "phi3"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_positions: int
+    hidden_act: Activation = "silu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied_embeddings: bool = False
+    sliding_window: int | None = None  # a sequence longer than this is refused: full attention would differ from the original
+
+
+@dataclass(frozen=True)
+class SinkConfig:
+    """What counts as a sink (paper.md, "Two kinds of visual sink").
+
+    The paper does not state its thresholds. `vit_tau` and `llm_tau` are in units of the activation for `dim_abs` and `massive`,
+    multiples of the token's RMS for `dim_rms`, a Euclidean norm for `norm`, a share in [0, 1] for `attention`; `massive` asks
+    for `massive_ratio` times the layer's median as well. Defaults: 70 lies between what norms leave to dimension 650 of CLIP
+    (sinks above 100, most tokens below 60: at least 80 and at most 60); 100 is the absolute part of Sun et al.
+    """
+
+    criterion: Criterion = "dim_abs"
+    vit_dims: tuple[int, ...] = ()
+    vit_tau: float = 70.0
+    llm_criterion: Criterion = "dim_abs"
+    llm_dims: tuple[int, ...] = ()
+    llm_tau: float = 100.0
+    massive_ratio: float = 1000.0
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How pixels are prepared, as the checkpoint's image processor states it.
+
+    `pad` pads to a square with the mean colour and then resizes (LLaVA-1.5); `crop` resizes the shortest edge and crops the
+    centre (a plain CLIP processor); `squash` resizes to the square whatever the aspect (SigLIP).
+    """
+
+    size: int  # pixels of the square that the vision tower takes
+    aspect: Literal["pad", "crop", "squash"]
+    mean: tuple[float, ...]  # of pixels in [0, 1], one a channel
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaVA-style stack: vision tower, two-layer projector, causal language model."""
+
+    vision: VisionConfig
+    text: TextConfig
+    feature_layers: tuple[int, ...]  # indices into the ViT's hidden states (0 = embeddings); several are concatenated
+    feature_select: Literal["default", "full"]  # "default" drops the first token, the class token of CLIP
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    image: ImageConfig
+    projector_hidden_act: Activation = "gelu_exact"
+    projector_bias: bool = True
+    sinks: SinkConfig = SinkConfig()
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.vision.num_positions - (self.feature_select == "default")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Layer-wise Sink Gating. The activation, the biases and `key_scale` are open in the paper; these are our defaults.
+
+    `layers` lists the gated decoder layers, 0-based. `key_scale` multiplies the ratios: 1.0 starts every visual key at 0.5, and
+    2.0 makes the initial gate the identity.
+    """
+
+    layers: tuple[int, ...] = ()
+    width: int = 64
+    activation: Activation = "gelu"
+    layer_norm_eps: float = 1e-5
+    key_scale: float = 1.0
+    signal: Signal = "last"
+    grouping: Grouping = "v_sink_rest"
+
+    @property
+    def num_groups(self) -> int:
+        return 3 if self.grouping == "three" else 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where training examples come from and the one shape they are padded to."""
+
+    records: str = ""  # folder written by `lsg prepare`
+    max_length: int = 1024  # tokens per example, image tokens included
+    max_answer_tokens: int = 256
+    num_threads: int = 2
+    prefetch: int = 4
+    image_aspect: Literal["pad", "crop", "squash"] | None = None  # None: as the model folder says
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation. The paper leaves the optimiser open: AdamW with warm-up and cosine decay are our defaults."""
+
+    batch_size: int = 64  # over all devices
+    epochs: int = 2
+    max_steps: int | None = None  # stop earlier than `epochs` passes over the records
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.03
+    final_lr_fraction: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    remat: Literal["none", "full"] = "full"
+    max_skipped: int = 5  # non-finite steps in a row before the run is aborted
+    log_every: int = 1
+    save_every: int = 100
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation by greedy generation."""
+
+    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> file
+    batch_size: int = 16
+    max_new_tokens: int = 32
+    max_length: int = 1024
+    image_aspect: Literal["pad", "crop", "squash"] | None = None
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; -1 takes the devices that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Relative paths are taken from the current folder, as everywhere on the command line."""
+
+    model: str
+    output: str
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
+    gate: GateConfig = GateConfig()
+    sinks: SinkConfig | None = None  # None: those of the model folder
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+T = TypeVar("T")
+
+
+def load_run_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Reads a TOML file and applies `a.b=value` overrides (values in TOML syntax; a bare word is a string).
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a field is unknown, missing or of another type.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override, where="--set")
+    return from_dict(RunConfig, tree, where=str(path))
+
+
+def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:
+    """Sets one field of plain data from text such as `a.b=1e-4`. `where` names the source in errors."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"{where} {override}: write it as a.b=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, leaf = name.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{where} {override}: {parent} is not a table")
+    tree[leaf] = value
+
+
+def from_dict(cls: type[T], tree: dict[str, Any], *, where: str) -> T:
+    """Builds a dataclass from plain data, strictly. `where` names the source in errors."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: expected a table, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in tree:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown field {name}; {hint}")
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing := [n for n in required if n not in tree]:
+        raise ConfigError(f"{where}: missing field {', '.join(missing)}")
+    return cls(**{name: _coerce(hints[name], value, f"{where}: {name}") for name, value in tree.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Checks `value` against a type hint; integers pass as floats, lists as tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = [a for a in args if a is not type(None)]  # every union here is `X | None`
+        return _coerce(hint, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a table, got {value!r}")
+        return {k: _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where=where)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data of a configuration, fit for JSON: tuples as lists, None kept."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,0 +1,373 @@
+"""LLaVA records, text templates, and text -> token ids. Pure: nothing here reads a file or knows an image.
+
+A record is `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": str}, ...]}`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lsg_jax.errors import ConfigError, LsgError
+
+IMAGE_TAG = "<image>"
+"""Where the image goes, in records, templates and prompts. It stands at the front of its turn, followed by a newline."""
+
+
+class RecordError(LsgError):
+    """One record cannot be used. `reason` is a short slug that rejects are counted by."""
+
+    exit_code = 65
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One side's words. `text` of a human turn may start with `<image>\\n`; no other turn holds the tag."""
+
+    role: Literal["human", "gpt"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A validated record: turns alternate, the first is human, the last is an answer, at most one image.
+
+    `image` is the path as the record states it, None without one. `notes` are slugs of what was mended: `image_without_tag`,
+    `leading_turn_dropped`, `unanswered_turn_dropped`.
+    """
+
+    record_id: str
+    image: str | None
+    turns: tuple[Turn, ...]
+    notes: tuple[str, ...] = ()
+
+
+Example = tuple[tuple[Turn, ...], str]
+"""The turns before an answer (the last is human), and the answer."""
+
+
+def parse_record(record: Any, *, default_id: str = "") -> Conversation:
+    """Validates a LLaVA record.
+
+    Raises:
+        RecordError: with reason `not_a_record`, `bad_id`, `bad_image_field`, `several_images`, `no_turns`, `bad_turn`,
+            `unknown_role`, `roles_not_alternating`, `tag_in_answer`, `tag_without_image`, `empty_question`, `empty_answer`
+            or `nothing_supervised`.
+    """
+    if not isinstance(record, dict):
+        raise RecordError("not_a_record", f"expected an object, got {type(record).__name__}")
+    record_id = record.get("id", default_id)
+    if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
+        raise RecordError("bad_id", f"id is no text or whole number: {str(record_id)[:80]!r}")
+    image = _image_field(record.get("image"))
+    turns, notes = _alternating(_read_turns(record.get("conversations")))
+    turns, tag_notes = _place_tag(turns, image is not None)
+    for number, turn in enumerate(turns):
+        if turn.text.strip():
+            continue
+        reason = "empty_answer" if turn.role == "gpt" else "empty_question"
+        raise RecordError(reason, f"turn {number} ({turn.role}) is empty")
+    if not turns:
+        raise RecordError("nothing_supervised", "no question is followed by an answer")
+    return Conversation(str(record_id), image, tuple(turns), (*notes, *tag_notes))
+
+
+def _image_field(value: Any) -> str | None:
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise RecordError("several_images", f"the record lists {len(value)} images; one is supported")
+        value = value[0] if value else None
+    # Tables exported from pandas write a missing path as nan, either the number or the word.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str):
+        raise RecordError("bad_image_field", f"image is no path: {str(value)[:80]!r}")
+    value = value.strip()
+    return None if value == "" or value.lower() == "nan" else value
+
+
+def _read_turns(conversations: Any) -> list[Turn]:
+    if not isinstance(conversations, list) or not conversations:
+        raise RecordError("no_turns", "conversations is missing, empty or no list")
+    turns = []
+    for number, item in enumerate(conversations):
+        if not isinstance(item, dict) or not isinstance(item.get("value"), str):
+            raise RecordError("bad_turn", f"turn {number} has no text in `value`")
+        role = item.get("from")
+        if role not in ("human", "gpt") and number > 0:
+            raise RecordError("unknown_role", f"turn {number} is from {role!r}; expected human or gpt")
+        try:
+            item["value"].encode("utf-8")
+        except UnicodeEncodeError:
+            raise RecordError("bad_turn", f"turn {number} holds half of a surrogate pair") from None
+        # A leading turn of any other role (a system prompt) is treated as the leading answer: it is dropped.
+        turns.append(Turn("human" if role == "human" else "gpt", item["value"]))
+    return turns
+
+
+def _alternating(turns: list[Turn]) -> tuple[list[Turn], list[str]]:
+    """Drops one leading turn that is not human, as LLaVA does, and a last question that nobody answers."""
+    notes = []
+    if turns[0].role != "human":
+        turns = turns[1:]
+        notes.append("leading_turn_dropped")
+    for number, turn in enumerate(turns):
+        if turn.role != ("human", "gpt")[number % 2]:
+            raise RecordError("roles_not_alternating", f"turn {number + len(notes)} is a second {turn.role} turn in a row")
+    if len(turns) > 2 and turns[-1].role == "human" and IMAGE_TAG not in turns[-1].text:
+        turns = turns[:-1]
+        notes.append("unanswered_turn_dropped")
+    if not turns or turns[-1].role == "human":
+        raise RecordError("nothing_supervised", "the last question has no answer")
+    return turns, notes
+
+
+def _place_tag(turns: list[Turn], has_image: bool) -> tuple[list[Turn], list[str]]:
+    """Moves `<image>` to the front of its turn, or puts it before the first question."""
+    for number, turn in enumerate(turns):
+        if turn.role == "gpt" and IMAGE_TAG in turn.text:
+            raise RecordError("tag_in_answer", f"turn {number} is an answer that contains {IMAGE_TAG}")
+    count = sum(turn.text.count(IMAGE_TAG) for turn in turns)
+    if count > 1:
+        raise RecordError("several_images", f"{count} {IMAGE_TAG} tags; one image is supported")
+    if count and not has_image:
+        raise RecordError("tag_without_image", f"{IMAGE_TAG} in the text, but the record has no image")
+    if has_image and not count:
+        return [Turn("human", tag_front(turns[0].text)), *turns[1:]], ["image_without_tag"]
+    return [replace(t, text=tag_front(t.text)) if IMAGE_TAG in t.text else t for t in turns], []
+
+
+def tag_front(text: str) -> str:
+    """`<image>\\n` and the text without tags and outer whitespace."""
+    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
+
+
+def examples(turns: Sequence[Turn]) -> list[Example]:
+    """One example per answer, with the turns before it as the prompt."""
+    return [(tuple(turns[:i]), turn.text) for i, turn in enumerate(turns) if turn.role == "gpt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- templates
+
+
+@dataclass(frozen=True)
+class TextTemplate:
+    """How turns become text. `{}` takes the turn's text, `{eos}` is the tokenizer's end-of-sequence token.
+
+    `question` ends in the generation prompt; `answer` ends in the marker that the model learns to stop with; `between` stands
+    after an answer that another question follows.
+    """
+
+    system: str
+    question: str
+    answer: str
+    between: str = ""
+    question_without_image: str | None = None  # None: as `question`
+    markers: tuple[str, ...] = ()  # control tokens that the tokenizer must know
+
+
+TEMPLATES: dict[str, TextTemplate] = {
+    # LLaVA-1.5. No space stands after the end marker.
+    "vicuna_v1": TextTemplate(
+        system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. ",
+        question="USER: {} ASSISTANT:",
+        answer=" {}{eos}",
+    ),
+    # LLaVA-OneVision. A question without an image keeps the newline that would stand after the image.
+    "qwen2": TextTemplate(
+        system="",
+        question="<|im_start|>user {}<|im_end|><|im_start|>assistant\n",
+        question_without_image="<|im_start|>user \n{}<|im_end|><|im_start|>assistant\n",
+        answer="{}<|im_end|>",
+        markers=("<|im_start|>", "<|im_end|>"),
+    ),
+    # LLaVA-Phi-3 (xtuner).
+    "phi3": TextTemplate(
+        system="",
+        question="<|user|>\n{}<|end|>\n<|assistant|>\n",
+        answer="{}<|end|>",
+        between="\n",
+        markers=("<|user|>", "<|assistant|>", "<|end|>"),
+    ),
+}
+
+
+def render(template: TextTemplate, turns: Sequence[Turn], answer: str | None, *, eos: str) -> tuple[str, str | None]:
+    """(prompt that ends in the generation prompt, answer with its end marker or None)."""
+    parts = [template.system]
+    for turn in turns:
+        if turn.role == "gpt":
+            parts.append(_fill(template.answer, turn.text, eos) + template.between)
+        elif turn.text.startswith(IMAGE_TAG) or template.question_without_image is None:
+            parts.append(_fill(template.question, turn.text, eos))
+        else:
+            parts.append(_fill(template.question_without_image, turn.text, eos))
+    return "".join(parts), None if answer is None else _fill(template.answer, answer, eos)
+
+
+def _fill(pattern: str, text: str, eos: str) -> str:
+    # Not str.format: the eos marker first, so that braces in the text stay as they are.
+    before, after = pattern.replace("{eos}", eos).split("{}")
+    return before + text + after
+
+
+class ChatTemplate:
+    """The checkpoint's own template, through `tokenizer.apply_chat_template` (sandboxed Jinja).
+
+    Templates of LLaVA checkpoints take a list of parts as content, those of plain language models a string: a probe tells.
+
+    Raises:
+        ConfigError: the template fails on a plain exchange, or loses the image tag or the text.
+    """
+
+    def __init__(self, tokenizer: Any, source: str | None = None):
+        self._tokenizer = tokenizer
+        self._source = source
+        self._eos: str = tokenizer.eos_token or ""
+        probe = [Turn("human", f"{IMAGE_TAG}\nquestion"), Turn("gpt", "answer"), Turn("human", "second")]
+        problems = []
+        for self._in_parts in (True, False):
+            try:
+                text = self._apply(probe, generate=True)
+            except Exception as error:  # Jinja raises what the template raises
+                problems.append(f"{type(error).__name__}: {error}")
+                continue
+            # A template that expects a string prints the list of parts as Python would, or drops it.
+            if text.count(IMAGE_TAG) == 1 and "'type'" not in text and all(t in text for t in ("question", "answer", "second")):
+                return
+            problems.append(f"rendered {text[:80]!r}")
+        raise ConfigError(
+            f"the checkpoint's chat template cannot be used ({'; '.join(problems)}); choose one of {list(TEMPLATES)}"
+        )
+
+    def _apply(self, turns: Sequence[Turn], *, generate: bool) -> str:
+        messages: list[dict[str, Any]] = []
+        for turn in turns:
+            role = "user" if turn.role == "human" else "assistant"
+            content: Any = turn.text
+            if self._in_parts:
+                text = turn.text.removeprefix(IMAGE_TAG).removeprefix("\n") if turn.role == "human" else turn.text
+                content = [{"type": "image"}] if text != turn.text else []
+                content.append({"type": "text", "text": text})
+            messages.append({"role": role, "content": content})
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=self._source, tokenize=False, add_generation_prompt=generate
+        )
+
+    def render(self, turns: Sequence[Turn], answer: str | None) -> tuple[str, str | None]:
+        """As `render` of the table: (prompt, answer with its end marker or None)."""
+        prompt = self._apply(turns, generate=True)
+        if answer is None:
+            return prompt, None
+        whole = self._apply([*turns, Turn("gpt", answer)], generate=False)
+        if whole.startswith(prompt):
+            tail = whole[len(prompt) :]
+        else:
+            # LLaVA-OneVision writes "assistant \n" in front of answers and "assistant\n" as the generation prompt.
+            start = whole.rfind(answer.strip())
+            if start < 0:
+                raise ConfigError("the checkpoint's chat template rewrites answers; choose a template of the table")
+            tail = whole[start:]
+        if self._eos and self._eos in tail:
+            return prompt, tail[: tail.rindex(self._eos) + len(self._eos)]
+        # Templates meant for inference alone may end without a marker; the model still has to learn to stop.
+        return prompt, tail.rstrip() + self._eos
+
+
+# ------------------------------------------------------------------------------------------------------------- tokenisation
+
+
+class ChunkTokenizer:
+    """Text with at most one `<image>` -> token ids, the way LLaVA does it.
+
+    The prompt is split at `<image>` and each chunk is tokenised on its own; that puts the piece `▁` in front of the newline
+    after an image, which tokenising the whole string loses for a Llama tokenizer with `legacy=False` (Metaspace `first`). Text
+    without an image gives the ids of the whole string. The prompt and the answer's start are tokenised together.
+
+    Special tokens written in somebody's text (`</s>`) stay text, while those of the template are control tokens. Both look the
+    same once rendered, so `protect` hides the first before rendering. A copy of the tokenizer then knows a stand-in for each
+    control token, with its flags, and takes the literal ones for ordinary text.
+
+    Raises:
+        ConfigError: the tokenizer is a slow one.
+    """
+
+    _HIDDEN = re.compile("\ue000lsg:t([0-9]+)\ue001")
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers import AddedToken, Tokenizer
+
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(f"{type(tokenizer).__name__}: a fast tokenizer (tokenizer.json) is needed")
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        markers = {marker for template in TEMPLATES.values() for marker in template.markers}
+        added = {t.content: (i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content in markers}
+        self.control: dict[str, int] = {text: index for text, (index, _) in added.items()}
+        self._literals = sorted({*added, IMAGE_TAG}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, self._literals)))
+        self._stand_ins = {text: f"\ue000lsg:c{i}\ue001" for i, text in enumerate(added)}
+        backend.add_tokens(
+            [
+                AddedToken(self._stand_ins[text], special=False, normalized=t.normalized, lstrip=t.lstrip, rstrip=t.rstrip)
+                for text, (_, t) in added.items()
+            ]
+        )
+        self._ids = {backend.token_to_id(self._stand_ins[text]): index for text, (index, _) in added.items()}
+        self._backend = backend
+        bos = tokenizer.bos_token_id
+        self._bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
+
+    def protect(self, text: str, *, keep_tag: bool = False) -> str:
+        """Hides the special tokens in somebody's text; with `keep_tag`, a tag at the very front is the image and stays.
+
+        Raises:
+            RecordError: `reserved_text`, the text holds the private characters used for hiding.
+        """
+        if "\ue000lsg:" in text:
+            raise RecordError("reserved_text", "the text contains the private-use sequence U+E000 `lsg:`")
+        tag = IMAGE_TAG if keep_tag and text.startswith(IMAGE_TAG) else ""
+        hidden = self._pattern.sub(lambda m: f"\ue000lsg:t{self._literals.index(m[0])}\ue001", text[len(tag) :])
+        return tag + hidden
+
+    def encode(self, prompt: str, answer: str | None, image_ids: Sequence[int]) -> tuple[list[int], int]:
+        """(ids, number of prompt ids). `image_ids` stand in for the tag; BOS comes first, once, if the tokenizer adds one."""
+        first, *rest = prompt.split(IMAGE_TAG)
+        if len(rest) > 1:
+            raise ConfigError(f"the template writes {len(rest)} {IMAGE_TAG} tags")
+        head: list[int] = []
+        if rest:
+            head = [*self._with_bos(self._chunk(first)), *image_ids]
+        last = rest[0] if rest else first
+        prompt_ids = self._chunk(last)
+        answer_ids = [] if answer is None else self._continuation(last, prompt_ids, answer)
+        prompt_ids = head + prompt_ids if rest else self._with_bos(prompt_ids)
+        return prompt_ids + answer_ids, len(prompt_ids)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
+
+    def _chunk(self, text: str) -> list[int]:
+        text = self._pattern.sub(lambda m: self._stand_ins.get(m[0], m[0]), text)
+        text = self._HIDDEN.sub(lambda m: self._literals[int(m[1])], text)
+        return [self._ids.get(i, i) for i in self._backend.encode(text, add_special_tokens=False).ids]
+
+    def _continuation(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
+        """Ids of the answer after the prompt's, which must be those seen at generation."""
+        joint = self._chunk(prompt + answer)
+        if joint[: len(prompt_ids)] == prompt_ids:
+            return joint[len(prompt_ids) :]
+        # A merge crosses the border: tokenise the answer after a control token, where no word start is added.
+        if not self.control:
+            return self._chunk(answer)
+        return self._chunk(next(iter(self.control)) + answer)[1:]

@@ -1,0 +1,148 @@
+"""Layer-wise Sink Gating: the gate module, what it reads, and how it makes key scales for the decoder (paper.md).
+
+g_l: LayerNorm -> Linear D->64 -> activation -> Linear 64->G -> softmax = the ratios rho, which sum to 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsg_jax.activations import ACTIVATIONS
+from lsg_jax.config import GateConfig, SinkConfig
+from lsg_jax.gating.keys import group_members, key_scale
+from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
+from lsg_jax.types import VisualTokens
+
+
+class GateParam(nnx.Param):
+    """A trainable parameter; everything else in the model is frozen."""
+
+
+def is_gate(path: tuple[str, ...]) -> bool:
+    """True for the parameter paths that training may change; the one predicate behind gradients and freeze masks."""
+    return path[0] == "gates"
+
+
+class SinkGate(nnx.Module):
+    """One gate, float32 whatever the backbone's dtype. The last linear starts at zero, so the ratios start equal.
+
+    Kernels are [in, out]. At D = 4096, width 64 and two groups: 262,144 + 64 + 128 + 2 + 8,192 parameters.
+    """
+
+    def __init__(self, width_in: int, config: GateConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.norm_scale = GateParam(jnp.ones((width_in,)))
+        self.norm_bias = GateParam(jnp.zeros((width_in,)))
+        self.fc1_kernel = GateParam(nnx.initializers.lecun_normal()(rngs.params(), (width_in, config.width)))
+        self.fc1_bias = GateParam(jnp.zeros((config.width,)))
+        self.fc2_kernel = GateParam(jnp.zeros((config.width, config.num_groups)))
+        self.fc2_bias = GateParam(jnp.zeros((config.num_groups,)))
+
+    def __call__(self, signal_BD: jax.Array) -> jax.Array:
+        """[B, D] -> ratios float32 [B, G], each row sums to 1."""
+        x = signal_BD.astype(jnp.float32)
+        x = jax.nn.standardize(x, axis=-1, epsilon=self.config.layer_norm_eps)
+        x = x * self.norm_scale[...] + self.norm_bias[...]
+        x = ACTIVATIONS[self.config.activation](x @ self.fc1_kernel[...] + self.fc1_bias[...])
+        return jax.nn.softmax(x @ self.fc2_kernel[...] + self.fc2_bias[...], axis=-1)
+
+
+def gate_signal(hidden: jax.Array, signal: str, *, gate_position: jax.Array, valid: jax.Array, visual: jax.Array) -> jax.Array:
+    """What a gate reads of the residual stream that enters its layer (config.Signal).
+
+    Only positions up to `gate_position` count, also in the means: later ones hold the answer.
+
+    Args:
+        hidden: [B, T, D].
+        gate_position: int32 [B].
+        valid: bool [B, T], unpadded tokens.
+        visual: bool [B, T].
+
+    Returns:
+        [B, D]; zeros for `mean_visual` in a row without an image.
+    """
+    if signal == "last":
+        return jnp.take_along_axis(hidden, gate_position[:, None, None], axis=1)[:, 0]
+    if signal not in ("mean_all", "mean_visual"):
+        raise ValueError(f"unknown gate signal {signal}")
+    prompt = valid & (jnp.arange(hidden.shape[1]) <= gate_position[:, None])
+    weights = (prompt & visual if signal == "mean_visual" else prompt).astype(jnp.float32)
+    total = jnp.einsum("BTD,BT->BD", hidden.astype(jnp.float32), weights)
+    return total / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
+
+
+@flax.struct.dataclass
+class KeyScaling:
+    """Makes the key scales [B, T] of the decoder layers: from trained gates, or from fixed coefficients (the oracle).
+
+    Attributes:
+        source: what differs by layer, stacked: gate parameters [L, ...] or coefficients float32 [L, G].
+        enabled: bool [L], layers that are scaled at all.
+        visual: the visual tokens of the merged sequence.
+        gate_position: int32 [B].
+        valid: bool [B, T].
+        first_layer: the lowest enabled layer, static; below it nothing depends on the gates.
+    """
+
+    source: Any
+    enabled: jax.Array
+    visual: VisualTokens
+    gate_position: jax.Array
+    valid: jax.Array
+    first_layer: int = flax.struct.field(pytree_node=False)
+    config: GateConfig = flax.struct.field(pytree_node=False)
+    sinks: SinkConfig = flax.struct.field(pytree_node=False)
+    gate: Any = flax.struct.field(pytree_node=False, default=None)  # graphdef of one SinkGate; None: fixed coefficients
+
+    def per_layer(self, start: int) -> tuple[Any, jax.Array]:
+        """What a scan over the layers from `start` walks along."""
+        return jax.tree.map(lambda leaf: leaf[start:], (self.source, self.enabled))
+
+    def layer(self, walked: tuple[Any, jax.Array], hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Key scale float32 [B, T] and ratios float32 [B, G] of the layer that `hidden` [B, T, D] enters.
+
+        Args:
+            walked: the layer's part of `per_layer`.
+        """
+        source_l, enabled_l = walked
+        members = group_members(group_visual_tokens(self.visual, self._l_sinks(hidden)), self.config.grouping)
+        if self.gate is None:
+            ratios = jnp.broadcast_to(source_l, (hidden.shape[0], source_l.shape[-1]))
+            coefficients = ratios
+        else:
+            signal = gate_signal(
+                hidden, self.config.signal, gate_position=self.gate_position, valid=self.valid, visual=self.visual.mask
+            )
+            ratios = nnx.merge(self.gate, source_l)(signal)
+            coefficients = ratios * self.config.key_scale
+        return jnp.where(enabled_l, key_scale(coefficients, members), 1.0), ratios
+
+    def _l_sinks(self, hidden: jax.Array) -> jax.Array:
+        if self.config.grouping == "v_sink_rest":  # L-sinks and ordinary tokens share a coefficient
+            return jnp.zeros_like(self.visual.mask)
+        return sink_mask(
+            self.sinks.llm_criterion,
+            hidden,
+            dims=self.sinks.llm_dims,
+            tau=self.sinks.llm_tau,
+            massive_ratio=self.sinks.massive_ratio,
+            valid=self.valid,
+        )
+
+
+def expand_gates(gates: nnx.Module, config: GateConfig, num_layers: int) -> tuple[Any, jax.Array, Any]:
+    """Lays the gates of the gated layers out over all layers, so that a scan can walk them.
+
+    Returns:
+        parameters [L, ...] (a layer without a gate gets a copy that `enabled` switches off), enabled bool [L], and the graph
+        definition of one gate.
+    """
+    slot = [config.layers.index(layer) if layer in config.layers else 0 for layer in range(num_layers)]
+    enabled = jnp.array([layer in config.layers for layer in range(num_layers)])
+    graphdef, state = nnx.split(gates)
+    return jax.tree.map(lambda leaf: leaf[jnp.array(slot)], state), enabled, graphdef

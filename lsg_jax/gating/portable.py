@@ -1,0 +1,243 @@
+"""Portable gate files: safetensors in torch layout, readable without JAX (contract.md, "Portable gate file").
+
+A file holds `{layer}.norm.weight`, `{layer}.fc1.weight`, ... for each gated layer and, as metadata, all that is needed to apply
+them: activation, key scale, grouping, signal and what counts as a sink. numpy only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsg_jax.config import GateConfig, SinkConfig, from_dict
+from lsg_jax.errors import ConfigError, InputError
+
+FORMAT = "lsg-gates-1"
+
+TORCH_NAMES = {
+    "norm_scale": "norm.weight",
+    "norm_bias": "norm.bias",
+    "fc1_kernel": "fc1.weight",
+    "fc1_bias": "fc1.bias",
+    "fc2_kernel": "fc2.weight",
+    "fc2_bias": "fc2.bias",
+}
+"""Leaf of the model's `gates` subtree -> name in the file. Kernels are [in, out] there and [out, in] in torch."""
+
+_REQUIRED = ("activation", "layer_norm_eps", "key_scale", "grouping", "signal", "criterion", "vit_dims", "vit_tau")
+_GATE_FIELDS = ("activation", "layer_norm_eps", "key_scale", "grouping", "signal")
+_SINK_FIELDS = ("criterion", "vit_dims", "vit_tau", "llm_criterion", "llm_dims", "llm_tau", "massive_ratio")
+_FLOATS = ("layer_norm_eps", "key_scale", "vit_tau", "llm_tau", "massive_ratio")
+_DIMS = ("vit_dims", "llm_dims")
+
+
+@dataclass(frozen=True)
+class PortableGates:
+    """Gates of one or more layers with what is needed to apply them.
+
+    Attributes:
+        gate: `layers` in the order of the stacked parameters, `width` as the arrays have it.
+        sinks: what the groups were trained with.
+        parameters: float32, stacked over the n = len(gate.layers) layers as under `gates` in the model: norm_scale [n, D],
+            norm_bias [n, D], fc1_kernel [n, D, H], fc1_bias [n, H], fc2_kernel [n, H, G], fc2_bias [n, G].
+        backbone: name and digest of the model that they were trained on; empty where unknown.
+    """
+
+    gate: GateConfig
+    sinks: SinkConfig
+    parameters: dict[str, Any]
+    backbone: str = ""
+
+    @property
+    def width_in(self) -> int:
+        """D, the width of the language model that the gates read."""
+        return int(np.shape(self.parameters["norm_scale"])[-1])
+
+
+def write_gates(path: str | Path, gates: PortableGates) -> None:
+    """Writes a gate file, whole or not at all: a reader never sees half of one.
+
+    Raises:
+        InputError: the parameters do not fit the configuration or are not finite, or the folder cannot be written.
+    """
+    from safetensors.numpy import save
+
+    path = Path(path)
+    layers = to_torch_layout(gates.parameters, gates.gate.layers)
+    tensors = {f"{layer}.{name}": array for layer, named in layers.items() for name, array in named.items()}
+    _check_tensors(tensors, gates.gate, where=str(path))
+    data = save(tensors, metadata=_to_metadata(gates))
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a gate file is meant to be shared
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot write the gate file: {error.strerror or error}") from None
+
+
+def read_gates(path: str | Path) -> PortableGates:
+    """Reads a gate file, strictly; layers come in ascending order.
+
+    Metadata that this version does not know is ignored, absent L-sink fields take their defaults.
+
+    Raises:
+        InputError: no such file, not a safetensors file or a truncated one, another format, a key missing or unknown, a shape,
+            dtype or value that cannot be.
+    """
+    path = Path(path)
+    tensors, metadata = _load(path)
+    config, sinks = _from_metadata(metadata, where=str(path))
+    layers: dict[int, dict[str, np.ndarray]] = {}
+    for key, array in tensors.items():
+        match = re.fullmatch(r"(\d+)\.(\w+\.\w+)", key)
+        if not match or match[2] not in TORCH_NAMES.values():
+            raise InputError(f"{path}: unknown tensor {key}; a gate file holds {{layer}}.norm|fc1|fc2.weight|bias")
+        layers.setdefault(int(match[1]), {})[match[2]] = array
+    if not layers:
+        raise InputError(f"{path}: the file holds no gates")
+    for layer, named in sorted(layers.items()):
+        if missing := [name for name in TORCH_NAMES.values() if name not in named]:
+            raise InputError(f"{path}: missing tensor {layer}.{missing[0]}")
+    first = layers[min(layers)]["fc1.weight"]
+    config = replace(config, layers=tuple(sorted(layers)), width=first.shape[0] if first.ndim else 0)
+    _check_tensors(tensors, config, where=str(path))
+    return PortableGates(gate=config, sinks=sinks, parameters=from_torch_layout(layers), backbone=metadata.get("backbone", ""))
+
+
+def check_width(gates: PortableGates, text_hidden_size: int, num_layers: int) -> None:
+    """Raises InputError for gates of another language model: another width, or a layer that the model does not have."""
+    if gates.width_in != text_hidden_size:
+        raise InputError(
+            f"the gates read a width of {gates.width_in}, the language model has {text_hidden_size}: "
+            f"they belong to another backbone{f' ({gates.backbone})' if gates.backbone else ''}"
+        )
+    if bad := [layer for layer in gates.gate.layers if not 0 <= layer < num_layers]:
+        raise InputError(f"the gates are for layer {bad[0]}, the language model has layers 0 to {num_layers - 1}")
+
+
+def to_torch_layout(parameters: Mapping[str, Any], layers: tuple[int, ...]) -> dict[int, dict[str, np.ndarray]]:
+    """Stacked parameters as in the model -> {layer: {"norm.weight" [D], "fc1.weight" [H, D], "fc2.weight" [G, H], ...}}.
+
+    Raises:
+        InputError: a parameter is missing or unknown, or is not stacked over as many layers as there are.
+    """
+    if set(parameters) != set(TORCH_NAMES):
+        raise InputError(f"gate parameters are {', '.join(sorted(TORCH_NAMES))}; got {', '.join(sorted(parameters)) or 'none'}")
+    out: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in layers}
+    for leaf, name in TORCH_NAMES.items():
+        stacked = np.asarray(parameters[leaf])
+        if stacked.ndim == 0 or stacked.shape[0] != len(out):
+            raise InputError(f"gate parameter {leaf} has shape {list(stacked.shape)} for {len(out)} layers")
+        for layer, array in zip(layers, stacked, strict=True):
+            out[layer][name] = np.ascontiguousarray(array.T if leaf.endswith("kernel") else array)
+    return out
+
+
+def from_torch_layout(layers: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The inverse of `to_torch_layout`: parameters stacked over the layers in ascending order, kernels [n, in, out]."""
+    ordered = [layers[layer] for layer in sorted(layers)]
+    return {
+        leaf: np.stack([np.asarray(named[name]).T if leaf.endswith("kernel") else np.asarray(named[name]) for named in ordered])
+        for leaf, name in TORCH_NAMES.items()
+    }
+
+
+def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such gate file")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format")
+                raise InputError(f"{path}: not a gate file: metadata format is {found!r}, expected {FORMAT!r}")
+            for key in file.keys():  # noqa: SIM118  (a reader, not a dict)
+                if (dtype := file.get_slice(key).get_dtype()) != "F32":
+                    raise InputError(f"{path}: {key} is {dtype}, gates are float32")
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable safetensors file, or cut short: {reason}") from None
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], config: GateConfig, *, where: str) -> None:
+    """Shapes, dtypes and finite values of `{layer}.{name}` tensors; D is taken from the first norm."""
+    norm = tensors[f"{config.layers[0]}.norm.weight"] if config.layers else np.zeros(0)
+    if norm.ndim != 1 or norm.size == 0:
+        raise InputError(f"{where}: {config.layers[:1]}.norm.weight has shape {list(norm.shape)}, expected one width")
+    width_in, hidden, groups = norm.size, config.width, config.num_groups
+    shapes = {
+        "norm.weight": (width_in,),
+        "norm.bias": (width_in,),
+        "fc1.weight": (hidden, width_in),
+        "fc1.bias": (hidden,),
+        "fc2.weight": (groups, hidden),
+        "fc2.bias": (groups,),
+    }
+    for key, array in tensors.items():
+        expected = shapes[key.split(".", 1)[1]]
+        if array.shape != expected:
+            hint = f" (grouping {config.grouping} has {groups} groups)" if ".fc2." in key else ""
+            raise InputError(f"{where}: {key} has shape {list(array.shape)}, expected {list(expected)}{hint}")
+        if array.dtype != np.float32:
+            raise InputError(f"{where}: {key} is {array.dtype}, gates are float32")
+        if not np.isfinite(array).all():
+            raise InputError(f"{where}: {key} holds values that are not finite")
+
+
+def _to_metadata(gates: PortableGates) -> dict[str, str]:
+    fields = {name: getattr(gates.gate, name) for name in _GATE_FIELDS}
+    fields |= {name: getattr(gates.sinks, name) for name in _SINK_FIELDS}
+    text = {"format": FORMAT, "backbone": gates.backbone}
+    for name, value in fields.items():
+        if name in _FLOATS:
+            text[name] = re.sub(r"e([+-])0*(\d)", r"e\1\2", repr(float(value)))  # 1e-5, where Python writes 1e-05
+        elif name in _DIMS:
+            text[name] = ",".join(map(str, value))
+        else:
+            text[name] = value
+    return text
+
+
+def _from_metadata(metadata: Mapping[str, str], *, where: str) -> tuple[GateConfig, SinkConfig]:
+    if missing := [name for name in _REQUIRED if name not in metadata]:
+        raise InputError(f"{where}: metadata field {missing[0]} is missing")
+    values: dict[str, Any] = {}
+    for name in (*_GATE_FIELDS, *_SINK_FIELDS):
+        if name not in metadata:
+            continue
+        text = metadata[name]
+        try:
+            if name in _FLOATS:
+                values[name] = float(text)
+                if not np.isfinite(values[name]):
+                    raise ValueError(text)
+            elif name in _DIMS:
+                values[name] = [int(word) for word in re.split(r"[\s,]+", text.strip("[](){} ")) if word]
+            else:
+                values[name] = text
+        except ValueError:
+            raise InputError(f"{where}: metadata field {name} is {text!r}, which is not a number") from None
+    if values["layer_norm_eps"] < 0:
+        raise InputError(f"{where}: metadata field layer_norm_eps is negative")
+    try:
+        gate = from_dict(GateConfig, {k: v for k, v in values.items() if k in _GATE_FIELDS}, where=where)
+        return gate, from_dict(SinkConfig, {k: v for k, v in values.items() if k in _SINK_FIELDS}, where=where)
+    except ConfigError as error:
+        raise InputError(str(error)) from None

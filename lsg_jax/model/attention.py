@@ -1,0 +1,126 @@
+"""Multi-head attention with grouped keys, rotary positions, key scaling and a static-shape cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsg_jax.config import RopeConfig, TextConfig
+from lsg_jax.gating.keys import scale_keys
+from lsg_jax.model.layers import Linear
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, *, return_weights: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """softmax(Q K^T / sqrt(H)) V, softmax in float32.
+
+    Args:
+        query: [B, T, N, H].
+        key, value: [B, S, K, H]; N is a multiple of K.
+        mask: bool [B, T, S], True where a query may look; None for everywhere. A row without any key gives a plain mean.
+
+    Returns:
+        [B, T, N, H], and the weights float32 [B, N, T, S] if asked for.
+    """
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(value.dtype), value).reshape(query.shape)
+    return out, weights.reshape(batch, heads, length, -1) if return_weights else None
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
+    """Angles per position, float32 [R / 2] for R rotated dimensions."""
+    rotary_dim = config.rotary_dim or head_dim
+    frequency = config.theta ** -(jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    if config.kind == "linear":
+        return frequency / config.factor
+    if config.kind == "llama3":  # long wavelengths are stretched, short ones kept, those between interpolated
+        turns = config.original_max_positions * frequency / (2 * jnp.pi)
+        smooth = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        return (1 - smooth) * frequency / config.factor + smooth * frequency
+    return frequency
+
+
+def rope_angles(positions: jax.Array, config: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin for positions int32 [B, T]: float32 [B, T, 1, R / 2] each."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the first R dimensions of x [B, T, N, H] by halves (the layout of Hugging Face weights)."""
+    cos, sin = rope
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """One layer's view of the key-value cache of the whole stack, and the slot that is written next.
+
+    Attributes:
+        key, value: [L, B, S, K, H].
+        layer, slot: int32 [].
+    """
+
+    key: jax.Array
+    value: jax.Array
+    layer: jax.Array
+    slot: jax.Array
+
+    def append(self, key: jax.Array, value: jax.Array) -> LayerCache:
+        """Writes keys and values [B, 1, K, H] of this layer at the slot, in place under jit."""
+        start = (self.layer, 0, self.slot, 0, 0)
+        return self.replace(  # type: ignore[attr-defined]
+            key=jax.lax.dynamic_update_slice(self.key, key[None], start),
+            value=jax.lax.dynamic_update_slice(self.value, value[None], start),
+        )
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H] of this layer."""
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+        return take(self.key), take(self.value)
+
+
+class CausalAttention(nnx.Module):
+    """Self-attention of a decoder layer."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any):
+        width, heads, kv_heads, head = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = Linear((width,), (heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
+        self.k_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
+        self.v_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
+        self.o_proj = Linear((heads, head), (width,), bias=config.out_bias, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        *,
+        key_scale: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        return_weights: bool = False,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | LayerCache, jax.Array | None]:
+        """x [B, T, D] -> (output [B, T, D], keys and values or the updated cache, attention weights or None)."""
+        query, key, value = apply_rope(self.q_proj(x), rope), apply_rope(self.k_proj(x), rope), self.v_proj(x)
+        if key_scale is not None:
+            key = scale_keys(key, key_scale)
+        kept: tuple[jax.Array, jax.Array] | LayerCache = (key, value)
+        if cache is not None:
+            kept = cache = cache.append(key, value)
+            key, value = cache.read()
+        out, weights = attend(query, key, value, mask, return_weights=return_weights)
+        return self.o_proj(out), kept, weights

@@ -1,0 +1,60 @@
+"""Greedy generation: one prefill, then a compiled loop over a cache of static shape."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lsg_jax.model.llava import Llava
+from lsg_jax.types import Batch, KVCache
+
+
+def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Greedy continuation of each row; padding may be on either side.
+
+    The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates.
+
+    Returns:
+        tokens int32 [B, N = max_new_tokens], pad_token_id after the end-of-sequence token, and the number of columns that were
+        generated, int32 []: the loop stops when every row has ended.
+    """
+    config = model.config
+    model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
+    valid = jnp.asarray(batch.attention_mask)
+    out = model(batch, keep_kv=True)
+    room = [(0, 0)] * 2 + [(0, max_new_tokens)] + [(0, 0)] * 2
+    cache = KVCache(jnp.pad(out.key, room), jnp.pad(out.value, room), jnp.pad(valid, room[1:3]))
+    prompt_length = valid.sum(1).astype(jnp.int32)
+    slots = valid.shape[1]
+    eos = jnp.array(config.eos_token_ids)
+    last = jnp.take_along_axis(out.hidden, last_token(valid)[:, None, None], axis=1)[:, 0]
+
+    def pick(hidden: jax.Array, done: jax.Array) -> jax.Array:
+        token = jnp.argmax(model.language_model.logits(hidden), axis=-1).astype(jnp.int32)
+        return jnp.where(done, config.pad_token_id, token)
+
+    def ended(token: jax.Array) -> jax.Array:
+        return (token[:, None] == eos).any(-1)
+
+    token = pick(last, jnp.zeros(valid.shape[0], bool))
+    tokens = jnp.full((valid.shape[0], max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
+
+    def cond(carry: tuple) -> jax.Array:
+        step, _, done, _, _ = carry
+        return (step < max_new_tokens) & ~done.all()
+
+    def body(carry: tuple) -> tuple:
+        step, token, done, tokens, cache = carry
+        hidden, cache = model.language_model.decode(token, prompt_length + step - 1, slots + step - 1, cache)
+        token = pick(hidden, done)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
+        return step + 1, token, done | ended(token), tokens, cache
+
+    step, _, _, tokens, _ = jax.lax.while_loop(cond, body, (jnp.int32(1), token, ended(token), tokens, cache))
+    return tokens, step
+
+
+def last_token(valid: jax.Array) -> jax.Array:
+    """Index of the last unpadded token of each row: bool [B, T] -> int32 [B]."""
+    length = valid.shape[1]
+    return (length - 1 - jnp.argmax(valid[:, ::-1], axis=1)).astype(jnp.int32)

@@ -1,0 +1,203 @@
+"""The causal decoder: Llama, Mistral, Qwen2 and Phi-3 as settings of one stack, run by `lax.scan` over layer indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsg_jax.activations import ACTIVATIONS
+from lsg_jax.config import TextConfig
+from lsg_jax.gating.gate import KeyScaling
+from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles
+from lsg_jax.model.layers import Linear, RMSNorm, layer_at, stack_layers
+from lsg_jax.types import Array, KVCache, LayerView
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any):
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = config.hidden_act
+        self.gate_proj = Linear((width,), (inner,), bias=bias, rngs=rngs, dtype=dtype)
+        self.up_proj = Linear((width,), (inner,), bias=bias, rngs=rngs, dtype=dtype)
+        self.down_proj = Linear((inner,), (width,), bias=bias, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm decoder layer."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any):
+        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = CausalAttention(config, rngs=rngs, dtype=dtype)
+        self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array, rope: Any, mask: jax.Array, **attention: Any) -> tuple[jax.Array, Any, Any]:
+        """x [B, T, D] -> (x, keys and values or cache, attention weights); keywords as CausalAttention takes them."""
+        out, kept, weights = self.attention(self.input_norm(x), rope, mask, **attention)
+        x = x + out
+        return x + self.mlp(self.post_attention_norm(x)), kept, weights
+
+
+@flax.struct.dataclass
+class DecoderOutput:
+    """What a run over the layers leaves.
+
+    Attributes:
+        hidden: [B, T, D], output of the last layer, before the final norm.
+        key, value: [L, B, T, K, H], or None unless `keep_kv`.
+        ratios: float32 [L - first gated layer, B, G], or None without gating.
+        observed: what the observer returned, stacked over the L layers, or None.
+    """
+
+    hidden: Array
+    key: Array | None
+    value: Array | None
+    ratios: Array | None
+    observed: Any
+
+
+class LanguageModel(nnx.Module):
+    """Token embeddings, decoder layers, final norm and output head (tied to the embeddings where the config says so)."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any):
+        self.config = config
+        self.embed_tokens = nnx.Param(
+            (0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size))).astype(dtype)
+        )
+        self.layers = stack_layers(lambda r: DecoderLayer(config, rngs=r, dtype=dtype), rngs.params(), config.num_layers)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        if not config.tied_embeddings:
+            self.lm_head = Linear((config.hidden_size,), (config.vocab_size,), bias=False, rngs=rngs, dtype=dtype)
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D]."""
+        return jnp.take(self.embed_tokens[...], input_ids, axis=0, mode="clip")
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final norm and head: [..., D] -> float32 [..., V]."""
+        hidden = self.norm(hidden)
+        if self.config.tied_embeddings:
+            return jnp.einsum("...D,VD->...V", hidden, self.embed_tokens[...]).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError for a sequence that the decoder would not treat as the original model does."""
+        c = self.config
+        if c.sliding_window is not None and length > c.sliding_window:
+            raise ValueError(
+                f"{length} tokens exceed the sliding window of {c.sliding_window}, which is not supported: shorten the sequence"
+            )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        scaling: KeyScaling | None = None,
+        *,
+        keep_kv: bool = False,
+        remat: str = "none",
+        observe: Callable[[LayerView], Any] | None = None,
+        observe_attention: bool = False,
+    ) -> DecoderOutput:
+        """Runs all layers over whole sequences, causally; padding may be on either side.
+
+        Layers below the lowest scaled one run in a scan of their own that is not differentiated.
+
+        Args:
+            x: merged embeddings [B, T, D].
+            valid: bool [B, T], unpadded tokens.
+            remat: `full` recomputes each layer in the backward pass, `none` keeps its activations.
+            observe: called with a LayerView in each layer; its results come back stacked.
+        """
+        self.check_length(x.shape[1])
+        num_layers = self.config.num_layers
+        rope = rope_angles(token_positions(valid), self.config.rope, self.config.head_dim)
+        mask = causal_mask(valid)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(x: jax.Array, index: jax.Array, scaled: Any) -> tuple[jax.Array, Any]:
+            scale, ratios = (None, None) if scaling is None or scaled is None else scaling.layer(scaled, x)
+            layer = nnx.merge(graphdef, layer_at(stacked, index))
+            y, (key, value), weights = layer(x, rope, mask, key_scale=scale, return_weights=observe_attention)
+            seen = observe(LayerView(hidden=x, attention=weights, ratios=ratios)) if observe else None
+            return y, ((key, value) if keep_kv else None, ratios, seen)
+
+        def run(x: jax.Array, start: int, stop: int, scaled: Any) -> tuple[jax.Array, Any]:
+            # a scan already keeps the recomputation apart from the forward pass
+            step = jax.checkpoint(body, policy=_REMAT[remat], prevent_cse=False)
+            return jax.lax.scan(lambda c, xs: step(c, *xs), x, (jnp.arange(start, stop), scaled))
+
+        first = num_layers if scaling is None else scaling.first_layer
+        parts = []
+        if first > 0:
+            x, part = run(x, 0, first, None)
+            x = jax.lax.stop_gradient(x)
+            parts.append(part)
+        if scaling is not None and first < num_layers:
+            x, part = run(x, first, num_layers, scaling.per_layer(first))
+            parts.append(part)
+        kv = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[0] for p in parts))
+        observed = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[2] for p in parts))
+        key, value = kv or (None, None)
+        return DecoderOutput(hidden=x, key=key, value=value, ratios=parts[-1][1], observed=observed)
+
+    def decode(self, token: jax.Array, position: jax.Array, slot: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One step for every row.
+
+        Args:
+            token: int32 [B].
+            position: int32 [B], rotary position of the token.
+            slot: int32 [], cache slot to write.
+
+        Returns:
+            hidden [B, D] before the final norm, and the cache with the slot filled.
+        """
+        x = self.embed(token[:, None])
+        rope = rope_angles(position[:, None], self.config.rope, self.config.head_dim)
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, jnp.ones_like(cache.valid[:, :1]), slot, axis=1)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(carry: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array) -> tuple[Any, None]:
+            x, key, value = carry
+            layer = nnx.merge(graphdef, layer_at(stacked, index))
+            x, kept, _ = layer(x, rope, valid[:, None, :], cache=LayerCache(key, value, index, slot))
+            return (x, kept.key, kept.value), None
+
+        (x, key, value), _ = jax.lax.scan(body, (x, cache.key, cache.value), jnp.arange(self.config.num_layers))
+        return x[:, 0], KVCache(key=key, value=value, valid=valid)
+
+
+def token_positions(valid: jax.Array) -> jax.Array:
+    """Rotary positions that count unpadded tokens only: bool [B, T] -> int32 [B, T]."""
+    return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
+
+
+def causal_mask(valid: jax.Array) -> jax.Array:
+    """Which keys a query may attend to: bool [B, T] -> bool [B, T, T].
+
+    For a left-padded row of three tokens (valid = 0 1 1):
+
+        0 0 0
+        0 1 0
+        0 1 1
+    """
+    length = valid.shape[1]
+    return jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
+
+
+def _keep_activations(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Saves everything but the layer's weights, which are sliced out of the stack again instead of being stacked twice."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape")
+
+
+_REMAT: dict[str, Any] = {"full": None, "none": _keep_activations}

@@ -1,0 +1,68 @@
+"""Building blocks of the frozen stack: linear maps over any axes, norms, stacking of equal layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+class Linear(nnx.Module):
+    """y = x · kernel + bias over the trailing axes: kernel [*in_shape, *out_shape], so heads need no reshapes."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs, dtype: Any):
+        init = jax.random.normal(rngs.params(), (*in_shape, *out_shape), dtype) / math.sqrt(math.prod(in_shape))
+        self.kernel = nnx.Param(init.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if bias else None
+        self.in_axes = len(in_shape)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.kernel[...], axes=self.in_axes)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.standardize(x.astype(jnp.float32), axis=-1, epsilon=self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32 and scaled in the input's dtype, as the Llama family does."""
+
+    def __init__(self, width: int, *, eps: float, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...]
+
+
+def stack_layers(make: Callable[[nnx.Rngs], Module], key: jax.Array, count: int) -> Module:
+    """`count` layers of one kind as a single module whose parameters have a leading layer axis."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    state = jax.vmap(lambda k: nnx.state(make(nnx.Rngs(k))))(jax.random.split(key, count))
+    return nnx.merge(graphdef, state)
+
+
+def layer_at(stacked: Any, index: jax.Array) -> Any:
+    """One layer's parameters out of a stacked tree.
+
+    The scans walk layer indices and slice here, because handing `weights[lo:hi]` to a scan would copy that part of the model.
+    """
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)

@@ -1,0 +1,192 @@
+"""The whole stack: image -> vision tower -> projector -> merged sequence -> language model, with gates on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsg_jax.config import GateConfig, ModelConfig
+from lsg_jax.gating.gate import KeyScaling, SinkGate, expand_gates
+from lsg_jax.model.language_model import DecoderOutput, LanguageModel
+from lsg_jax.model.layers import stack_layers
+from lsg_jax.model.projector import Projector
+from lsg_jax.model.vision_tower import VisionTower
+from lsg_jax.sinks.attention import received_attention
+from lsg_jax.sinks.criteria import sink_mask
+from lsg_jax.types import Batch, LayerView, VisualTokens
+
+
+@flax.struct.dataclass
+class MergedSequence:
+    """Text embeddings with the projected image patches in their places.
+
+    Attributes:
+        x: [B, T, D].
+        visual: where the patches are, and which of them are V-sinks; None for a batch without images.
+    """
+
+    x: jax.Array
+    visual: VisualTokens | None
+
+
+class Llava(nnx.Module):
+    """A LLaVA-style model; `gate` adds gates at `gate.layers`, the only parameters of type GateParam.
+
+    Raises:
+        ValueError: a gated layer that does not exist, or L-sink groups with a criterion that needs attention weights.
+    """
+
+    def __init__(self, config: ModelConfig, gate: GateConfig | None = None, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config = config
+        self.gate_config = gate
+        self.vision_tower = VisionTower(config.vision, rngs=rngs, dtype=dtype)
+        self.projector = Projector(config, rngs=rngs, dtype=dtype)
+        self.language_model = LanguageModel(config.text, rngs=rngs, dtype=dtype)
+        if gate is not None:
+            check_gate(gate, config)
+            self.gates = make_gates(config, gate, rngs.gates())
+
+    def image_features(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Features before the projector, and the V-sinks among them.
+
+        Args:
+            pixels: [B, H, W, C], uint8 or already normalised float32.
+
+        Returns:
+            features [B, P, Dv] (several feature layers side by side), V-sink mask bool [B, P].
+        """
+        if pixels.dtype == jnp.uint8:
+            image = self.config.image
+            pixels = (pixels.astype(jnp.float32) / 255.0 - jnp.array(image.mean)) / jnp.array(image.std)
+        sinks = self.config.sinks
+        states, weights = self.vision_tower(pixels, self.config.feature_layers, return_weights=sinks.criterion == "attention")
+        if self.config.feature_select == "default":
+            states = [state[:, 1:] for state in states]
+        features = jnp.concatenate(states, axis=-1)
+        everywhere = jnp.ones(features.shape[:2], bool)
+        received = None
+        if weights is not None:
+            received = received_attention(weights, jnp.ones(weights.shape[::2], bool))[:, -features.shape[1] :]
+        elif sinks.criterion == "attention":
+            raise ValueError("criterion attention needs a vision feature layer above the embeddings")
+        mask = lambda: sink_mask(
+            sinks.criterion,
+            features,
+            dims=sinks.vit_dims,
+            tau=sinks.vit_tau,
+            massive_ratio=sinks.massive_ratio,
+            valid=everywhere,
+            received=received,
+        )
+        # an ungated model must also run where nobody has said what a sink is
+        return features, mask() if self._knows_v_sinks() else jnp.zeros_like(everywhere)
+
+    def merge(self, batch: Batch) -> MergedSequence:
+        """Puts projected patch i of a row's image at the row's i-th image token."""
+        x = self.language_model.embed(batch.input_ids)
+        if batch.pixels is None:
+            return MergedSequence(x=x, visual=None)
+        features, v_sink = self.image_features(batch.pixels)
+        patches = self.projector(features)
+        is_image = (batch.input_ids == self.config.image_token_id) & batch.attention_mask
+        index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, patches.shape[1] - 1)
+        x = jnp.where(is_image[..., None], jnp.take_along_axis(patches, index[..., None], axis=1).astype(x.dtype), x)
+        return MergedSequence(
+            x=x, visual=VisualTokens(mask=is_image, v_sink=is_image & jnp.take_along_axis(v_sink, index, axis=1))
+        )
+
+    def key_scaling(self, batch: Batch, visual: VisualTokens | None) -> KeyScaling | None:
+        """Key scales from the model's gates; None where there is nothing to scale."""
+        if self.gate_config is None or not self.gate_config.layers or visual is None:
+            return None
+        source, enabled, gate = expand_gates(self.gates, self.gate_config, self.config.text.num_layers)
+        return self._scaling(batch, visual, self.gate_config, source, enabled, gate)
+
+    def fixed_scaling(
+        self, batch: Batch, visual: VisualTokens, coefficients: jax.Array, enabled: jax.Array, gate: GateConfig
+    ) -> KeyScaling:
+        """Key scales from given coefficients float32 [L, G] at the layers `enabled` bool [L]: the oracle of the paper."""
+        return self._scaling(batch, visual, gate, coefficients, enabled, None)
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        merged: MergedSequence | None = None,
+        keep_kv: bool = False,
+        remat: str = "none",
+        observe: Callable[[LayerView], Any] | None = None,
+        observe_attention: bool = False,
+    ) -> DecoderOutput:
+        """Runs a batch through the stack. `merged` reuses a sequence that `merge` gave for the same batch."""
+        merged = merged or self.merge(batch)
+        return self.language_model(
+            merged.x,
+            batch.attention_mask,
+            self.key_scaling(batch, merged.visual),
+            keep_kv=keep_kv,
+            remat=remat,
+            observe=observe,
+            observe_attention=observe_attention,
+        )
+
+    def _scaling(
+        self, batch: Batch, visual: VisualTokens, gate: GateConfig, source: Any, enabled: jax.Array, graphdef: Any
+    ) -> KeyScaling:
+        return KeyScaling(
+            source=source,
+            enabled=enabled,
+            visual=visual,
+            gate_position=jnp.asarray(batch.gate_position),
+            valid=jnp.asarray(batch.attention_mask),
+            first_layer=min(gate.layers),
+            config=gate,
+            sinks=self.config.sinks,
+            gate=graphdef,
+        )
+
+    def _knows_v_sinks(self) -> bool:
+        sinks = self.config.sinks
+        needs_dims = sinks.criterion in ("dim_abs", "dim_rms")
+        return bool(sinks.vit_dims) or not needs_dims
+
+
+def make_gates(config: ModelConfig, gate: GateConfig, key: jax.Array) -> SinkGate:
+    """Fresh gates for the layers of `gate`, stacked in their order."""
+    return stack_layers(lambda r: SinkGate(config.text.hidden_size, gate, rngs=r), key, len(gate.layers))
+
+
+def abstract_model(config: ModelConfig, gate: GateConfig | None = None, *, dtype: Any = jnp.float32) -> tuple[Any, dict]:
+    """The model's graph definition and its parameters as a nested dict of ShapeDtypeStruct; allocates nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, gate, rngs=nnx.Rngs(0), dtype=dtype)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def assemble(graphdef: Any, frozen: dict, gates: dict | None = None) -> Llava:
+    """The model around given parameters; `gates` is the subtree below "gates" of a model that has them."""
+    return nnx.merge(graphdef, frozen if gates is None else {**frozen, "gates": gates})
+
+
+def check_gate(gate: GateConfig, config: ModelConfig) -> None:
+    """Raises ValueError for a gate configuration that the model cannot carry."""
+    layers, sinks = config.text.num_layers, config.sinks
+    if not gate.layers:
+        raise ValueError("gate.layers is empty: name the decoder layers to gate, for example [10]")
+    if bad := [layer for layer in gate.layers if not 0 <= layer < layers]:
+        raise ValueError(f"gate.layers: layer {bad[0]} does not exist, the model has layers 0 to {layers - 1}")
+    if list(gate.layers) != sorted(set(gate.layers)):
+        raise ValueError(f"gate.layers must ascend and name no layer twice: {list(gate.layers)}")
+    if gate.grouping != "l_sink_rest" and sinks.criterion in ("dim_abs", "dim_rms") and not sinks.vit_dims:
+        raise ValueError("no V-sink dimensions are known for this model: set sinks.vit_dims, or another sinks.criterion")
+    if gate.grouping != "v_sink_rest":
+        if sinks.llm_criterion == "attention":
+            raise ValueError("sinks.llm_criterion attention is only known after the keys are scaled: choose another for gating")
+        if sinks.llm_criterion in ("dim_abs", "dim_rms") and not sinks.llm_dims:
+            raise ValueError(
+                "no L-sink dimensions are known for this model: set sinks.llm_dims, or another sinks.llm_criterion"
+            )

@@ -1,0 +1,114 @@
+"""What a model folder, a run folder or a gate file holds, and whether it is whole. Reads files, loads no model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.checkpoint import MANIFEST, Problem, RunFolder, read_manifest, verify_base
+from lsg_jax.config import to_dict
+from lsg_jax.errors import InputError
+from lsg_jax.gating.portable import read_gates
+
+
+def kind_of(path: Path) -> str:
+    """`model`, `run` or `gates`.
+
+    Raises:
+        InputError: there is nothing, or nothing that is known.
+    """
+    if path.is_file():
+        return "gates"
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if (path / MANIFEST).exists():
+        return "model"
+    if (path / "run.json").exists():
+        return "run"
+    if (path / "config.json").exists():
+        raise InputError(f"{path}: looks like a Hugging Face checkpoint; run `lsg convert {path} MODEL` first")
+    raise InputError(f"{path}: neither a model folder ({MANIFEST}), nor a run folder (run.json), nor a gate file")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Plain data about what is there."""
+    return {"model": _model, "run": _run, "gates": _gates}[kind_of(path)](path)
+
+
+def problems(path: Path) -> list[Problem] | list[str]:
+    """Everything that is wrong with what is there; a gate file's one problem comes as an InputError."""
+    kind = kind_of(path)
+    if kind == "model":
+        return verify_base(path)
+    if kind == "run":
+        return RunFolder(path).verify()
+    read_gates(path)
+    return []
+
+
+def _model(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    parts: dict[str, int] = {}
+    dtypes = set()
+    for name, leaf in manifest["leaves"].items():
+        part = name.split("/")[0]
+        parts[part] = parts.get(part, 0) + math.prod(leaf["shape"])
+        dtypes.add(leaf["dtype"])
+    return {
+        "kind": "model",
+        "path": str(path),
+        "source": manifest.get("source", {}).get("name"),
+        "digest": manifest["digest"],
+        "dtype": ", ".join(sorted(dtypes)),
+        "parameters": {**parts, "total": sum(parts.values())},
+        "config": manifest["config"],
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return {
+        "kind": "run",
+        "path": str(path),
+        "model": run["model_name"],
+        "backbone": run["backbone"],
+        "saved steps": RunFolder(path).steps(),
+        "total steps": run["total_steps"],
+        "last loss": last.get("loss"),
+        "gate": run["config"]["gate"],
+        "sinks": run["sinks"],
+    }
+
+
+def _gates(path: Path) -> dict[str, Any]:
+    gates = read_gates(path)
+    count = sum(leaf.size for leaf in gates.parameters.values())
+    return {
+        "kind": "gates",
+        "path": str(path),
+        "backbone": gates.backbone or None,
+        "model width": gates.width_in,
+        "parameters": {"total": count, "a gate": count // len(gates.gate.layers)},
+        "gate": to_dict(gates.gate),
+        "sinks": to_dict(gates.sinks),
+    }
+
+
+def as_table(found: dict[str, Any], indent: str = "") -> str:
+    """Nested data as aligned lines of name and value."""
+    width = max(len(name) for name in found)
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", as_table(value, indent + "  ")]
+        else:
+            text = (
+                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "" if value is None else str(value)
+            )
+            lines.append(f"{indent}{name.ljust(width)}  {text}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""The device mesh, and which axis of every parameter lies on which mesh axis.
+
+Axes: `data` repeats the model, `fsdp` spreads parameters and batch, `tensor` splits heads and MLP width.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsg_jax.config import MeshConfig
+from lsg_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+
+# (path, spec without the leading layer axis of stacked parameters); every parameter matches exactly one
+_LAYERS = r"(?:vision_tower|language_model)/layers/"
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (_LAYERS + r"attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
+    (_LAYERS + r"attention/[qkv]_proj/bias", ("tensor", None)),
+    (_LAYERS + r"attention/(?:o|out)_proj/kernel", ("tensor", None, "fsdp")),
+    (_LAYERS + r"attention/(?:o|out)_proj/bias", (None,)),
+    (_LAYERS + r"(?:mlp/(?:gate|up)_proj|fc1)/kernel", ("fsdp", "tensor")),
+    (_LAYERS + r"(?:mlp/(?:gate|up)_proj|fc1)/bias", ("tensor",)),
+    (_LAYERS + r"(?:mlp/down_proj|fc2)/kernel", ("tensor", "fsdp")),
+    (_LAYERS + r"(?:mlp/down_proj|fc2)/bias", (None,)),
+    (_LAYERS + r"(?:input_norm|post_attention_norm|layer_norm[12])/(?:scale|bias)", (None,)),
+    (r"vision_tower/patch_embedding/kernel", (None, None, None, "fsdp")),
+    (r"vision_tower/patch_embedding/bias", (None,)),
+    (r"vision_tower/position_embedding", (None, "fsdp")),
+    (r"vision_tower/class_embedding", (None,)),
+    (r"vision_tower/pre_norm/(?:scale|bias)", (None,)),
+    (r"projector/linear_1/kernel", ("fsdp", "tensor")),
+    (r"projector/linear_1/bias", ("tensor",)),
+    (r"projector/linear_2/kernel", ("tensor", "fsdp")),
+    (r"projector/linear_2/bias", (None,)),
+    (r"language_model/embed_tokens", ("tensor", "fsdp")),
+    (r"language_model/norm/scale", (None,)),
+    (r"language_model/lm_head/kernel", ("fsdp", "tensor")),
+    (r"gates/\w+", ()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh over all devices.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ConfigError(f"mesh: sizes must be positive, and at most one may be -1: {dict(zip(AXES, sizes, strict=True))}")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(f"mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec of one parameter. An axis that the mesh does not divide stays whole.
+
+    Raises:
+        ConfigError: no rule, or more than one, matches.
+    """
+    found = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise ConfigError(f"sharding: {len(found)} rules match parameter {path}, exactly one must")
+    spec = (None,) * (len(shape) - len(found[0])) + found[0] if found[0] else ()
+    return PartitionSpec(
+        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+    )
+
+
+def shard_params(abstract: Any, mesh: Mesh) -> Any:
+    """Nested dict of ShapeDtypeStruct -> the same with shardings."""
+
+    def shard(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = param_spec("/".join(key.key for key in path), leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map_with_path(shard, abstract)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches lie along `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device: gates, optimiser state, metrics."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,116 @@
+"""What is a sink: one pure function for each criterion of the literature, and the grouping of visual tokens.
+
+Every criterion takes features [..., D] and returns bool [...], True where the token is a sink. Sources: `dim_abs` arXiv
+2604.03316; `dim_rms` Kang et al., arXiv 2503.03321; `norm` Luo et al., arXiv 2510.08510; `massive` Sun et al., arXiv
+2402.17762; `attention_share` Gu et al., arXiv 2410.10781.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lsg_jax.types import SinkMasks, VisualTokens
+
+
+def dim_abs(features: jax.Array, dims: tuple[int, ...], tau: float) -> jax.Array:
+    """Max over `dims` of |features[d]| >= tau. features [..., D] -> bool [...]."""
+    return jnp.abs(_take(features, dims)).max(-1) >= tau
+
+
+def dim_rms(features: jax.Array, dims: tuple[int, ...], tau: float) -> jax.Array:
+    """Max over `dims` of |features[d]| / rms(features) >= tau (20 in VAR). The ratio cannot exceed sqrt(D)."""
+    rms = jnp.sqrt(jnp.mean(jnp.square(features.astype(jnp.float32)), -1))
+    # compared as a product: a token of zeros is no sink, instead of 0 / 0
+    peak = jnp.abs(_take(features, dims)).max(-1)
+    return (peak >= tau * rms) & (rms > 0)
+
+
+def norm(features: jax.Array, tau: float) -> jax.Array:
+    """Euclidean norm >= tau (100 for the ViT features of CLIP in Luo et al.). features [..., D] -> bool [...]."""
+    return jnp.linalg.norm(features.astype(jnp.float32), axis=-1) >= tau
+
+
+def massive(features: jax.Array, tau: float, ratio: float, valid: jax.Array | None = None) -> jax.Array:
+    """Some |h| >= tau and >= ratio * the median |h| of the layer (100 and 1000 in Sun et al.).
+
+    Args:
+        features: [B, T, D].
+        valid: bool [B, T], tokens that count for the median, taken over each row's tokens and dimensions; None for all.
+
+    Returns:
+        bool [B, T].
+    """
+    magnitude = jnp.abs(features.astype(jnp.float32))
+    counted = magnitude if valid is None else jnp.where(valid[..., None], magnitude, jnp.nan)
+    median = jnp.nanmedian(counted, axis=(-2, -1))[:, None]
+    peak = magnitude.max(-1)
+    return (peak >= tau) & (peak >= ratio * median)
+
+
+def attention_share(received: jax.Array, among: jax.Array, tau: float) -> jax.Array:
+    """Share of the attention that falls on the tokens `among` >= tau (0.3 in Gu et al.).
+
+    Args:
+        received: float32 [B, T], attention that each token receives, averaged over heads and queries.
+        among: bool [B, T], the tokens that compete, e.g. the visual ones.
+
+    Returns:
+        bool [B, T], False outside `among` and where those tokens receive nothing.
+    """
+    received = jnp.where(among, received, 0.0)
+    total = received.sum(-1, keepdims=True)
+    return (received >= tau * total) & among & (total > 0)
+
+
+def sink_mask(
+    criterion: str,
+    features: jax.Array,
+    *,
+    dims: tuple[int, ...],
+    tau: float,
+    massive_ratio: float,
+    valid: jax.Array,
+    received: jax.Array | None = None,
+) -> jax.Array:
+    """The criterion of that name (config.Criterion), on features [B, T, D]; False outside `valid` [B, T].
+
+    Raises:
+        ValueError: `attention` without `received` [B, T].
+    """
+    if criterion == "dim_abs":
+        mask = dim_abs(features, dims, tau)
+    elif criterion == "dim_rms":
+        mask = dim_rms(features, dims, tau)
+    elif criterion == "norm":
+        mask = norm(features, tau)
+    elif criterion == "massive":
+        mask = massive(features, tau, massive_ratio, valid)
+    elif criterion == "attention":
+        if received is None:
+            raise ValueError("criterion attention needs the attention that each token receives")
+        mask = attention_share(received, valid, tau)
+    else:
+        raise ValueError(f"unknown sink criterion {criterion}")
+    return mask & valid
+
+
+def group_visual_tokens(visual: VisualTokens, l_sink: jax.Array) -> SinkMasks:
+    """Splits the visual tokens into three disjoint groups; a V-sink stays a V-sink when the language model raises it too.
+
+    Args:
+        l_sink: bool [B, T], tokens over the L-sink threshold at this layer.
+    """
+    l_sink = l_sink & visual.mask & ~visual.v_sink
+    return SinkMasks(v_sink=visual.v_sink, l_sink=l_sink, ordinary=visual.mask & ~visual.v_sink & ~l_sink)
+
+
+def _take(features: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+    """features[..., dims] as float32; an index past the end is an error, which jax alone would clamp."""
+    if not dims:
+        raise ValueError(
+            "no sink dimensions are known for this model: set sinks.vit_dims / sinks.llm_dims, or use criterion norm"
+        )
+    if bad := [d for d in dims if not 0 <= d < features.shape[-1]]:
+        raise ValueError(f"sink dimension {bad[0]} is outside the model width {features.shape[-1]}")
+    return features[..., jnp.asarray(dims)].astype(jnp.float32)

@@ -1,0 +1,57 @@
+"""AdamW with warm-up, cosine decay and clipping, on gate leaves only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lsg_jax.config import TrainConfig
+from lsg_jax.gating.gate import is_gate
+
+
+def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_fraction` of the steps, then cosine decay to `final_lr_fraction` of the peak."""
+    warmup = min(round(config.warmup_fraction * total_steps), total_steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (warmup + 1),  # the first step moves already
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(total_steps, 1),
+        end_value=config.final_lr_fraction * config.learning_rate,
+    )
+
+
+def freeze_mask(params: Any) -> Any:
+    """True for every leaf that is not a gate's; the tree of `params`."""
+    return jax.tree.map_with_path(lambda path, _: not is_gate(tuple(key.key for key in path)), params)
+
+
+def make_optimizer(config: TrainConfig, total_steps: int, params: Any) -> optax.GradientTransformation:
+    """The optimiser over the full parameter tree; frozen leaves have no slot and an update of zero.
+
+    Args:
+        params: the whole model's parameters, abstract or real; only the tree's structure is used.
+    """
+    inner = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(learning_rate(config, total_steps), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
+    )
+    return optax.selective_transform(inner, freeze_mask=freeze_mask(params))
+
+
+def gate_updates(
+    optimizer: optax.GradientTransformation, gradients: Any, opt_state: Any, gates: Any, frozen: Any
+) -> tuple[Any, Any]:
+    """Applies the full-tree optimiser when only gate gradients exist.
+
+    Frozen leaves stand as scalars of zero, since the optimiser never looks at them; so no array of a frozen shape is made.
+
+    Returns:
+        updates of the gates, new optimiser state.
+    """
+    nothing = jax.tree.map(lambda _: jnp.zeros(()), frozen)
+    updates, opt_state = optimizer.update({**nothing, "gates": gradients}, opt_state, {**nothing, "gates": gates})
+    return updates["gates"], opt_state

@@ -1,0 +1,119 @@
+"""Pytrees that cross module borders, with shapes and units on every field.
+
+Shape letters, used as suffixes where a shape is not plain:
+
+    B batch      T query position   S key position   N attention heads   K key-value heads
+    H head width D model width      F mlp width      V vocabulary        P patches (image tokens)
+    L layers     G token groups     A answer slots   C channels
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import flax.struct
+
+Array: TypeAlias = Any
+"""jax.Array on devices, numpy.ndarray on the host."""
+
+IGNORE = -100
+"""Label value of a position that carries no loss (the convention of Hugging Face)."""
+
+
+@flax.struct.dataclass
+class Batch:
+    """Examples of one fixed shape. Rows may be padded on either side and hold at most one image.
+
+    Attributes:
+        input_ids: int32 [B, T], one image token per patch, as Hugging Face processors write them.
+        attention_mask: bool [B, T], False on padding.
+        pixels: [B, H, W, C], uint8 as decoded, or float32 normalised by the processor's mean and std; None for text only.
+            A row without image tokens ignores its pixels.
+        gate_position: int32 [B], index of the last prompt token, where the gates read.
+        answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
+        answer_target: int32 [B, A], token to predict; -100 where unused.
+        row_id: int32 [B], position of the record in its data set, for error messages; -1 where unknown.
+    """
+
+    input_ids: Array
+    attention_mask: Array
+    pixels: Array | None
+    gate_position: Array
+    answer_index: Array | None = None
+    answer_target: Array | None = None
+    row_id: Array | None = None
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the positions seen so far, of static size S; visual keys are stored already scaled.
+
+    Attributes:
+        key: [L, B, S, K, H], after rotary embedding and gating.
+        value: [L, B, S, K, H].
+        valid: bool [B, S], slots that may be attended to.
+    """
+
+    key: Array
+    value: Array
+    valid: Array
+
+
+@flax.struct.dataclass
+class LayerView:
+    """What an observer sees of one decoder layer.
+
+    Attributes:
+        hidden: [B, T, D], the residual stream that enters the layer (HF `hidden_states[l]`).
+        attention: float32 [B, N, T, S], attention weights; None unless they were asked for.
+        ratios: float32 [B, G], gate ratios of the layer; None below the lowest gated layer.
+    """
+
+    hidden: Array
+    attention: Array | None = None
+    ratios: Array | None = None
+
+
+@flax.struct.dataclass
+class VisualTokens:
+    """Which positions of the merged sequence are image patches, and which of those the ViT made sinks.
+
+    Attributes:
+        mask: bool [B, T].
+        v_sink: bool [B, T], a subset of `mask`.
+    """
+
+    mask: Array
+    v_sink: Array
+
+
+@flax.struct.dataclass
+class SinkMasks:
+    """The three groups of visual tokens at one layer; disjoint, and together all visual tokens.
+
+    Attributes:
+        v_sink: bool [B, T].
+        l_sink: bool [B, T], visual tokens that became sinks in the language model and are no V-sinks.
+        ordinary: bool [B, T].
+    """
+
+    v_sink: Array
+    l_sink: Array
+    ordinary: Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training run changes.
+
+    Attributes:
+        gates: the gate parameters, float32, a nested dict.
+        opt_state: the optax state; holds slots for gate leaves only.
+        step: int32 [], optimiser steps taken, skipped ones included.
+        skipped: int32 [], steps in a row that were skipped for a non-finite loss or gradient.
+    """
+
+    gates: Any
+    opt_state: Any
+    step: Array
+    skipped: Array

@@ -1,0 +1,334 @@
+"""A model folder, opened: parameters on devices, its gates if any, and the compiled calls that users script against."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsg_jax.checkpoint import load_base, read_manifest, read_step
+from lsg_jax.config import GateConfig, ModelConfig, SinkConfig, from_dict
+from lsg_jax.data.processor import Processor
+from lsg_jax.errors import CheckpointError, ConfigError, InputError
+from lsg_jax.gating.portable import PortableGates, read_gates, to_torch_layout
+from lsg_jax.model.generate import generate, last_token
+from lsg_jax.model.llava import abstract_model, assemble, check_gate
+from lsg_jax.model.loss import answer_loss, answer_slots
+from lsg_jax.types import IGNORE, Batch
+
+PROMPT_BUCKET = 32  # prompt lengths are rounded up to a multiple, so that few shapes compile
+
+
+class VLM:
+    """A LLaVA-style model with its weights, gated or not.
+
+    Args:
+        config: the model; its `sinks` are those in force.
+        frozen: backbone parameters, a nested dict.
+        gate, gates: what the gates are and their parameters (stacked over gate.layers); both None for the plain model.
+        folder: the model folder, for tokenizer and processor files.
+        digest: identity of the backbone's weights.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        frozen: dict,
+        *,
+        gate: GateConfig | None = None,
+        gates: dict | None = None,
+        folder: Path | None = None,
+        digest: str = "",
+    ):
+        if gate is not None:
+            check_gate_input(gate, config)
+        self.config = config
+        self.gate = gate
+        self.frozen = frozen
+        self.gates = gates
+        self.folder = folder
+        self.digest = digest
+        self.graphdef, _ = abstract_model(config, gate)
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """Tokenizer and image preparation of the model folder."""
+        return self.make_processor()
+
+    def make_processor(self, image_aspect: Any = None) -> Processor:
+        """Tokenizer and image preparation, the latter with another aspect than the folder's if given."""
+        if self.folder is None:
+            raise InputError("this model was not loaded from a folder: it has no tokenizer")
+        return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect)
+
+    @property
+    def params(self) -> dict:
+        """All parameters, gates included, a nested dict."""
+        return self.frozen if self.gates is None else {**self.frozen, "gates": self.gates}
+
+    def ungated(self) -> VLM:
+        """The same weights without gates."""
+        return VLM(self.config, self.frozen, folder=self.folder, digest=self.digest)
+
+    # Arrays in, arrays out: `input_ids` int [B, T] hold one image token per patch; `pixel_values` float [B, C, H, W] as HF
+    # image processors return them, one image a row or one for each row that has image tokens; None for text only.
+
+    def logits(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> np.ndarray:
+        """float32 [B, T, V]. `gate_position` int [B] defaults to the last unpadded token."""
+        return np.asarray(
+            _logits(self.params, self.batch(input_ids, pixel_values, attention_mask, gate_position), self.graphdef)
+        )
+
+    def loss_and_grads(
+        self, input_ids: Any, pixel_values: Any, labels: Any, attention_mask: Any = None
+    ) -> tuple[float, dict[int, dict[str, np.ndarray]]]:
+        """Loss in nats a token, and the gradient of every gate.
+
+        The gates read at the last token before the first label that is not -100.
+
+        Args:
+            labels: int [B, T], as HF has them: aligned with `input_ids`, -100 where there is no loss.
+
+        Returns:
+            loss, {layer: {name: array}} with names and torch layouts as in the portable gate file.
+
+        Raises:
+            InputError: no gates are loaded, or a row has no label.
+        """
+        if self.gates is None or self.gate is None:
+            raise InputError("loss_and_grads needs gates: lsg_jax.load(model_dir, gates=...)")
+        labels = np.asarray(labels)
+        supervised = labels[:, 1:] != IGNORE
+        if not supervised.any(1).all():
+            raise InputError(f"row {int(np.argmin(supervised.any(1)))} has no label: every row needs an answer")
+        index, target = answer_slots(labels)
+        batch = self.batch(input_ids, pixel_values, attention_mask, index[:, 0])
+        loss, gradients = _loss_and_grads(
+            self.gates, self.frozen, dataclasses.replace(batch, answer_index=index, answer_target=target), self.graphdef
+        )
+        return float(loss), to_torch_layout(jax.tree.map(np.asarray, gradients), self.gate.layers)
+
+    def generate_ids(
+        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, max_new_tokens: int = 32
+    ) -> np.ndarray:
+        """int32 [B, N], greedy; N <= max_new_tokens ends where the last row ended, with pad tokens after each row's end."""
+        return self.generate_batch(self.batch(input_ids, pixel_values, attention_mask), max_new_tokens)
+
+    def v_sinks(self, pixel_values: Any) -> np.ndarray:
+        """bool [B, P], patches that the vision tower made sinks, in the order of the image tokens."""
+        if self.config.sinks.criterion in ("dim_abs", "dim_rms") and not self.config.sinks.vit_dims:
+            raise ConfigError(
+                "no V-sink dimensions are known for this model: load it with sinks=SinkConfig(vit_dims=(...,), ...)"
+            )
+        return np.asarray(_v_sinks(self.params, to_pixels(pixel_values), self.graphdef))
+
+    def gate_ratios(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None) -> dict[int, np.ndarray]:
+        """{layer: float32 [B, G]}, the softmax of each gate (sum 1, before `key_scale`); {} without gates or images."""
+        if self.gate is None or pixel_values is None:
+            return {}
+        ratios = np.asarray(_ratios(self.params, self.batch(input_ids, pixel_values, attention_mask), self.graphdef))
+        return {layer: ratios[layer - min(self.gate.layers)] for layer in self.gate.layers}
+
+    # Images and text in, text out.
+
+    def generate(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
+        """Greedy answers. `images` holds paths, bytes, PIL images, or None for a question without an image."""
+        if len(images) != len(prompts):
+            raise InputError(f"{len(images)} images for {len(prompts)} prompts")
+        if not prompts:
+            return []
+        encoded = [
+            self.processor.encode_question(prompt, has_image=image is not None)
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        pixels = [None if image is None else self.processor.pixels(image) for image in images]
+        tokens = self.generate_batch(self.pad_questions(encoded, pixels), max_new_tokens)
+        return [self.processor.decode(row) for row in tokens]
+
+    def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[np.ndarray | None]) -> Batch:
+        """Left-padded batch of encoded questions; its length is rounded up so that few shapes compile."""
+        longest = max(len(e.ids) for e in encoded)
+        length = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+        return self.processor.collate(encoded, pixels, max_length=length, max_answer_tokens=1, padding_side="left")
+
+    def generate_batch(self, batch: Batch, max_new_tokens: int) -> np.ndarray:
+        """`generate_ids` for a batch that is already made."""
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+        # the answer slots play no part, and would only add shapes to compile
+        batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
+        tokens, steps = _generate(self.params, batch, self.graphdef, max_new_tokens)
+        return np.asarray(tokens)[:, : int(steps)]
+
+    def batch(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> Batch:
+        """Checks raw arrays and makes a Batch of them.
+
+        Raises:
+            InputError: shapes do not fit, or the image tokens of a row are neither 0 nor one per patch.
+        """
+        ids = np.asarray(input_ids, np.int32)
+        if ids.ndim != 2 or ids.size == 0:
+            raise InputError(f"input_ids must be [B, T] and not empty, got {list(ids.shape)}")
+        mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        if mask.shape != ids.shape:
+            raise InputError(f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}")
+        if not mask.any(1).all():
+            raise InputError(f"row {int(np.argmin(mask.any(1)))} is all padding")
+        if outside := ids[(ids < 0) | (ids >= self.config.text.vocab_size) & (ids != self.config.image_token_id)].tolist():
+            raise InputError(f"token {outside[0]} is outside the vocabulary of {self.config.text.vocab_size}")
+        position = last_token(mask) if gate_position is None else np.asarray(gate_position, np.int32)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            pixels=self._row_pixels(ids, mask, pixel_values),
+            gate_position=np.broadcast_to(position, ids.shape[:1]),
+        )
+
+    def _row_pixels(self, ids: np.ndarray, mask: np.ndarray, pixel_values: Any) -> np.ndarray | None:
+        counts = ((ids == self.config.image_token_id) & mask).sum(1)
+        expected = self.config.num_image_tokens
+        has_image = counts > 0
+        if pixel_values is None:
+            if has_image.any():
+                raise InputError(f"row {int(np.argmax(has_image))} has {counts.max()} image tokens, but there is no image")
+            return None
+        if (bad := has_image & (counts != expected)).any():
+            row = int(np.argmax(bad))
+            raise InputError(f"row {row} has {counts[row]} image tokens, the vision tower gives {expected} features an image")
+        pixels = to_pixels(pixel_values)
+        side = self.config.vision.image_size
+        if pixels.shape[1:] != (side, side, self.config.vision.num_channels):
+            raise InputError(f"pixel_values must be [B, {self.config.vision.num_channels}, {side}, {side}]")
+        if len(pixels) == len(ids):
+            return pixels
+        if len(pixels) != has_image.sum():
+            raise InputError(f"{len(pixels)} images for {len(ids)} rows, {has_image.sum()} of them with image tokens")
+        rows = np.zeros((len(ids), *pixels.shape[1:]), np.float32)
+        rows[has_image] = pixels
+        return rows
+
+
+def to_pixels(pixel_values: Any) -> np.ndarray:
+    """[B, C, H, W] as HF image processors return it -> float32 [B, H, W, C]."""
+    pixels = np.asarray(pixel_values, np.float32)
+    if pixels.ndim != 4:
+        raise InputError(f"pixel_values must be [B, C, H, W], got {list(pixels.shape)}")
+    return pixels.transpose(0, 2, 3, 1)
+
+
+def check_gate_input(gate: GateConfig, config: ModelConfig) -> None:
+    """`check_gate` for settings that a user gave: raises ConfigError."""
+    try:
+        check_gate(gate, config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load_backbone(
+    folder: str | Path, *, dtype: Any = None, sinks: SinkConfig | None = None, shard: Any = None, verify: bool = True
+) -> VLM:
+    """Opens a model folder without gates.
+
+    Args:
+        dtype: of the weights; None keeps them as stored.
+        sinks: instead of the sink settings of the folder.
+        shard: called with the tree of abstract leaves, gives it back with shardings; None for one device.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    config = from_dict(ModelConfig, manifest["config"], where=f"{folder}/lsg_manifest.json: config")
+    if sinks is not None:
+        config = dataclasses.replace(config, sinks=sinks)
+    _, abstract = abstract_model(config)
+    stored = _as_stored(abstract, manifest["leaves"])
+    frozen = load_base(folder, stored if shard is None else shard(stored), dtype=dtype, verify=verify)
+    return VLM(config, frozen, folder=folder, digest=manifest["digest"])
+
+
+def _as_stored(abstract: dict, leaves: dict[str, Any]) -> dict:
+    """Abstract leaves with the dtypes that the manifest states; names and shapes stay for `load_base` to compare."""
+
+    def leaf(path: tuple, struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        entry = leaves.get("/".join(key.key for key in path))
+        return struct if entry is None else jax.ShapeDtypeStruct(struct.shape, jnp.dtype(entry["dtype"]))
+
+    return jax.tree.map_with_path(leaf, abstract)
+
+
+def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM:
+    """Adds gates to a model.
+
+    The gates bring the sink settings that they were trained with, unless `sinks` says otherwise.
+
+    Args:
+        source: a run folder, a portable gate file, or PortableGates.
+
+    Raises:
+        InputError: no gates there, or gates for another model width. CheckpointError: a run of another backbone.
+    """
+    gates = source if isinstance(source, PortableGates) else open_gates(source, backbone=vlm.digest)
+    width = vlm.config.text.hidden_size
+    if gates.width_in != width:
+        raise InputError(f"{source}: gates for model width {gates.width_in}, this model has width {width}")
+    config = dataclasses.replace(vlm.config, sinks=sinks or gates.sinks)
+    parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gates.parameters)
+    return VLM(config, vlm.frozen, gate=gates.gate, gates=parameters, folder=vlm.folder, digest=vlm.digest)
+
+
+def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGates:
+    """Reads gates from a run folder (its newest sound step) or from a portable file.
+
+    Args:
+        backbone: digest of the model they are meant for; a run folder of another one is refused.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_gates(path)
+    try:
+        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path}: neither a run folder (no readable run.json) nor a gate file") from None
+    if backbone is not None and run["backbone"] != backbone:
+        raise CheckpointError(
+            f"{path}: these gates were trained on another backbone ({run['backbone'][:12]}, not {backbone[:12]})"
+        )
+    _, tree, _ = read_step(path)
+    return PortableGates(
+        gate=from_dict(GateConfig, run["config"]["gate"], where=f"{path}/run.json: gate"),
+        sinks=from_dict(SinkConfig, run["sinks"], where=f"{path}/run.json: sinks"),
+        parameters=tree["gates"],
+        backbone=f"{run['model_name']} {run['backbone']}",
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _logits(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
+    model = assemble(graphdef, params)
+    return model.language_model.logits(model(batch).hidden)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _loss_and_grads(gates: dict, frozen: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, dict]:
+    return jax.value_and_grad(lambda g: answer_loss(assemble(graphdef, frozen, g), batch)[0])(gates)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _v_sinks(params: dict, pixels: jax.Array, graphdef: Any) -> jax.Array:
+    return assemble(graphdef, params).image_features(pixels)[1]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _ratios(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
+    return assemble(graphdef, params)(batch).ratios
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _generate(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
+    return generate(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)

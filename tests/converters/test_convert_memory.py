@@ -1,0 +1,95 @@
+"""Conversion at the true tensor shapes of LLaVA-1.5 7B stays below 1 GiB, and so does the way back."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import LLAVA_7B, write_random_bf16
+
+from converters.families import rules_of
+from converters.hf_config import model_config
+from converters.rules import layout
+
+SCRIPT = """
+import json, resource, sys, time
+from converters.convert import convert
+from converters.export import export
+start = time.time()
+{call}
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({{"GiB": round(peak, 3), "seconds": round(time.time() - start, 1)}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """Two vision and four decoder layers in two shards, about 2.2 GB; deleted at the end."""
+    folder = tmp_path_factory.mktemp("true_shapes")
+    config = copy.deepcopy(LLAVA_7B)
+    config["vision_config"]["num_hidden_layers"] = 2
+    config["text_config"]["num_hidden_layers"] = 4
+    (folder / "hf").mkdir()
+    (folder / "hf/config.json").write_text(json.dumps(config))
+    wanted = model_config(config)
+    tensors = layout(wanted, rules_of(wanted)).tensors
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for seed, (file, members) in enumerate(shards.items()):
+        write_random_bf16(folder / "hf" / file, {name: tensors[name] for name in members}, seed)
+    index = {"weight_map": {name: file for file, members in shards.items() for name in members}}
+    (folder / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    yield folder
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def run(call: str) -> dict[str, float]:
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(call=call)], cwd=root, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def same_data(first: Path, second: Path) -> bool:
+    """Compares two safetensors folders tensor by tensor without holding more than one row range."""
+    from converters.blocks import equal_tensors
+    from converters.reader import open_source
+
+    a, b = open_source(first), open_source(second)
+    both = _Both(a, b)
+    return a.tensors.keys() == b.tensors.keys() and all(equal_tensors(both, f"a {name}", f"b {name}") for name in a.tensors)
+
+
+class _Both:
+    """Two sources as one, for `equal_tensors`."""
+
+    def __init__(self, a, b):
+        self.tensors = {f"a {n}": t for n, t in a.tensors.items()} | {f"b {n}": t for n, t in b.tensors.items()}
+        self.files = (*a.files, *b.files)
+        self._of = {"a": a, "b": b}
+
+    def rows(self, name, start, stop):
+        which, original = name.split(" ", 1)
+        return self._of[which].rows(original, start, stop)
+
+    def close(self):
+        pass
+
+
+def test_convert_and_export_below_1_gib(folder: Path) -> None:
+    there = run(f"convert({str(folder / 'hf')!r}, {str(folder / 'model')!r})")
+    back = run(f"export({str(folder / 'model')!r}, {str(folder / 'back')!r})")
+    print("convert", there, "export", back)
+    assert there["GiB"] < 1 and back["GiB"] < 1
+    assert same_data(folder / "hf", folder / "back")
+
+
+def test_cast_to_float32_below_1_gib(folder: Path) -> None:
+    there = run(f"convert({str(folder / 'hf')!r}, {str(folder / 'model32')!r}, dtype='float32')")
+    print("convert to float32", there)
+    assert there["GiB"] < 1

@@ -1,0 +1,441 @@
+"""The run folder: saved steps come back to the bit or not at all, and one run at a time writes."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lsg_jax.checkpoint import FolderLock, RunFolder, read_step
+from lsg_jax.errors import BusyError, CheckpointError, InputError, NonFiniteError
+from lsg_jax.types import TrainState
+
+
+def make_state(seed: int) -> TrainState:
+    """Gates, an AdamW state with moments of some value, and counters."""
+    rng = np.random.default_rng(seed)
+    gates = {str(i): {"kernel": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32)} for i in range(2)}
+    gates["0"]["bias"] = jnp.asarray(rng.normal(size=30), jnp.bfloat16)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    opt_state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 9, x.dtype), optimizer.init(gates))
+    return TrainState(gates=gates, opt_state=opt_state, step=jnp.int32(seed), skipped=jnp.int32(0))
+
+
+def abstract(state):
+    return jax.eval_shape(lambda: state)
+
+
+def same(got, want) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert isinstance(a, jax.Array) and a.dtype == b.dtype and a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def saved_run(folder: Path, last: int = 3) -> RunFolder:
+    run = RunFolder(folder)
+    with run.lock():
+        for step in range(1, last + 1):
+            run.save(step, make_state(step), meta={"data": {"position": step}})
+    return run
+
+
+def run_python(code: str, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent), **environment}
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, timeout=120)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def test_round_trip(tmp_path):
+    run = saved_run(tmp_path / "run")
+    restored = run.latest(abstract(make_state(0)))
+    assert restored.step == 3 and restored.meta == {"data": {"position": 3}}
+    assert isinstance(restored.state, TrainState)
+    same(restored.state, make_state(3))
+    assert run.verify() == [] and run.steps() == [1, 2, 3]
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert RunFolder(tmp_path / "run").latest({"a": jnp.ones(2)}) is None
+    assert RunFolder(tmp_path / "run").steps() == []
+
+
+def test_random_keys_and_containers(tmp_path):
+    state = {
+        "key": jax.random.key(7),
+        "keys": jax.random.split(jax.random.key(1, impl="rbg"), 3),
+        "old": jax.random.PRNGKey(3),
+        "list": [np.arange(3, dtype=np.int32), (np.float32(2.0), jnp.asarray([True, False]))],
+    }
+    run = RunFolder(tmp_path)
+    with run.lock():
+        run.save(0, state, meta={})
+    restored = run.latest(abstract(state)).state
+    assert jax.random.key_impl(restored["keys"]) == jax.random.key_impl(state["keys"])
+    for name in ("key", "keys"):
+        assert restored[name].dtype == state[name].dtype
+        np.testing.assert_array_equal(jax.random.key_data(restored[name]), jax.random.key_data(state[name]))
+    np.testing.assert_array_equal(restored["list"][0], [0, 1, 2])
+    assert restored["list"][1][1].dtype == bool
+    with pytest.raises(CheckpointError, match="key has dtype key<fry>"):
+        run.latest({**state, "key": jax.random.key(7, impl="rbg")})
+
+
+def test_restores_into_shardings(tmp_path):
+    code = """
+import sys, jax, numpy as np
+from lsg_jax.checkpoint import RunFolder
+devices = jax.devices()
+mesh = jax.sharding.Mesh(np.array(devices), ("x",))
+shard = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+values = np.arange(8, dtype=np.float32)
+state = {"w": jax.device_put(values, shard), "k": jax.device_put(jax.random.key(0), whole)}
+run = RunFolder(sys.argv[1])
+if sys.argv[2] == "save":
+    with run.lock():
+        run.save(5, state, meta={})
+restored = run.latest(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)).state
+assert restored["w"].sharding == shard and len(restored["w"].addressable_shards) == len(devices)
+assert restored["k"].sharding.is_equivalent_to(whole, 0)
+np.testing.assert_array_equal(restored["w"], values)
+"""
+    run_python(code, str(tmp_path), "save", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    run_python(code, str(tmp_path), "load", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+def test_read_step_needs_no_tree_and_changes_nothing(tmp_path):
+    run = saved_run(tmp_path)
+    step, tree, meta = read_step(tmp_path)
+    assert step == 3 and meta["data"]["position"] == 3
+    np.testing.assert_array_equal(tree["gates"]["0"]["bias"], make_state(3).gates["0"]["bias"])
+    assert tree["gates"]["0"]["bias"].dtype == jnp.bfloat16
+    assert read_step(tmp_path, 1)[0] == 1
+    with pytest.raises(InputError, match="no step 9; there are 1, 2, 3"):
+        read_step(tmp_path, 9)
+    with pytest.raises(InputError, match="no run folder"):
+        read_step(tmp_path / "nothing")
+    shutil.rmtree(run.checkpoints / "3" / "state")
+    assert read_step(tmp_path)[0] == 2
+    assert run.steps() == [1, 2, 3]  # a reader without the lock moves nothing
+    with pytest.raises(CheckpointError, match="lsg verify"):
+        read_step(tmp_path, 3)
+
+
+def test_keeps_the_newest(tmp_path):
+    run = RunFolder(tmp_path, keep=2)
+    with run.lock():
+        for step in (1, 5, 7):
+            run.save(step, make_state(step), meta={})
+    assert run.steps() == [5, 7] and sorted(os.listdir(run.checkpoints)) == ["5", "7"]
+
+
+def test_a_step_at_or_below_the_latest_is_refused(tmp_path):
+    run = saved_run(tmp_path)
+    with run.lock():
+        for step in (3, 2, -1):
+            with pytest.raises(CheckpointError, match="was not saved"):
+                run.save(step, make_state(0), meta={})
+    assert run.steps() == [1, 2, 3]
+    same(run.latest(abstract(make_state(0))).state, make_state(3))
+
+
+def test_save_needs_the_lock(tmp_path):
+    with pytest.raises(RuntimeError, match="lock"):
+        RunFolder(tmp_path).save(1, make_state(1), meta={})
+
+
+def test_state_that_cannot_be_stored(tmp_path):
+    run = saved_run(tmp_path, 1)
+    bad = make_state(2)
+    bad.gates["1"]["kernel"] = bad.gates["1"]["kernel"].at[2, 2].set(jnp.nan)
+    cases = [
+        (bad, {}, NonFiniteError, "gates/1/kernel"),
+        ({"a": jnp.asarray([jnp.inf], jnp.bfloat16)}, {}, NonFiniteError, "leaf a"),
+        ({"a": 3}, {}, CheckpointError, "leaf a is a int"),
+        ({"a": np.zeros(2)}, {}, CheckpointError, "float64"),
+        ({"a": jnp.zeros((0, 2))}, {}, CheckpointError, "leaf a"),
+        ({"a.b": jnp.ones(2)}, {}, CheckpointError, "a.b"),
+        ({"a/b": jnp.ones(2)}, {}, CheckpointError, "a/b"),
+        ({}, {}, CheckpointError, "no leaves"),
+        (make_state(2), {"loss": float("nan")}, CheckpointError, "meta is no JSON"),
+        (make_state(2), {"loss": jnp.ones(1)}, CheckpointError, "meta is no JSON"),
+    ]
+    with run.lock():
+        for state, meta, kind, text in cases:
+            with pytest.raises(kind, match=text):
+                run.save(2, state, meta=meta)
+    assert run.steps() == [1] and run.verify() == [] and os.listdir(run.checkpoints) == ["1"]
+
+
+def test_a_tree_that_does_not_fit_is_never_cast(tmp_path):
+    run = saved_run(tmp_path)
+    state = make_state(0)
+    wrong = abstract(state.replace(step=jnp.float32(0)))
+    wrong.gates["1"]["kernel"] = jax.ShapeDtypeStruct((40, 5), np.float32)
+    wrong.gates["2"] = wrong.gates.pop("0")
+    with run.lock(), pytest.raises(CheckpointError) as error:
+        run.latest(wrong)
+    for part in ("step has dtype int32, expected float32", "gates/1/kernel has shape (40, 30), expected (40, 5)", "gates/2"):
+        assert part in str(error.value)
+    assert run.steps() == [1, 2, 3] and not run.quarantine.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
+def test_damage_to_any_file_of_a_step(tmp_path, damage, caplog):
+    """Either the file did not matter, and the step comes back to the bit, or the step before is used and this one set aside."""
+    saved_run(tmp_path / "good", 2)
+    newest = tmp_path / "good" / "checkpoints" / "2"
+    paths = sorted(p.relative_to(tmp_path / "good") for p in newest.rglob("*") if p.is_file())
+    assert len(paths) > 6
+    fell_back = 0
+    for path in paths:
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        hurt(tmp_path / "bad" / path, damage)
+        run = RunFolder(tmp_path / "bad")
+        caplog.clear()
+        with run.lock():
+            restored = run.latest(abstract(make_state(0)))
+        same(restored.state, make_state(restored.step))
+        assert restored.meta == {"data": {"position": restored.step}}
+        if restored.step == 1:
+            fell_back += 1
+            assert run.steps() == [1] and os.listdir(run.quarantine) == ["2"]
+            assert "step 2 is damaged" in caplog.text
+            with run.lock():
+                run.save(2, make_state(20), meta={})  # the number is free again
+            same(run.latest(abstract(make_state(0))).state, make_state(20))
+    # Metadata, index and data; Orbax also leaves markers and copies that nothing reads.
+    assert fell_back >= 4
+
+
+def hurt(path: Path, damage: str) -> None:
+    data = bytearray(path.read_bytes())
+    if damage == "delete":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif data:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def test_flipped_bytes_never_give_other_values(tmp_path):
+    """Many flips over the data and the metadata of one step."""
+    run = saved_run(tmp_path, 2)
+    rng = random.Random(0)
+    paths = [p for p in (run.checkpoints / "2").rglob("*") if p.is_file() and p.stat().st_size]
+    want = {step: make_state(step) for step in (1, 2)}
+    for _ in range(40):
+        path = rng.choice(paths)
+        good = path.read_bytes()
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        restored = run.latest(abstract(want[1]))
+        same(restored.state, want[restored.step])
+        assert restored.meta == {"data": {"position": restored.step}}
+        path.write_bytes(good)
+
+
+def test_all_steps_damaged_is_an_error_each_time(tmp_path):
+    run = saved_run(tmp_path, 2)
+    for step in (1, 2):
+        (run.checkpoints / str(step) / "_CHECKPOINT_METADATA").unlink()
+    for _ in range(2):
+        with run.lock(), pytest.raises(CheckpointError, match="every step is damaged"):
+            run.latest(abstract(make_state(0)))
+    assert len(run.verify()) == 2
+    with pytest.raises(CheckpointError, match="every step is damaged"):
+        read_step(tmp_path)
+
+
+def test_a_renamed_step_is_damaged(tmp_path):
+    run = saved_run(tmp_path, 1)
+    shutil.copytree(run.checkpoints / "1", run.checkpoints / "9")
+    assert run.latest(abstract(make_state(0))).step == 1
+    assert [p.where for p in run.verify()] == ["step 9"]
+
+
+def test_quarantine_keeps_every_damaged_step(tmp_path):
+    run = saved_run(tmp_path, 1)
+    for _ in range(2):
+        with run.lock():
+            run.save(2, make_state(2), meta={})
+            (run.checkpoints / "2" / "state" / "_METADATA").unlink()
+            assert run.latest(abstract(make_state(0))).step == 1
+    assert sorted(os.listdir(run.quarantine)) == ["2", "2-2"]
+
+
+def test_kill_during_save(tmp_path):
+    code = """
+import sys
+from test_checkpoint_run import make_state, RunFolder
+run = RunFolder(sys.argv[1])
+with run.lock():
+    start = run.steps()[-1]
+    for step in range(start + 1, 1000):
+        run.save(step, make_state(step), meta={"data": {"position": step}})
+        print("saved", flush=True)
+"""
+    run = saved_run(tmp_path / "run", 1)
+    rng = random.Random(1)
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
+    for _ in range(2):
+        before = run.steps()[-1]
+        child = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, env=env)
+        assert child.stdout.readline() == b"saved\n"
+        time.sleep(rng.random() * 0.3)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        with run.lock():
+            restored = run.latest(abstract(make_state(0)))
+        assert restored.step > before
+        same(restored.state, make_state(restored.step))
+        assert all(name.isdecimal() for name in os.listdir(run.checkpoints))  # leftovers are gone
+    assert not run.quarantine.exists()
+
+
+def test_disk_full_keeps_earlier_steps(tmp_path):
+    code = """
+import resource, sys
+import jax.numpy as jnp, numpy as np
+from lsg_jax.checkpoint import RunFolder
+from lsg_jax.errors import CheckpointError
+run = RunFolder(sys.argv[1])
+def state(n):
+    return {"w": jnp.asarray(np.random.default_rng(0).normal(size=n), jnp.float32)}
+with run.lock():
+    run.save(1, state(10), meta={})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+    for _ in range(2):
+        try:
+            run.save(2, state(100_000), meta={})
+        except CheckpointError as error:
+            print(error)
+    try:
+        run.write_json("run.json", "x" * 100_000)
+    except CheckpointError as error:
+        print(error)
+    run.save(3, state(10), meta={})
+"""
+    lines = run_python(code, str(tmp_path)).stdout.splitlines()
+    assert len(lines) == 3 and all("step 2 was not saved" in line and "earlier steps are kept" in line for line in lines[:2])
+    run = RunFolder(tmp_path)
+    assert "run.json: cannot be written" in lines[2] and not (tmp_path / "run.json").exists()
+    assert sorted(os.listdir(run.checkpoints)) == ["1", "3"] and run.verify() == []
+
+
+def test_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "run", tmp_path / "file"):
+        with pytest.raises(InputError, match="cannot be written"), RunFolder(path).lock():
+            pytest.fail("locked")
+
+
+def test_read_only_folder_is_refused():
+    """As a user whom file modes bind: root is not."""
+    code = """
+import os, sys
+import lsg_jax.checkpoint.run
+from lsg_jax.checkpoint import RunFolder
+from lsg_jax.errors import InputError
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    with RunFolder(sys.argv[1]).lock():
+        print("locked")
+except InputError as error:
+    print(error)
+"""
+    # Not below tmp_path, which only its owner may enter: that would be another refusal.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        assert run_python(code, folder).stdout == f"{folder}: cannot be written: Permission denied; choose another output\n"
+
+
+HOLD = """
+import sys
+from lsg_jax.checkpoint import FolderLock
+with FolderLock(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    assert child.stdout.readline() == b"locked\n"
+    yield child
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    child.stdin.close()
+
+
+def test_two_processes_one_folder(tmp_path, holder, caplog):
+    busy = rf"in use by pid {holder.pid} on .* since 20.*; wait or choose another output"
+    with pytest.raises(BusyError, match=busy), RunFolder(tmp_path).lock():
+        pytest.fail("locked")
+    holder.stdin.write(b"\n")
+    holder.stdin.flush()
+    holder.wait()
+    with RunFolder(tmp_path).lock():
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    assert "taking over" not in caplog.text
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path, holder, caplog):
+    holder.kill()
+    holder.wait()
+    with caplog.at_level(logging.WARNING), FolderLock(tmp_path):
+        assert f"taking over the lock of pid {holder.pid}" in caplog.text
+
+
+def test_lock_of_another_machine(tmp_path, caplog):
+    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "2026-01-01"}))
+    with pytest.raises(BusyError, match="another machine"), FolderLock(tmp_path):
+        pytest.fail("locked")
+    with FolderLock(tmp_path, take_over=True):
+        assert "pid 1 on elsewhere" in caplog.text
+
+
+def test_lock_is_exclusive_within_a_process_and_after_deletion(tmp_path):
+    lock = FolderLock(tmp_path)
+    with lock:
+        for other in (lock, FolderLock(tmp_path)):
+            with pytest.raises(BusyError):
+                other.acquire()
+    with lock:
+        assert lock.held
+    assert not lock.held and (tmp_path / "lock").read_text() == ""
+
+
+def test_json_files(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.write_json("run.json", {"b": 1, "a": [1.5, None]})
+    assert run.read_json("run.json") == {"a": [1.5, None], "b": 1}
+    assert os.listdir(run.path) == ["run.json"]
+    for text in ('{"a": NaN}', '{"a": 1, "a": 2}', "{", "[" * 100_000):
+        (run.path / "bad.json").write_text(text)
+        with pytest.raises(InputError, match=r"bad\.json: not valid JSON"):
+            run.read_json("bad.json")
+    assert [p.where for p in run.verify()] == ["bad.json"]
+    with pytest.raises(InputError, match="no such file"):
+        run.read_json("none.json")
