@@ -25,7 +25,7 @@ from lsg_jax.checkpoint import BaseWriter, FolderLock, LeafSpec, write_manifest
 from lsg_jax.checkpoint.files import sync_folder
 from lsg_jax.checkpoint.tree import nest
 from lsg_jax.config import ModelConfig, to_dict
-from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.errors import CheckpointError, ConfigError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,12 @@ def _into_folder(
         except InputError:
             shutil.rmtree(work)  # nothing to go on with: the input is wrong
             raise
-        lock.path.unlink()
-        os.replace(work, target)
-        sync_folder(target.absolute().parent)
+        try:
+            lock.path.unlink()
+            os.replace(work, target)
+            sync_folder(target.absolute().parent)
+        except OSError as error:
+            raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from None
 
 
 def _write_base(
@@ -207,7 +210,7 @@ def _write_hf(folder: Path, origin: Path, weights: Source, names: dict[str, str]
             try:
                 shutil.copyfile(path, folder / path.name)
             except OSError as error:
-                raise InputError(f"{path}: cannot be copied to {folder}: {error.strerror}") from None
+                raise CheckpointError(f"{path}: cannot be copied to {folder}: {error.strerror}") from None
     if planned.carried:
         tensors = described(weights, {name: names[name] for name in planned.carried})
         with SafetensorsWriter(folder / CARRIED, tensors) as out:

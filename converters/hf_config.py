@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,29 +79,29 @@ def model_config(
     _check_fields(config["vision_config"], VISION, f"{where}: vision_config")
     text_type = config["text_config"].get("model_type", "llama")
     _check_fields(config["text_config"], TEXT[text_type], f"{where}: text_config")
-    full = _Filled(config, where)
-    vision = _vision(full.llava.vision_config, f"{where}: vision_config")
-    text = _text(full.llava.text_config, text_type, bool(full.llava.tie_word_embeddings), f"{where}: text_config")
-    stated = full.llava.vision_feature_layer
+    full = _with_defaults(config, where)
+    vision = _vision(full.vision_config, f"{where}: vision_config")
+    text = _text(full.text_config, text_type, bool(full.tie_word_embeddings), f"{where}: text_config")
+    stated = full.vision_feature_layer
     layers = (stated,) if isinstance(stated, int) else tuple(stated)
     states = vision.num_layers + 1
     if bad := [layer for layer in layers if not -states <= layer < states]:
         raise ConfigError(
             f"{where}: vision_feature_layer {bad[0]} does not exist, the tower has hidden states 0 to {states - 1}"
         )
-    eos = _token_ids(full.llava, config, generation, "eos_token_id", where)
-    pad = _token_ids(full.llava, config, None, "pad_token_id", where) or eos or (0,)
+    eos = _token_ids(full, config, generation, "eos_token_id", where)
+    pad = _token_ids(full, config, None, "pad_token_id", where) or eos or (0,)
     return ModelConfig(
         vision=vision,
         text=text,
         feature_layers=layers,
-        feature_select=full.llava.vision_feature_select_strategy,
-        image_token_id=full.llava.image_token_index,
+        feature_select=full.vision_feature_select_strategy,
+        image_token_id=full.image_token_index,
         eos_token_ids=eos,
         pad_token_id=pad[0],
         image=image_config_from_hf(dict(preprocessor) if preprocessor else None, size=vision.image_size, family=vision.family),
-        projector_hidden_act=_activation(full.llava.projector_hidden_act, f"{where}: projector_hidden_act"),
-        projector_bias=full.llava.multimodal_projector_bias,
+        projector_hidden_act=_activation(full.projector_hidden_act, f"{where}: projector_hidden_act"),
+        projector_bias=full.multimodal_projector_bias,
         sinks=known_sinks(vision, text),
     )
 
@@ -120,21 +119,15 @@ def known_sinks(vision: VisionConfig, text: TextConfig) -> SinkConfig:
     return SinkConfig(vit_dims=vit_dims, llm_dims=llm_dims)
 
 
-@dataclass
-class _Filled:
-    """The same configuration with every default, as transformers fills it in."""
+def _with_defaults(config: Mapping[str, Any], where: str) -> Any:
+    """The same configuration as a LlavaConfig of transformers, with every default filled in."""
+    from transformers import LlavaConfig
 
-    config: Mapping[str, Any]
-    where: str
-
-    def __post_init__(self) -> None:
-        from transformers import LlavaConfig
-
-        try:
-            self.llava = LlavaConfig(**copy.deepcopy(dict(self.config)))
-        except Exception as error:  # its validators raise many kinds
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise ConfigError(f"{self.where}: transformers refuses it: {' '.join(lines)[:300]}") from None
+    try:
+        return LlavaConfig(**copy.deepcopy(dict(config)))
+    except Exception as error:  # its validators raise many kinds
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"{where}: transformers refuses it: {' '.join(lines)[:300]}") from None
 
 
 def _check_architecture(config: Mapping[str, Any], where: str) -> None:

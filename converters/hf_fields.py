@@ -14,7 +14,7 @@ GENERIC = frozenset(
         "torch_dtype", "dtype", "use_bfloat16", "torchscript", "tf_legacy_loss", "return_dict", "output_attentions",
         "output_hidden_states", "use_cache", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
         "_flash_attn_2_enabled", "initializer_range", "initializer_factor", "attention_dropout", "dropout", "resid_pdrop",
-        "embd_pdrop", "pretraining_tp", "gradient_checkpointing",
+        "embd_pdrop", "pretraining_tp", "gradient_checkpointing", "max_sequence_length",
         # tokens: read where they matter
         "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
         # defaults of generation: ours is greedy
@@ -39,6 +39,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "tie_encoder_decoder": (False,),
     "tie_last_hidden_states": (False, None),  # true would put the last norm into the vision features
+    "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
 """Fields that are fine at these values and change the model at others."""
@@ -68,9 +69,10 @@ _TEXT = frozenset(
 )  # fmt: skip
 
 TEXT: dict[str, frozenset[str]] = {
-    "llama": _TEXT | {"attention_bias", "mlp_bias"},
+    # Phi-3 in Llama's form (LLaVA-Phi-3-mini by xtuner) keeps its window, which is respected, and the latter, for longrope only
+    "llama": _TEXT | {"attention_bias", "mlp_bias", "sliding_window", "original_max_position_embeddings"},
     "mistral": _TEXT | {"sliding_window"},
     "qwen2": _TEXT | {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"},
-    "phi3": _TEXT | {"sliding_window", "original_max_position_embeddings"},  # the latter is for longrope only
+    "phi3": _TEXT | {"sliding_window", "original_max_position_embeddings"},
 }
 """What is read from `text_config`, by model_type."""

@@ -114,13 +114,13 @@ class GateHandle:
             raise InputError("gated models need input_ids: inputs_embeds do not say which tokens are image patches")
         if ids is None or not (is_image := ids == self._image_token).any():
             return
-        if decoding:
-            raise InputError("image tokens after a filled cache: give the whole prompt in one prefill")
         pixels = args[1] if len(args) > 1 else kwargs.get("pixel_values")
         if pixels is None and self._v_sinks is None:
             if kwargs.get("mm_encoder_outputs"):
                 raise InputError("gates saw no image being encoded: attach them first, and generate with use_cache=True")
-            return  # image tokens without an image are text to the model
+            return  # image tokens without an image, which a model may also generate, are text to it
+        if decoding:
+            raise InputError("an image after a filled cache: give the whole prompt in one prefill")
         self._tokens = _Tokens(ids, is_image, kwargs, self.gate_position)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lsg_jax").setLevel(logging.INFO)
     logging.getLogger("converters").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax talks through it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         options.run(options)
@@ -134,9 +135,10 @@ def _sink_option(sub: argparse.ArgumentParser) -> None:
 
 def _quickstart(options: argparse.Namespace) -> None:
     from converters.convert import convert
+    from converters.tiny_checkpoint import write_tiny_checkpoint
     from lsg_jax.quickstart import quickstart
 
-    print(quickstart(options.out, convert=convert))
+    print(quickstart(options.out, write_checkpoint=write_tiny_checkpoint, convert=convert))
 
 
 def _convert(options: argparse.Namespace) -> None:

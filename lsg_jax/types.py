@@ -37,11 +37,11 @@ class Batch:
 
     input_ids: Array
     attention_mask: Array
-    pixels: Array | None
+    pixels: Array
     gate_position: Array
-    answer_index: Array | None = None
-    answer_target: Array | None = None
-    row_id: Array | None = None
+    answer_index: Array = None
+    answer_target: Array = None
+    row_id: Array = None
 
 
 @flax.struct.dataclass
@@ -70,8 +70,8 @@ class LayerView:
     """
 
     hidden: Array
-    attention: Array | None = None
-    ratios: Array | None = None
+    attention: Array = None
+    ratios: Array = None
 
 
 @flax.struct.dataclass

@@ -1,9 +1,67 @@
-"""Shared settings: tests run on CPU and find the builders beside this file."""
+"""Shared settings and fixtures. Tests run on CPU, without a network, on tiny models that are made here."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # nearly all the time of a tiny model is its compilation
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_folder(tmp_path_factory):
+    """A tiny random LLaVA in Hugging Face format."""
+    from converters.tiny_checkpoint import write_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("hf") / "tiny-llava"
+    write_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_hf_folder, tmp_path_factory):
+    """The same, converted. Read-only: tests that damage it copy it first."""
+    from converters.convert import convert
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    convert(tiny_hf_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Twelve drawn scenes with short questions: questions.jsonl for evaluation, llava.jsonl for training, images/."""
+    from lsg_jax.data.shapes import COLOURS, draw, make_scene
+
+    folder = tmp_path_factory.mktemp("scenes")
+    (folder / "images").mkdir()
+    questions, records = [], []
+    for index in range(12):
+        scene, image = make_scene(0, index), f"images/{index}.png"
+        draw(scene, side=64).save(folder / image)
+        common = {"id": str(index), "image": image}
+        if index % 2:
+            row = {"question": "Colour?", "choices": list(COLOURS), "answer": scene.items[0].colour, "category": "colour"}
+        else:
+            row = {"question": "How many?", "answer": str(len(scene.items)), "category": "count"}
+        turns = [{"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}]
+        questions.append(common | row)
+        records.append(common | {"conversations": turns})
+    for name, rows in {"questions": questions, "llava": records}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records(scenes, tmp_path_factory):
+    """The scenes as prepared training records."""
+    from lsg_jax.data.records import prepare_llava
+
+    folder = tmp_path_factory.mktemp("records") / "scenes"
+    prepare_llava(scenes / "llava.jsonl", scenes, folder)
+    return folder

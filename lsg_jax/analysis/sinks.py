@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def find_sinks(vlm: VLM, pixels: list[np.ndarray], prompt: str) -> list[dict[str
         criterion; `norms` of the features before the projector, one a patch; `l_sinks` for each layer the patch indices, or
         None; `ordinary` count at each layer; `warnings`.
     """
-    encoded = vlm.processor.question(prompt, has_image=True)
+    encoded = vlm.processor.encode_question(prompt, has_image=True)
     sinks = vlm.config.sinks
     knows_v = bool(sinks.vit_dims) or sinks.criterion not in ("dim_abs", "dim_rms")
     knows_l = bool(sinks.llm_dims) or sinks.llm_criterion not in ("dim_abs", "dim_rms")
@@ -40,7 +41,7 @@ def find_sinks(vlm: VLM, pixels: list[np.ndarray], prompt: str) -> list[dict[str
         batch = vlm.pad_questions([encoded], [image])
         norms, v_sink, l_sink = jax.tree.map(np.asarray, _find(vlm.params, batch, vlm.graphdef, knows_l))
         entry: dict[str, Any] = {
-            "grid": int(round(len(norms) ** 0.5)),
+            "grid": math.isqrt(len(norms)),
             "criteria": to_dict(sinks),
             "norms": [round(float(n), 4) for n in norms],
             "v_sinks": np.flatnonzero(v_sink).tolist() if knows_v else None,

@@ -55,4 +55,5 @@ def json_sha256(value: Any) -> str:
 def first_line(error: BaseException) -> str:
     """An error of a library as one short line, for a message that adds what to do."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    line = lines[0] if lines else type(error).__name__
+    return line.partition(" [tensorstore_spec")[0][:300]

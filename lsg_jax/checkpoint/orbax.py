@@ -1,4 +1,4 @@
-"""The one door to Orbax: which context it works in, what it may print, and how its failures look."""
+"""The one door to Orbax: what it may print, and how its failures look."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ class OrbaxError(Exception):
     """What Orbax or TensorStore said, as one line."""
 
 
-def call_orbax(action: Callable[[Any], T], *, alone: bool) -> T:
+def call_orbax(action: Callable[[Any], T]) -> T:
     """Runs `action(ocp)`, `ocp` being Orbax's v1 module, imported here since that takes a second.
 
-    Args:
-        action: what to do.
-        alone: this process works without the others. Otherwise all of them must make the same call.
+    All processes must make the same calls in the same order: Orbax numbers them and waits for each other by number.
 
     Raises:
         OrbaxError: whatever Orbax raised: it wraps the errors of its threads and of TensorStore in several ways. Only a lack of
@@ -35,15 +33,9 @@ def call_orbax(action: Callable[[Any], T], *, alone: bool) -> T:
     """
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
-    if alone:
-        context.multiprocessing.primary_host = jax.process_index()
-        context.multiprocessing.active_processes = {jax.process_index()}
-        context.multiprocessing.barrier_sync_key_prefix = f"lsg_{jax.process_index()}"
     with _quiet():
         try:
-            with context:
-                return action(ocp)
+            return action(ocp)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
@@ -53,28 +45,25 @@ def call_orbax(action: Callable[[Any], T], *, alone: bool) -> T:
                 cause = cause.__cause__
             text = first_line(cause)
             del cause
-        gc.collect()  # the reads that Orbax gave up, which would complain later
+        gc.collect()  # the tasks that Orbax gave up, which would complain later
     raise OrbaxError(text)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps two things off the terminal: Orbax takes zarr3 without OCDBT for a malformed checkpoint and says so on each load,
-    and after a failed read it drops the others unfinished, each with a traceback of its own."""
+    """After a failure Orbax drops its other tasks unfinished, each with a traceback of its own: not on the user's terminal."""
 
-    noise = ("TensorStore data files not found", "was destroyed but it is pending", "exception was never retrieved")
+    noise = ("was destroyed but it is pending", "exception was never retrieved")
 
     def wanted(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         return not any(part in text for part in noise)
 
-    names, hook = ("absl", "asyncio"), sys.unraisablehook
-    for name in names:
-        logging.getLogger(name).addFilter(wanted)
+    asyncio, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    asyncio.addFilter(wanted)
     sys.unraisablehook = lambda unraisable: logger.debug("%s", unraisable.exc_value)
     try:
         yield
     finally:
         sys.unraisablehook = hook
-        for name in names:
-            logging.getLogger(name).removeFilter(wanted)
+        asyncio.removeFilter(wanted)

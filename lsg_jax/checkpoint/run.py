@@ -5,8 +5,8 @@
     RUN/checkpoints/<step>/   Orbax v1, see steps.py
     RUN/quarantine/<step>/    damaged steps, kept for a look
 
-With several processes all of them call the same methods in the same order with the same path. Reading, the lock and all JSON are
-done by process 0, which tells the others; saving is done together, as Orbax wants it, so that the folder must be shared.
+With several processes all of them call the same methods in the same order with the same path. Reading, the lock and all JSON
+are done by process 0, which tells the others; saving is done together, as Orbax wants it, so the folder must be shared.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (np.dtype("bfloat16") needs it)
 import numpy as np
 
-from lsg_jax.checkpoint.digest import array_sha256, file_sha256, json_sha256
+from lsg_jax.checkpoint.digest import array_sha256, file_sha256, first_line, json_sha256
 from lsg_jax.checkpoint.files import write_atomic
 from lsg_jax.checkpoint.manifest import JOURNAL
 from lsg_jax.checkpoint.tree import check_name, nest
@@ -189,8 +189,8 @@ class BaseWriter:
             with open(self._journal, "a", encoding="utf-8") as journal:
                 journal.write(json.dumps({"leaf": name, "offset": offset, "sha256": digest}) + "\n")
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
-            reason = str(error).strip().splitlines()[0][:300]
-            raise CheckpointError(f"{self.folder}: leaf {name}, block {offset} was not written: {reason}") from None
+            what = f"leaf {name}, block {offset} was not written: {first_line(error)}"
+            raise CheckpointError(f"{self.folder}: {what}") from None
         self._digests[name, offset] = digest
         return True
 

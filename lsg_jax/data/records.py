@@ -55,6 +55,14 @@ class Report:
     without_image: int = 0
     answers: list[int] = field(default_factory=list)
 
+    def summary(self) -> str:
+        """What happened, in a line or a few."""
+        counts = f"{sum(self.answers)} answers, {self.without_image} without image"
+        lines = [f"{self.rows} of {self.records} records written, {counts}"]
+        lines += [f"rejected: {count} x {reason}" for reason, count in sorted(self.rejects.items())]
+        lines += [f"noted: {count} x {kind}" for kind, count in sorted(self.notes.items())]
+        return "\n".join(lines)
+
 
 # ------------------------------------------------------------------------------------------------------------------- reading
 
@@ -271,6 +279,8 @@ def prepare_llava(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
         temporary.replace(out)  # an empty folder in the way is replaced
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
@@ -283,6 +293,7 @@ def _sha256(path: Path) -> str:
 
 def _write_tfds(folder: Path, rows: Callable[[], Iterator[tuple[int, dict[str, Any]]]]) -> None:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils import tqdm_utils
 
     class LlavaRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version("1.0.0")
@@ -306,9 +317,15 @@ def _write_tfds(folder: Path, rows: Callable[[], Iterator[tuple[int, dict[str, A
         def _generate_examples(self) -> Any:
             raise NotImplementedError  # abstract in TFDS; `_split_generators` hands over the rows itself
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        builder = LlavaRecords(data_dir=folder, file_format="array_record")
-        builder.download_and_prepare(file_format="array_record")
+    shows = tqdm_utils._active
+    tqdm_utils.display_progress_bar(False)
+    try:
+        # TFDS announces a download on stdout. stderr stays as it is, for the caller's own progress.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = LlavaRecords(data_dir=folder, file_format="array_record")
+            builder.download_and_prepare(file_format="array_record")
+    finally:
+        tqdm_utils.display_progress_bar(shows)
 
 
 # ------------------------------------------------------------------------------------------------------------------- opening

@@ -40,7 +40,7 @@ def make_scene(seed: int, index: int) -> Scene:
     quarters = rng.permutation(4)[: rng.integers(1, 5)]
     items = []
     for quarter in quarters:
-        x, y = (0.27 + 0.46 * (quarter % 2), 0.27 + 0.46 * (quarter // 2)) + rng.uniform(-0.04, 0.04, 2)
+        x, y = 0.27 + 0.46 * np.array([quarter % 2, quarter // 2]) + rng.uniform(-0.04, 0.04, 2)
         items.append(
             Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), float(x), float(y), float(rng.uniform(0.12, 0.18)))
         )

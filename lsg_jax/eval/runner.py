@@ -79,7 +79,7 @@ def answer(
     encoded = []
     for q in questions:
         try:
-            encoded.append(processor.question(q.prompt, has_image=q.image is not None, max_length=config.max_length))
+            encoded.append(processor.encode_question(q.prompt, has_image=q.image is not None, max_length=config.max_length))
         except RecordError as error:
             raise InputError(f"question {q.id}: {error}") from None
     buckets: dict[int, list[int]] = {}
@@ -113,7 +113,7 @@ def _write_outputs(path: Path, questions: list[Question], outputs: list[str], co
 
 def table(result: dict[str, Any]) -> str:
     """The accuracies as plain text, one line a benchmark and category."""
-    rows = [("benchmark", "n", "majority", "base", "gated", "change")]
+    rows: list[tuple[str, ...]] = [("benchmark", "n", "majority", "base", "gated", "change")]
     for name, entry in result["benchmarks"].items():
         base, gated = entry["base"], entry.get("gated")
         rows.append(_row(name, base, gated, f"{entry['majority']['accuracy']:.2f}"))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lsg_jax.model.llava import Llava
-from lsg_jax.types import Batch, KVCache
+from lsg_jax.types import Array, Batch, KVCache
 
 
 def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
@@ -54,7 +54,7 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Ar
     return tokens, step
 
 
-def last_token(valid: jax.Array) -> jax.Array:
+def last_token(valid: Array) -> jax.Array:
     """Index of the last unpadded token of each row: bool [B, T] -> int32 [B]."""
     length = valid.shape[1]
     return (length - 1 - jnp.argmax(valid[:, ::-1], axis=1)).astype(jnp.int32)

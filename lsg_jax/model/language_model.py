@@ -12,6 +12,7 @@ from flax import nnx
 
 from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import TextConfig
+from lsg_jax.errors import InputError
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles
 from lsg_jax.model.layers import Linear, RMSNorm, layer_at, stack_layers
@@ -60,9 +61,9 @@ class DecoderOutput:
     """
 
     hidden: Array
-    key: Array | None
-    value: Array | None
-    ratios: Array | None
+    key: Array
+    value: Array
+    ratios: Array
     observed: Any
 
 
@@ -91,10 +92,10 @@ class LanguageModel(nnx.Module):
         return self.lm_head(hidden).astype(jnp.float32)
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError for a sequence that the decoder would not treat as the original model does."""
+        """Raises InputError for a sequence that the decoder would not treat as the original model does."""
         c = self.config
         if c.sliding_window is not None and length > c.sliding_window:
-            raise ValueError(
+            raise InputError(
                 f"{length} tokens exceed the sliding window of {c.sliding_window}, which is not supported: shorten the sequence"
             )
 

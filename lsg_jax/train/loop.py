@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,7 +80,8 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> Path:
     run = RunFolder(config.output, keep=config.train.keep)
     with _stop_signals() as stopped, run.lock():
         trainer = set_up(config, run)
-        _loop(trainer, stopped, on_step)
+        with contextlib.closing(trainer.data):
+            _loop(trainer, stopped, on_step)
     return run.path
 
 
@@ -239,7 +240,7 @@ class _Metrics:
         self._file.flush()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM and SIGINT into a question that the loop asks after each step."""
     came: list[int] = []

@@ -44,7 +44,7 @@ def train_step(
         return answer_loss(assemble(graphdef, frozen, gates), batch, remat=config.remat)
 
     (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.gates)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = gate_updates(optimizer, gradients, state.opt_state, state.gates, frozen)
     gates = optax.apply_updates(state.gates, updates)

@@ -24,26 +24,29 @@ print(json.dumps({{"GiB": round(peak, 3), "seconds": round(time.time() - start, 
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    """Two vision and four decoder layers in two shards, about 2.2 GB; deleted at the end."""
-    folder = tmp_path_factory.mktemp("true_shapes")
+@pytest.fixture
+def folder(tmp_path: Path):
+    """A place for some GB, emptied at the end."""
+    yield tmp_path
+    for path in sorted(tmp_path.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def write_checkpoint(folder: Path, *, vision_layers: int, text_layers: int) -> None:
+    """LLaVA-1.5 7B with fewer layers, in two bfloat16 shards."""
     config = copy.deepcopy(LLAVA_7B)
-    config["vision_config"]["num_hidden_layers"] = 2
-    config["text_config"]["num_hidden_layers"] = 4
-    (folder / "hf").mkdir()
-    (folder / "hf/config.json").write_text(json.dumps(config))
+    config["vision_config"]["num_hidden_layers"] = vision_layers
+    config["text_config"]["num_hidden_layers"] = text_layers
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
     wanted = model_config(config)
     tensors = layout(wanted, rules_of(wanted)).tensors
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for seed, (file, members) in enumerate(shards.items()):
-        write_random_bf16(folder / "hf" / file, {name: tensors[name] for name in members}, seed)
+        write_random_bf16(folder / file, {name: tensors[name] for name in members}, seed)
     index = {"weight_map": {name: file for file, members in shards.items() for name in members}}
-    (folder / "hf/model.safetensors.index.json").write_text(json.dumps(index))
-    yield folder
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def run(call: str) -> dict[str, float]:
@@ -82,6 +85,7 @@ class _Both:
 
 
 def test_convert_and_export_below_1_gib(folder: Path) -> None:
+    write_checkpoint(folder / "hf", vision_layers=2, text_layers=4)  # 2.2 GB
     there = run(f"convert({str(folder / 'hf')!r}, {str(folder / 'model')!r})")
     back = run(f"export({str(folder / 'model')!r}, {str(folder / 'back')!r})")
     print("convert", there, "export", back)
@@ -90,6 +94,7 @@ def test_convert_and_export_below_1_gib(folder: Path) -> None:
 
 
 def test_cast_to_float32_below_1_gib(folder: Path) -> None:
-    there = run(f"convert({str(folder / 'hf')!r}, {str(folder / 'model32')!r}, dtype='float32')")
+    write_checkpoint(folder / "hf", vision_layers=1, text_layers=1)
+    there = run(f"convert({str(folder / 'hf')!r}, {str(folder / 'model')!r}, dtype='float32')")
     print("convert to float32", there)
     assert there["GiB"] < 1

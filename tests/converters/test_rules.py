@@ -1,4 +1,4 @@
-"""Rules and plans: operations undo themselves, every leaf has one rule, and the real sizes fit, all without reading a tensor."""
+"""Rules and plans: operations undo themselves, every leaf has one rule, and the real sizes fit; no tensor is read."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
 from converters.ops import Conv, Copy, Flat, Linear, Rule
 from converters.reader import canonical_names
-from converters.rules import leaf_shapes, layout, plan
+from converters.rules import layout, leaf_shapes, plan
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import InputError
 
@@ -44,7 +44,9 @@ def test_op_undoes_itself(op, shape, dtype) -> None:
     assert matrix.tobytes() == source.tobytes()
 
 
-@pytest.mark.parametrize(("op", "shape"), [(Copy(), (6, 5)), (Flat(), (6, 4)), (Linear(), (6, 8)), (Linear(in_axes=2), (6, 4, 8))])
+@pytest.mark.parametrize(
+    ("op", "shape"), [(Copy(), (6, 5)), (Flat(), (6, 4)), (Linear(), (6, 8)), (Linear(in_axes=2), (6, 4, 8))]
+)
 def test_op_on_a_part_of_a_leaf(op, shape) -> None:
     source = np.arange(np.prod(shape), dtype=np.float32).reshape(op.source_shape(shape))
     whole = np.zeros(shape, np.float32)
@@ -143,7 +145,13 @@ def test_plan_of_the_phi3_and_onevision_style_sizes() -> None:
         assert plan(model_config(config), source).repeats == repeats
 
 
-FAMILIES = [("clip", "llama", False), ("clip", "mistral", False), ("siglip", "qwen2", True), ("siglip", "qwen2", False), ("clip", "phi3", False)]
+FAMILIES = [
+    ("clip", "llama", False),
+    ("clip", "mistral", False),
+    ("siglip", "qwen2", True),
+    ("siglip", "qwen2", False),
+    ("clip", "phi3", False),
+]
 
 
 @pytest.mark.parametrize(("vision", "text", "tied"), FAMILIES)
@@ -151,7 +159,9 @@ def test_tree_from_tensors(vision: str, text: str, tied: bool) -> None:
     model = tiny_hf(vision, text, tied=tied)
     config = model_config(model.config.to_dict())
     tree = tree_from_tensors(config, state_arrays(model))
-    shapes = {jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in jax.tree_util.tree_leaves_with_path(tree)}
+    shapes = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in jax.tree_util.tree_leaves_with_path(tree)
+    }
     assert shapes == leaf_shapes(config)
     layer = model.model.language_model.layers[3]
     if text == "phi3":

@@ -192,6 +192,23 @@ def test_flags_of_control_tokens_are_kept():
     assert plain(tokenizer, "\n")[0] not in ids
 
 
+def test_bos_once_though_the_template_writes_it(byte_tokenizer):
+    prompt = Processor(byte_tokenizer, model_config()).encode_question("q", has_image=False).ids.tolist()
+    ids, _ = ChunkTokenizer(byte_tokenizer).encode(byte_tokenizer.decode(prompt), None, [])
+    assert ids == prompt and ids.count(BOS) == 1
+    ids, _ = ChunkTokenizer(byte_tokenizer).encode("<s><image>\nq", None, [IMAGE])
+    assert ids[:3] == [BOS, IMAGE, *plain(byte_tokenizer, "\n")]
+
+
+def test_prompt_ids_do_not_depend_on_the_answer():
+    """A merge over the border ("is": trained) must not change what the model sees at generation."""
+    tokenizer = byte_level_tokenizer()
+    assert len(plain(tokenizer, "is")) < len(plain(tokenizer, "i")) + len(plain(tokenizer, "s"))
+    ids, count = ChunkTokenizer(tokenizer).encode("ball i", "s red", [])
+    assert ids[:count] == plain(tokenizer, "ball i")
+    assert tokenizer.decode(ids[count:]) == "s red"
+
+
 def test_byte_tokenizer_round_trips(byte_tokenizer):
     text = "naïve\n  ball 🔴 </s"
     ids = byte_tokenizer(text).input_ids

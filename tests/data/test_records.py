@@ -158,8 +158,30 @@ def test_wrong_paths(tmp_path, images):
     with pytest.raises(InputError, match="not empty"):
         prepare_llava(source, images, images)
     assert (images / "coco/a.jpg").exists()
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare_llava(source, images, source / "out")
     (tmp_path / "out").mkdir()
     prepare_llava(source, images, tmp_path / "out")  # an empty folder is fine
+
+
+def test_full_disk_leaves_nothing(tmp_path, images, monkeypatch):
+    (tmp_path / "r.json").write_text(json.dumps(GOOD))
+    before = sorted(os.listdir(tmp_path))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lsg_jax.data.records._write_tfds", full)
+    with pytest.raises(InputError, match="out: cannot be written: No space left on device"):
+        prepare_llava(tmp_path / "r.json", images, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_only_the_callers_progress_is_shown(tmp_path, images, capfd):
+    (tmp_path / "r.json").write_text(json.dumps(GOOD))
+    prepare_llava(tmp_path / "r.json", images, tmp_path / "out", progress=lambda n: print(n, file=sys.stderr))
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err.split() == ["1", "2", "3", "4"]
 
 
 def prepared(tmp_path, images):

@@ -1,0 +1,298 @@
+"""A small LLaVA on the CPU: Hugging Face PyTorch with the gate as hooks against lsg_jax, training step and generation.
+
+    JAX_PLATFORMS=cpu python benchmarks/side_by_side.py --out side_by_side.json
+
+Needs the extra [torch]. Both sides hold the same weights, gates and inputs, compute in float32 on the same number of threads,
+and take turns (A B A B), so that whatever else the machine does falls on both. Reported are medians, and ratios of medians.
+The first call, which compiles, is reported apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
+PATCHES, TEXT, ANSWER, BATCH = 196, 128, 32, 8
+LAYER, NEW_TOKENS = 4, 64
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    arguments.add_argument("--out", type=Path, help="JSON file for the results")
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--only", choices=["train", "generate"])
+    args = arguments.parse_args()
+    limit_threads(args.threads)
+    model, gates, inputs = hugging_face_model(), make_gates(), make_inputs()
+    results: dict[str, Any] = {"settings": settings(args), "versions": versions()}
+    tasks = {"train": train_tasks, "generate": generate_tasks}
+    for name, make in tasks.items():
+        if args.only in (None, name):
+            results[name] = interleave(make(model, gates, inputs), args.repeats)
+    print(table(results))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def limit_threads(count: int) -> None:
+    """The same number of threads for both sides. XLA takes as many as there are cores that it may run on."""
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, cores)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import torch
+
+    torch.set_num_threads(len(cores))
+
+
+def hugging_face_model() -> Any:
+    """ViT of 6 layers x 256, language model of 8 layers x 512, 32,000 words; random weights."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224, patch_size=16
+    )
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, tie_word_embeddings=False)
+    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None  # every row runs to the end
+    return model
+
+
+def make_gates() -> Any:
+    """One random gate at layer 4; a few of the patches are V-sinks."""
+    from lsg_jax.config import GateConfig, SinkConfig
+    from lsg_jax.gating.portable import PortableGates
+
+    rng = np.random.default_rng(0)
+    shapes = {"norm_scale": (1, 512), "norm_bias": (1, 512), "fc1_kernel": (1, 512, 64), "fc1_bias": (1, 64)}
+    shapes |= {"fc2_kernel": (1, 64, 2), "fc2_bias": (1, 2)}
+    parameters = {
+        name: (0.1 * rng.normal(size=shape) + (name == "norm_scale")).astype(np.float32) for name, shape in shapes.items()
+    }
+    return PortableGates(GateConfig(layers=(LAYER,)), SinkConfig(vit_dims=(7,), vit_tau=1.5), parameters)
+
+
+def make_inputs() -> dict[str, np.ndarray]:
+    """Rows of 16 words, 196 patches and 112 more words, of which the last 32 are the answer."""
+    rng = np.random.default_rng(1)
+    words = rng.integers(3, IMAGE_TOKEN, size=(BATCH, TEXT))
+    ids = np.concatenate([words[:, :16], np.full((BATCH, PATCHES), IMAGE_TOKEN), words[:, 16:]], axis=1)
+    labels = ids.copy()
+    labels[:, :-ANSWER] = -100
+    pixels = rng.normal(size=(BATCH, 3, 224, 224)).astype(np.float32)
+    return {"ids": ids, "labels": labels, "pixels": pixels}
+
+
+def train_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """One optimiser step a call: forward, backward, AdamW update of the gate."""
+    return {
+        "pytorch, all logits": torch_step(model, gates, inputs, answers_only=False),
+        "pytorch, answer logits": torch_step(model, gates, inputs, answers_only=True),
+        "lsg_jax, remat none": jax_step(model, gates, inputs, remat="none"),
+        "lsg_jax, remat full": jax_step(model, gates, inputs, remat="full"),
+    }
+
+
+def torch_step(model: Any, gates: Any, inputs: dict[str, np.ndarray], *, answers_only: bool) -> Callable[[], Any]:
+    """The stock loss computes logits at all positions; `answers_only` asks for those that the loss needs."""
+    import torch
+
+    from converters.torch_gate import attach
+
+    ids, labels, pixels = (torch.tensor(inputs[name]) for name in ("ids", "labels", "pixels"))
+    mask, position = torch.ones_like(ids), torch.full((BATCH,), ids.shape[1] - ANSWER - 1)
+    handle = attach(model, gates)
+    optimizer = torch.optim.AdamW(handle.gates.parameters(), lr=1e-3, weight_decay=0.0)
+    handle.remove()
+
+    def step() -> float:
+        with attach(model, gates, gate_position=position) as attached:
+            attached.gates.update(handle.gates)
+            inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
+            if answers_only:
+                logits = model(**inputs, logits_to_keep=ANSWER + 1).logits[:, :-1]
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, -ANSWER:].flatten())
+            else:
+                loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(handle.gates.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def our_model(model: Any, gates: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Graph definition, frozen parameters and gates on the device."""
+    import dataclasses
+
+    import jax
+
+    from converters.convert import tree_from_tensors
+    from converters.hf_config import model_config
+    from lsg_jax.model.llava import abstract_model
+
+    config = dataclasses.replace(model_config(model.config.to_diff_dict()), sinks=gates.sinks)
+    graphdef, _ = abstract_model(config, gates.gate)
+    frozen = tree_from_tensors(config, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
+    return graphdef, jax.device_put(frozen), jax.device_put(gates.parameters)
+
+
+def our_batch(inputs: dict[str, np.ndarray], *, answers: bool) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from lsg_jax.model.loss import answer_slots
+    from lsg_jax.types import Batch
+
+    ids = inputs["ids"] if answers else inputs["ids"][:, :-ANSWER]
+    index, target = answer_slots(inputs["labels"])
+    return jax.device_put(
+        Batch(
+            input_ids=ids.astype(np.int32),
+            attention_mask=np.ones(ids.shape, bool),
+            pixels=inputs["pixels"].transpose(0, 2, 3, 1).copy(),
+            gate_position=jnp.full((BATCH,), inputs["ids"].shape[1] - ANSWER - 1, jnp.int32),
+            answer_index=index if answers else None,
+            answer_target=target if answers else None,
+        )
+    )
+
+
+def jax_step(model: Any, gates: Any, inputs: dict[str, np.ndarray], *, remat: Any) -> Callable[[], Any]:
+    import functools
+
+    import jax
+
+    from lsg_jax.config import TrainConfig
+    from lsg_jax.train.step import init_state, train_step
+
+    graphdef, frozen, parameters = our_model(model, gates)
+    schedule = {"config": TrainConfig(warmup_fraction=0.0, final_lr_fraction=1.0, remat=remat), "total_steps": 1000}
+    state = init_state(parameters, frozen, **schedule)
+    batch = our_batch(inputs, answers=True)
+    compiled = jax.jit(functools.partial(train_step, graphdef=graphdef, **schedule))
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch)
+        return float(metrics["loss"])
+
+    return step
+
+
+def generate_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """Prefill and 64 tokens, greedy, gated; no token ends a row early."""
+    import dataclasses
+
+    import jax
+    import torch
+
+    from converters.torch_gate import attach
+    from lsg_jax.model.generate import generate
+    from lsg_jax.model.llava import assemble
+
+    ids, pixels = torch.tensor(inputs["ids"][:, :-ANSWER]), torch.tensor(inputs["pixels"])
+    asked = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+
+    def torch_tokens() -> np.ndarray:
+        with attach(model, gates), torch.no_grad():
+            out = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)
+        return out[:, ids.shape[1] :].numpy()
+
+    graphdef, frozen, parameters = our_model(model, gates)
+    batch = our_batch(inputs, answers=False)
+
+    @jax.jit
+    def run(frozen: Any, parameters: Any, batch: Any) -> Any:
+        vlm = assemble(graphdef, frozen, parameters)
+        vlm.config = dataclasses.replace(vlm.config, eos_token_ids=(-1,))
+        return generate(vlm, batch, max_new_tokens=NEW_TOKENS)[0]
+
+    return {"pytorch": torch_tokens, "lsg_jax": lambda: np.asarray(run(frozen, parameters, batch))}
+
+
+def interleave(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Calls the tasks in turns, after one call each that compiles; checks that they compute the same thing."""
+    first, results = {}, {}
+    for name, task in tasks.items():
+        start = time.perf_counter()
+        results[name] = task()
+        first[name] = time.perf_counter() - start
+        print(f"{name}: first call {first[name]:.2f} s", file=sys.stderr, flush=True)
+    reference, *others = results.values()
+    agreement = min(float(np.mean(np.isclose(other, reference, rtol=1e-4))) for other in others)
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            times[name].append(time.perf_counter() - start)
+            print(f"{name}: {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {"median_s": median, "first_call_s": first, "all_s": times, "agreement": agreement}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row a variant, times faster than each PyTorch variant."""
+    lines = ["| task | variant | median s | first call s | PyTorch / this |", "|---|---|---|---|---|"]
+    for task in ("train", "generate"):
+        if task not in results:
+            continue
+        median, first = results[task]["median_s"], results[task]["first_call_s"]
+        for name, seconds in median.items():
+            ratios = [f"{median[other] / seconds:.2f}" for other in median if other.startswith("pytorch")]
+            lines.append(f"| {task} | {name} | {seconds:.3f} | {first[name]:.2f} | {' / '.join(ratios)} |")
+    agreement = {task: results[task]["agreement"] for task in ("train", "generate") if task in results}
+    return "\n".join([*lines, "", f"Share of equal results (first loss, tokens): {agreement}"])
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "batch": BATCH,
+        "image_tokens": PATCHES,
+        "text_tokens": TEXT,
+        "answer_tokens": ANSWER,
+        "new_tokens": NEW_TOKENS,
+        "gated_layer": LAYER,
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "dtype": "float32",
+    }
+
+
+def versions() -> dict[str, str]:
+    packages: Sequence[str] = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+    return {"python": platform.python_version(), "machine": platform.machine(), **{p: version(p) for p in packages}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""`lsg quickstart`: convert, find sinks, train a gate, evaluate, report, on a tiny random model and drawn scenes.
+
+The weights are random, so the numbers mean nothing; every step is the one that a real checkpoint takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lsg_jax.analysis.sinks import find_sinks
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.data.records import prepare_llava
+from lsg_jax.data.shapes import write_questions
+from lsg_jax.eval.runner import evaluate, table
+from lsg_jax.report.html import write_report
+from lsg_jax.report.overlay import draw_sinks
+from lsg_jax.train.loop import METRICS, train
+from lsg_jax.vlm import VLM, load_backbone, with_gates
+
+logger = logging.getLogger(__name__)
+
+TRAIN_SCENES, TEST_SCENES = 128, 64
+NOTES = [
+    "This model has random weights: it shows that every step runs, and its accuracies and sinks mean nothing.",
+    "V-sinks here are the patches with the largest norms of these very images; a trained model has thresholds of its own.",
+]
+
+
+def quickstart(out: Path, *, write_checkpoint: Callable[[Path], None], convert: Callable[[Path, Path], None]) -> Path:
+    """Runs the story in `out` and returns the path of its HTML report. Finished parts are kept when it is run again.
+
+    Args:
+        write_checkpoint: writes a Hugging Face checkpoint into a folder.
+        convert: turns it into a model folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model, records, run = out / "model", out / "records", out / "run"
+    train_file = write_questions(out / "train", seed=1, count=TRAIN_SCENES)
+    test_file = write_questions(out / "test", seed=2, count=TEST_SCENES)
+    if not model.exists():
+        logger.info("1/5 converting a tiny checkpoint")
+        write_checkpoint(out / "checkpoint")
+        convert(out / "checkpoint", model)
+    if not records.exists():
+        logger.info("2/5 preparing %d training records", TRAIN_SCENES)
+        prepare_llava(_as_llava(train_file), out / "train", records)
+
+    logger.info("3/5 finding sinks")
+    base = load_backbone(model)
+    images = [out / "test" / "images" / f"{index:05d}.png" for index in range(4)]
+    pixels = [base.processor.pixels(path) for path in images]
+    sinks = SinkConfig(criterion="norm", vit_tau=_largest_norms(base, pixels))
+    found = find_sinks(VLM(dataclasses.replace(base.config, sinks=sinks), base.frozen, folder=model), pixels, "What is this?")
+
+    logger.info("4/5 training a gate at layer 2")
+    config = RunConfig(
+        model=str(model),
+        output=str(run),
+        gate=GateConfig(layers=(2,)),
+        sinks=sinks,
+        data=DataConfig(records=str(records), max_length=448, max_answer_tokens=16),
+        train=TrainConfig(batch_size=8, epochs=2, learning_rate=3e-3, save_every=16),
+    )
+    train(config)
+
+    logger.info("5/5 evaluating on %d questions", TEST_SCENES)
+    settings = EvalConfig(benchmarks={"scenes": str(test_file)}, batch_size=32, max_new_tokens=8)
+    result = evaluate(with_gates(base, run), settings, out / "eval")
+    logger.info("%s", table(result))
+    report = out / "report.html"
+    overlays = [
+        (f"{path.name}: {len(entry['v_sinks'])} V-sinks", draw_sinks(image, entry))
+        for path, image, entry in zip(images, pixels, found, strict=True)
+    ]
+    write_report(
+        report, title="Attention sinks, quickstart", notes=NOTES, result=result, metrics=run / METRICS, overlays=overlays
+    )
+    return report.resolve()
+
+
+def _largest_norms(vlm: VLM, pixels: list[np.ndarray]) -> float:
+    """A threshold that the largest twentieth of the patches' feature norms reach."""
+    norms = [norm for entry in find_sinks(vlm, pixels, "What is this?") for norm in entry["norms"]]
+    return float(np.quantile(norms, 0.95))
+
+
+def _as_llava(questions: Path) -> Path:
+    """The question file as LLaVA conversations, beside it."""
+    lines = []
+    for line in questions.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        turns = [{"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}]
+        lines.append(json.dumps({"id": row["id"], "image": row["image"], "conversations": turns}))
+    path = questions.with_name("llava.jsonl")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

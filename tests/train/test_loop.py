@@ -1,0 +1,219 @@
+"""A training run as a user has it: stopped, killed, resumed, started twice, fed with bad numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from lsg_jax.checkpoint import RunFolder, read_step
+from lsg_jax.config import DataConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.data.pipeline import TrainingData
+from lsg_jax.errors import BusyError, ConfigError, InputError, NonFiniteError
+from lsg_jax.train.loop import METRICS, _loop, set_up, train
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model, records, tmp_path_factory):
+    """Nine steps of two examples, a save every second step."""
+    return RunConfig(
+        model=str(tiny_model),
+        output=str(tmp_path_factory.mktemp("runs") / "whole"),
+        gate=GateConfig(layers=(1, 3)),
+        sinks=SinkConfig(criterion="norm", vit_tau=10.0),
+        data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
+        train=TrainConfig(batch_size=2, epochs=2, max_steps=STEPS, learning_rate=0.05, save_every=2),
+    )
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # each step once, in order
+    return [float(line["loss"]).hex() for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """The run that nobody interrupts."""
+    return train(config)
+
+
+def test_training_changes_the_gates_and_the_loss(whole):
+    values = [float.fromhex(text) for text in losses(whole)]
+    assert len(values) == STEPS and np.isfinite(values).all()
+    lines = [json.loads(line) for line in (whole / METRICS).read_text().splitlines()]
+    assert lines[0]["ratios"] == [[0.5, 0.5], [0.5, 0.5]]
+    assert abs(lines[-1]["ratios"][0][0] - 0.5) > 0.05
+    assert all(len(line["gate_grad_norm"]) == 2 for line in lines)
+
+
+def test_resumed_in_the_same_process_equals_the_whole_run_and_compiles_nothing(config, whole, tmp_path):
+    part = replace(config, output=str(tmp_path / "run"))
+    run = RunFolder(part.output)
+    with run.lock():
+        trainer = set_up(part, run)
+        trainer.step(trainer.state, trainer.vlm.frozen, jax.device_put(next(trainer.data), trainer.batch_sharding))
+        compiled = trainer.step._cache_size()
+    stops = iter([False] * 4 + [True])
+    with run.lock():
+        first = set_up(part, run)
+        with pytest.raises(Exception, match=f"stopped at step 5 of {STEPS}"):
+            _loop(first, lambda: next(stops), None)
+    train(part)
+    assert losses(run.path) == losses(whole)
+    assert trainer.step is first.step and first.step._cache_size() == compiled
+    (_, ours, _), (_, reference, _) = read_step(run.path), read_step(whole)
+    jax.tree.map(np.testing.assert_array_equal, ours, reference)
+
+
+def test_one_compilation_for_all_batches(config, whole, tmp_path):
+    part = replace(config, output=str(tmp_path / "run"), train=replace(config.train, learning_rate=0.01))
+    run = RunFolder(part.output)
+    with run.lock():
+        trainer = set_up(part, run)
+        _loop(trainer, lambda: False, None)
+    assert trainer.step._cache_size() == 1
+
+
+def test_backbone_is_bit_identical_and_only_gates_have_optimiser_state(config, tmp_path):
+    part = replace(config, output=str(tmp_path / "run"), train=replace(config.train, epochs=4, max_steps=20))
+    run = RunFolder(part.output)
+    with run.lock():
+        trainer = set_up(part, run)
+        before = jax.tree.map(np.array, trainer.vlm.frozen)
+        gates = jax.tree.map(np.array, trainer.state.gates)
+        _loop(trainer, lambda: False, None)
+    assert int(trainer.state.step) == 20
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.view(np.uint8), np.array(b).view(np.uint8)), before, trainer.vlm.frozen
+    )
+    assert all(
+        (np.asarray(now) != then).any()
+        for now, then in zip(jax.tree.leaves(trainer.state.gates), jax.tree.leaves(gates), strict=True)
+    )
+    slots = [leaf.shape for leaf in jax.tree.leaves(trainer.state.opt_state) if leaf.ndim]
+    assert sorted(slots) == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(gates)])  # two moments a gate leaf, no more
+
+
+def toml(config, output):
+    """The configuration as a user writes it."""
+    return f"""
+model = "{config.model}"
+output = "{output}"
+[gate]
+layers = [1, 3]
+[sinks]
+criterion = "norm"
+vit_tau = 10.0
+[data]
+records = "{config.data.records}"
+max_length = 256
+max_answer_tokens = 8
+[train]
+batch_size = 2
+epochs = 2
+max_steps = {STEPS}
+learning_rate = 0.05
+save_every = 2
+"""
+
+
+def start(path):
+    command = [sys.executable, "-m", "lsg_jax", "train", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def wait_for_steps(process, folder, count):
+    deadline = time.monotonic() + 180
+    while not (folder / METRICS).exists() or (folder / METRICS).read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stop, code", [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_stopped_and_resumed_equals_the_whole_run(config, whole, tmp_path, stop, code):
+    file, folder = tmp_path / "run.toml", tmp_path / "run"
+    file.write_text(toml(config, folder))
+    process = start(file)
+    wait_for_steps(process, folder, 3)
+    process.send_signal(stop)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == code
+    if stop == signal.SIGTERM:
+        assert f"of {STEPS}, saved; run the same command to go on" in stderr.splitlines()[-1]
+    assert len((folder / METRICS).read_text().splitlines()) < STEPS
+    process = start(file)
+    output, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0 and output.strip() == str(folder), stderr
+    assert "resuming" in stderr
+    assert losses(folder) == losses(whole)
+
+
+def test_finished_run_is_left_alone(config, whole):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
+    assert train(config) == whole
+    assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
+
+
+def test_folder_in_use_is_refused(config, whole):
+    with RunFolder(config.output).lock(), pytest.raises(BusyError, match=f"in use by (process|pid) {os.getpid()}"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 1}, "seed"),
+        ({"gate": GateConfig(layers=(1,))}, "gate.layers"),
+        ({"sinks": SinkConfig(criterion="norm", vit_tau=11.0)}, "sinks.vit_tau"),
+    ],
+)
+def test_run_of_another_meaning_is_not_continued(config, whole, change, named):
+    with pytest.raises(ConfigError, match=named):
+        train(replace(config, **change))
+
+
+def test_run_may_go_on_with_other_bookkeeping(config, whole):
+    train(replace(config, train=replace(config.train, save_every=3, log_every=2)))
+
+
+def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
+    out = str(tmp_path / "run")
+    for change, message in [
+        ({"gate": GateConfig(layers=(99,))}, "layer 99 does not exist, the model has layers 0 to 5"),
+        ({"gate": GateConfig(layers=())}, "gate.layers is empty"),
+        ({"gate": GateConfig(layers=(3, 1))}, "must ascend"),
+        ({"sinks": SinkConfig()}, "no V-sink dimensions are known"),
+        ({"train": replace(config.train, batch_size=64)}, "64"),
+    ]:
+        with pytest.raises((ConfigError, InputError), match=message):
+            train(replace(config, output=out, **change))
+        assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_bad_numbers_are_skipped_and_then_abort(config, tmp_path, monkeypatch):
+    draw, count = TrainingData.__next__, iter(range(100))
+
+    def poisoned(self):
+        batch = draw(self)
+        pixels = batch.pixels.astype(np.float32)
+        return batch.replace(pixels=np.full_like(pixels, np.nan) if next(count) >= 3 else pixels)
+
+    monkeypatch.setattr(TrainingData, "__next__", poisoned)
+    part = replace(config, output=str(tmp_path / "run"), train=replace(config.train, max_skipped=2, save_every=1))
+    with pytest.raises(NonFiniteError, match=r"step 5: loss or gradient is not finite, records \[\d+, \d+\]; 2 steps in a row"):
+        train(part)
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert [line["finite"] for line in lines] == [True] * 3 + [False] * 2
+    assert lines[3]["loss"] is None  # NaN is no JSON
+    (_, good, _), (_, after, _) = read_step(part.output, 3), read_step(part.output, 4)
+    jax.tree.map(np.testing.assert_array_equal, good["gates"], after["gates"])
