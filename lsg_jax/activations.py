@@ -1,9 +1,10 @@
-"""Activation functions by the names of config.Activation."""
+"""Activation functions by the names of config.Activation, and the core of layer norm."""
 
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),  # the tanh form
@@ -12,3 +13,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+
+
+def standardise(x: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / sqrt(variance + eps) over the last axis, in float32.
+
+    The variance is taken around the mean: E[x^2] - E[x]^2, as jax.nn.standardize has it, loses digits to a massive activation.
+    """
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)

@@ -165,10 +165,14 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from converters.export import hf_problems
+    from lsg_jax.checkpoint import read_manifest
     from lsg_jax.errors import CheckpointError
-    from lsg_jax.report.inspect import problems
+    from lsg_jax.report.inspect import kind_of, problems
 
-    found = problems(options.path)
+    found = [str(problem) for problem in problems(options.path)]
+    if kind_of(options.path) == "model":
+        found += [str(problem) for problem in hf_problems(options.path, read_manifest(options.path))]
     for problem in found:
         print(problem)
     if found:

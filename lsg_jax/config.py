@@ -21,6 +21,8 @@ from lsg_jax.errors import ConfigError
 Criterion = Literal["dim_abs", "dim_rms", "norm", "massive", "attention"]
 Signal = Literal["last", "mean_all", "mean_visual"]
 Grouping = Literal["v_sink_rest", "l_sink_rest", "three"]
+Aspect = Literal["pad", "crop", "squash"]
+Template = Literal["chat_template", "vicuna_v1", "qwen2", "phi3"]
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
 
 
@@ -120,7 +122,7 @@ class ImageConfig:
     """
 
     size: int  # pixels of the square that the vision tower takes
-    aspect: Literal["pad", "crop", "squash"]
+    aspect: Aspect
     mean: tuple[float, ...]  # of pixels in [0, 1], one a channel
     std: tuple[float, ...]
 
@@ -176,7 +178,8 @@ class DataConfig:
     max_answer_tokens: int = 256
     num_threads: int = 2
     prefetch: int = 4
-    image_aspect: Literal["pad", "crop", "squash"] | None = None  # None: as the model folder says
+    image_aspect: Aspect | None = None  # None: as the model folder says
+    template: Template | None = None  # None: the checkpoint's chat template, else that of its family
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,8 @@ class EvalConfig:
     batch_size: int = 16
     max_new_tokens: int = 32
     max_length: int = 1024
-    image_aspect: Literal["pad", "crop", "squash"] | None = None
+    image_aspect: Aspect | None = None
+    template: Template | None = None
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class KVCache:
     """Keys and values of the positions seen so far, of static size S; visual keys are stored already scaled.
 
     Attributes:
-        key: [L, B, S, K, H], after rotary embedding and gating.
-        value: [L, B, S, K, H].
+        key: [L, B, K, S, H], after rotary embedding and gating.
+        value: [L, B, K, S, H].
         valid: bool [B, S], slots that may be attended to.
     """
 

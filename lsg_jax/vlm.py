@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.checkpoint import load_base, read_manifest, read_step
-from lsg_jax.config import GateConfig, ModelConfig, SinkConfig, from_dict
+from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template, from_dict
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.gating.portable import PortableGates, read_gates, to_torch_layout
@@ -62,11 +62,11 @@ class VLM:
         """Tokenizer and image preparation of the model folder."""
         return self.make_processor()
 
-    def make_processor(self, image_aspect: Any = None) -> Processor:
-        """Tokenizer and image preparation, the latter with another aspect than the folder's if given."""
+    def make_processor(self, image_aspect: Aspect | None = None, template: Template | None = None) -> Processor:
+        """Tokenizer and image preparation, with another image aspect or text template than the folder's if given."""
         if self.folder is None:
             raise InputError("this model was not loaded from a folder: it has no tokenizer")
-        return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect)
+        return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect, template=template)
 
     @property
     def params(self) -> dict:

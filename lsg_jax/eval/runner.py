@@ -46,7 +46,7 @@ def evaluate(vlm: VLM, config: EvalConfig, out: Path, *, progress: Progress | No
         "backbone": vlm.digest,
         "gate": to_dict(vlm.gate) if vlm.gate else None,
         "sinks": to_dict(vlm.config.sinks),
-        "settings": {"max_new_tokens": config.max_new_tokens, "decoding": "greedy", "image_aspect": config.image_aspect},
+        "settings": {k: v for k, v in to_dict(config).items() if k != "benchmarks"} | {"decoding": "greedy"},
         "benchmarks": {},
     }
     for name, items in questions.items():
@@ -75,7 +75,7 @@ def answer(
 
     Questions are batched by length, so that few shapes compile; the last batch of a length is filled up with repeats.
     """
-    processor = vlm.make_processor(config.image_aspect)
+    processor = vlm.make_processor(config.image_aspect, config.template)
     encoded = []
     for q in questions:
         try:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsg_jax.activations import ACTIVATIONS
+from lsg_jax.activations import ACTIVATIONS, standardise
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.gating.keys import group_members, key_scale
 from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
@@ -45,8 +45,7 @@ class SinkGate(nnx.Module):
 
     def __call__(self, signal_BD: jax.Array) -> jax.Array:
         """[B, D] -> ratios float32 [B, G], each row sums to 1."""
-        x = signal_BD.astype(jnp.float32)
-        x = jax.nn.standardize(x, axis=-1, epsilon=self.config.layer_norm_eps)
+        x = standardise(signal_BD, self.config.layer_norm_eps)
         x = x * self.norm_scale[...] + self.norm_bias[...]
         x = ACTIVATIONS[self.config.activation](x @ self.fc1_kernel[...] + self.fc1_bias[...])
         return jax.nn.softmax(x @ self.fc2_kernel[...] + self.fc2_bias[...], axis=-1)

@@ -22,8 +22,8 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Ar
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     valid = jnp.asarray(batch.attention_mask)
     out = model(batch, keep_kv=True)
-    room = [(0, 0)] * 2 + [(0, max_new_tokens)] + [(0, 0)] * 2
-    cache = KVCache(jnp.pad(out.key, room), jnp.pad(out.value, room), jnp.pad(valid, room[1:3]))
+    room = [(0, 0)] * 3 + [(0, max_new_tokens), (0, 0)]
+    cache = KVCache(jnp.pad(out.key, room), jnp.pad(out.value, room), jnp.pad(valid, room[2:4]))
     prompt_length = valid.sum(1).astype(jnp.int32)
     slots = valid.shape[1]
     eos = jnp.array(config.eos_token_ids)

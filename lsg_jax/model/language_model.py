@@ -55,7 +55,7 @@ class DecoderOutput:
 
     Attributes:
         hidden: [B, T, D], output of the last layer, before the final norm.
-        key, value: [L, B, T, K, H], or None unless `keep_kv`.
+        key, value: [L, B, K, T, H], or None unless `keep_kv`.
         ratios: float32 [L - first gated layer, B, G], or None without gating.
         observed: what the observer returned, stacked over the L layers, or None.
     """

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lsg_jax.activations import standardise
+
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -36,7 +38,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.standardize(x.astype(jnp.float32), axis=-1, epsilon=self.eps)
+        y = standardise(x, self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 

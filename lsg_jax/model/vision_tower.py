@@ -25,7 +25,8 @@ class VisionAttention(nnx.Module):
         self.out_proj = Linear(heads, (width,), bias=True, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array, *, return_weights: bool = False) -> tuple[jax.Array, jax.Array | None]:
-        out, weights = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), None, return_weights=return_weights)
+        key, value = self.k_proj(x).swapaxes(1, 2), self.v_proj(x).swapaxes(1, 2)
+        out, weights = attend(self.q_proj(x), key, value, None, return_weights=return_weights)
         return self.out_proj(out), weights
 
 

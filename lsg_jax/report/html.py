@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse } th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ccc }
 th:first-child, td:first-child { text-align: left } figure { display: inline-block; margin: .5rem; max-width: 100% }
 img { width: 16rem; max-width: 100% } svg { max-width: 100% } .note { background: #fff4d6; padding: .5rem 1rem }

@@ -99,7 +99,7 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
     check_gate_input(config.gate, vlm.config)
     data = TrainingData(
         config.data.records,
-        vlm.make_processor(config.data.image_aspect),
+        vlm.make_processor(config.data.image_aspect, config.data.template),
         config.data,
         batch_size=config.train.batch_size,
         seed=config.seed,

@@ -1,0 +1,75 @@
+"""Strict configuration: what is read, what is refused, and in which words."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lsg_jax.config import GateConfig, RunConfig, SinkConfig, from_dict, load_run_config, to_dict
+from lsg_jax.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+GOOD = """
+model = "m"
+output = "o"
+[gate]
+layers = [3, 10]
+[train]
+learning_rate = 1e-4
+"""
+
+
+def read(tmp_path, text, *overrides):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return load_run_config(path, overrides)
+
+
+def test_values_and_overrides(tmp_path):
+    config = read(tmp_path, GOOD, "train.learning_rate=1", "gate.layers=[1]", "sinks.criterion=norm", "model=/a/b", "seed = 7")
+    assert config.gate == GateConfig(layers=(1,))
+    assert (config.train.learning_rate, config.sinks, config.model, config.seed) == (1.0, SinkConfig("norm"), "/a/b", 7)
+    assert read(tmp_path, GOOD).train.learning_rate == 1e-4
+
+
+def test_round_trip():
+    config = RunConfig(model="m", output="o", gate=GateConfig(layers=(1, 2)), sinks=SinkConfig(vit_dims=(650,)))
+    assert from_dict(RunConfig, to_dict(config), where="x") == config
+
+
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        ("model = 'm'", (), "missing field output"),
+        (GOOD + "learning_rat = 1.0", (), "train: unknown field learning_rat; did you mean learning_rate?"),
+        (GOOD, ("trian.epochs=3",), "unknown field trian; did you mean train?"),
+        (GOOD, ("train.epochs=many",), "train: epochs: expected int, got 'many'"),
+        (GOOD, ("train.epochs=true",), "train: epochs: expected int, got True"),
+        (GOOD, ("gate.layers=[1.5]",), "gate: layers[0]: expected int, got 1.5"),
+        (GOOD, ("gate.grouping=both",), "gate: grouping: 'both' is not one of v_sink_rest, l_sink_rest, three"),
+        (GOOD, ("gate=3",), "gate: expected a table, got 3"),
+        (GOOD, ("gate.layers.x=3",), "--set gate.layers.x=3: layers is not a table"),
+        (GOOD, ("epochs",), "--set epochs: write it as a.b=value"),
+        ("model = ", (), "not valid TOML"),
+    ],
+)
+def test_refusals(tmp_path, text, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        read(tmp_path, text, *overrides)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 65
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_run_config(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_read(path):
+    config = load_run_config(path)
+    assert config.gate.layers
+
+
+def test_there_are_shipped_configs():
+    assert {"tiny.toml", "llava15_7b.toml", "llava15_13b.toml"} <= {path.name for path in CONFIGS}

@@ -1,0 +1,75 @@
+"""Who may import whom (see the table), and that importing the package does nothing else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# module or package below lsg_jax -> what it may import from lsg_jax, besides itself
+FOUNDATION = {"errors", "types", "config", "activations"}
+MAY_IMPORT = {
+    "errors": set(),
+    "types": set(),
+    "activations": set(),
+    "config": {"errors"},
+    "sinks": FOUNDATION,
+    "gating": FOUNDATION | {"sinks"},
+    "model": FOUNDATION | {"sinks", "gating"},
+    "data": FOUNDATION,
+    "sharding": FOUNDATION,
+    "checkpoint": FOUNDATION,
+    "vlm": FOUNDATION | {"sinks", "gating", "model", "data", "sharding", "checkpoint"},
+    "train": FOUNDATION | {"sinks", "gating", "model", "data", "sharding", "checkpoint", "vlm"},
+    "eval": FOUNDATION | {"sinks", "gating", "model", "data", "sharding", "checkpoint", "vlm"},
+    "analysis": FOUNDATION | {"sinks", "gating", "model", "data", "sharding", "checkpoint", "vlm"},
+    "report": FOUNDATION | {"gating", "checkpoint"},
+    "api": FOUNDATION | {"sharding", "vlm"},
+}
+ANYTHING = {"cli", "quickstart", "__init__", "__main__"}
+
+
+def imported(path):
+    """Names of all modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name):
+    """`lsg_jax.model.llava.Llava` -> `model`; None outside the package."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "lsg_jax" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lsg_jax").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows(path):
+    own = path.relative_to(ROOT / "lsg_jax").parts[0].removesuffix(".py")
+    names = set(imported(path))
+    if own != "cli":
+        assert not {n for n in names if n.split(".")[0] == "converters"}
+    if own not in ANYTHING:
+        assert {room(n) for n in names} - {None, own} <= MAY_IMPORT[own]
+    if own != "checkpoint":
+        assert not {n for n in names if n.split(".")[0] in ("orbax", "tensorstore")}
+    assert "torch" not in {n.split(".")[0] for n in names}
+
+
+def test_import_is_quick_to_finish_and_changes_nothing():
+    code = """
+import logging, os, sys, signal
+before = (dict(os.environ), logging.getLogger().level, signal.getsignal(signal.SIGTERM))
+import lsg_jax, lsg_jax.cli, converters.convert
+assert before == (dict(os.environ), logging.getLogger().level, signal.getsignal(signal.SIGTERM))
+for heavy in ("torch", "transformers", "tensorflow", "orbax", "tensorstore", "tensorflow_datasets", "grain", "matplotlib"):
+    assert heavy not in sys.modules, heavy
+import jax
+assert not jax._src.xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,77 @@
+"""Mesh and path rules: complete at true sizes, and a sharded model computes what an unsharded one does."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from converters.hf_config import model_config
+from converters.tiny_checkpoint import _CONFIG
+from lsg_jax.config import GateConfig, MeshConfig, SinkConfig
+from lsg_jax.errors import ConfigError
+from lsg_jax.model.llava import abstract_model
+from lsg_jax.sharding import make_mesh, param_spec, shard_params
+
+
+def test_mesh_sizes():
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    for sizes in [(2, 1, 1), (-1, -1, 1), (0, 1, 1), (1, -1, 3)]:
+        with pytest.raises(ConfigError, match="mesh"):
+            make_mesh(MeshConfig(*sizes))
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(ConfigError, match="0 rules match parameter language_model/new/kernel"):
+        param_spec("language_model/new/kernel", (4, 4), make_mesh(MeshConfig()))
+
+
+def test_every_parameter_has_a_rule():
+    config = dataclasses.replace(model_config(_CONFIG), sinks=SinkConfig(vit_dims=(1,)))
+    _, abstract = abstract_model(config, GateConfig(layers=(0,)))
+    sharded = shard_params(abstract, make_mesh(MeshConfig()))
+    assert sharded["gates"]["fc1_kernel"].sharding.spec == PartitionSpec()
+    assert sharded["language_model"]["lm_head"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
+
+
+SHARDED = """
+import os, sys
+import jax, numpy as np
+import lsg_jax
+from lsg_jax.config import MeshConfig
+from lsg_jax.sharding import make_mesh
+sys.path.insert(0, os.environ["TESTS"])
+from test_vlm import SINKS, gates
+
+assert jax.device_count() == 8
+model = sys.argv[1]
+rng = np.random.default_rng(0)
+ids = np.concatenate([np.full((8, 1), 1), np.full((8, 49), 3), rng.integers(4, 260, (8, 10))], axis=1)
+pixels = rng.normal(size=(8, 3, 56, 56)).astype(np.float32)
+labels = np.where(np.arange(60) >= 55, ids, -100)
+whole = lsg_jax.load(model, gates())
+logits, (loss, grads) = whole.logits(ids, pixels), whole.loss_and_grads(ids, pixels, labels)
+tokens = whole.generate_ids(ids, pixels, max_new_tokens=4)
+vlm = lsg_jax.load(model, gates(), mesh=make_mesh(MeshConfig(2, 2, 2)))
+kernel = vlm.frozen["language_model"]["layers"]["mlp"]["gate_proj"]["kernel"]
+assert len(kernel.sharding.device_set) == 8
+assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+np.testing.assert_allclose(vlm.logits(ids, pixels), logits, atol=1e-4)
+other, others = vlm.loss_and_grads(ids, pixels, labels)
+np.testing.assert_allclose(other, loss, rtol=1e-5)
+for layer in grads:
+    for name in grads[layer]:
+        np.testing.assert_allclose(others[layer][name], grads[layer][name], atol=1e-4 * np.abs(grads[layer][name]).max())
+np.testing.assert_array_equal(vlm.generate_ids(ids, pixels, max_new_tokens=4), tokens)
+"""
+
+
+def test_sharded_equals_unsharded_on_eight_devices(tiny_model):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "TESTS": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", SHARDED, str(tiny_model)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert jax.device_count() == 1
