@@ -19,7 +19,9 @@ from lsg_jax.errors import ConfigError, InputError, LsgError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 usage, others as lsg_jax.errors has them."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
+    )
     logging.getLogger("lsg_jax").setLevel(logging.INFO)
     logging.getLogger("converters").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax talks through it
@@ -31,16 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except LsgError as error:
-        code, text = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted"
-    except Exception as error:
-        code, text = 1, f"{type(error).__name__}: {error}"
-    if options.traceback:
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = _exit_code(error), str(error) if isinstance(error, LsgError) else f"{type(error).__name__}: {error}"
+        if options.traceback:
+            traceback.print_exc()
     print(f"lsg {options.command}: {' '.join(text.split())}", file=sys.stderr)
     return code
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, LsgError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,6 +47,7 @@ class VLM:
         folder: Path | None = None,
         digest: str = "",
     ):
+        check_sinks(config)
         if gate is not None:
             check_gate_input(gate, config)
         self.config = config
@@ -221,6 +222,15 @@ def to_pixels(pixel_values: Any) -> np.ndarray:
     if pixels.ndim != 4:
         raise InputError(f"pixel_values must be [B, C, H, W], got {list(pixels.shape)}")
     return pixels.transpose(0, 2, 3, 1)
+
+
+def check_sinks(config: ModelConfig) -> None:
+    """Raises ConfigError for a sink dimension that the model does not have."""
+    sinks = config.sinks
+    width_in = config.vision.hidden_size * len(config.feature_layers)
+    for name, dims, width in (("vit_dims", sinks.vit_dims, width_in), ("llm_dims", sinks.llm_dims, config.text.hidden_size)):
+        if bad := [d for d in dims if not 0 <= d < width]:
+            raise ConfigError(f"sinks.{name}: dimension {bad[0]} is outside the model width {width}")
 
 
 def check_gate_input(gate: GateConfig, config: ModelConfig) -> None:

@@ -98,9 +98,9 @@ class KeyScaling:
     sinks: SinkConfig = flax.struct.field(pytree_node=False)
     gate: Any = flax.struct.field(pytree_node=False, default=None)  # graphdef of one SinkGate; None: fixed coefficients
 
-    def per_layer(self, start: int) -> tuple[Any, jax.Array]:
-        """What a scan over the layers from `start` walks along."""
-        return jax.tree.map(lambda leaf: leaf[start:], (self.source, self.enabled))
+    def per_layer(self, start: int, stop: int) -> tuple[Any, jax.Array]:
+        """What a scan over the layers from `start` to `stop` walks along."""
+        return jax.tree.map(lambda leaf: leaf[start:stop], (self.source, self.enabled))
 
     def layer(self, walked: tuple[Any, jax.Array], hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Key scale float32 [B, T] and ratios float32 [B, G] of the layer that `hidden` [B, T, D] enters.

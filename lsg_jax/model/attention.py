@@ -13,7 +13,7 @@ from lsg_jax.config import RopeConfig, TextConfig
 from lsg_jax.gating.keys import scale_keys
 from lsg_jax.model.layers import Linear
 
-QUERY_BLOCKS = 4
+QUERY_BLOCKS, SHORTEST_BLOCK = 4, 32
 """More blocks leave out more work, up to a half, in smaller products."""
 
 
@@ -54,7 +54,7 @@ def attend_causally(query: jax.Array, key: jax.Array, value: jax.Array, mask: ja
     The queries go block by block, each with the keys up to its end: three eighths of the work are not done.
     """
     length = query.shape[1]
-    block = -(-length // QUERY_BLOCKS)
+    block = max(-(-length // QUERY_BLOCKS), SHORTEST_BLOCK)
     parts = []
     for start in range(0, length, block):
         stop = min(start + block, length)
@@ -88,6 +88,11 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
+
+
+def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """x [B, T, ...] at positions rows int32 [B, A] -> [B, A, ...]."""
+    return jnp.take_along_axis(x, rows.reshape(*rows.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 @flax.struct.dataclass
@@ -136,10 +141,18 @@ class CausalAttention(nnx.Module):
         *,
         key_scale: jax.Array | None = None,
         cache: LayerCache | None = None,
+        rows: jax.Array | None = None,
         return_weights: bool = False,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | LayerCache, jax.Array | None]:
-        """x [B, T, D] -> (output [B, T, D], keys and values or the updated cache, attention weights or None)."""
-        query, key, value = apply_rope(self.q_proj(x), rope), apply_rope(self.k_proj(x), rope), self.v_proj(x)
+        """x [B, T, D] -> (output [B, T, D], keys and values or the updated cache, attention weights or None).
+
+        With `rows` int32 [B, A], the output is for the queries at these positions only: [B, A, D].
+        """
+        key, value = apply_rope(self.k_proj(x), rope), self.v_proj(x)
+        if rows is not None:
+            x, mask = take_rows(x, rows), take_rows(mask, rows)
+            rope = take_rows(rope[0], rows), take_rows(rope[1], rows)
+        query = apply_rope(self.q_proj(x), rope)
         if key_scale is not None:
             key = scale_keys(key, key_scale)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -147,7 +160,7 @@ class CausalAttention(nnx.Module):
         if cache is not None:
             kept = cache = cache.append(key, value)
             key, value = cache.read()
-        if cache is None and not return_weights:
+        if cache is None and rows is None and not return_weights:
             return self.o_proj(attend_causally(query, key, value, mask)), kept, None
         out, weights = attend(query, key, value, mask, return_weights=return_weights)
         return self.o_proj(out), kept, weights

@@ -21,13 +21,12 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Ar
     config = model.config
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     valid = jnp.asarray(batch.attention_mask)
-    out = model(batch, keep_kv=True)
+    out = model(batch, keep_kv=True, rows=last_token(valid)[:, None])
     room = [(0, 0)] * 3 + [(0, max_new_tokens), (0, 0)]
     cache = KVCache(jnp.pad(out.key, room), jnp.pad(out.value, room), jnp.pad(valid, room[2:4]))
     prompt_length = valid.sum(1).astype(jnp.int32)
     slots = valid.shape[1]
     eos = jnp.array(config.eos_token_ids)
-    last = jnp.take_along_axis(out.hidden, last_token(valid)[:, None, None], axis=1)[:, 0]
 
     def pick(hidden: jax.Array, done: jax.Array) -> jax.Array:
         token = jnp.argmax(model.language_model.logits(hidden), axis=-1).astype(jnp.int32)
@@ -36,7 +35,7 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Ar
     def ended(token: jax.Array) -> jax.Array:
         return (token[:, None] == eos).any(-1)
 
-    token = pick(last, jnp.zeros(valid.shape[0], bool))
+    token = pick(out.hidden[:, 0], jnp.zeros(valid.shape[0], bool))
     tokens = jnp.full((valid.shape[0], max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
 
     def cond(carry: tuple) -> jax.Array:

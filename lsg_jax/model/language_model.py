@@ -14,7 +14,7 @@ from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import TextConfig
 from lsg_jax.errors import InputError
 from lsg_jax.gating.gate import KeyScaling
-from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles
+from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles, take_rows
 from lsg_jax.model.layers import Linear, RMSNorm, layer_at, stack_layers
 from lsg_jax.types import Array, KVCache, LayerView
 
@@ -42,10 +42,12 @@ class DecoderLayer(nnx.Module):
         self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, rope: Any, mask: jax.Array, **attention: Any) -> tuple[jax.Array, Any, Any]:
+    def __call__(
+        self, x: jax.Array, rope: Any, mask: jax.Array, *, rows: jax.Array | None = None, **attention: Any
+    ) -> tuple[jax.Array, Any, Any]:
         """x [B, T, D] -> (x, keys and values or cache, attention weights); keywords as CausalAttention takes them."""
-        out, kept, weights = self.attention(self.input_norm(x), rope, mask, **attention)
-        x = x + out
+        out, kept, weights = self.attention(self.input_norm(x), rope, mask, rows=rows, **attention)
+        x = (x if rows is None else take_rows(x, rows)) + out
         return x + self.mlp(self.post_attention_norm(x)), kept, weights
 
 
@@ -54,7 +56,7 @@ class DecoderOutput:
     """What a run over the layers leaves.
 
     Attributes:
-        hidden: [B, T, D], output of the last layer, before the final norm.
+        hidden: [B, T, D], or [B, A, D] where only some rows were wanted; output of the last layer, before the final norm.
         key, value: [L, B, K, T, H], or None unless `keep_kv`.
         ratios: float32 [L - first gated layer, B, G], or None without gating.
         observed: what the observer returned, stacked over the L layers, or None.
@@ -105,6 +107,7 @@ class LanguageModel(nnx.Module):
         valid: jax.Array,
         scaling: KeyScaling | None = None,
         *,
+        rows: jax.Array | None = None,
         keep_kv: bool = False,
         remat: str = "none",
         observe: Callable[[LayerView], Any] | None = None,
@@ -112,11 +115,13 @@ class LanguageModel(nnx.Module):
     ) -> DecoderOutput:
         """Runs all layers over whole sequences, causally; padding may be on either side.
 
-        Layers below the lowest scaled one run in a scan of their own that is not differentiated.
+        Layers below the lowest scaled one run in a scan of their own that is not differentiated. With `rows`, the last layer
+        computes nothing but keys and values elsewhere.
 
         Args:
             x: merged embeddings [B, T, D].
             valid: bool [B, T], unpadded tokens.
+            rows: int32 [B, A], positions whose output is wanted; None for all.
             remat: `full` recomputes each layer in the backward pass, `none` keeps its activations.
             observe: called with a LayerView in each layer; its results come back stacked.
         """
@@ -126,10 +131,12 @@ class LanguageModel(nnx.Module):
         mask = causal_mask(valid)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x: jax.Array, index: jax.Array, scaled: Any) -> tuple[jax.Array, Any]:
+        def body(x: jax.Array, index: jax.Array, scaled: Any, rows: jax.Array | None = None) -> tuple[jax.Array, Any]:
             scale, ratios = (None, None) if scaling is None or scaled is None else scaling.layer(scaled, x)
             layer = nnx.merge(graphdef, layer_at(stacked, index))
-            y, (key, value), weights = layer(x, rope, mask, key_scale=scale, return_weights=observe_attention)
+            y, (key, value), weights = layer(
+                x, rope, mask, key_scale=scale, rows=rows, return_weights=observe_attention and rows is None
+            )
             seen = observe(LayerView(hidden=x, attention=weights, ratios=ratios)) if observe else None
             return y, ((key, value) if keep_kv else None, ratios, seen)
 
@@ -139,18 +146,26 @@ class LanguageModel(nnx.Module):
             return jax.lax.scan(lambda c, xs: step(c, *xs), x, (jnp.arange(start, stop), scaled))
 
         first = num_layers if scaling is None else scaling.first_layer
+        scanned = num_layers if rows is None else num_layers - 1
         parts = []
         if first > 0:
-            x, part = run(x, 0, first, None)
+            x, part = run(x, 0, min(first, scanned), None)
             x = jax.lax.stop_gradient(x)
             parts.append(part)
-        if scaling is not None and first < num_layers:
-            x, part = run(x, first, num_layers, scaling.per_layer(first))
+        if scaling is not None and first < scanned:
+            x, part = run(x, first, scanned, scaling.per_layer(first, scanned))
             parts.append(part)
+        if rows is not None:
+            scaled = None if scaling is None else jax.tree.map(lambda v: v[0], scaling.per_layer(scanned, num_layers))
+            x, part = body(x, jnp.int32(scanned), scaled, rows)
+            parts.append(jax.tree.map(lambda v: v[None], part))
         kv = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[0] for p in parts))
         observed = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[2] for p in parts))
+        ratios = [p[1] for p in parts if p[1] is not None]
         key, value = kv or (None, None)
-        return DecoderOutput(hidden=x, key=key, value=value, ratios=parts[-1][1], observed=observed)
+        return DecoderOutput(
+            hidden=x, key=key, value=value, ratios=jnp.concatenate(ratios) if ratios else None, observed=observed
+        )
 
     def decode(self, token: jax.Array, position: jax.Array, slot: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One step for every row.

@@ -118,17 +118,22 @@ class Llava(nnx.Module):
         batch: Batch,
         *,
         merged: MergedSequence | None = None,
+        rows: jax.Array | None = None,
         keep_kv: bool = False,
         remat: str = "none",
         observe: Callable[[LayerView], Any] | None = None,
         observe_attention: bool = False,
     ) -> DecoderOutput:
-        """Runs a batch through the stack. `merged` reuses a sequence that `merge` gave for the same batch."""
+        """Runs a batch through the stack; keywords as LanguageModel takes them.
+
+        `merged` reuses a sequence that `merge` gave for the same batch.
+        """
         merged = merged or self.merge(batch)
         return self.language_model(
             merged.x,
             batch.attention_mask,
             self.key_scaling(batch, merged.visual),
+            rows=rows,
             keep_kv=keep_kv,
             remat=remat,
             observe=observe,

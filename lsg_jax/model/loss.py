@@ -22,9 +22,8 @@ def answer_loss(model: Llava, batch: Batch, *, remat: str = "none") -> tuple[jax
         loss float32 [] in nats a token (0 for a batch without answers), and a dict: `tokens` int32 [], `correct` int32 []
         (greedy hits), `ratios` float32 [gated layers, G] as means over the rows with an image (0 without any).
     """
-    out = model(batch, remat=remat)
-    hidden = jnp.take_along_axis(out.hidden, jnp.asarray(batch.answer_index)[..., None], axis=1)
-    logits = model.language_model.logits(hidden)
+    out = model(batch, remat=remat, rows=jnp.asarray(batch.answer_index))
+    logits = model.language_model.logits(out.hidden)
     used = batch.answer_target != IGNORE
     target = jnp.where(used, batch.answer_target, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)

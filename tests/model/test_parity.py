@@ -13,6 +13,8 @@ from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, state_arrays, tiny_hf
 from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
 from lsg_jax.errors import InputError
+from lsg_jax.model.attention import SHORTEST_BLOCK, attend, attend_causally
+from lsg_jax.model.language_model import causal_mask
 from lsg_jax.model.llava import assemble
 from lsg_jax.types import Batch
 from lsg_jax.vlm import VLM
@@ -200,6 +202,37 @@ def test_uint8_pixels_are_normalised_as_the_processor_does():
     by_hand = ((pixels / 255 - np.array(image.mean)) / np.array(image.std)).astype(np.float32)
     model = assemble(vlm.graphdef, vlm.params)
     close(model.image_features(jnp.asarray(pixels))[0], model.image_features(jnp.asarray(by_hand))[0])
+
+
+def test_attention_by_query_blocks_equals_attention():
+    rng = np.random.default_rng(0)
+    length = 3 * SHORTEST_BLOCK + 5  # four blocks, the last one short
+    query = rng.normal(size=(2, length, 4, 10)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, 2, length, 10)).astype(np.float32)
+    valid = np.arange(length) >= np.array([[0], [7]])
+    mask = causal_mask(jnp.asarray(valid))
+    whole, weights = attend(query, key, value, mask, return_weights=True)
+    blocks = attend_causally(query, key, value, mask)
+    close(np.asarray(blocks)[valid], np.asarray(whole)[valid])
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    # and by the definition
+    repeated = np.repeat(key, 2, axis=1), np.repeat(value, 2, axis=1)
+    logits = np.einsum("BTNH,BNSH->BNTS", query, repeated[0]) / np.sqrt(10)
+    exact = np.exp(np.where(np.asarray(mask)[:, None], logits, -np.inf))
+    with np.errstate(invalid="ignore"):
+        exact = np.einsum("BNTS,BNSH->BTNH", exact / exact.sum(-1, keepdims=True), repeated[1])
+    close(np.asarray(whole)[valid], exact[valid])
+
+
+def test_rows_of_the_last_layer_equal_those_of_a_whole_run():
+    _, vlm = pair("clip-llama-gqa")
+    ids, mask, pixels = inputs(vlm.config, "right")
+    model, batch = assemble(vlm.graphdef, vlm.params), vlm.batch(ids, pixels, mask)
+    rows = jnp.array([[3, 9, 12], [0, 1, 18], [12, 12, 2]])
+    some, whole = model(batch, rows=rows, keep_kv=True), model(batch, keep_kv=True)
+    close(some.hidden, np.take_along_axis(np.asarray(whole.hidden), np.asarray(rows)[..., None], 1))
+    close(some.key, whole.key)
+    close(some.value, whole.value)
 
 
 def test_remat_changes_nothing():

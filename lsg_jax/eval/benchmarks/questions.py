@@ -113,8 +113,8 @@ def chosen_letter(output: str, count: int) -> str | None:
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation at the ends, single spaces, no leading article."""
-    text = " ".join(text.lower().split()).strip(string.punctuation + " ")
+    """Lower case, single spaces, no leading article, no punctuation at the ends; a minus sign stays."""
+    text = " ".join(text.lower().split()).strip(" .,;:!?\"'`()[]")
     return re.sub(r"^(?:a|an|the) ", "", text)
 
 

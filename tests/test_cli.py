@@ -1,0 +1,201 @@
+"""The commands as a user types them: outputs on stdout, one-line errors on stderr, exit codes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_vlm import gates
+
+import lsg_jax
+from lsg_jax.cli import main
+from lsg_jax.gating.portable import write_gates
+
+SINK_OPTIONS = ["--sinks", "criterion=norm", "vit_tau=10.0", "llm_criterion=norm", "llm_tau=12.0"]
+
+
+@pytest.fixture
+def lsg(capfd):
+    """Runs a command; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:  # argparse, for usage errors and --help
+            code = stop.code
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def config_file(folder, model, records="", **train):
+    settings = "".join(
+        f"{name} = {value}\n" for name, value in ({"batch_size": 2, "epochs": 1, "max_steps": 2} | train).items()
+    )
+    path = folder / "run.toml"
+    path.write_text(
+        f'model = "{model}"\noutput = "{folder / "run"}"\n'
+        "[gate]\nlayers = [1]\n"
+        '[sinks]\ncriterion = "norm"\nvit_tau = 10.0\n'
+        f'[data]\nrecords = "{records}"\nmax_length = 256\nmax_answer_tokens = 8\n'
+        f"[train]\n{settings}"
+        "[eval]\nbatch_size = 4\nmax_new_tokens = 4\n"
+    )
+    return path
+
+
+def test_convert_export_verify_inspect(lsg, tiny_hf_folder, tmp_path):
+    model, back = tmp_path / "model", tmp_path / "back"
+    assert lsg("convert", tiny_hf_folder, model) == (0, f"{model}\n", "")
+    assert lsg("verify", model)[:2] == (0, f"{model}: ok\n")
+    code, out, _ = lsg("inspect", model)
+    assert code == 0 and "vision_tower" in out and "tiny-llava" in out
+    found = json.loads(lsg("inspect", model, "--json")[1])
+    assert found["kind"] == "model" and found["parameters"]["total"] == sum(
+        count for part, count in found["parameters"].items() if part != "total"
+    )
+    assert lsg("export", model, back)[0] == 0
+    assert (back / "model.safetensors").stat().st_size > 0
+    code, out, err = lsg("convert", tiny_hf_folder, model)
+    assert code == 65 and out == "" and str(model) in err and err.count("\n") == 1
+
+
+def test_train_eval_gates_inspect_verify(lsg, tiny_model, records, scenes, tmp_path):
+    config, run = config_file(tmp_path, tiny_model, records), tmp_path / "run"
+    code, out, err = lsg("train", config)
+    assert (code, out) == (0, f"{run}\n"), err
+    assert lsg("verify", run)[:2] == (0, f"{run}: ok\n")
+    assert json.loads(lsg("inspect", run, "--json")[1])["saved steps"] == [2]
+    file = tmp_path / "g.safetensors"
+    assert lsg("gates", "export", run, file)[:2] == (0, f"{file}\n")
+    assert json.loads(lsg("inspect", file, "--json")[1])["gate"]["layers"] == [1]
+    assert lsg("verify", file)[0] == 0
+
+    code, out, err = lsg("eval", config, "--benchmark", f"scenes={scenes / 'questions.jsonl'}")
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["benchmark", "n", "majority", "base", "gated", "change"]
+    result = json.loads((run / "eval" / "result.json").read_text())["benchmarks"]["scenes"]
+    assert result["base"]["count"] == 12 and set(result["gated"]["categories"]) == {"colour", "count"}
+    for method in ("base", "gated"):
+        rows = [json.loads(line) for line in (run / "eval" / f"scenes.{method}.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in rows] == [str(i) for i in range(12)]
+        assert sum(row["correct"] for row in rows) == result[method]["correct"]
+    # the same gates from the portable file give the same answers, whatever the batch size
+    elsewhere = tmp_path / "elsewhere"
+    code, out, err = lsg(
+        "eval", config, "--set", "eval.batch_size=5", "--gates", file, "--out", elsewhere, "--json",
+        "--benchmark", f"scenes={scenes / 'questions.jsonl'}",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["benchmarks"]["scenes"]["gated"] == result["gated"], err
+    for name in ("scenes.base.jsonl", "scenes.gated.jsonl"):
+        assert (elsewhere / name).read_text() == (run / "eval" / name).read_text()
+
+
+def test_generate_prints_the_answer_only(lsg, tiny_model, scenes, tmp_path):
+    write_gates(tmp_path / "g.safetensors", gates())
+    image = scenes / "images" / "0.png"
+    common = ("generate", tiny_model, "--prompt", "What is this?", "--max-new-tokens", 5)
+    for options, source in ([], None), (["--gates", tmp_path / "g.safetensors"], gates()):
+        (answer,) = lsg_jax.load(tiny_model, source).generate([image], ["What is this?"], 5)
+        assert lsg(*common, "--image", image, *options) == (0, f"{answer}\n", "")
+    assert lsg(*common)[0] == 0  # text only
+
+
+def test_sinks(lsg, tiny_model, scenes, tmp_path):
+    files = [scenes / "images" / f"{i}.png" for i in (0, 1)]
+    code, out, err = lsg("sinks", tiny_model, "--images", *files, "--out", tmp_path / "o", *SINK_OPTIONS)
+    assert code == 0, err
+    found = json.loads(out)
+    assert list(found) == [str(f) for f in files]
+    entry = found[str(files[0])]
+    norms = np.array(entry["norms"])
+    assert entry["v_sinks"] == np.flatnonzero(norms >= 10.0).tolist() and entry["grid"] ** 2 == len(norms)
+    assert len(entry["l_sinks"]) == 6 and not set(entry["v_sinks"]) & {p for layer in entry["l_sinks"] for p in layer}
+    assert json.loads((tmp_path / "o" / "sinks.json").read_text()) == found
+    with Image.open(tmp_path / "o" / "0.png") as overlay:
+        assert overlay.size == (672, 672)
+    # far too low a threshold is said, and a model without dimensions says so instead of inventing sinks
+    assert "implausibly low" in lsg("sinks", tiny_model, "--images", files[0], "--sinks", "criterion=norm", "vit_tau=0")[2]
+    code, out, err = lsg("sinks", tiny_model, "--images", files[0])
+    assert code == 0 and json.loads(out)[str(files[0])]["v_sinks"] is None and "no V-sink dimensions are known" in err
+
+
+def test_prepare(lsg, scenes, tmp_path):
+    code, out, err = lsg("prepare", scenes / "llava.jsonl", tmp_path / "records")
+    assert code == 0 and out.startswith("12 of 12 records written"), err
+    code, out, err = lsg("prepare", scenes / "questions.jsonl", tmp_path / "other")
+    assert code == 65 and out == "" and not (tmp_path / "other").exists()
+
+
+def test_no_configuration_is_needed_for_text_help(lsg):
+    code, out, _ = lsg("--help")
+    assert code == 0 and all(name in out for name in ("quickstart", "convert", "train", "eval", "sinks"))
+    for arguments in ((), ("nonsense",), ("generate", "m"), ("gates",), ("train", "c", "--epochs", "3")):
+        assert lsg(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["inspect", "nowhere"], 65, "nowhere: no such file or folder"),
+        (["inspect", "{hf}"], 65, "looks like a Hugging Face checkpoint; run `lsg convert"),
+        (["verify", "{tmp}"], 65, "neither a model folder"),
+        (["inspect", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
+        (["convert", "{tmp}", "{tmp}/out"], 65, "config.json"),
+        (["convert", "no/such-model", "{tmp}/out"], 65, "no/such-model"),
+        (["generate", "{model}", "--prompt", "x", "--image", "{tmp}/none.png"], 65, "none.png"),
+        (["generate", "{model}", "--prompt", "x", "--image", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
+        (["generate", "{model}", "--prompt", "x", "--gates", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
+        (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], 65, "must be at least 1"),
+        (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dim=[3]"], 65, "did you mean vit_dims?"),
+        (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dims=[999]"], 65, "outside the model width 64"),
+        (["train", "{tmp}/none.toml"], 65, "no such configuration file"),
+        (["train", "{config}", "--set", "train.epoch=3"], 65, "unknown field epoch; did you mean epochs?"),
+        (["train", "{config}"], 65, "records"),
+        (["eval", "{config}"], 65, "nothing to evaluate"),
+        (["eval", "{config}", "--benchmark", "a"], 65, "write it as NAME=PATH"),
+        (["eval", "{config}", "--benchmark", "a={tmp}/none.jsonl"], 65, "cannot read the questions"),
+        (["gates", "export", "{tmp}", "{tmp}/g.safetensors"], 65, "neither a run folder"),
+        (["gates", "import", "{tmp}/none.pt", "{tmp}/g.safetensors"], 65, "none.pt"),
+    ],
+)
+def test_errors_are_one_line_with_their_code(lsg, tiny_hf_folder, tiny_model, tmp_path, arguments, code, message):
+    (tmp_path / "junk.safetensors").write_bytes(b"\x10" * 64)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    names = {"tmp": tmp_path, "hf": tiny_hf_folder, "model": tiny_model, "config": config_file(tmp_path, tiny_model)}
+    before = sorted(tmp_path.rglob("*"))
+    got, out, err = lsg(*(a.format(**names) for a in arguments))
+    assert got == code and out == ""
+    assert message in err and err.count("\n") == 1 and err.startswith(f"lsg {arguments[0]}: ")
+    left = {path for path in tmp_path.rglob("*") if path not in before}
+    assert {path.name for path in left} <= {"run", "lock", "checkpoints"}  # an empty run folder at most
+
+
+def test_verify_names_the_damage(lsg, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tokenizer = model / "hf" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    code, out, err = lsg("verify", model)
+    assert code == 65 and "tokenizer.json" in out and err.endswith("problem found\n")
+
+
+def test_traceback_on_request(lsg):
+    assert "Traceback" in lsg("inspect", "nowhere", "--traceback")[2]
+
+
+def test_quickstart_tells_the_whole_story_and_can_be_run_again(lsg, tmp_path, monkeypatch):
+    import lsg_jax.quickstart as quickstart
+
+    monkeypatch.setattr(quickstart, "TRAIN_SCENES", 16)
+    monkeypatch.setattr(quickstart, "TEST_SCENES", 4)
+    for _ in range(2):
+        code, out, err = lsg("quickstart", "--out", tmp_path / "q")
+        assert code == 0, err
+        report = (tmp_path / "q" / "report.html").resolve()
+        assert out == f"{report}\n" and "5/5" in err
+    page = report.read_text()
+    assert "random weights" in page and page.count("<img") == 4 and "http://" not in page and "https://" not in page
