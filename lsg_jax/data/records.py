@@ -324,6 +324,7 @@ def _write_tfds(folder: Path, rows: Callable[[], Iterator[tuple[int, dict[str, A
         with contextlib.redirect_stdout(io.StringIO()):
             builder = LlavaRecords(data_dir=folder, file_format="array_record")
             builder.download_and_prepare(file_format="array_record")
+        shutil.rmtree(folder / "downloads", ignore_errors=True)  # TFDS makes it though nothing is downloaded
     finally:
         tqdm_utils.display_progress_bar(shows)
 

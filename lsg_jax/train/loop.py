@@ -115,7 +115,8 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
     if restored := run.latest(state):
         state = restored.state
         data.set_state(restored.meta["data"])
-        logger.info("resuming %s at step %d of %d", run.path, restored.step, total)
+        where = "complete" if restored.step == total else "resuming"
+        logger.info("%s: %s at step %d of %d", run.path, where, restored.step, total)
     return Trainer(
         config=config,
         vlm=vlm,
