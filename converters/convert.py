@@ -63,6 +63,8 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
     try:
         names = in_folder(checkpoint.folder, canonical_names, weights.tensors)
         config, planned = in_folder(checkpoint.folder, _plan, config, weights, names, dtype)
+        if dtype is None and planned.dtype == "float16":
+            logger.warning("the weights stay float16, which TPUs do not compute in: --dtype bfloat16 is the dtype for them")
         _into_folder(target, checkpoint, weights, names, config, planned, dtype or planned.dtype, progress)
     finally:
         weights.close()

@@ -8,12 +8,15 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lsg_jax.errors import ConfigError, InputError, LsgError
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -299,9 +302,17 @@ def _sink_config(options: argparse.Namespace, base: Any) -> Any:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr where that is a terminal: call with (done, total or None, text)."""
+    """A progress bar on stderr, or a line now and then where that is no terminal: call with (done, total or None, text)."""
     if not sys.stderr.isatty():
-        yield lambda done, total=None, text="": None
+        last = time.monotonic()
+
+        def tell(done: int, total: int | None = None, text: str = "") -> None:
+            nonlocal last
+            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                print(f"{what} {done}{f'/{total}' if total else ''} {text}".rstrip(), file=sys.stderr, flush=True)
+
+        yield tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

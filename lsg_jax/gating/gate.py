@@ -5,6 +5,7 @@ g_l: LayerNorm -> Linear D->64 -> activation -> Linear 64->G -> softmax = the ra
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -47,8 +48,9 @@ class SinkGate(nnx.Module):
         """[B, D] -> ratios float32 [B, G], each row sums to 1."""
         x = standardise(signal_BD, self.config.layer_norm_eps)
         x = x * self.norm_scale[...] + self.norm_bias[...]
-        x = ACTIVATIONS[self.config.activation](x @ self.fc1_kernel[...] + self.fc1_bias[...])
-        return jax.nn.softmax(x @ self.fc2_kernel[...] + self.fc2_bias[...], axis=-1)
+        exact = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)  # a TPU would round float32 to bfloat16
+        x = ACTIVATIONS[self.config.activation](exact(x, self.fc1_kernel[...]) + self.fc1_bias[...])
+        return jax.nn.softmax(exact(x, self.fc2_kernel[...]) + self.fc2_bias[...], axis=-1)
 
 
 def gate_signal(hidden: jax.Array, signal: str, *, gate_position: jax.Array, valid: jax.Array, visual: jax.Array) -> jax.Array:

@@ -88,10 +88,9 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and head: [..., D] -> float32 [..., V]."""
-        hidden = self.norm(hidden)
-        if self.config.tied_embeddings:
-            return jnp.einsum("...D,VD->...V", hidden, self.embed_tokens[...]).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+        head = self.embed_tokens[...].T if self.config.tied_embeddings else self.lm_head.kernel[...]
+        # bfloat16 logits would round away what tells close candidates apart
+        return jnp.einsum("...D,DV->...V", self.norm(hidden), head, preferred_element_type=jnp.float32)
 
     def check_length(self, length: int) -> None:
         """Raises InputError for a sequence that the decoder would not treat as the original model does."""

@@ -243,10 +243,15 @@ class _Metrics:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a question that the loop asks after each step."""
+    """Turns SIGTERM and SIGINT into a question that the loop asks after each step; a second SIGINT does not wait for it."""
     came: list[int] = []
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.signal(name, lambda number, _: came.append(number)) for name in names}
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(came)
     finally:

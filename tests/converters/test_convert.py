@@ -116,6 +116,14 @@ def test_cast(source: Path, tmp_path: Path) -> None:
     assert all(array.dtype == np.float32 for array in all_tensors(tmp_path / "up_back").values())
 
 
+def test_float16_is_kept_and_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(source, lambda tensors: {name: array.astype(np.float16) for name, array in tensors.items()})
+    convert(source, tmp_path / "model")
+    assert "the weights stay float16" in caplog.text
+    export(tmp_path / "model", tmp_path / "back")
+    assert_same_bytes(all_tensors(tmp_path / "back"), all_tensors(source))
+
+
 def test_mixed_dtypes_need_a_choice(source: Path, tmp_path: Path) -> None:
     name = "language_model.model.norm.weight"
     rewrite(source, lambda tensors: tensors | {name: tensors[name].astype(np.float16)})
