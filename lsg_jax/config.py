@@ -26,6 +26,12 @@ Template = Literal["chat_template", "vicuna_v1", "qwen2", "phi3"]
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
 
 
+def _at_least_one(table: str, **fields: int | None) -> None:
+    for name, value in fields.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{table}.{name} is {value}: it must be at least 1")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """A vision transformer. `family` sets what differs: CLIP has a class token and a norm before its layers, SigLIP neither."""
@@ -164,6 +170,9 @@ class GateConfig:
     signal: Signal = "last"
     grouping: Grouping = "v_sink_rest"
 
+    def __post_init__(self) -> None:
+        _at_least_one("gate", width=self.width)
+
     @property
     def num_groups(self) -> int:
         return 3 if self.grouping == "three" else 2
@@ -180,6 +189,15 @@ class DataConfig:
     prefetch: int = 4
     image_aspect: Aspect | None = None  # None: as the model folder says
     template: Template | None = None  # None: the checkpoint's chat template, else that of its family
+
+    def __post_init__(self) -> None:
+        _at_least_one(
+            "data",
+            max_length=self.max_length,
+            max_answer_tokens=self.max_answer_tokens,
+            num_threads=self.num_threads,
+            prefetch=self.prefetch,
+        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +220,18 @@ class TrainConfig:
     save_every: int = 100
     keep: int = 3
 
+    def __post_init__(self) -> None:
+        _at_least_one(
+            "train",
+            batch_size=self.batch_size,
+            epochs=self.epochs,
+            max_steps=self.max_steps,
+            max_skipped=self.max_skipped,
+            log_every=self.log_every,
+            save_every=self.save_every,
+            keep=self.keep,
+        )
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -213,6 +243,9 @@ class EvalConfig:
     max_length: int = 1024
     image_aspect: Aspect | None = None
     template: Template | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, max_length=self.max_length)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,28 @@
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # nearly all the time of a tiny model is its compilation
 os.environ["HF_HUB_OFFLINE"] = "1"
+# one cache of compiled programs for all workers and for the processes that tests start, for the length of this run
+OWN_CACHE = None
+if "LSG_TEST_CACHE" not in os.environ:
+    OWN_CACHE = os.environ["LSG_TEST_CACHE"] = tempfile.mkdtemp(prefix="lsg-jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LSG_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest
+
+def pytest_unconfigure():
+    if OWN_CACHE is not None:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

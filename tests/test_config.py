@@ -52,6 +52,11 @@ def test_round_trip():
         (GOOD, ("gate.layers.x=3",), "--set gate.layers.x=3: layers is not a table"),
         (GOOD, ("epochs",), "--set epochs: write it as a.b=value"),
         ("model = ", (), "not valid TOML"),
+        (GOOD, ("train.save_every=0",), "train.save_every is 0: it must be at least 1"),
+        (GOOD, ("train.max_steps=0",), "train.max_steps is 0: it must be at least 1"),
+        (GOOD, ("data.max_length=-1",), "data.max_length is -1: it must be at least 1"),
+        (GOOD, ("eval.batch_size=0",), "eval.batch_size is 0: it must be at least 1"),
+        (GOOD, ("gate.width=0",), "gate.width is 0: it must be at least 1"),
     ],
 )
 def test_refusals(tmp_path, text, overrides, message):
