@@ -17,7 +17,7 @@ from lsg_jax.checkpoint import load_base, read_manifest, read_step
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template, from_dict
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
-from lsg_jax.gating.portable import PortableGates, read_gates, to_torch_layout
+from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
 from lsg_jax.model.generate import generate, last_token
 from lsg_jax.model.llava import abstract_model, assemble, check_gate
 from lsg_jax.model.loss import answer_loss, answer_slots
@@ -284,9 +284,7 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
         InputError: no gates there, or gates for another model width. CheckpointError: a run of another backbone.
     """
     gates = source if isinstance(source, PortableGates) else open_gates(source, backbone=vlm.digest)
-    width = vlm.config.text.hidden_size
-    if gates.width_in != width:
-        raise InputError(f"{source}: gates for model width {gates.width_in}, this model has width {width}")
+    check_width(gates, vlm.config.text.hidden_size, vlm.config.text.num_layers)
     config = dataclasses.replace(vlm.config, sinks=sinks or gates.sinks)
     parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gates.parameters)
     return VLM(config, vlm.frozen, gate=gates.gate, gates=parameters, folder=vlm.folder, digest=vlm.digest)

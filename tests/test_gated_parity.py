@@ -246,7 +246,7 @@ def check_that_the_case_is_not_trivial(case, data, handle, gated, ungated):
     assert all((scale.detach().numpy()[~visual] == 1.0).all() for scale in handle.key_scales.values())
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES[1::2], ids=name_of)
 def test_greedy_generation(case):
     left = examples("left", answers=False)
     gates, graphdef, frozen = setup(case, left)
@@ -330,7 +330,7 @@ def forward(case: Case, gates: PortableGates | None, sinks: SinkConfig, batch: B
     return jax.tree.map(np.asarray, logits_and_ratios(gates and gates.parameters, frozen, batch, graphdef))
 
 
-@pytest.mark.parametrize("case", [CASES[4], CASES[8]], ids=name_of)
+@pytest.mark.parametrize("case", [CASES[8]], ids=name_of)
 def test_key_scale_2_starts_as_the_ungated_model_exactly(case):
     data = examples(case.side)
     case = dataclasses.replace(case, grouping="v_sink_rest", key_scale=2.0)

@@ -175,8 +175,8 @@ def test_wrong_gates_are_refused(tiny_model, base, arrays, tmp_path):
     write_gates(tmp_path / "wide.safetensors", gates(width=32))
     write_gates(tmp_path / "deep.safetensors", gates(layers=(9,)))
     for source, kind, message in [
-        (tmp_path / "wide.safetensors", InputError, "gates for model width 32, this model has width 64"),
-        (tmp_path / "deep.safetensors", ConfigError, "layer 9 does not exist, the model has layers 0 to 5"),
+        (tmp_path / "wide.safetensors", InputError, "the gates read a width of 32, the language model has 64"),
+        (tmp_path / "deep.safetensors", InputError, "the gates are for layer 9, the language model has layers 0 to 5"),
         (tmp_path, InputError, "neither a run folder"),
         (tmp_path / "none.safetensors", InputError, "none.safetensors"),
     ]:

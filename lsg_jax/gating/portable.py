@@ -113,7 +113,7 @@ def read_gates(path: str | Path) -> PortableGates:
         if missing := [name for name in TORCH_NAMES.values() if name not in named]:
             raise InputError(f"{path}: missing tensor {layer}.{missing[0]}")
     first = layers[min(layers)]["fc1.weight"]
-    config = replace(config, layers=tuple(sorted(layers)), width=first.shape[0] if first.ndim else 0)
+    config = replace(config, layers=tuple(sorted(layers)), width=max(first.shape[0], 1) if first.ndim else 1)
     _check_tensors(tensors, config, where=str(path))
     return PortableGates(gate=config, sinks=sinks, parameters=from_torch_layout(layers), backbone=metadata.get("backbone", ""))
 

@@ -28,7 +28,10 @@ def draw_sinks(pixels: np.ndarray, sinks: dict[str, Any], *, side: int = 672) ->
     def frame(patch: int, colour: tuple[int, int, int], inset: float) -> None:
         row, column = divmod(patch, sinks["grid"])
         left, top = column * cell + inset, row * cell + inset
-        pen.rectangle((left, top, left + cell - 2 * inset, top + cell - 2 * inset), outline=colour, width=max(2, side // 224))
+        box = (left, top, left + cell - 2 * inset, top + cell - 2 * inset)
+        width = max(2, side // 224)
+        pen.rectangle(box, outline=(0, 0, 0), width=width + 2)  # a dark rim keeps the colour visible on its like
+        pen.rectangle(box, outline=colour, width=width)
 
     for patch in sinks["v_sinks"] or []:
         frame(patch, V_SINK, 0.0)

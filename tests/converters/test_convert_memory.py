@@ -91,10 +91,3 @@ def test_convert_and_export_below_1_gib(folder: Path) -> None:
     print("convert", there, "export", back)
     assert there["GiB"] < 1 and back["GiB"] < 1
     assert same_data(folder / "hf", folder / "back")
-
-
-def test_cast_to_float32_below_1_gib(folder: Path) -> None:
-    write_checkpoint(folder / "hf", vision_layers=1, text_layers=1)
-    there = run(f"convert({str(folder / 'hf')!r}, {str(folder / 'model')!r}, dtype='float32')")
-    print("convert to float32", there)
-    assert there["GiB"] < 1
