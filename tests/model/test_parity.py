@@ -147,9 +147,7 @@ def hf_generate(hf, ids, mask, pixels, **settings):
         )[:, LENGTH:].numpy()
 
 
-@pytest.mark.parametrize(
-    "name", ["clip-llama", "clip-llama-gqa", "clip-mistral", "siglip-qwen2", "siglip-qwen2-tied", "clip-phi3"]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_ids_equal_hugging_face(name):
     hf, vlm = pair(name)
     ids, mask, pixels = inputs(vlm.config, "left", seed=1)
