@@ -60,6 +60,8 @@ _IMAGE_PROCESSOR: dict[str, Any] = {
     "do_convert_rgb": True,
 }
 
+_ATTENTION = {"q_proj": 3.0, "k_proj": 3.0, "o_proj": 2.0}
+
 
 def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
     """Writes weights, configuration, tokenizer and image processor (about 1.5 MB). Needs no torch."""
@@ -76,8 +78,13 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Matrices of variance 1 / fan-in, norm scales of one, small biases and embeddings of order one."""
+    """Matrices of variance 1 / fan-in, norm scales of one, small biases and embeddings of order one.
+
+    The language model's attention is sharper and louder, so that what it says depends on the question and the image.
+    """
     if "norm" in name:
         return np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float32)
     scale = 1.0 if "embed" in name else 0.02 if len(shape) == 1 else float(np.prod(shape[1:])) ** -0.5
+    if name.startswith("language_model"):
+        scale *= next((factor for part, factor in _ATTENTION.items() if part in name), 1.0)
     return (scale * rng.standard_normal(shape)).astype(np.float32)

@@ -49,19 +49,24 @@ def tiny_model(tiny_hf_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """Twelve drawn scenes with short questions: questions.jsonl for evaluation, llava.jsonl for training, images/."""
-    from lsg_jax.data.shapes import COLOURS, draw, make_scene
+    from PIL import Image
+
+    from lsg_jax.data.drawing import draw
+    from lsg_jax.data.scene_questions import KINDS, scene_question
 
     folder = tmp_path_factory.mktemp("scenes")
     (folder / "images").mkdir()
     questions, records = [], []
     for index in range(12):
-        scene, image = make_scene(0, index), f"images/{index}.png"
-        draw(scene, side=64).save(folder / image)
+        kind = ("count", "smallest_colour")[index % 2]
+        asked = scene_question("train", index * len(KINDS) + list(KINDS).index(kind))
+        image = f"images/{index}.png"
+        Image.fromarray(draw(asked.scene, side=64)).save(folder / image)
         common = {"id": str(index), "image": image}
-        if index % 2:
-            row = {"question": "Colour?", "choices": list(COLOURS), "answer": scene.items[0].colour, "category": "colour"}
+        if kind == "count":
+            row = {"question": "How many?", "answer": asked.answer, "category": "count"}
         else:
-            row = {"question": "How many?", "answer": str(len(scene.items)), "category": "count"}
+            row = {"question": "Colour?", "choices": asked.choices, "answer": asked.answer, "category": "colour"}
         turns = [{"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}]
         questions.append(common | row)
         records.append(common | {"conversations": turns})

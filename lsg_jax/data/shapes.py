@@ -1,96 +1,202 @@
-"""Seeded rendered scenes: a few coloured shapes on a plain background, with questions and exact answers."""
+"""Seeded scenes in the spirit of CLEVR: coloured shapes on a plain or patterned background, with small letters.
+
+A scene says what is in an image, exactly, in units of the image's side; `drawing.draw` renders it at any size. Random numbers
+come from Python's `random.Random`, which gives the same scenes on every machine.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from random import Random
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
+COLOURS = {
+    "red": (214, 39, 40),
+    "orange": (250, 140, 30),
+    "yellow": (245, 222, 50),
+    "green": (40, 150, 60),
+    "cyan": (60, 200, 215),
+    "blue": (40, 80, 215),
+    "purple": (135, 50, 170),
+    "pink": (245, 130, 190),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
 
-COLOURS = {"red": (210, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 210), "yellow": (230, 200, 40)}
-SHAPES = ("circle", "square", "triangle")
-BACKGROUNDS = ((235, 235, 230), (200, 215, 225), (60, 62, 70))
+SIZES = {"small": 0.06, "medium": 0.095, "large": 0.15}
+"""Radius of each size; an item's own is within 5 % of it. Any shape of one size covers less than any shape of the next."""
+
+PATTERNS = ("plain", "stripes", "dots", "checks", "noise", "gradient")
+TONES = ((232, 230, 224), (214, 222, 232), (222, 232, 216), (50, 52, 58), (62, 54, 56))
+
+LETTERS = tuple("CEHJKLMPSTUX")
+"""Easily told apart at few pixels, and none of them an English word."""
+
+CORNERS = {
+    "top left": (0.075, 0.085),
+    "top right": (0.925, 0.085),
+    "bottom left": (0.075, 0.915),
+    "bottom right": (0.925, 0.915),
+}
+"""Centre (x, y) of the letter in each corner."""
+
+MAX_ITEMS = 10
+
+ATTRIBUTES: dict[str, tuple[Any, ...]] = {
+    "count": tuple(range(1, MAX_ITEMS + 1)),
+    "largest": tuple(SIZES),
+    "colours": tuple(COLOURS),
+    "shapes": SHAPES,
+}
+"""The labels of what `attributes` returns: `count` and `largest` have one, `colours` and `shapes` any number of them."""
+
+_REACH = 1.2  # the farthest point of any shape from its centre, in radii
+_GAP = 0.005
+_CORNER_REACH = 0.065
 
 
 @dataclass(frozen=True)
-class Item:
-    """One drawn object; position and size in units of the image's side."""
+class Look:
+    """What an item is like, before it has a place. `letter` is empty for none."""
 
-    shape: str
     colour: str
+    shape: str
+    size: str
+    letter: str = ""
+
+    @property
+    def name(self) -> str:
+        """`red circle`."""
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item(Look):
+    """One drawn shape. Centre (from the top left) and radius in units of the image's side."""
+
     x: float
     y: float
-    size: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Background:
+    """What is behind the items.
+
+    Attributes:
+        pattern: one of PATTERNS.
+        tone: RGB of the plain part.
+        direction: of stripes and gradients: 0 along x, 1 along y, 2 and 3 along the diagonals.
+        period: width of a repetition, in units of the side.
+        phase: (x, y) shift of the pattern, in repetitions.
+        seed: of the noise.
+    """
+
+    pattern: str
+    tone: tuple[int, int, int]
+    direction: int
+    period: float
+    phase: tuple[float, float]
+    seed: int
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in an image, exactly."""
+    """What is in an image, exactly. `corners` maps some of CORNERS to letters."""
 
     items: tuple[Item, ...]
-    background: tuple[int, int, int]
+    background: Background
+    corners: Mapping[str, str]
 
 
-def make_scene(seed: int, index: int) -> Scene:
-    """The scene of that number: one to four items in different quarters of the image."""
-    rng = np.random.default_rng([seed, index])
-    quarters = rng.permutation(4)[: rng.integers(1, 5)]
-    items = []
-    for quarter in quarters:
-        x, y = 0.27 + 0.46 * np.array([quarter % 2, quarter // 2]) + rng.uniform(-0.04, 0.04, 2)
-        items.append(
-            Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), float(x), float(y), float(rng.uniform(0.12, 0.18)))
-        )
-    return Scene(items=tuple(items), background=BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
+def attributes(scene: Scene) -> dict[str, Any]:
+    """Exact labels for linear probes; their vocabularies are ATTRIBUTES.
+
+    Returns:
+        `count`: number of items. `largest`: size of the largest item. `colours`, `shapes`: those present, in the order of the
+        vocabulary.
+    """
+    return {
+        "count": len(scene.items),
+        "largest": max(scene.items, key=lambda item: item.radius).size,
+        "colours": tuple(colour for colour in COLOURS if any(item.colour == colour for item in scene.items)),
+        "shapes": tuple(shape for shape in SHAPES if any(item.shape == shape for item in scene.items)),
+    }
 
 
-def draw(scene: Scene, side: int = 224) -> Image.Image:
-    """Renders a scene as RGB [side, side]."""
-    image = Image.new("RGB", (side, side), scene.background)
-    pen = ImageDraw.Draw(image)
-    for item in scene.items:
-        left, top = (item.x - item.size) * side, (item.y - item.size) * side
-        right, bottom = (item.x + item.size) * side, (item.y + item.size) * side
-        colour = COLOURS[item.colour]
-        if item.shape == "circle":
-            pen.ellipse((left, top, right, bottom), fill=colour)
-        elif item.shape == "square":
-            pen.rectangle((left, top, right, bottom), fill=colour)
+def random_sizes(rng: Random, count: int) -> list[str]:
+    """Sizes of `count` items in any order. That of the largest is drawn first, so it does not depend on the count.
+
+    At most two are large and four medium, or ten would not fit.
+    """
+    names = list(SIZES)
+    largest = rng.randrange(len(names))
+    sizes = [names[largest]]
+    while len(sizes) < count:
+        size = rng.choice(names[: largest + 1])
+        if sizes.count(size) < {"small": MAX_ITEMS, "medium": 4, "large": 2}[size]:
+            sizes.append(size)
+    rng.shuffle(sizes)
+    return sizes
+
+
+def random_looks(rng: Random, count: int) -> list[Look]:
+    """`count` items of any colour, shape and size."""
+    return [Look(rng.choice(list(COLOURS)), rng.choice(SHAPES), size) for size in random_sizes(rng, count)]
+
+
+def compose(
+    rng: Random, looks: Sequence[Look], *, corners: Mapping[str, str] | None = None, pattern: str | None = None
+) -> Scene:
+    """Places the items freely without overlap, and draws at random whatever is not given.
+
+    Of the items that have room for a letter and none, three in ten get one, and half of the scenes get one in a corner, so that
+    letters tell nothing about the question.
+    """
+    if corners is None:
+        corners = {rng.choice(list(CORNERS)): rng.choice(LETTERS)} if rng.random() < 0.5 else {}
+    radii = [round(SIZES[look.size] * rng.uniform(0.95, 1.05), 4) for look in looks]
+    letters = [look.letter or (rng.choice(LETTERS) if _has_room(look) and rng.random() < 0.3 else "") for look in looks]
+    items = tuple(
+        Item(look.colour, look.shape, look.size, letter, x=x, y=y, radius=radius)
+        for look, letter, radius, (x, y) in zip(looks, letters, radii, _places(rng, radii, corners), strict=True)
+    )
+    background = Background(
+        pattern=pattern or rng.choice(PATTERNS),
+        tone=rng.choice(TONES),
+        direction=rng.randrange(4),
+        period=round(rng.uniform(0.09, 0.15), 4),
+        phase=(round(rng.random(), 4), round(rng.random(), 4)),
+        seed=rng.getrandbits(32),
+    )
+    return Scene(items, background, corners)
+
+
+def _has_room(look: Look) -> bool:
+    """Whether a letter on it can be read in an image of 112 pixels."""
+    return look.size == "large" or (look.size == "medium" and look.shape != "star")
+
+
+def _places(rng: Random, radii: Sequence[float], corners: Mapping[str, str]) -> list[tuple[float, float]]:
+    """Centres at which circles of these radii overlap neither each other nor the letters in corners."""
+    taken = [(*CORNERS[corner], _CORNER_REACH) for corner in corners]
+    order = sorted(range(len(radii)), key=lambda i: -radii[i])
+    while True:
+        discs = list(taken)
+        for index in order:
+            reach = _REACH * radii[index] + _GAP
+            disc = _free_disc(rng, reach, discs)
+            if disc is None:  # the larger ones left no room: begin again
+                break
+            discs.append(disc)
         else:
-            pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
-    return image
+            places = dict(zip(order, discs[len(taken) :], strict=True))
+            return [places[i][:2] for i in range(len(radii))]
 
 
-def ask(scene: Scene, seed: int, index: int) -> dict[str, Any]:
-    """One question about a scene: {question, answer, category, choices?}."""
-    rng = np.random.default_rng([seed, index, 1])
-    kind = rng.choice(["count", "colour", "exists"])
-    if kind == "count":
-        return {"question": "How many shapes are there?", "answer": str(len(scene.items)), "category": "count"}
-    if kind == "colour":
-        item = max(scene.items, key=lambda i: i.size)
-        return {
-            "question": "What colour is the largest shape?",
-            "choices": list(COLOURS),
-            "answer": item.colour,
-            "category": "colour",
-        }
-    shape = str(rng.choice(SHAPES))
-    present = any(item.shape == shape for item in scene.items)
-    return {"question": f"Is there a {shape}?", "answer": "yes" if present else "no", "category": "exists"}
-
-
-def write_questions(folder: Path, *, seed: int, count: int) -> Path:
-    """Draws `count` scenes and writes them with a question each: folder/questions.jsonl and folder/images/."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(count):
-        scene = make_scene(seed, index)
-        draw(scene).save(folder / "images" / f"{index:05d}.png")
-        lines.append(json.dumps({"id": str(index), "image": f"images/{index:05d}.png", **ask(scene, seed, index)}))
-    path = folder / "questions.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+def _free_disc(rng: Random, reach: float, discs: Sequence[tuple[float, float, float]]) -> tuple[float, float, float] | None:
+    for _ in range(50):
+        x, y = round(rng.uniform(reach, 1 - reach), 4), round(rng.uniform(reach, 1 - reach), 4)
+        if all((x - a) ** 2 + (y - b) ** 2 >= (reach + other) ** 2 for a, b, other in discs):
+            return x, y, reach
+    return None

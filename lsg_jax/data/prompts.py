@@ -1,0 +1,15 @@
+"""The user's turn of a benchmark question as LLaVA-1.5 was trained on it; training data and evaluation share it."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+WORD_SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+def multiple_choice_prompt(question: str, choices: Sequence[str]) -> str:
+    """The question, a line `A. first choice` for each of at most 26 choices, and the letter suffix."""
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False))
+    return question + options + LETTER_SUFFIX
