@@ -1,4 +1,4 @@
-"""What a model folder, a run folder or a gate file holds, and whether it is whole. Reads files, loads no model."""
+"""What a model folder, a run folder, prepared records or a gate file hold, and whether they are whole. Loads no model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 from lsg_jax.checkpoint import MANIFEST, Problem, RunFolder, read_manifest, verify_base
 from lsg_jax.config import to_dict
+from lsg_jax.data import clevr, records
+from lsg_jax.data.prepared import PreparedRows
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import read_gates
 
 
 def kind_of(path: Path) -> str:
-    """`model`, `run` or `gates`.
+    """`model`, `run`, `records` or `gates`.
 
     Raises:
         InputError: there is nothing, or nothing that is known.
@@ -27,14 +29,18 @@ def kind_of(path: Path) -> str:
         return "model"
     if (path / "run.json").exists():
         return "run"
+    if any((path / layout.manifest).exists() for layout in (records.LAYOUT, clevr.LAYOUT)):
+        return "records"
     if (path / "config.json").exists():
         raise InputError(f"{path}: looks like a Hugging Face checkpoint; run `lsg convert {path} MODEL` first")
-    raise InputError(f"{path}: neither a model folder ({MANIFEST}), nor a run folder (run.json), nor a gate file")
+    raise InputError(
+        f"{path}: neither a model folder ({MANIFEST}), nor a run folder (run.json), prepared records or a gate file"
+    )
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Plain data about what is there."""
-    return {"model": _model, "run": _run, "gates": _gates}[kind_of(path)](path)
+    return {"model": _model, "run": _run, "records": _records, "gates": _gates}[kind_of(path)](path)
 
 
 def problems(path: Path) -> list[Problem] | list[str]:
@@ -44,6 +50,8 @@ def problems(path: Path) -> list[Problem] | list[str]:
         return verify_base(path)
     if kind == "run":
         return RunFolder(path).verify()
+    if kind == "records":
+        return [f"{name} does not match its sha256; run `lsg prepare` again" for name in _open(path).changed_files()]
     read_gates(path)
     return []
 
@@ -83,6 +91,16 @@ def _run(path: Path) -> dict[str, Any]:
         "gate": run["config"]["gate"],
         "sinks": run["sinks"],
     }
+
+
+def _open(path: Path) -> PreparedRows:
+    return clevr.open_clevr(path) if (path / clevr.LAYOUT.manifest).exists() else records.open_records(path)
+
+
+def _records(path: Path) -> dict[str, Any]:
+    manifest = _open(path).manifest
+    bulky = ("format", "files", "sha256", "answers")
+    return {"kind": "records", "path": str(path), **{k: v for k, v in manifest.items() if k not in bulky and v not in ({}, [])}}
 
 
 def _gates(path: Path) -> dict[str, Any]:

@@ -1,0 +1,298 @@
+"""Cambrian-7M -> training records: equal shares of six categories, drawn in one pass over a JSONL file of any size.
+
+A record's category comes from its `source` and from the first folder of its image path (the first two below `hfdata/`).
+The table is in `cambrian_sources`; a user's TOML adds to it. Nothing that is not in the table is ever drawn.
+
+The draw: a record's rank is a hash of (seed, line number), and each category keeps the records of lowest rank, 1.2 times as
+many as it needs. These are validated in the order of rank until the category has its share. So the result depends on the
+file, the table and the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from lsg_jax.data.cambrian_sources import CATEGORIES, TEXT_ONLY, SourceMap, first_folder, source_name
+from lsg_jax.data.conversation import RecordError, image_field
+from lsg_jax.data.prepared import file_sha256, new_folder, write_manifest
+from lsg_jax.data.records import LAYOUT, REJECTS, Report, Validation, write_records
+from lsg_jax.data.sources import ImageFolder, first_bracket, numbered_lines, parse_line, thread_count
+from lsg_jax.errors import ConfigError, InputError
+
+Progress = Callable[[int, int | None, str], None]
+
+SAMPLE_FILE = "sample.jsonl"
+OVERSAMPLING = 1.2
+
+# ------------------------------------------------------------------------------------------------------------------ the pass
+
+
+@dataclass
+class CambrianReport(Report):
+    """`Report` of a draw; `records` are the drawn ones that were looked at, up to each category's share.
+
+    Attributes:
+        seed, sample: the settings. source_map_sha256: the table of sources. sample_sha256: digest of `sample.jsonl`.
+        lines: lines of the source that are not blank. unreadable: those that are no records, by reason.
+        categories: for each category `available` (records with an image), `required`, `drawn`, `checked`, `rejected` (their
+            line numbers), `rows`, and `sources` (rows by source).
+        available: records by source, for each category.
+        text_only: records of sources without images. imageless: records of other sources that have none, left out as well.
+        unmapped: records with an image that the table does not cover, as
+            `[source, folder, count]`, most first.
+    """
+
+    seed: int = 0
+    sample: int = 0
+    source_map_sha256: str = ""
+    sample_sha256: str = ""
+    lines: int = 0
+    unreadable: dict[str, int] = field(default_factory=dict)
+    categories: dict[str, dict[str, Any]] = field(default_factory=dict)
+    available: dict[str, dict[str, int]] = field(default_factory=dict)
+    text_only: dict[str, int] = field(default_factory=dict)
+    imageless: dict[str, int] = field(default_factory=dict)
+    unmapped: list[tuple[str, str, int]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """As `Report.summary`, and what the source holds."""
+        lines = [super().summary(), f"drawn with seed {self.seed} from {self.lines} lines"]
+        for name, counts in self.categories.items():
+            lines.append(f"{name}: {counts['rows']} of {counts['available']}")
+        for what, counts in (("text only", self.text_only), ("without image", self.imageless)):
+            if counts:
+                lines.append(f"left out, {what}: {sum(counts.values())}")
+        lines += [f"unreadable: {count} x {reason}" for reason, count in self.unreadable.items()]
+        lines += [f"unmapped: {count} x {source} in {folder}" for source, folder, count in self.unmapped]
+        return "\n".join(lines)
+
+
+class _Pass:
+    """One pass over the source: counts everything and keeps each category's records of lowest rank."""
+
+    def __init__(self, table: SourceMap, quotas: dict[str, int], seed: int):
+        self.lines = 0
+        self.unreadable: Counter[str] = Counter()
+        self.available: dict[str, Counter[str]] = {category: Counter() for category in CATEGORIES}
+        self.text_only: Counter[str] = Counter()
+        self.imageless: Counter[str] = Counter()
+        self.unmapped: Counter[tuple[str, str]] = Counter()
+        self._table = table
+        self._seed = seed
+        self._sizes = {category: math.ceil(OVERSAMPLING * quota) for category, quota in quotas.items()}
+        self._kept: dict[str, list[tuple[int, int, str, bytes]]] = {category: [] for category in CATEGORIES}
+
+    def read(self, source: Path, validation: Validation, progress: Progress | None) -> str:
+        """Runs over all lines, lists those that are no records, and returns the digest of the file."""
+        with source.open("rb", buffering=0) as raw:
+            hashed = _HashedFile(raw)
+            for number, line in numbered_lines(io.BufferedReader(hashed, 1 << 20)):
+                self.lines += 1
+                record = parse_line(number, line)
+                if isinstance(record, dict):
+                    self._add(number, line, record)
+                else:
+                    if not isinstance(record, RecordError):
+                        record = RecordError("not_a_record", f"line {number} is no object")
+                    self.unreadable[record.reason] += 1
+                    validation.list_reject(number, None, record)
+                if progress is not None and self.lines % 10_000 == 0:
+                    progress(self.lines, None, "lines read")
+            return hashed.digest.hexdigest()
+
+    def _add(self, number: int, line: bytes, record: dict[str, Any]) -> None:
+        source = record.get("source")
+        name = source_name(source) if isinstance(source, str) else "(no source)"
+        try:
+            image = image_field(record.get("image"))
+            folder = first_folder(image or "")
+        except RecordError:  # several images, or no path: validation will tell
+            image = folder = "?"
+        category = self._table.category(name, folder)
+        if category == TEXT_ONLY:
+            self.text_only[name] += 1
+        elif image is None and self._table.knows(name):
+            self.imageless[name] += 1
+        elif category is None or image is None:
+            self.unmapped[name, "(no image)" if image is None else folder or "(root)"] += 1
+        else:
+            self.available[category][name] += 1
+            self._keep(category, number, name, line)
+
+    def _keep(self, category: str, number: int, name: str, line: bytes) -> None:
+        kept, entry = self._kept[category], (-rank(self._seed, number), number, name, line)
+        if len(kept) < self._sizes[category]:
+            heapq.heappush(kept, entry)
+        elif entry > kept[0]:  # ranks are negated: the first is the highest that is kept
+            heapq.heapreplace(kept, entry)
+
+    def drawn(self, category: str) -> dict[int, tuple[str, bytes]]:
+        """{line number: (source, line)}, in the order of rank."""
+        return {number: (name, line) for _, number, name, line in sorted(self._kept[category], reverse=True)}
+
+
+def rank(seed: int, number: int) -> int:
+    """Where a line stands in the draw: 16 bytes of BLAKE2b of `seed:number`, as a whole number."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=16).digest(), "big")
+
+
+class _HashedFile(io.RawIOBase):
+    """A file whose digest is taken as it is read."""
+
+    def __init__(self, file: io.FileIO):
+        self.digest = hashlib.sha256()
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        return count
+
+
+# ------------------------------------------------------------------------------------------------------------------ the draw
+
+
+def prepare_cambrian(
+    source: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    sample: int = 10_000,
+    seed: int = 0,
+    source_map: str | Path | None = None,
+    max_bad_fraction: float = 0.01,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CambrianReport:
+    """Draws `sample` records in equal shares of the six categories and writes them as `prepare_llava` does.
+
+    Rows come category by category, in the order of rank. `sample.jsonl` lists each record that was looked at, with its row
+    or null for a reject.
+
+    Args:
+        source: Cambrian as JSONL. images: the root that its image paths are relative to.
+        sample: rows in all; where six does not divide it, the first categories get one more.
+        source_map: TOML that adds to the table of sources, see `SourceMap.extended`.
+        max_bad_fraction: share of drawn records that may be rejected, and of lines that may be unreadable.
+        threads: as in `prepare_llava`.
+        progress: called with (done, total or None, what).
+
+    Raises:
+        InputError: as in `prepare_llava`, or a category has fewer usable records than its share.
+        ConfigError: `sample` is below six, or the source map cannot be used.
+    """
+    source = Path(source)
+    quotas = shares(sample)
+    table = SourceMap.built_in() if source_map is None else SourceMap.built_in().extended(Path(source_map))
+    if first_bracket(source) == b"[":
+        raise InputError(f"{source}: a JSON array, which cannot be read line by line; use the JSONL file, one record a line")
+    image_folder, threads = ImageFolder(Path(images)), thread_count(threads)
+    report = CambrianReport(source.name, seed=seed, sample=sample, source_map_sha256=table.sha256)
+    with new_folder(Path(out)) as folder, (folder / REJECTS).open("w", encoding="utf-8") as rejects:
+        validation = Validation(report, image_folder, rejects, threads)
+        found = _Pass(table, quotas, seed)
+        report.source_sha256 = found.read(source, validation, progress)
+        _take_over(report, found, quotas)
+        _check_source(source, report, max_bad_fraction)
+        with (folder / SAMPLE_FILE).open("w", encoding="utf-8") as listing:
+            write_records(folder, _draw(report, found, validation, listing, progress))
+        validation.finish()
+        validation.check_share(source, max_bad_fraction)
+        _check_shares(source, report, "rows")
+        report.sample_sha256 = file_sha256(folder / SAMPLE_FILE)
+        rejects.flush()
+        write_manifest(folder, LAYOUT, asdict(report))
+    return report
+
+
+def shares(sample: int) -> dict[str, int]:
+    """Rows of each category: equal, and one more for the first ones. 10,000 = 4 x 1667 + 2 x 1666."""
+    if sample < len(CATEGORIES):
+        raise ConfigError(f"a sample of {sample}: at least one record for each of the {len(CATEGORIES)} categories is needed")
+    share, left = divmod(sample, len(CATEGORIES))
+    return {category: share + (place < left) for place, category in enumerate(CATEGORIES)}
+
+
+def _take_over(report: CambrianReport, found: _Pass, quotas: dict[str, int]) -> None:
+    report.lines = found.lines
+    report.unreadable = dict(found.unreadable.most_common())
+    report.text_only = dict(found.text_only.most_common())
+    report.imageless = dict(found.imageless.most_common())
+    report.unmapped = [(*pair, count) for pair, count in found.unmapped.most_common()]
+    for category in CATEGORIES:
+        by_source = found.available[category]
+        report.available[category] = dict(by_source.most_common())
+        report.categories[category] = {
+            "available": by_source.total(),
+            "required": quotas[category],
+            "drawn": len(found.drawn(category)),
+            "checked": 0,
+            "rows": 0,
+            "sources": {},
+            "rejected": [],
+        }
+
+
+def _check_source(source: Path, report: CambrianReport, max_bad_fraction: float) -> None:
+    unreadable = sum(report.unreadable.values())
+    if unreadable > max_bad_fraction * report.lines:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.unreadable.items())
+        raise InputError(
+            f"{source}: {unreadable} of {report.lines} lines are no records, more than the share of {max_bad_fraction:g} "
+            f"allowed ({reasons})"
+        )
+    _check_shares(source, report, "available")
+
+
+def _check_shares(source: Path, report: CambrianReport, what: str) -> None:
+    """InputError that names each category with fewer records than it needs."""
+    short = [f"{name} {c[what]} / {c['required']}" for name, c in report.categories.items() if c[what] < c["required"]]
+    if not short:
+        return
+    kind, hint = "available", ""
+    if what == "rows":
+        kind, hint = "usable", f"; of {report.records} drawn, {report.rejected} are bad ({report.rejects_by_reason()})"
+    elif report.unmapped:
+        name, folder, count = report.unmapped[0]
+        total = sum(count for *_, count in report.unmapped)
+        hint = f"; no category lists {total} more, most of them {name} in {folder} ({count}): add them with --source-map"
+    raise InputError(f"{source}: too few records for a sample of {report.sample} ({kind} / required): {', '.join(short)}{hint}")
+
+
+def _draw(
+    report: CambrianReport, found: _Pass, validation: Validation, listing: TextIO, progress: Progress | None
+) -> Iterator[dict[str, Any]]:
+    """Rows in the order of rank, until each category has its share."""
+    for category, counts in report.categories.items():
+        drawn = found.drawn(category)
+        records = ((number, parse_line(number, line)) for number, (_, line) in drawn.items())
+        with closing(validation.check(records)) as checks:
+            for checked in checks:
+                name, _ = drawn[checked.line]
+                counts["checked"] += 1
+                place = None if checked.row is None else report.rows - 1
+                entry = {"line": checked.line, "id": checked.record_id, "category": category, "source": name, "row": place}
+                listing.write(json.dumps(entry) + "\n")
+                if checked.row is None:
+                    counts["rejected"].append(checked.line)
+                    continue
+                counts["rows"] += 1
+                counts["sources"][name] = counts["sources"].get(name, 0) + 1
+                if progress is not None:
+                    progress(report.rows, report.sample, "rows written")
+                yield checked.row
+                if counts["rows"] == counts["required"]:
+                    break
