@@ -49,8 +49,13 @@ class SinkGate(nnx.Module):
         x = standardise(signal_BD, self.config.layer_norm_eps)
         x = x * self.norm_scale[...] + self.norm_bias[...]
         exact = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)  # a TPU would round float32 to bfloat16
-        x = ACTIVATIONS[self.config.activation](exact(x, self.fc1_kernel[...]) + self.fc1_bias[...])
-        return jax.nn.softmax(exact(x, self.fc2_kernel[...]) + self.fc2_bias[...], axis=-1)
+        x = exact(x, self.fc1_kernel[...])
+        x = exact(ACTIVATIONS[self.config.activation](x + self._bias(self.fc1_bias)), self.fc2_kernel[...])
+        return jax.nn.softmax(x + self._bias(self.fc2_bias), axis=-1)
+
+    def _bias(self, parameter: GateParam) -> jax.Array | float:
+        # Biases that are switched off exist as zeros that get no gradient, so that gate files look the same.
+        return parameter[...] if self.config.biases else 0.0
 
 
 def gate_signal(hidden: jax.Array, signal: str, *, gate_position: jax.Array, valid: jax.Array, visual: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,29 @@ class PortableGates:
     def width_in(self) -> int:
         """D, the width of the language model that the gates read."""
         return int(np.shape(self.parameters["norm_scale"])[-1])
+
+
+def combine_gates(parts: Sequence[PortableGates]) -> PortableGates:
+    """Gates that were trained apart as one set: the paper's stack.
+
+    Raises:
+        InputError: two of them gate the same layer, or they differ in anything but their layers.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        plain = [replace(gates.gate, layers=(), biases=True) for gates in (first, other)]  # biases left out are zeros
+        if plain[0] != plain[1] or other.sinks != first.sinks:
+            raise InputError(f"gates of layers {first.gate.layers} and {other.gate.layers} differ in gate or sink settings")
+        if {k: v.shape[1:] for k, v in other.parameters.items()} != {k: v.shape[1:] for k, v in first.parameters.items()}:
+            raise InputError(f"gates of layers {first.gate.layers} and {other.gate.layers} are of different widths")
+        if first.backbone and other.backbone and first.backbone != other.backbone:
+            raise InputError(f"gates were trained on different backbones: {first.backbone} and {other.backbone}")
+    layers = [layer for part in parts for layer in part.gate.layers]
+    if len(set(layers)) < len(layers):
+        raise InputError(f"layer {next(layer for layer in layers if layers.count(layer) > 1)} is gated twice")
+    order = np.argsort(layers)
+    parameters = {k: np.concatenate([np.asarray(p.parameters[k]) for p in parts])[order] for k in first.parameters}
+    return replace(first, gate=replace(first.gate, layers=tuple(sorted(layers))), parameters=parameters)
 
 
 def write_gates(path: str | Path, gates: PortableGates) -> None:

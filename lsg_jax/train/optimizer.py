@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping, on gate leaves only."""
+"""The optimiser, with warm-up, cosine decay and clipping, on gate leaves only."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ def make_optimizer(config: TrainConfig, total_steps: int, params: Any) -> optax.
     Args:
         params: the whole model's parameters, abstract or real; only the tree's structure is used.
     """
-    inner = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate(config, total_steps), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
-    )
+    rate = learning_rate(config, total_steps)
+    if config.optimizer == "adamw":
+        rule = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
+    else:
+        rule = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.beta1))
+    inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
     return optax.selective_transform(inner, freeze_mask=freeze_mask(params))
 
 

@@ -15,7 +15,15 @@ from safetensors.numpy import load_file, save_file
 from converters.gates import import_torch_gates
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.errors import InputError
-from lsg_jax.gating.portable import PortableGates, check_width, from_torch_layout, read_gates, to_torch_layout, write_gates
+from lsg_jax.gating.portable import (
+    PortableGates,
+    check_width,
+    combine_gates,
+    from_torch_layout,
+    read_gates,
+    to_torch_layout,
+    write_gates,
+)
 
 WIDTH_IN, WIDTH = 20, 6
 SINKS = SinkConfig(
@@ -48,6 +56,24 @@ def test_round_trip(tmp_path, layers, grouping):
     gates = make_gates(layers, grouping)
     write_gates(tmp_path / "g.safetensors", gates)
     assert_same(read_gates(tmp_path / "g.safetensors"), gates)
+
+
+def test_gates_trained_apart_are_one_stack():
+    parts = [make_gates((7,), seed=1), make_gates((2, 9), seed=2), make_gates((5,), seed=3)]
+    stack = combine_gates(parts)
+    assert stack.gate == replace(parts[0].gate, layers=(2, 5, 7, 9)) and stack.sinks == SINKS
+    apart = {layer: named for part in parts for layer, named in to_torch_layout(part.parameters, part.gate.layers).items()}
+    for layer, named in to_torch_layout(stack.parameters, stack.gate.layers).items():
+        for name, array in named.items():
+            np.testing.assert_array_equal(array, apart[layer][name])
+    for other, message in [
+        (make_gates((9, 7)), "layer 7 is gated twice"),
+        (make_gates((1,), grouping="v_sink_rest"), "differ in gate or sink settings"),
+        (make_gates((1,), sinks=SinkConfig()), "differ in gate or sink settings"),
+        (replace(make_gates((1,)), backbone="other"), "different backbones: tiny sha256:0123 and other"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            combine_gates([*parts, other])
 
 
 def test_the_file_is_what_the_contract_says(tmp_path):

@@ -100,6 +100,17 @@ def test_signals_with_padding_on_either_side():
     np.testing.assert_allclose(gate_signal(hidden, "mean_visual", **at), [rows[0, 2:4].mean(0), rows[1, 1]], rtol=1e-6)
 
 
+def test_biases_that_are_switched_off_get_no_gradient():
+    signal = jax.random.normal(jax.random.key(0), (3, 8))
+    for biases in (True, False):
+        graphdef, state = nnx.split(SinkGate(8, GateConfig(layers=(0,), biases=biases), rngs=nnx.Rngs(0)))
+        state["fc2_kernel"] = state["fc2_kernel"].replace(jax.random.normal(jax.random.key(1), (64, 2)))
+        moved = jax.grad(lambda s, g=graphdef: nnx.merge(g, s)(signal)[:, 0].sum())(state)
+        moved = {name: bool(np.any(leaf)) for name, leaf in nnx.to_pure_dict(moved).items()}
+        assert moved.pop("fc1_bias") == moved.pop("fc2_bias") == biases
+        assert all(moved.values())
+
+
 def test_the_visual_mean_of_a_row_without_an_image_is_zero():
     hidden, nowhere = jnp.ones((1, 4, 3)), jnp.zeros((1, 4), bool)
     signal = gate_signal(hidden, "mean_visual", gate_position=jnp.array([3]), valid=~nowhere, visual=nowhere)
