@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from lsg_jax.config import SinkConfig
-from lsg_jax.sharding import shard_params
 from lsg_jax.vlm import VLM, load_backbone, with_gates
 
 
@@ -32,6 +31,5 @@ def load(
     Raises:
         InputError, ConfigError, CheckpointError: each with one line that says what, where and what to do.
     """
-    shard = None if mesh is None else lambda leaves: shard_params(leaves, mesh)
-    vlm = load_backbone(model_dir, dtype=dtype, sinks=sinks, shard=shard)
+    vlm = load_backbone(model_dir, dtype=dtype, sinks=sinks, mesh=mesh)
     return vlm if gates is None else with_gates(vlm, gates, sinks=sinks)

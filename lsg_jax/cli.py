@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.errors import ConfigError, InputError, LsgError
+from lsg_jax.errors import InputError, LsgError
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -75,11 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("hf_dir", type=Path, metavar="HF_DIR")
 
-    sub = command("inspect", _inspect, "what a model folder, run folder or gate file holds")
+    sub = command("inspect", _inspect, "what a model folder, run folder, prepared records or gate file holds")
     sub.add_argument("path", type=Path, metavar="PATH")
     sub.add_argument("--json", action="store_true")
 
-    sub = command("verify", _verify, "check every digest of a model folder, run folder or gate file")
+    sub = command("verify", _verify, "check every digest of a model folder, run folder, prepared records or gate file")
     sub.add_argument("path", type=Path, metavar="PATH")
 
     sub = command("generate", _generate, "answer a question about an image; prints the answer only")
@@ -96,13 +96,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", default="Describe the image.", metavar="TEXT", help="the question that goes with each image")
     _gate_options(sub)
 
-    sub = command("prepare", _prepare, "turn LLaVA JSON/JSONL into training records")
-    sub.add_argument("source", type=Path, metavar="JSON", help="LLaVA JSON array or JSONL")
+    sub = command("prepare", _prepare, "turn LLaVA JSON/JSONL or Cambrian-7M into training records, or CLEVR into probe data")
+    sub.add_argument("source", type=Path, metavar="SOURCE", help="JSON array or JSONL; the folder CLEVR_v1.0 for clevr")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    sub.add_argument("--images", type=Path, metavar="DIR", help="root of the image paths; default: the folder of JSON")
+    sub.add_argument("--format", choices=["llava", "cambrian", "clevr"], default="llava", help="default: llava")
+    sub.add_argument("--images", type=Path, metavar="DIR", help="root of the image paths; default: the folder of SOURCE")
+    sub.add_argument("--sample", type=int, metavar="N", help="cambrian: records to draw from six categories; default: 10000")
+    sub.add_argument("--seed", type=int, metavar="N", help="cambrian: which records are drawn; default: 0")
+    sub.add_argument("--source-map", type=Path, metavar="FILE.toml", help="cambrian: categories of further sources")
+    sub.add_argument("--split", metavar="NAME", help="clevr: train or val; default: train")
+    sub.add_argument("--limit", type=int, metavar="N", help="clevr: the first N scenes only")
     sub.add_argument(
         "--max-bad-fraction", type=float, default=0.01, metavar="X", help="fail above this share of rejected records"
     )
+    sub.add_argument("--threads", type=int, metavar="N", help="threads that read images; default: one a core")
 
     sub = command("train", _train, "train gates; run it again to resume")
     sub.add_argument("config", type=Path, metavar="CONFIG")
@@ -112,9 +119,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     sub.add_argument("--gates", metavar="G", help="run folder or gate file; default: the run of CONFIG if there is one")
-    sub.add_argument("--benchmark", nargs="+", action="extend", default=[], metavar="NAME=PATH")
+    sub.add_argument(
+        "--benchmark",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="Parquet file, folder or glob of a known benchmark; `scenes` needs no path; own questions as NAME=FILE.jsonl",
+    )
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/eval")
     sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    sub.add_argument(
+        "--multihost",
+        action="store_true",
+        help="one of several processes (a TPU pod slice, Slurm): find the others first",
+    )
 
     gates = commands.add_parser("gates", help="portable gate files").add_subparsers(
         required=True, metavar="ACTION", dest="action"
@@ -122,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _gates_export, "write the gates of a run as a portable file", gates)
     sub.add_argument("run_folder", type=Path, metavar="RUN")
     sub.add_argument("file", type=Path, metavar="FILE.safetensors")
+    sub = command("combine", _gates_combine, "join gates of several layers that were trained apart", gates)
+    sub.add_argument("sources", nargs="+", metavar="G", help="run folders or gate files")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     sub = command("import", _gates_import, "turn a published PyTorch gate file into a portable one", gates)
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("out", type=Path, metavar="OUT.safetensors")
@@ -215,17 +237,27 @@ def _sinks(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from lsg_jax.data.cambrian import prepare_cambrian
+    from lsg_jax.data.clevr import prepare_clevr
     from lsg_jax.data.records import prepare_llava
+    from lsg_jax.errors import ConfigError
 
-    images = options.images or options.source.parent
+    own = {"llava": ["images"], "cambrian": ["images", "sample", "seed", "source_map"], "clevr": ["split", "limit"]}
+    every = {name for names in own.values() for name in names}
+    settings = {name: value for name in sorted(every) if (value := getattr(options, name)) is not None}
+    for name in settings:
+        if name not in own[options.format]:
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with --format {options.format}")
+    settings |= {"max_bad_fraction": options.max_bad_fraction, "threads": options.threads}
+    if options.format != "clevr":
+        settings.setdefault("images", options.source.parent)
+    prepare: dict[str, Callable[..., Any]] = {
+        "llava": prepare_llava,
+        "cambrian": prepare_cambrian,
+        "clevr": prepare_clevr,
+    }
     with _progress("prepare") as progress:
-        report = prepare_llava(
-            options.source,
-            images,
-            options.out,
-            max_bad_fraction=options.max_bad_fraction,
-            progress=lambda done: progress(done, None),
-        )
+        report = prepare[options.format](options.source, out=options.out, progress=progress, **settings)
     print(report.summary())
 
 
@@ -242,26 +274,31 @@ def _train(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     import dataclasses
 
+    import jax
+
     import lsg_jax
     from lsg_jax.config import load_run_config
-    from lsg_jax.eval.runner import evaluate, table
+    from lsg_jax.eval.runner import ask_all, evaluate
+    from lsg_jax.eval.table import table
+    from lsg_jax.sharding import make_mesh
 
     config = load_run_config(options.config, options.overrides)
+    if options.multihost:
+        jax.distributed.initialize()
     benchmarks = dict(config.eval.benchmarks)
     for pair in options.benchmark:
-        name, equals, path = pair.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--benchmark {pair}: write it as NAME=PATH")
+        name, _, path = pair.partition("=")
         benchmarks[name] = path
+    settings = dataclasses.replace(config.eval, benchmarks=benchmarks)
+    asked = ask_all(settings)  # a wrong file shows before the model is loaded
     output = Path(config.output)
     gates = options.gates or (output if (output / "run.json").exists() else None)
-    vlm = lsg_jax.load(config.model, gates, dtype=config.dtype, sinks=config.sinks)
-    settings = dataclasses.replace(config.eval, benchmarks=benchmarks)
+    vlm = lsg_jax.load(config.model, gates, dtype=config.dtype, mesh=make_mesh(config.mesh), sinks=config.sinks)
     with _progress("eval") as progress:
-        result = evaluate(
-            vlm, settings, options.out or output / "eval", progress=lambda what, done, total: progress(done, total, what)
-        )
-    print(json.dumps(result, indent=2) if options.json else table(result))
+        tell = lambda what, done, total: progress(done, total, what)
+        result = evaluate(vlm, settings, options.out or output / "eval", asked=asked, progress=tell)
+    if jax.process_index() == 0:
+        print(json.dumps(result, indent=2) if options.json else table(result))
 
 
 def _gates_export(options: argparse.Namespace) -> None:
@@ -270,6 +307,14 @@ def _gates_export(options: argparse.Namespace) -> None:
 
     write_gates(options.file, open_gates(options.run_folder))
     print(options.file)
+
+
+def _gates_combine(options: argparse.Namespace) -> None:
+    from lsg_jax.gating.portable import combine_gates, write_gates
+    from lsg_jax.vlm import open_gates
+
+    write_gates(options.out, combine_gates([open_gates(source) for source in options.sources]))
+    print(options.out)
 
 
 def _gates_import(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ Signal = Literal["last", "mean_all", "mean_visual"]
 Grouping = Literal["v_sink_rest", "l_sink_rest", "three"]
 Aspect = Literal["pad", "crop", "squash"]
 Template = Literal["chat_template", "vicuna_v1", "qwen2", "phi3"]
+Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian"]
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
 
 
@@ -158,13 +159,14 @@ class ModelConfig:
 class GateConfig:
     """Layer-wise Sink Gating. The activation, the biases and `key_scale` are open in the paper; these are our defaults.
 
-    `layers` lists the gated decoder layers, 0-based. `key_scale` multiplies the ratios: 1.0 starts every visual key at 0.5, and
-    2.0 makes the initial gate the identity.
+    `layers` lists the gated decoder layers, 0-based. `biases` are those of the two linear layers; without them they stay zero.
+    `key_scale` multiplies the ratios: 1.0 starts every visual key at 0.5, and 2.0 makes the initial gate the identity.
     """
 
     layers: tuple[int, ...] = ()
     width: int = 64
     activation: Activation = "gelu"
+    biases: bool = True
     layer_norm_eps: float = 1e-5
     key_scale: float = 1.0
     signal: Signal = "last"
@@ -202,11 +204,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation. The paper leaves the optimiser open: AdamW with warm-up and cosine decay are our defaults."""
+    """Optimisation. The paper leaves the optimiser open: AdamW with warm-up and cosine decay are our defaults.
+
+    `sgd` is stochastic gradient descent with momentum `beta1`.
+    """
 
     batch_size: int = 64  # over all devices
     epochs: int = 2
     max_steps: int | None = None  # stop earlier than `epochs` passes over the records
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     warmup_fraction: float = 0.03
     final_lr_fraction: float = 0.0
@@ -235,17 +241,27 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation by greedy generation."""
+    """Evaluation by greedy generation. Answers do not depend on `batch_size` or the number of devices, but for rounding."""
 
-    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> file
-    batch_size: int = 16
-    max_new_tokens: int = 32
+    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> Parquet file, folder or glob; JSONL for own questions
+    protocol: Protocol = "paper"  # whose prompts, matchers and aggregate count
+    limit: int | None = None  # questions of each benchmark, evenly spread; a partial run has no official score
+    batch_size: int = 16  # questions at a time on each device along data and fsdp
+    max_new_tokens: int | None = None  # None: the protocol's own for the benchmark, else 32
     max_length: int = 1024
+    num_threads: int = 2  # that read and decode images
     image_aspect: Aspect | None = None
     template: Template | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one("eval", batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, max_length=self.max_length)
+        _at_least_one(
+            "eval",
+            batch_size=self.batch_size,
+            limit=self.limit,
+            num_threads=self.num_threads,
+            max_new_tokens=self.max_new_tokens,
+            max_length=self.max_length,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ The weights are random, so the numbers mean nothing; every step is the one that 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,9 @@ import numpy as np
 from lsg_jax.analysis.sinks import find_sinks
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
 from lsg_jax.data.records import prepare_llava
-from lsg_jax.data.shapes import write_questions
-from lsg_jax.eval.runner import evaluate, table
+from lsg_jax.data.scene_questions import write_questions
+from lsg_jax.eval.runner import evaluate
+from lsg_jax.eval.table import table
 from lsg_jax.report.html import write_report
 from lsg_jax.report.overlay import draw_sinks
 from lsg_jax.train.loop import METRICS, train
@@ -25,7 +25,7 @@ from lsg_jax.vlm import VLM, load_backbone, with_gates
 
 logger = logging.getLogger(__name__)
 
-TRAIN_SCENES, TEST_SCENES = 128, 64
+TRAIN_SCENES, TEST_SCENES, SHOWN_SCENES = 128, 64, 4
 NOTES = [
     "This model has random weights: it shows that every step runs, and its accuracies and sinks mean nothing.",
     "V-sinks here are the patches with the largest norms of these very images; a trained model has thresholds of its own.",
@@ -41,19 +41,19 @@ def quickstart(out: Path, *, write_checkpoint: Callable[[Path], None], convert: 
     """
     out.mkdir(parents=True, exist_ok=True)
     model, records, run = out / "model", out / "records", out / "run"
-    train_file = write_questions(out / "train", seed=1, count=TRAIN_SCENES)
-    test_file = write_questions(out / "test", seed=2, count=TEST_SCENES)
+    train_file = write_questions(out / "train", "train", TRAIN_SCENES)
+    write_questions(out / "test", "test", SHOWN_SCENES)
     if not model.exists():
         logger.info("1/5 converting a tiny checkpoint")
         write_checkpoint(out / "checkpoint")
         convert(out / "checkpoint", model)
     if not records.exists():
         logger.info("2/5 preparing %d training records", TRAIN_SCENES)
-        prepare_llava(_as_llava(train_file), out / "train", records)
+        prepare_llava(train_file.with_name("llava.jsonl"), out / "train", records)
 
     logger.info("3/5 finding sinks")
     base = load_backbone(model)
-    images = [out / "test" / "images" / f"{index:05d}.png" for index in range(4)]
+    images = [out / "test" / "images" / f"{index:05d}.png" for index in range(SHOWN_SCENES)]
     pixels = [base.processor.pixels(path) for path in images]
     sinks = SinkConfig(criterion="norm", vit_tau=_largest_norms(base, pixels))
     found = find_sinks(VLM(dataclasses.replace(base.config, sinks=sinks), base.frozen, folder=model), pixels, "What is this?")
@@ -70,7 +70,7 @@ def quickstart(out: Path, *, write_checkpoint: Callable[[Path], None], convert: 
     train(config)
 
     logger.info("5/5 evaluating on %d questions", TEST_SCENES)
-    settings = EvalConfig(benchmarks={"scenes": str(test_file)}, batch_size=32, max_new_tokens=8)
+    settings = EvalConfig(benchmarks={"scenes": ""}, limit=TEST_SCENES, batch_size=16, max_new_tokens=8)
     result = evaluate(with_gates(base, run), settings, out / "eval")
     logger.info("%s", table(result))
     report = out / "report.html"
@@ -88,15 +88,3 @@ def _largest_norms(vlm: VLM, pixels: list[np.ndarray]) -> float:
     """A threshold that the largest twentieth of the patches' feature norms reach."""
     norms = [norm for entry in find_sinks(vlm, pixels, "What is this?") for norm in entry["norms"]]
     return float(np.quantile(norms, 0.95))
-
-
-def _as_llava(questions: Path) -> Path:
-    """The question file as LLaVA conversations, beside it."""
-    lines = []
-    for line in questions.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        turns = [{"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}]
-        lines.append(json.dumps({"id": row["id"], "image": row["image"], "conversations": turns}))
-    path = questions.with_name("llava.jsonl")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path

@@ -97,3 +97,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device: gates, optimiser state, metrics."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_rows(mesh: Mesh | None) -> int:
+    """Number of parts that a batch is cut into."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_rows(mesh: Mesh | None, size: int) -> list[int]:
+    """The rows of a batch of `size` that this process must provide."""
+    if mesh is None:
+        return list(range(size))
+    found: set[int] = set()
+    for index in batch_sharding(mesh).addressable_devices_indices_map((size,)).values():
+        found.update(range(size)[index[0]])  # type: ignore[index]
+    return sorted(found)
+
+
+def place_rows(local: Any, mesh: Mesh | None, size: int) -> Any:
+    """Rows that `local_rows` named, as host arrays [len(rows), ...] in a pytree -> global arrays [size, ...] on the mesh."""
+    if mesh is None:
+        return local
+    sharding, where = batch_sharding(mesh), {row: i for i, row in enumerate(local_rows(mesh, size))}
+
+    def place(leaf: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)  # the rows of a device follow each other in `local` too
+            return leaf[where[start] : where[start] + stop - start]
+
+        return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, local)

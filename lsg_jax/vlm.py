@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.checkpoint import load_base, read_manifest, read_step
+from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template, from_dict
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
@@ -21,6 +22,7 @@ from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_t
 from lsg_jax.model.generate import generate, last_token
 from lsg_jax.model.llava import abstract_model, assemble, check_gate
 from lsg_jax.model.loss import answer_loss, answer_slots
+from lsg_jax.sharding import replicated, shard_params
 from lsg_jax.types import IGNORE, Batch
 
 PROMPT_BUCKET = 32  # prompt lengths are rounded up to a multiple, so that few shapes compile
@@ -35,6 +37,7 @@ class VLM:
         gate, gates: what the gates are and their parameters (stacked over gate.layers); both None for the plain model.
         folder: the model folder, for tokenizer and processor files.
         digest: identity of the backbone's weights.
+        mesh: the devices that hold the weights; None for one device.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class VLM:
         gates: dict | None = None,
         folder: Path | None = None,
         digest: str = "",
+        mesh: jax.sharding.Mesh | None = None,
     ):
         check_sinks(config)
         if gate is not None:
@@ -56,6 +60,7 @@ class VLM:
         self.gates = gates
         self.folder = folder
         self.digest = digest
+        self.mesh = mesh
         self.graphdef, _ = abstract_model(config, gate)
 
     @functools.cached_property
@@ -76,7 +81,7 @@ class VLM:
 
     def ungated(self) -> VLM:
         """The same weights without gates."""
-        return VLM(self.config, self.frozen, folder=self.folder, digest=self.digest)
+        return VLM(self.config, self.frozen, folder=self.folder, digest=self.digest, mesh=self.mesh)
 
     # Arrays in, arrays out: `input_ids` int [B, T] hold one image token per patch; `pixel_values` float [B, C, H, W] as HF
     # image processors return them, one image a row or one for each row that has image tokens; None for text only.
@@ -166,7 +171,7 @@ class VLM:
         # the answer slots play no part, and would only add shapes to compile
         batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
         tokens, steps = _generate(self.params, batch, self.graphdef, max_new_tokens)
-        return np.asarray(tokens)[:, : int(steps)]
+        return host_array(tokens)[:, : int(host_array(steps))]
 
     def batch(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> Batch:
         """Checks raw arrays and makes a Batch of them.
@@ -242,14 +247,19 @@ def check_gate_input(gate: GateConfig, config: ModelConfig) -> None:
 
 
 def load_backbone(
-    folder: str | Path, *, dtype: Any = None, sinks: SinkConfig | None = None, shard: Any = None, verify: bool = True
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    sinks: SinkConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    verify: bool = True,
 ) -> VLM:
     """Opens a model folder without gates.
 
     Args:
         dtype: of the weights; None keeps them as stored.
         sinks: instead of the sink settings of the folder.
-        shard: called with the tree of abstract leaves, gives it back with shardings; None for one device.
+        mesh: devices to spread the weights over; None for one device.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -258,8 +268,8 @@ def load_backbone(
         config = dataclasses.replace(config, sinks=sinks)
     _, abstract = abstract_model(config)
     stored = _as_stored(abstract, manifest["leaves"])
-    frozen = load_base(folder, stored if shard is None else shard(stored), dtype=dtype, verify=verify)
-    return VLM(config, frozen, folder=folder, digest=manifest["digest"])
+    frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
+    return VLM(config, frozen, folder=folder, digest=manifest["digest"], mesh=mesh)
 
 
 def _as_stored(abstract: dict, leaves: dict[str, Any]) -> dict:
@@ -286,8 +296,9 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
     gates = source if isinstance(source, PortableGates) else open_gates(source, backbone=vlm.digest)
     check_width(gates, vlm.config.text.hidden_size, vlm.config.text.num_layers)
     config = dataclasses.replace(vlm.config, sinks=sinks or gates.sinks)
-    parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gates.parameters)
-    return VLM(config, vlm.frozen, gate=gates.gate, gates=parameters, folder=vlm.folder, digest=vlm.digest)
+    parameters = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), gates.parameters)
+    parameters = jax.device_put(parameters, None if vlm.mesh is None else replicated(vlm.mesh))
+    return VLM(config, vlm.frozen, gate=gates.gate, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
 
 
 def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGates:

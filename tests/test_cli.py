@@ -74,23 +74,23 @@ def test_train_eval_gates_inspect_verify(lsg, tiny_model, records, scenes, tmp_p
     assert json.loads(lsg("inspect", file, "--json")[1])["gate"]["layers"] == [1]
     assert lsg("verify", file)[0] == 0
 
-    code, out, err = lsg("eval", config, "--benchmark", f"scenes={scenes / 'questions.jsonl'}")
+    code, out, err = lsg("eval", config, "--benchmark", f"mine={scenes / 'questions.jsonl'}")
     assert code == 0, err
-    assert out.splitlines()[0].split() == ["benchmark", "n", "majority", "base", "gated", "change"]
-    result = json.loads((run / "eval" / "result.json").read_text())["benchmarks"]["scenes"]
-    assert result["base"]["count"] == 12 and set(result["gated"]["categories"]) == {"colour", "count"}
+    assert out.startswith("mine: 12 questions, protocol paper\nmetric") and "gated against base: " in out
+    result = json.loads((run / "eval" / "result.json").read_text())["benchmarks"]["mine"]
+    assert set(result["gated"]) == {"accuracy", "category: colour", "category: count"} and not result["partial"]
     for method in ("base", "gated"):
-        rows = [json.loads(line) for line in (run / "eval" / f"scenes.{method}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (run / "eval" / f"mine.{method}.jsonl").read_text().splitlines()]
         assert [row["id"] for row in rows] == [str(i) for i in range(12)]
-        assert sum(row["correct"] for row in rows) == result[method]["correct"]
-    # the same gates from the portable file give the same answers, whatever the batch size
+        assert sum(row["score"] for row in rows) / 12 * 100 == pytest.approx(result[method]["accuracy"]["value"])
+    # the same gates from the portable file give the same answers
     elsewhere = tmp_path / "elsewhere"
     code, out, err = lsg(
-        "eval", config, "--set", "eval.batch_size=5", "--gates", file, "--out", elsewhere, "--json",
-        "--benchmark", f"scenes={scenes / 'questions.jsonl'}",
+        "eval", config, "--gates", file, "--out", elsewhere, "--json",
+        "--benchmark", f"mine={scenes / 'questions.jsonl'}",
     )  # fmt: skip
-    assert code == 0 and json.loads(out)["benchmarks"]["scenes"]["gated"] == result["gated"], err
-    for name in ("scenes.base.jsonl", "scenes.gated.jsonl"):
+    assert code == 0 and json.loads(out)["benchmarks"]["mine"]["gated"] == result["gated"], err
+    for name in ("mine.base.jsonl", "mine.gated.jsonl"):
         assert (elsewhere / name).read_text() == (run / "eval" / name).read_text()
 
 
@@ -126,6 +126,14 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
 def test_prepare(lsg, scenes, tmp_path):
     code, out, err = lsg("prepare", scenes / "llava.jsonl", tmp_path / "records")
     assert code == 0 and out.startswith("12 of 12 records written"), err
+    assert lsg("verify", tmp_path / "records")[:2] == (0, f"{tmp_path / 'records'}: ok\n")
+    assert json.loads(lsg("inspect", tmp_path / "records", "--json")[1])["rows"] == 12
+    (file,) = (tmp_path / "records").rglob("*.array_record*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, out, err = lsg("verify", tmp_path / "records")
+    assert code == 65 and f"{file} does not match its sha256" in out and "1 problem found" in err
     code, out, err = lsg("prepare", scenes / "questions.jsonl", tmp_path / "other")
     assert code == 65 and out == "" and not (tmp_path / "other").exists()
 
@@ -156,7 +164,8 @@ def test_no_configuration_is_needed_for_text_help(lsg):
         (["train", "{config}", "--set", "train.epoch=3"], 65, "unknown field epoch; did you mean epochs?"),
         (["train", "{config}"], 65, "records"),
         (["eval", "{config}"], 65, "nothing to evaluate"),
-        (["eval", "{config}", "--benchmark", "a"], 65, "write it as NAME=PATH"),
+        (["eval", "{config}", "--benchmark", "a"], 65, "benchmark a: unknown; known are mmstar, "),
+        (["eval", "{config}", "--benchmark", "mmstar={tmp}/junk.safetensors"], 65, "not a Parquet file"),
         (["eval", "{config}", "--benchmark", "a={tmp}/none.jsonl"], 65, "cannot read the questions"),
         (["gates", "export", "{tmp}", "{tmp}/g.safetensors"], 65, "neither a run folder"),
         (["gates", "import", "{tmp}/none.pt", "{tmp}/g.safetensors"], 65, "none.pt"),

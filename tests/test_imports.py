@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
-FOUNDATION = {"errors", "types", "config", "activations"}
+FOUNDATION = {"errors", "types", "config", "activations", "stopping"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "activations": set(),
+    "stopping": set(),
     "config": {"errors"},
     "sinks": FOUNDATION,
     "gating": FOUNDATION | {"sinks"},
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "train": FOUNDATION | {"sinks", "gating", "model", "data", "sharding", "checkpoint", "vlm"},
     "eval": FOUNDATION | {"sinks", "gating", "model", "data", "sharding", "checkpoint", "vlm"},
     "analysis": FOUNDATION | {"sinks", "gating", "model", "data", "sharding", "checkpoint", "vlm"},
-    "report": FOUNDATION | {"gating", "checkpoint"},
+    "report": FOUNDATION | {"gating", "checkpoint", "data"},
     "api": FOUNDATION | {"sharding", "vlm"},
 }
 ANYTHING = {"cli", "quickstart", "__init__", "__main__"}

@@ -60,12 +60,19 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _accuracy_table(result: dict[str, Any]) -> str:
     rows = []
     for name, entry in result["benchmarks"].items():
-        base, gated = entry["base"], entry["gated"]
-        rows.append([name, str(base["count"]), *(f"{v['accuracy']:.2f}" for v in (entry["majority"], base, gated))])
-        for category, part in base.get("categories", {}).items():
-            after = gated["categories"][category]
-            rows.append([f"· {category}", str(part["count"]), "", f"{part['accuracy']:.2f}", f"{after['accuracy']:.2f}"])
-    return _table(["benchmark", "questions", "majority answer %", "base %", "gated %"], rows)
+        for metric, base in entry["base"].items():
+            rows.append(
+                [
+                    f"{name}, {metric}",
+                    *(_number(v) for v in (entry["majority"][metric], base["value"], entry["gated"][metric]["value"])),
+                    "{} [{}, {}]".format(*(_number(entry["change"][metric][of], "+") for of in ("value", "low", "high"))),
+                ]
+            )
+    return _table(["benchmark, metric", "majority answer", "base", "gated", "change [95 %]"], rows)
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.2f}"
 
 
 def _ratio_table(last: dict[str, Any], result: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lsg_jax.config import RunConfig, to_dict
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, NonFiniteError, Preempted
 from lsg_jax.model.llava import abstract_model, make_gates
+from lsg_jax.stopping import stop_signals
 from lsg_jax.train.optimizer import learning_rate
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch, TrainState
@@ -78,7 +78,7 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> Path:
         Preempted: SIGTERM or SIGINT came; the state is saved.
     """
     run = RunFolder(config.output, keep=config.train.keep)
-    with _stop_signals() as stopped, run.lock():
+    with stop_signals() as stopped, run.lock():
         trainer = set_up(config, run)
         with contextlib.closing(trainer.data):
             _loop(trainer, stopped, on_step)
@@ -88,14 +88,12 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> Path:
 def set_up(config: RunConfig, run: RunFolder) -> Trainer:
     """Loads model and data, compares them with the run that is there, and restores its newest sound step."""
     mesh = sharding.make_mesh(config.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = sharding.batch_rows(mesh)
     if config.train.batch_size % rows:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} is no multiple of the {rows} devices along data and fsdp"
         )
-    vlm = load_backbone(
-        config.model, dtype=config.dtype, sinks=config.sinks, shard=lambda leaves: sharding.shard_params(leaves, mesh)
-    )
+    vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=mesh)
     check_gate_input(config.gate, vlm.config)
     data = TrainingData(
         config.data.records,
@@ -239,21 +237,3 @@ class _Metrics:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a question that the loop asks after each step; a second SIGINT does not wait for it."""
-    came: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if number == signal.SIGINT and number in came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    before = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

@@ -1,38 +1,41 @@
-"""Question files: what is read, what is refused, what counts as correct."""
+"""Own question files: what is read, what is refused, what counts as correct."""
 
 import json
 import re
 
+import numpy as np
 import pytest
 
 from lsg_jax.errors import InputError
-from lsg_jax.eval.benchmarks.questions import Question, aggregate, chosen_letter, is_correct, majority, read_questions
-from lsg_jax.eval.runner import table
+from lsg_jax.eval.benchmark import Graded, Item
+from lsg_jax.eval.benchmarks.questions import match, metrics, prompt, read
 
 
 def write(tmp_path, *rows):
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return path
+    return str(path)
 
 
 def test_prompts(tmp_path):
-    choice, short = read_questions(
+    choice, short = read(
         write(
             tmp_path,
             {"id": "x", "question": " Which? ", "choices": ["cat", "dog"], "answer": "dog"},
             {"question": "How many?", "answer": ["2", "two"], "category": "count"},
         )
     )
-    assert choice.prompt == "Which?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
-    assert choice.answers == ("B",) and choice.id == "x"
-    assert short.prompt == "How many?\nAnswer the question using a single word or phrase."
-    assert short.answers == ("2", "two") and short.id == "2" and short.category == "count"
+    assert prompt(choice, "paper") == (
+        "Which?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
+    )
+    assert choice.answers == ("B",) and choice.id == "x" and choice.fields == {}
+    assert prompt(short, "paper") == "How many?\nAnswer the question using a single word or phrase."
+    assert short.answers == ("2", "two") and short.id == "2" and short.fields == {"category": "count"}
 
 
 @pytest.mark.parametrize("answer", ["B", "(B)", "b", "B.", "dog"])
 def test_right_choice_by_letter_or_text(tmp_path, answer):
-    (question,) = read_questions(write(tmp_path, {"question": "?", "choices": ["cat", "dog"], "answer": answer}))
+    (question,) = read(write(tmp_path, {"question": "?", "choices": ["cat", "dog"], "answer": answer}))
     assert question.answers == ("B",)
 
 
@@ -52,33 +55,13 @@ def test_right_choice_by_letter_or_text(tmp_path, answer):
 )
 def test_bad_files(tmp_path, row, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        read_questions(write(tmp_path, row))
+        read(write(tmp_path, row))
 
 
 def test_repeated_ids(tmp_path):
     row = {"id": "a", "question": "?", "answer": "x"}
     with pytest.raises(InputError, match="id a occurs more than once"):
-        read_questions(write(tmp_path, row, row))
-
-
-@pytest.mark.parametrize(
-    "output, letter",
-    [
-        ("B", "B"),
-        (" B ", "B"),
-        ("(B)", "B"),
-        ("B.", "B"),
-        ("B. dog", "B"),
-        ("B: dog", "B"),
-        ("E", None),
-        ("Because", None),
-        ("A dog", None),  # an article is no answer
-        ("Based on the image, C", None),
-        ("", None),
-    ],
-)
-def test_letters(output, letter):
-    assert chosen_letter(output, 4) == letter
+        read(write(tmp_path, row, row))
 
 
 @pytest.mark.parametrize(
@@ -95,24 +78,20 @@ def test_letters(output, letter):
     ],
 )
 def test_short_answers(answers, output, correct):
-    assert is_correct(Question("1", "?", answers), output) is correct
+    assert match(Item("1", "?", answers), output, "paper").score == correct
 
 
-def test_aggregate_with_unequal_groups():
-    questions = [Question(str(i), "?", ("x",), category=c) for i, c in enumerate(["a", "a", "a", "b"])]
-    result = aggregate(questions, [True, False, False, True])
-    assert result["accuracy"] == 50.0 and (result["correct"], result["count"]) == (2, 4)
-    assert result["categories"]["a"]["accuracy"] == pytest.approx(100 / 3)
-    assert result["categories"]["b"] == {"accuracy": 100.0, "correct": 1, "count": 1}
+def test_choices():
+    item = Item("1", "?", ("B",), choices=("cat", "dog"))
+    assert [match(item, text, "paper").parsed for text in ("B", "(A)", "A dog")] == ["B", "A", None]
+    assert [match(item, text, "paper").score for text in ("B. dog", "A", "")] == [1.0, 0.0, 0.0]
 
 
-def test_majority_answer():
-    questions = [Question(str(i), "?", (a,)) for i, a in enumerate(["Red", "red", "blue"])]
-    assert majority(questions) == {"accuracy": pytest.approx(200 / 3), "answer": "red"}
-
-
-def test_table():
-    part = {"accuracy": 25.0, "correct": 1, "count": 4}
-    better = {"accuracy": 50.0, "correct": 2, "count": 4}
-    text = table({"benchmarks": {"x": {"majority": {"accuracy": 30.0}, "base": part, "gated": better}}})
-    assert text.splitlines()[1].split() == ["x", "4", "30.00", "25.00", "50.00", "+25.00"]
+def test_accuracy_with_unequal_groups():
+    items = [Item(str(i), "?", ("x",), fields={"category": c}) for i, c in enumerate(["a", "a", "a", "b"])]
+    found = metrics(Graded(items, ["x"] * 4, np.array([1.0, 0.0, 0.0, 1.0]), np.ones((1, 4))))
+    assert {name: value[0] for name, value in found.items()} == {
+        "accuracy": 50.0,
+        "category: a": pytest.approx(100 / 3),
+        "category: b": 100.0,
+    }

@@ -1,4 +1,4 @@
-"""A JSONL of questions with images: multiple choice where `choices` are given, short answers where not.
+"""Own questions as JSONL: multiple choice where `choices` are given, short answers where not.
 
 One object a line: `question` and `answer` (text, a list of accepted texts, or for multiple choice a letter or the text of a
 choice), and optionally `image` (path, relative to the file), `choices`, `id`, `category`.
@@ -9,58 +9,51 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import WORD_SUFFIX, multiple_choice_prompt
 from lsg_jax.errors import InputError
-
-LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-WORD_SUFFIX = "\nAnswer the question using a single word or phrase."
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
+from lsg_jax.eval.letters import chosen_letter
 
 
 @dataclass(frozen=True)
-class Question:
-    """One item. `answers` are the accepted texts; for multiple choice the one letter."""
+class ImageFile:
+    """An image in a file of its own."""
 
-    id: str
-    question: str
-    answers: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-    image: Path | None = None
-    category: str = ""
+    path: Path
 
-    @property
-    def prompt(self) -> str:
-        """The user's turn, with the suffix that LLaVA-1.5 was trained on."""
-        if not self.choices:
-            return self.question + WORD_SUFFIX
-        options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, self.choices, strict=False))
-        return self.question + options + LETTER_SUFFIX
+    def read(self) -> bytes:
+        """The encoded file. Raises InputError that names it."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
 
-def read_questions(path: Path) -> list[Question]:
+def read(path: str) -> list[Item]:
     """Reads and checks the whole file.
 
     Raises:
         InputError: no such file, or a line that is no question; names the line.
     """
+    file = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot read the questions: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; expected one JSON object a line") from None
-    questions = [_read_line(line, f"{path}:{n}", path.parent, n) for n, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
+    items = [_read_line(line, f"{path}:{n}", file.parent, n) for n, line in enumerate(lines, 1) if line.strip()]
+    if not items:
         raise InputError(f"{path}: no questions in it")
-    if repeated := [name for name, count in Counter(q.id for q in questions).items() if count > 1]:
-        raise InputError(f"{path}: id {repeated[0]} occurs more than once")
-    return questions
+    check_unique(items, path)
+    return items
 
 
-def _read_line(line: str, where: str, folder: Path, number: int) -> Question:
+def _read_line(line: str, where: str, folder: Path, number: int) -> Item:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -78,13 +71,13 @@ def _read_line(line: str, where: str, folder: Path, number: int) -> Question:
     image = folder / row["image"] if row.get("image") else None
     if image is not None and not image.is_file():
         raise InputError(f"{where}: image {image} does not exist")
-    return Question(
+    return Item(
         id=str(row.get("id", number)),
         question=str(row["question"]).strip(),
         answers=answers,
         choices=choices,
-        image=image,
-        category=str(row.get("category", "")),
+        image=None if image is None else ImageFile(image),
+        fields={"category": str(row["category"])} if row.get("category") else {},
     )
 
 
@@ -99,17 +92,18 @@ def _choice_letter(answers: tuple[str, ...], choices: tuple[str, ...], where: st
     raise InputError(f"{where}: answer {' / '.join(answers)} is none of the choices {', '.join(choices)}")
 
 
-def is_correct(question: Question, output: str) -> bool:
+def prompt(item: Item, protocol: Protocol) -> str:
+    """The user's turn, with the suffix that LLaVA-1.5 was trained on."""
+    return multiple_choice_prompt(item.question, item.choices) if item.choices else item.question + WORD_SUFFIX
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
     """Multiple choice: the letter that the output gives. Short answers: equal after lower-casing and stripping punctuation."""
-    if question.choices:
-        return chosen_letter(output, len(question.choices)) == question.answers[0]
-    return normalise(output) in {normalise(answer) for answer in question.answers}
-
-
-def chosen_letter(output: str, count: int) -> str | None:
-    """The letter of an output: `B`, `(B)`, `B.`, `B. a cat`; None for anything wordier."""
-    match = re.match(rf"\(?([A-{string.ascii_uppercase[count - 1]}])(?:[).:,]|\s*$)", output.strip())
-    return match[1] if match else None
+    if item.choices:
+        letter = chosen_letter(output, len(item.choices))
+        return Match(letter, float(letter == item.answers[0]))
+    text = normalise(output)
+    return Match(text, float(text in {normalise(answer) for answer in item.answers}))
 
 
 def normalise(text: str) -> str:
@@ -118,18 +112,9 @@ def normalise(text: str) -> str:
     return re.sub(r"^(?:a|an|the) ", "", text)
 
 
-def aggregate(questions: list[Question], correct: list[bool]) -> dict[str, Any]:
-    """Accuracy in percent over all questions and by category, with counts."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for question, hit in zip(questions, correct, strict=True):
-        groups[question.category].append(hit)
-    score = lambda hits: {"accuracy": 100.0 * sum(hits) / len(hits), "correct": sum(hits), "count": len(hits)}
-    named = {name: score(hits) for name, hits in sorted(groups.items()) if name}
-    return {**score(correct), **({"categories": named} if named else {})}
+def metrics(graded: Graded) -> Metrics:
+    """Accuracy over all questions and by category."""
+    return {"accuracy": mean(graded), **{f"category: {name}": value for name, value in by(graded, "category").items()}}
 
 
-def majority(questions: list[Question]) -> dict[str, Any]:
-    """Accuracy of always giving the most frequent answer of the file; what a blind guesser reaches."""
-    answers = [q.answers[0] if q.choices else normalise(q.answers[0]) for q in questions]
-    answer, count = Counter(answers).most_common(1)[0]
-    return {"accuracy": 100.0 * count / len(questions), "answer": answer}
+QUESTIONS = Benchmark(name="questions", read=read, prompt=prompt, match=match, metrics=metrics, official={})

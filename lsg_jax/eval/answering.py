@@ -1,0 +1,110 @@
+"""Greedy answers to many questions: batches over all devices and processes, few shapes, images read ahead by threads.
+
+A question's answer depends on itself and, through rounding alone, on `eval.batch_size`, the rows that a device computes at a
+time; not on its neighbours, nor on how many devices there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from lsg_jax.config import EvalConfig
+from lsg_jax.data.conversation import RecordError
+from lsg_jax.data.processor import Encoded, Processor
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Item
+from lsg_jax.sharding import batch_rows, local_rows, place_rows
+from lsg_jax.vlm import PROMPT_BUCKET, VLM
+
+READ_AHEAD = 2  # batches whose images are read while one is computed
+
+OnBatch = Callable[[dict[int, str]], None]
+
+
+def answer(
+    vlm: VLM,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    config: EvalConfig,
+    *,
+    max_new_tokens: int,
+    known: Mapping[int, str] | None = None,
+    on_batch: OnBatch | None = None,
+) -> list[str]:
+    """The model's output for every item, in their order; a collective of all processes.
+
+    Args:
+        prompts: the user's turn of each item.
+        max_new_tokens: of each answer; this function does not look at `config.max_new_tokens`.
+        known: outputs by position that need not be computed, the same in every process.
+        on_batch: called after each batch with the new outputs by position.
+
+    Raises:
+        InputError: a prompt is too long, or an image cannot be read; names the item.
+    """
+    processor = vlm.make_processor(config.image_aspect, config.template)
+    outputs = dict(known or {})
+    encoded = {i: _encode(processor, items[i], prompts[i], config) for i in range(len(items)) if i not in outputs}
+    size = config.batch_size * batch_rows(vlm.mesh)
+    rows = local_rows(vlm.mesh, size)
+    for members, pixels in _batches(plan(encoded, size), rows, items, processor, config.num_threads):
+        local = vlm.pad_questions([encoded[members[row]] for row in rows], pixels)
+        tokens = vlm.generate_batch(place_rows(local, vlm.mesh, size), max_new_tokens)
+        new = {i: processor.decode(row) for i, row in zip(members, tokens, strict=True)}
+        outputs |= new
+        if on_batch:
+            on_batch(new)
+    return [outputs[i] for i in range(len(items))]
+
+
+def plan(encoded: Mapping[int, Encoded], size: int) -> list[list[int]]:
+    """Batches of exactly `size` positions, each of one length bucket; the last of a bucket repeats its first member."""
+    buckets: dict[int, list[int]] = {}
+    for i, e in encoded.items():
+        buckets.setdefault(-(-len(e.ids) // PROMPT_BUCKET), []).append(i)
+    batches = []
+    for bucket in sorted(buckets):
+        members = buckets[bucket]
+        for start in range(0, len(members), size):
+            chosen = members[start : start + size]
+            batches.append(chosen + chosen[:1] * (size - len(chosen)))
+    return batches
+
+
+def _encode(processor: Processor, item: Item, prompt: str, config: EvalConfig) -> Encoded:
+    try:
+        return processor.encode_question(prompt, has_image=item.image is not None, max_length=config.max_length)
+    except RecordError as error:
+        raise InputError(f"question {item.id}: {error}; raise eval.max_length") from None
+
+
+def _batches(
+    batches: Iterable[list[int]], rows: list[int], items: Sequence[Item], processor: Processor, threads: int
+) -> Iterator[tuple[list[int], list[np.ndarray | None]]]:
+    """(members, pixels of this process's rows), images being read ahead of their turn."""
+
+    def read(i: int) -> np.ndarray | None:
+        image = items[i].image
+        try:
+            return None if image is None else processor.pixels(image.read())
+        except InputError as error:
+            raise InputError(f"question {items[i].id}: {error}") from None
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[list[int], list[Future]]] = deque()
+        try:
+            for members in batches:
+                once = {i: pool.submit(read, i) for i in dict.fromkeys(members[row] for row in rows)}
+                waiting.append((members, [once[members[row]] for row in rows]))
+                if len(waiting) > READ_AHEAD:
+                    ready, futures = waiting.popleft()
+                    yield ready, [future.result() for future in futures]
+            while waiting:
+                ready, futures = waiting.popleft()
+                yield ready, [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

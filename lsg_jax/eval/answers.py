@@ -1,0 +1,60 @@
+"""The log of what a model answered: appended batch by batch, so that a run that was stopped goes on where it was.
+
+One file for each benchmark, method and meaning (weights, gates, sinks, decoding, text template, files): answers given under
+other settings are never taken for these. A line is `{"id", "prompt": sha256 of the prompt, "output"}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.checkpoint.processes import is_primary, share_bytes
+from lsg_jax.eval.benchmark import Item
+
+
+class AnswerLog:
+    """Answers to `items` under one meaning. Process 0 reads and writes; the others are told.
+
+    Args:
+        folder: where logs lie.
+        name: benchmark and method, for the file's name.
+        meaning: all that decides an answer besides item and prompt, as plain data.
+    """
+
+    def __init__(self, folder: Path, name: str, meaning: Mapping[str, Any], items: Sequence[Item], prompts: Sequence[str]):
+        key = sha256(json.dumps(meaning, sort_keys=True))
+        self.path = folder / f"{name}.{key[:16]}.jsonl"
+        self._lines = [{"id": item.id, "prompt": sha256(prompt)} for item, prompt in zip(items, prompts, strict=True)]
+
+    def known(self) -> dict[int, str]:
+        """Outputs of earlier runs by position; a collective."""
+        found: dict[str, str] = {}
+        if is_primary() and self.path.exists():
+            position = {(line["id"], line["prompt"]): str(i) for i, line in enumerate(self._lines)}
+            for text in self.path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    line = json.loads(text)
+                    found[position[line["id"], line["prompt"]]] = line["output"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line that a kill cut short, or a question that is not asked now
+        shared = json.loads(share_bytes(json.dumps(found).encode()))
+        return {int(i): output for i, output in shared.items()}
+
+    def add(self, outputs: Mapping[int, str]) -> None:
+        """Appends a batch; on disk when this returns."""
+        if not is_primary():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps({**self._lines[i], "output": output}) + "\n" for i, output in outputs.items())
+        with self.path.open("a", encoding="utf-8") as file:
+            # A line that a kill cut short is closed, so that it spoils nothing but itself.
+            file.write(text if file.tell() == 0 else "\n" + text)
+
+
+def sha256(text: str) -> str:
+    """Hex digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

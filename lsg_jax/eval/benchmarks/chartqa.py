@@ -1,0 +1,89 @@
+"""ChartQA (Masry et al. 2022), test: questions about charts, half written by people, half made from their captions.
+
+Files: `lmms-lab/ChartQA` (type, question, answer) or the test split of `HuggingFaceM4/ChartQA` (query, label,
+human_or_machine).
+"""
+
+from __future__ import annotations
+
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import WORD_SUFFIX
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
+from lsg_jax.eval.parquet import ParquetFile, Row, parquet_files, read_rows
+from lsg_jax.eval.short_answers import relaxed_match
+
+CATEGORIES = ("human", "augmented")
+
+
+def read(path: str) -> list[Item]:
+    """Items with the field `category`, human or augmented; ids count the rows. Raises InputError: see `Benchmark.read`."""
+    columns = {name for file in parquet_files(path) for name in ParquetFile(file).columns}
+    if {"query", "label"} <= columns:
+        rows = read_rows(path, needs=["query", "label", "human_or_machine"], images=["image"])
+        kinds = [{"0": "human", "1": "augmented"}.get(str(row["human_or_machine"]), row["human_or_machine"]) for row in rows]
+        parts = [(row["query"], row["label"]) for row in rows]
+    else:
+        rows = read_rows(path, needs=["type", "question", "answer"], images=["image"])
+        kinds = [str(row["type"]).removesuffix("_test") for row in rows]
+        parts = [(row["question"], row["answer"]) for row in rows]
+    check_values(kinds, CATEGORIES, what="question type", where=path)
+    return [
+        Item(str(number), question, _answers(answer, row), image=row.image(), fields={"category": kind})
+        for number, (row, kind, (question, answer)) in enumerate(zip(rows, kinds, parts, strict=True))
+    ]
+
+
+def _answers(value: str | list[str] | None, row: Row) -> tuple[str, ...]:
+    answers = tuple(value) if isinstance(value, list) else (value,)
+    if not answers or any(not answer for answer in answers):
+        raise InputError(f"{row.where}: no answer")
+    return tuple(map(str, answers))
+
+
+def prompt(item: Item, protocol: Protocol) -> str:
+    """Question and the protocol's suffix. LLaVA-1.5 has no ChartQA of its own: `paper` takes its usual one."""
+    if protocol == "lmms_eval":
+        return item.question + "\nAnswer the question with a single word."
+    if protocol == "cambrian":
+        return item.question + "\nAnswer the question using a single number or phrase."
+    return item.question + WORD_SUFFIX
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
+    """Relaxed accuracy, 5 %; `paper` as lmms-eval, which is the definition."""
+    text = output.strip()
+    if protocol == "vlmevalkit":
+        # it hands output and answer over the wrong way round, so 5 % are of what the model said, and an output of 0 is text
+        right = any(relaxed_match(answer, text) for answer in item.answers)
+    elif protocol == "cambrian":
+        right = any(_cambrian(text.lower(), answer.lower()) for answer in item.answers)
+    else:
+        right = any(relaxed_match(text, answer) for answer in item.answers)
+    return Match(text, float(right))
+
+
+def _cambrian(text: str, answer: str) -> bool:
+    """As Cambrian's `chartqa_test.py`: `10%` is text, and a target of 0 is a number."""
+    try:
+        found, wanted = float(text), float(answer)
+    except ValueError:
+        return text == answer
+    return abs(found - wanted) <= abs(wanted) * 0.05
+
+
+def metrics(graded: Graded) -> Metrics:
+    """Relaxed accuracy over all questions and by category, percent."""
+    return {"accuracy": mean(graded), **{f"category: {name}": score for name, score in by(graded, "category").items()}}
+
+
+CHARTQA = Benchmark(
+    name="chartqa",
+    read=read,
+    prompt=prompt,
+    match=match,
+    metrics=metrics,
+    official={"paper": "accuracy", "lmms_eval": "accuracy", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
+    size=2500,
+    max_new_tokens={"lmms_eval": 16, "cambrian": 128},
+)

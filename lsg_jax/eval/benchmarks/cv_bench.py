@@ -1,0 +1,103 @@
+"""CV-Bench (Tong et al., 2024): 1438 questions of 2D and 1200 of 3D vision, in the layout of `nyu-visionx/CV-Bench`.
+
+The official score is a mean of means of sources, ((ADE20K + COCO) / 2 + Omni3D) / 2; lmms-eval's is over all questions alike.
+"""
+
+from __future__ import annotations
+
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import LETTER_SUFFIX
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, mean
+from lsg_jax.eval.letters import (
+    LETTERS,
+    cambrian_letter,
+    check_letter,
+    chosen_letter,
+    letter_match,
+    lmms_first_letter,
+    vlmevalkit_letter,
+    vlmevalkit_prompt,
+)
+from lsg_jax.eval.parquet import Row, read_rows
+
+TYPES = ("2D", "3D")
+TASKS = ("Count", "Relation", "Depth", "Distance")
+SOURCES = ("ADE20K", "COCO", "Omni3D")
+
+
+def read(path: str) -> list[Item]:
+    """Items with fields `type`, `task`, `source`, `prompt` (the question with its choices) and `photo`."""
+    needs = ("type", "task", "question", "choices", "answer", "prompt", "source")
+    items = [
+        _item(row, number)
+        for number, row in enumerate(read_rows(path, needs=needs, images=("image",), optional=("idx", "source_filename")))
+    ]
+    check_unique(items, path)
+    for name, known in (("type", TYPES), ("task", TASKS), ("source", SOURCES)):
+        check_values((item.fields[name] for item in items), known, what=name, where=path)
+    return items
+
+
+def _item(row: Row, number: int) -> Item:
+    choices = tuple(map(str, row["choices"]))
+    name = f"{row['type']}-{row.get('idx', number)}"
+    return Item(
+        id=name,
+        question=row["question"],
+        answers=(check_letter(str(row["answer"]).strip("()"), len(choices), row.where),),
+        choices=choices,
+        image=row.image(),
+        fields={key: row[key] for key in ("type", "task", "source", "prompt")} | {"photo": row.get("source_filename") or name},
+    )
+
+
+def prompt(item: Item, protocol: Protocol) -> str:
+    """The file's own prompt and what the protocol adds; for VLMEvalKit, its LLaVA's usual list of choices instead."""
+    if protocol == "lmms_eval":
+        letters = ", ".join(LETTERS[: len(item.choices)])
+        note = f"Note: You only need to respond with {letters} without providing any additional information."
+        return f"{note}\n\n{item.fields['prompt']}"
+    if protocol == "vlmevalkit":
+        return vlmevalkit_prompt(item.question, item.choices)
+    return item.fields["prompt"] + LETTER_SUFFIX
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
+    """The letter that the protocol reads."""
+    if protocol == "lmms_eval":
+        return letter_match(item, lmms_first_letter(output))
+    if protocol == "vlmevalkit":
+        return letter_match(item, vlmevalkit_letter(output, item.choices))
+    if protocol == "cambrian":
+        return letter_match(item, cambrian_letter(output))
+    return letter_match(item, chosen_letter(output, len(item.choices)))
+
+
+def metrics(graded: Graded) -> Metrics:
+    """The official score and its parts (2D is the mean of its two sources), accuracy over all questions, tasks and sources."""
+    sources = {name: mean(graded, graded.where("source", name)) for name in SOURCES}
+    two = (sources["ADE20K"] + sources["COCO"]) / 2
+    three = sources["Omni3D"]
+    return {
+        "official": (two + three) / 2,
+        "accuracy": mean(graded),
+        "2D": two,
+        "3D": three,
+        **{f"source: {name}": value for name, value in sources.items()},
+        **{f"task: {name}": value for name, value in by(graded, "task").items()},
+    }
+
+
+CV_BENCH = Benchmark(
+    name="cv_bench",
+    read=read,
+    prompt=prompt,
+    match=match,
+    metrics=metrics,
+    # VLMEvalKit reports 2D and 3D apart; their mean is the official score.
+    official={"paper": "official", "lmms_eval": "accuracy", "vlmevalkit": "official", "cambrian": "official"},
+    size=2638,
+    unit="photo",
+    guess_by="task",
+    max_new_tokens={"lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 512},
+)

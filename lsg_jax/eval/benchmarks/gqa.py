@@ -1,0 +1,88 @@
+"""GQA (Hudson and Manning 2019), the balanced test-dev: compositional questions with answers of one word or two.
+
+Files: `lmms-lab/GQA`, configurations testdev_balanced_instructions and testdev_balanced_images, in one folder or glob. Images
+are joined by `imageId`.
+"""
+
+from __future__ import annotations
+
+import string
+
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import WORD_SUFFIX
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
+from lsg_jax.eval.parquet import Row, read_rows
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def read(path: str) -> list[Item]:
+    """Items with the fields `image` and, where the file states them, the types `structural` and `semantic`.
+
+    Raises InputError: see `Benchmark.read`, and a question whose image is missing.
+    """
+    questions = read_rows(path, needs=["id", "imageId", "question", "answer"], optional=["types"])
+    try:
+        images = {str(row["id"]): row.image() for row in read_rows(path, needs=["id"], images=["image"])}
+    except InputError:
+        raise InputError(
+            f"{path}: no table with the columns id and image; give a folder or glob that holds testdev_balanced_images too"
+        ) from None
+    items = []
+    for row in questions:
+        name = str(row["imageId"])
+        if name not in images:
+            raise InputError(f"{row.where}: image {name} of question {row['id']} is in no images table under {path}")
+        items.append(
+            Item(
+                id=str(row["id"]),
+                question=row["question"],
+                answers=(row["answer"],),
+                image=images[name],
+                fields={"image": name, **_types(row)},
+            )
+        )
+    check_unique(items, path)
+    return items
+
+
+def _types(row: Row) -> dict[str, str]:
+    types = row.get("types") or {}
+    return {name: types[name] for name in ("structural", "semantic") if types.get(name)}
+
+
+def prompt(item: Item, protocol: Protocol) -> str:
+    """Question and suffix, in all protocols."""
+    return item.question + WORD_SUFFIX
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
+    """Equal but for case and, as the protocol has it, final periods or all punctuation."""
+    text, answer = output.strip().lower(), item.answers[0].lower()
+    if protocol == "lmms_eval":  # punctuation goes and the space before it stays, so `dog .` is not `dog`
+        text, answer = text.translate(_NO_PUNCTUATION), answer.translate(_NO_PUNCTUATION)
+    elif protocol == "vlmevalkit":
+        answer = answer.strip()
+    else:  # LLaVA's `convert_gqa_for_eval.py` and GQA's own evaluation; Cambrian does the same
+        text = text.rstrip(".")
+    return Match(text, float(text == answer))
+
+
+def metrics(graded: Graded) -> Metrics:
+    """Accuracy over all questions and by structural and semantic type, percent."""
+    types = {f"{kind}: {name}": score for kind in ("structural", "semantic") for name, score in by(graded, kind).items()}
+    return {"accuracy": mean(graded), **types}
+
+
+GQA = Benchmark(
+    name="gqa",
+    read=read,
+    prompt=prompt,
+    match=match,
+    metrics=metrics,
+    official={"paper": "accuracy", "lmms_eval": "accuracy", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
+    size=12578,
+    unit="image",
+    max_new_tokens={"paper": 128, "lmms_eval": 16, "cambrian": 128},
+)

@@ -1,0 +1,119 @@
+"""MME (Fu et al. 2023): two yes/no questions an image, one with either answer, in 14 subtasks.
+
+A subtask scores accuracy + accuracy of pairs (both right), 0..200; perception sums ten of them, cognition four.
+File: `lmms-lab/MME`, split test.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import WORD_SUFFIX
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_values, mean
+from lsg_jax.eval.parquet import read_rows
+from lsg_jax.eval.short_answers import yes_or_no, yes_or_no_word
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+ASKS = " Please answer yes or no."
+
+
+def read(path: str) -> list[Item]:
+    """Items with the fields `category` and `pair`. Raises InputError: see `Benchmark.read`, and a pair that is none."""
+    rows = read_rows(path, needs=["question_id", "question", "answer", "category"], images=["image"])
+    check_values((row["category"] for row in rows), PERCEPTION + COGNITION, what="category", where=path)
+    questions: dict[str, list[str]] = defaultdict(list)
+    items = []
+    for row in rows:
+        category, question = row["category"], row["question"]
+        pair = f"{category}/{str(row['question_id']).removeprefix(category + '/')}"
+        questions[pair].append(question)
+        items.append(
+            Item(
+                id=f"{pair}#{len(questions[pair])}",
+                question=question,
+                answers=(yes_or_no(row["answer"], row.where),),
+                image=row.image(),
+                fields={"category": category, "pair": pair},
+            )
+        )
+    for pair, asked in questions.items():
+        if len(asked) != 2 or asked[0] == asked[1]:
+            raise InputError(f"{path}: question_id {pair} has {len(set(asked))} questions in {len(asked)} rows; MME asks 2")
+    return items
+
+
+def prompt(item: Item, protocol: Protocol) -> str:
+    """The dataset asks to answer yes or no; LLaVA and lmms-eval put their suffix in the place of that, Cambrian adds it."""
+    if protocol == "vlmevalkit":
+        return item.question
+    if protocol == "cambrian":
+        return item.question + WORD_SUFFIX
+    question = item.question.strip().replace(ASKS, "")
+    # some questions have two spaces before the request; lmms-eval keeps one of them at the end
+    return (question if protocol == "lmms_eval" else question.rstrip()) + WORD_SUFFIX
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
+    """`yes`, `no`, or None for what the protocol cannot read."""
+    text = output.strip().lower()
+    if protocol == "vlmevalkit":
+        parsed = yes_or_no_word(output.strip())
+    elif protocol == "cambrian":
+        parsed = text.rstrip(".") if text.rstrip(".") in ("yes", "no") else None
+    elif protocol == "lmms_eval":
+        text = text.replace(".", "")
+        parsed = {"y": "yes", "n": "no"}.get(text) or _start(text)
+    else:
+        parsed = _start(text)
+    return Match(parsed, float(parsed == item.answers[0]))
+
+
+def _start(text: str) -> str | None:
+    """MME's own `calculation.py`: what the first four characters hold, `yes` before `no`. `Not a dog` and `Knot` are no."""
+    return next((word for word in ("yes", "no") if word in text[:4]), None)
+
+
+def metrics(graded: Graded) -> Metrics:
+    """Points: `perception` 0..2000, `cognition` 0..800, `total`, subtasks 0..200. `accuracy` and `acc`, `acc_plus`: percent.
+
+    A subtask without items is NaN and with it the sum.
+    """
+    both = _whole_pairs(graded)
+    parts: Metrics = {}
+    points: Metrics = {}
+    for category in PERCEPTION + COGNITION:
+        mask = graded.where("category", category)
+        acc, acc_plus = mean(graded, mask), mean(graded, mask, score=both)
+        points[category] = acc + acc_plus
+        parts |= {f"{category}: acc": acc, f"{category}: acc_plus": acc_plus}
+    perception = sum((points[name] for name in PERCEPTION), np.zeros(len(graded.weight)))
+    cognition = sum((points[name] for name in COGNITION), np.zeros(len(graded.weight)))
+    total = perception + cognition
+    return {"perception": perception, "cognition": cognition, "total": total, "accuracy": mean(graded), **points, **parts}
+
+
+def _whole_pairs(graded: Graded) -> np.ndarray:
+    """float64 [N]: 1 for both items of a pair that is right as a whole. Its mean over items is the mean over pairs."""
+    wrong = {item.fields["pair"] for item, score in zip(graded.items, graded.score, strict=True) if score < 1}
+    return np.array([item.fields["pair"] not in wrong for item in graded.items], np.float64)
+
+
+MME = Benchmark(
+    name="mme",
+    read=read,
+    prompt=prompt,
+    match=match,
+    metrics=metrics,
+    # Cambrian pairs rows by their order and by running counts; over a whole file with neighbouring pairs that is the same
+    official={"paper": "perception", "lmms_eval": "perception", "vlmevalkit": "perception", "cambrian": "perception"},
+    size=2374,
+    unit="pair",
+    max_new_tokens={"paper": 128, "lmms_eval": 16, "cambrian": 32},
+)

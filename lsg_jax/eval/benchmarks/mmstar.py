@@ -1,0 +1,116 @@
+"""MMStar (Chen et al., 2024): 1500 questions that need the image, six categories of 250, in the layout of `Lin-Chen/MMStar`.
+
+The options are part of the question. Accuracy over all questions is the mean of the six categories, since they are equal;
+lmms-eval's mean of the 18 sub-categories is another number, since those are not.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import LETTER_SUFFIX
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, macro, mean
+from lsg_jax.eval.letters import (
+    LETTERS,
+    cambrian_word,
+    check_letter,
+    chosen_letter,
+    letter_match,
+    lmms_letter,
+    vlmevalkit_letter,
+    vlmevalkit_prompt,
+)
+from lsg_jax.eval.parquet import read_rows
+
+CATEGORIES = (
+    "coarse perception",
+    "fine-grained perception",
+    "instance reasoning",
+    "logical reasoning",
+    "science & technology",
+    "math",
+)
+SUB_CATEGORIES = 18
+
+
+def read(path: str) -> list[Item]:
+    """Items with fields `category` and `l2_category`; the options stay in the question."""
+    rows = read_rows(path, needs=("index", "question", "answer", "category", "l2_category"), images=("image",))
+    items = [
+        Item(
+            id=str(row["index"]),
+            question=row["question"],
+            answers=(check_letter(row["answer"], 4, row.where),),
+            image=row.image(),
+            fields={"category": row["category"], "l2_category": row["l2_category"]},
+        )
+        for row in rows
+    ]
+    check_unique(items, path)
+    check_values((item.fields["category"] for item in items), CATEGORIES, what="category", where=path)
+    if (count := len({item.fields["l2_category"] for item in items})) != SUB_CATEGORIES:
+        raise InputError(f"{path}: {count} values of l2_category instead of {SUB_CATEGORIES}; is this the whole file?")
+    return items
+
+
+def split_question(question: str) -> tuple[str, tuple[str, ...]]:
+    """(question without its options, the options A first); the whole question and () where none are found.
+
+    They follow as `Options: A: x, B: y, C: z, D: w`, or in lines `(A) x` after `Choices:`. Options `nan` fill up questions that
+    have fewer than four.
+    """
+    for start, option in (("\nOptions:", r"(?:^|,\s*|\n\s*)([A-D]): "), ("\nChoices:", r"(?:^|\n)\(([A-D])\) ")):
+        stem, found, listed = question.rpartition(start)
+        parts = re.split(option, listed.strip())[1:]  # A, x, B, y, ...
+        letters, options = parts[::2], parts[1::2]
+        if found and options and "".join(letters) == LETTERS[: len(letters)]:
+            return stem, tuple(text.strip() for text in options if text.strip() != "nan")
+    return question, ()
+
+
+def prompt(item: Item, protocol: Protocol) -> str:
+    """The question with what the protocol asks for."""
+    if protocol == "lmms_eval":  # without a final period, and less a sentence that some questions end in
+        return item.question.strip().replace(" Please answer yes or no.", "") + LETTER_SUFFIX.removesuffix(".")
+    if protocol == "cambrian":
+        return f"{item.question}\nPlease answer directly with only the letter of the correct option and nothing else."
+    if protocol == "vlmevalkit":
+        stem, options = split_question(item.question)
+        return vlmevalkit_prompt(stem, options) if options else item.question + LETTER_SUFFIX
+    return item.question + LETTER_SUFFIX
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
+    """The letter of A to D that the protocol reads."""
+    if protocol == "lmms_eval":
+        return letter_match(item, lmms_letter(output))
+    if protocol == "cambrian":
+        return letter_match(item, cambrian_word(output))
+    if protocol == "vlmevalkit":
+        return letter_match(item, vlmevalkit_letter(output, split_question(item.question)[1] or ("",) * 4))
+    return letter_match(item, chosen_letter(output, 4))
+
+
+def metrics(graded: Graded) -> Metrics:
+    """Accuracy, the mean of the 18 sub-categories, the six categories and the 18."""
+    sub_categories = by(graded, "l2_category")
+    return {
+        "accuracy": mean(graded),
+        "mean_of_18": macro(sub_categories),
+        **{f"category: {name}": value for name, value in by(graded, "category").items()},
+        **{f"sub-category: {name}": value for name, value in sub_categories.items()},
+    }
+
+
+MMSTAR = Benchmark(
+    name="mmstar",
+    read=read,
+    prompt=prompt,
+    match=match,
+    metrics=metrics,
+    official={"paper": "accuracy", "lmms_eval": "mean_of_18", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
+    size=1500,
+    max_new_tokens={"lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 128},
+)

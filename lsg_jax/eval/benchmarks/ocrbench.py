@@ -1,0 +1,112 @@
+"""OCRBench (Liu et al. 2023): 1,000 questions of five groups about text, a point each; the answer has to be in the output.
+
+File: `echo840/OCRBench`, split test.
+"""
+
+from __future__ import annotations
+
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import WORD_SUFFIX
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
+from lsg_jax.eval.parquet import Row, read_rows
+
+FORMULA = "Handwritten Mathematical Expression Recognition"
+GROUPS = {
+    "Regular Text Recognition": "Text Recognition",
+    "Irregular Text Recognition": "Text Recognition",
+    "Artistic Text Recognition": "Text Recognition",
+    "Handwriting Recognition": "Text Recognition",
+    "Digit String Recognition": "Text Recognition",
+    "Non-Semantic Text Recognition": "Text Recognition",
+    "Scene Text-centric VQA": "Scene Text-centric VQA",
+    "Doc-oriented VQA": "Doc-oriented VQA",
+    "Key Information Extraction": "Key Information Extraction",
+    FORMULA: FORMULA,
+}
+_FULL_WIDTH = {0xFF00 + code: 0x20 + code for code in range(1, 0x5F)} | {0x3000: 0x20}
+
+
+def read(path: str) -> list[Item]:
+    """Items with the fields `category` (the question type), `group` and `dataset`; ids count the rows.
+
+    Raises InputError: see `Benchmark.read`.
+    """
+    rows = read_rows(path, needs=["dataset", "question", "question_type", "answer"], images=["image"])
+    check_values((row["question_type"] for row in rows), GROUPS, what="question_type", where=path)
+    return [
+        Item(
+            id=str(number),
+            question=row["question"],
+            answers=_answers(row),
+            image=row.image(),
+            fields={"category": row["question_type"], "group": GROUPS[row["question_type"]], "dataset": row["dataset"]},
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    value = row["answer"]
+    answers = tuple(map(str, value if isinstance(value, list) else [value]))
+    if not value or not all(answers):  # an empty answer would be found in any output
+        raise InputError(f"{row.where}: no answer")
+    return answers
+
+
+def prompt(item: Item, protocol: Protocol) -> str:
+    """The bare question in lmms-eval and VLMEvalKit. LLaVA-1.5 has no OCRBench of its own: `paper` takes its usual suffix."""
+    if protocol == "lmms_eval":
+        return item.question.strip()
+    if protocol == "vlmevalkit":
+        return item.question
+    return item.question + ("\nGive the short answer directly." if protocol == "cambrian" else WORD_SUFFIX)
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
+    """Whether an answer is part of the output: without spaces for formulas, else without regard to case.
+
+    lmms-eval tells formulas by their dataset, HME100k, the others by the question type, which is the same in the official file;
+    and it alone takes full-width characters for their ASCII ones.
+    """
+    if item.fields["dataset"] == "HME100k" if protocol == "lmms_eval" else item.fields["category"] == FORMULA:
+        normalise = _without_spaces
+    else:
+        normalise = _lower_ascii if protocol == "lmms_eval" else _lower
+    text = normalise(output.strip())
+    return Match(text, float(any(normalise(answer) in text for answer in item.answers)))
+
+
+def _without_spaces(text: str) -> str:
+    return text.strip().replace("\n", " ").replace(" ", "")
+
+
+def _lower(text: str) -> str:
+    return text.lower().strip().replace("\n", " ")
+
+
+def _lower_ascii(text: str) -> str:
+    return _lower(text.translate(_FULL_WIDTH))
+
+
+def metrics(graded: Graded) -> Metrics:
+    """`points` (of 1,000 for the whole file) and the points of each group; `accuracy`, also by question type, in percent."""
+    points = lambda mask=1.0: graded.weight @ (graded.score * mask)
+    return {
+        "points": points(),
+        "accuracy": mean(graded),
+        **{f"points: {group}": points(graded.where("group", group)) for group in graded.values("group")},
+        **{f"category: {name}": score for name, score in by(graded, "category").items()},
+    }
+
+
+OCRBENCH = Benchmark(
+    name="ocrbench",
+    read=read,
+    prompt=prompt,
+    match=match,
+    metrics=metrics,
+    official={"paper": "points", "lmms_eval": "accuracy", "vlmevalkit": "points", "cambrian": "accuracy"},
+    size=1000,
+    max_new_tokens={"lmms_eval": 128, "cambrian": 512},
+)

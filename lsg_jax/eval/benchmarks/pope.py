@@ -1,0 +1,117 @@
+"""POPE (Li et al. 2023): is there a ... in the image? Three ways of choosing the objects that are absent, 3,000 questions each.
+
+File: `lmms-lab/POPE`, split test of the default configuration.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lsg_jax.config import Protocol
+from lsg_jax.data.prompts import WORD_SUFFIX
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_unique, check_values, macro, mean
+from lsg_jax.eval.parquet import read_rows
+from lsg_jax.eval.short_answers import yes_or_no, yes_or_no_word
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+def read(path: str) -> list[Item]:
+    """Items with the fields `category` and `image`. Raises InputError: see `Benchmark.read`."""
+    rows = read_rows(path, needs=["question_id", "question", "answer", "category", "image_source"], images=["image"])
+    check_values((row["category"] for row in rows), SPLITS, what="category", where=path)
+    items = [
+        Item(
+            id=f"{row['category']}/{row['question_id']}",  # each split counts from 1
+            question=row["question"],
+            answers=(yes_or_no(row["answer"], row.where),),
+            image=row.image(),
+            fields={"category": row["category"], "image": str(row["image_source"])},
+        )
+        for row in rows
+    ]
+    check_unique(items, path)
+    return items
+
+
+def prompt(item: Item, protocol: Protocol) -> str:
+    """Question and suffix; VLMEvalKit asks the bare question."""
+    if protocol == "vlmevalkit":
+        return item.question
+    question = item.question.strip() if protocol == "lmms_eval" else item.question
+    return question + WORD_SUFFIX
+
+
+def match(item: Item, output: str, protocol: Protocol) -> Match:
+    """`yes`, `no`, or None for what the protocol cannot read."""
+    output = output.strip()
+    if protocol == "lmms_eval":  # nothing but the word: `Yes.` is wrong
+        parsed = output.lower() if output.lower() in ("yes", "no") else None
+    elif protocol == "vlmevalkit":
+        parsed = yes_or_no_word(output)
+    elif protocol == "cambrian":
+        first = (output.lower().split() or [""])[0].rstrip(".:,")  # the original stops at an empty output
+        parsed = first if first in ("yes", "no") else None
+    else:
+        parsed = _first_sentence(output)
+    return Match(parsed, float(parsed == item.answers[0]))
+
+
+def _first_sentence(output: str) -> str:
+    """LLaVA's `eval_pope.py`: no if the first sentence has the word No, no or not; anything else is yes, even silence or NO."""
+    words = output.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def metrics(graded: Graded) -> Metrics:
+    """Of all questions and of each split: accuracy, precision, recall, F1 and the share of answers that say yes; percent.
+
+    `f1_macro` is the mean over the splits, as the LLaVA-1.5 paper reports it. lmms-eval counts an unread answer to a `yes`
+    question nowhere but in its accuracy, hence `recall_of_read` and `f1_of_read`. Its "yes ratio" is that of the true answers,
+    a constant, and left out.
+    """
+    splits = {name: _scores(graded, graded.where("category", name)) for name in graded.values("category")}
+    overall = _scores(graded, np.ones(len(graded.items), bool))
+    by_split = {f"{name}: {metric}": value for name, scores in splits.items() for metric, value in scores.items()}
+    return {"f1_macro": macro({name: scores["f1"] for name, scores in splits.items()}), **overall, **by_split}
+
+
+def _scores(graded: Graded, mask: np.ndarray) -> Metrics:
+    there = np.array([item.answers[0] == "yes" for item in graded.items], bool)
+    says_yes = np.array([parsed == "yes" for parsed in graded.parsed], bool)
+    read_at_all = np.array([parsed is not None for parsed in graded.parsed], bool)
+    weight = graded.weight * mask
+
+    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        # 0 where there is nothing to count, as in lmms-eval and VLMEvalKit (LLaVA's stops); NaN if the group is empty
+        counted, total = weight @ (part & whole), weight @ whole
+        empty = np.where(weight.sum(-1) > 0, 0.0, np.nan)
+        return np.divide(100.0 * counted, total, out=empty, where=total > 0)
+
+    precision, recall, recall_of_read = share(there, says_yes), share(says_yes, there), share(says_yes, there & read_at_all)
+    return {
+        "accuracy": mean(graded, mask),
+        "precision": precision,
+        "recall": recall,
+        "f1": _harmonic_mean(precision, recall),
+        "yes_ratio": mean(graded, mask, score=says_yes.astype(np.float64)),
+        "recall_of_read": recall_of_read,
+        "f1_of_read": _harmonic_mean(precision, recall_of_read),
+    }
+
+
+def _harmonic_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.divide(2.0 * a * b, a + b, out=np.where(np.isnan(a), np.nan, 0.0), where=a + b > 0)
+
+
+POPE = Benchmark(
+    name="pope",
+    read=read,
+    prompt=prompt,
+    match=match,
+    metrics=metrics,
+    official={"paper": "f1_macro", "lmms_eval": "f1_of_read", "vlmevalkit": "f1", "cambrian": "accuracy"},
+    size=9000,
+    unit="image",
+    max_new_tokens={"paper": 128, "lmms_eval": 128, "cambrian": 128},
+)

@@ -1,0 +1,177 @@
+"""How each protocol reads the letter of a multiple-choice answer out of what a model wrote.
+
+They agree on `B` and differ on anything wordier, so each has its own matcher, oddities included: a score is comparable only if
+outputs are read as the numbers it is compared with were read. Outputs come without surrounding white space. All are held by
+outcomes of the real code (`tests/golden/record_choice.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+
+from lsg_jax.data.prompts import LETTER_SUFFIX, multiple_choice_prompt
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Item, Match
+
+LETTERS = string.ascii_uppercase
+
+
+def letter_match(item: Item, letter: str | None) -> Match:
+    """Scores a letter against the right one."""
+    return Match(letter, float(letter == item.answers[0]))
+
+
+def answer_letter(index: object, choices: Sequence[str], where: str) -> str:
+    """The letter of the right choice from its position, 0 for A. Raises InputError if there is no such choice."""
+    position = int(str(index)) if str(index).isdecimal() else -1
+    if not 0 <= position < min(len(choices), len(LETTERS)):
+        raise InputError(f"{where}: answer {index!r} is no position among {len(choices)} choices, counted from 0")
+    return LETTERS[position]
+
+
+def check_letter(letter: object, count: int, where: str) -> str:
+    """The right letter as the file gives it. Raises InputError unless it is one of the first `count`."""
+    if not isinstance(letter, str) or len(letter) != 1 or letter not in LETTERS[:count]:
+        raise InputError(f"{where}: answer {letter!r} is none of {', '.join(LETTERS[:count])}")
+    return letter
+
+
+def chosen_letter(output: str, count: int) -> str | None:
+    """The letter of an output: `B`, `(B)`, `B.`, `B. a cat`; None for anything wordier. Ours, for protocol `paper`."""
+    match = re.match(rf"\(?([A-{LETTERS[count - 1]}])(?:[).:,]|\s*$)", output.strip())
+    return match[1] if match else None
+
+
+def llava_letter(output: str, count: int) -> str | None:
+    """LLaVA-1.5 on ScienceQA: `B`, `B. ...`, or a single `The answer is B.` (any character after it) anywhere."""
+    if output[:1] in tuple("ABCDE") and output[1:3] in ("", ". "):
+        said = [output[0]]
+    else:
+        said = re.findall(r"The answer is ([A-Z]).", output)
+    return said[0] if len(said) == 1 and said[0] in LETTERS[:count] else None
+
+
+# ------------------------------------------------------------------------------------------------------------------ lmms-eval
+
+_LMMS_MARKS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
+_LMMS_PHRASES = (
+    *(f"{the}{kind} answer is" for the in ("the ", "") for kind in ("correct", "best")),
+    *(f"{the}{kind} option is" for the in ("the ", "") for kind in ("correct", "best")),
+    *("the answer is", "answer is", "the choice is", "choice is", "the correct choice is", "correct choice is"),
+    *("i choose", "i select", "i pick", "my answer is", "my choice is"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+
+
+def lmms_letter(output: str, letters: str = "ABCD") -> str | None:
+    """lmms-eval's shared extractor (MMStar, RealWorldQA): of all readings the surest kind, of one kind the last in the text.
+
+    It wants no word boundaries, so `A cat` is A, and `The answer is B, not D` is D.
+    """
+    text = output.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    inner = text.strip()
+    text = f" {text} "
+    found = [(rank, text.rfind(mark.format(letter)), letter) for mark, rank in _LMMS_MARKS for letter in letters]
+    lower = text.lower()
+    for phrase in _LMMS_PHRASES:
+        if phrase in lower:
+            after = lower.find(phrase) + len(phrase)
+            found += [(7, text.find(letter, after), letter) for letter in letters]
+    found += [(10, 0, x) for x in letters if inner.startswith(x) and not inner[1:2].isalpha()]
+    found += [(9, len(text) - 1, x) for x in letters if inner.endswith(x) and not inner[-2:-1].isalpha()]
+    found = [reading for reading in found if reading[1] >= 0]
+    if not found:
+        found = [(0, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(found)[2] if found else None
+
+
+def lmms_dotted_letter(output: str) -> str | None:
+    """lmms-eval on AI2D: `B. ...`, or nothing but one letter and punctuation, in either case."""
+    if match := re.match(r"\s*([A-Z])\.", output):
+        return match[1]
+    bare = "".join(char for char in output if char not in string.punctuation).upper()
+    return bare if len(bare) == 1 and bare in LETTERS else None
+
+
+def lmms_scienceqa_letter(output: str) -> str | None:
+    """lmms-eval on ScienceQA: one letter in either case, or a capital followed by a period."""
+    letter = output.strip()
+    if letter[1:2] == "." and letter[0].isupper():
+        letter = letter[0]
+    return letter.upper() if len(letter) == 1 and letter.upper() in LETTERS else None
+
+
+def lmms_first_letter(output: str) -> str | None:
+    """lmms-eval on CV-Bench: the first letter after brackets and spaces, though it may begin a word (`Based on` is B)."""
+    match = re.match(r"[(\s]*([A-Za-z])", output)
+    return match[1].upper() if match else None
+
+
+def lmms_first_character(output: str) -> str | None:
+    """lmms-eval on SEED-Bench: the first character, so `(B)` is wrong and `Based on` is B."""
+    first = output.strip()[:1].upper()
+    return first if first and first in LETTERS else None
+
+
+# ----------------------------------------------------------------------------------------------------------------- VLMEvalKit
+
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+def vlmevalkit_prompt(question: str, choices: Sequence[str]) -> str:
+    """VLMEvalKit's LLaVA on multiple choice; like LLaVA-1.5, but that it asks in Chinese where anything is Chinese."""
+    prompt = multiple_choice_prompt(question, choices)
+    return prompt.removesuffix(LETTER_SUFFIX) + "\n请直接回答选项字母。" if re.search("[\u4e00-\u9fff]", prompt) else prompt
+
+
+def vlmevalkit_letter(output: str, choices: Sequence[str]) -> str | None:
+    """VLMEvalKit without a judge: the one letter that stands alone, else the one choice whose text is in the output.
+
+    Two letters or two texts are no answer. An article counts as a letter: `A cat` is A.
+
+    Args:
+        choices: their texts, A first; "" for one that is not known.
+    """
+    if any(refusal in output for refusal in _REFUSALS):
+        return None
+    words = output.translate(_TO_SPACE).split()
+    named = [letter for letter in LETTERS[: len(choices)] if letter in words]
+    if not named and "Z" in words:  # its judge's letter for "none of them"
+        return None
+    if len(named) != 1:
+        named = [letter for letter, text in zip(LETTERS, choices, strict=False) if text.lower() in output.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+# ------------------------------------------------------------------------------------------------------------------- Cambrian
+
+
+def cambrian_text(output: str) -> str:
+    """Cambrian-1's evaluation: what stands after the last `answer is` or `answer:`, in lower case.
+
+    A colon after `answer is` stays, so `The answer is: B` is read as `: b`, by the first character no letter.
+    """
+    return output.lower().split("answer is")[-1].split("answer:")[-1].strip()
+
+
+def cambrian_letter(output: str) -> str | None:
+    """Cambrian-1 on CV-Bench, SEED-Bench and AI2D: first character after opening brackets, though it may begin a word."""
+    first = cambrian_text(output).lstrip("(")[:1].upper()
+    return first if first and first in LETTERS else None
+
+
+def cambrian_word(output: str) -> str | None:
+    """Cambrian-1 on MMStar: the first word, less `.:,` at its end; `(B)` is wrong."""
+    words = output.upper().split()
+    word = words[0].rstrip(".:,") if words else ""
+    return word if len(word) == 1 and word in LETTERS else None

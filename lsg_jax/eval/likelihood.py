@@ -1,0 +1,89 @@
+"""How probable given answers are, for benchmarks that compare choices by their likelihood instead of generating."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lsg_jax.checkpoint.processes import host_array
+from lsg_jax.config import EvalConfig
+from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, tag_front
+from lsg_jax.data.processor import Encoded, Processor
+from lsg_jax.errors import InputError
+from lsg_jax.eval.answering import plan
+from lsg_jax.eval.benchmark import Item
+from lsg_jax.model.llava import assemble
+from lsg_jax.sharding import batch_rows, local_rows, place_rows
+from lsg_jax.types import IGNORE, Batch
+from lsg_jax.vlm import PROMPT_BUCKET, VLM
+
+SLOT_BUCKET = 8  # answer lengths are rounded up to a multiple, so that few shapes compile
+
+
+def log_likelihoods(
+    vlm: VLM, items: Sequence[Item], prompts: Sequence[str], answers: Sequence[str], config: EvalConfig
+) -> list[tuple[float, bool]]:
+    """For every item the log probability in nats of its answer after its prompt, and whether greedy decoding would write it.
+
+    The text template decides what stands between prompt and answer, so outer whitespace of an answer does not count; nor does
+    the end marker. Gates read at the end of the prompt, as they do in generation. A collective of all processes.
+
+    Raises:
+        InputError: prompt and answer are too long together, or an image cannot be read; names the item.
+    """
+    processor = vlm.make_processor(config.image_aspect, config.template)
+    encoded = {i: _encode(processor, items[i], prompts[i], answers[i], config) for i in range(len(items))}
+    size = config.batch_size * batch_rows(vlm.mesh)
+    rows = local_rows(vlm.mesh, size)
+    found: dict[int, tuple[float, bool]] = {}
+    for members in plan(encoded, size):
+        batch = _batch(processor, [members[row] for row in rows], items, encoded, slots=_slots(encoded, members))
+        nats, greedy = _score(vlm.params, place_rows(batch, vlm.mesh, size), vlm.graphdef)
+        found |= {i: (float(n), bool(g)) for i, n, g in zip(members, host_array(nats), host_array(greedy), strict=True)}
+    return [found[i] for i in range(len(items))]
+
+
+def _encode(processor: Processor, item: Item, prompt: str, answer: str, config: EvalConfig) -> Encoded:
+    text = tag_front(prompt) if item.image is not None else prompt.replace(IMAGE_TAG, "").strip()
+    try:
+        whole = processor.encode([Turn("human", text)], answer.strip(), max_length=config.max_length)
+    except RecordError as error:
+        raise InputError(f"question {item.id}: {error}; raise max_length") from None
+    if whole.cut:
+        raise InputError(f"question {item.id}: the answer does not fit into {config.max_length} tokens; raise max_length")
+    ends = np.isin(whole.ids[whole.num_prompt :], processor.model.eos_token_ids)
+    length = whole.num_prompt + (int(ends.argmax()) if ends.any() else len(ends))
+    return Encoded(whole.ids[:length], whole.num_prompt)
+
+
+def _slots(encoded: dict[int, Encoded], members: Sequence[int]) -> int:
+    longest = max(len(encoded[i].ids) - encoded[i].num_prompt for i in members)
+    return -(-max(longest, 1) // SLOT_BUCKET) * SLOT_BUCKET
+
+
+def _batch(
+    processor: Processor, members: Sequence[int], items: Sequence[Item], encoded: dict[int, Encoded], *, slots: int
+) -> Batch:
+    images = {i: items[i].image for i in members}
+    pixels = {i: None if image is None else processor.pixels(image.read()) for i, image in images.items()}
+    length = -(-max(len(encoded[i].ids) for i in members) // PROMPT_BUCKET) * PROMPT_BUCKET
+    return processor.collate(
+        [encoded[i] for i in members], [pixels[i] for i in members], max_length=length, max_answer_tokens=slots
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _score(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
+    """Log probabilities float32 [B], greedy bool [B]; only the answer slots reach the output head."""
+    model = assemble(graphdef, params)
+    logits = model.language_model.logits(model(batch, rows=jnp.asarray(batch.answer_index)).hidden)
+    used = batch.answer_target != IGNORE
+    target = jnp.where(used, batch.answer_target, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return -jnp.where(used, losses, 0.0).sum(-1), ((logits.argmax(-1) == target) | ~used).all(-1)

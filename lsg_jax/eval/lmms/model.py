@@ -1,0 +1,197 @@
+"""lsg_jax as a model of lmms-eval: `python -m lmms_eval --model lsg_jax --model_args model=FOLDER,gates=G --tasks ...`.
+
+The harness brings prompts, images and scores; the answers come from the same function as those of `lsg eval`. Decoding is
+greedy, a question has at most one image, and a document's image is fetched from its data set only when its batch is near.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmms_eval.api.model import lmms
+from PIL import Image
+from tqdm import tqdm
+
+from lsg_jax.config import EvalConfig, MeshConfig, from_dict
+from lsg_jax.data.images import to_rgb
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.answering import answer
+from lsg_jax.eval.benchmark import Item
+from lsg_jax.eval.likelihood import log_likelihoods
+from lsg_jax.sharding import make_mesh
+from lsg_jax.vlm import load_backbone, with_gates
+
+MAX_NEW_TOKENS = 1024  # of a task that names no limit, as in the harness's own LLaVA adapters
+FILLED_IN = "\n\n"  # the stop string that the harness gives to tasks that name none; its LLaVA adapters do not stop there
+
+
+class LsgJax(lmms):
+    """A model folder, with gates if given.
+
+    Args:
+        model: folder written by `lsg convert`.
+        gates: run folder of `lsg train` or portable gate file.
+        batch_size: questions at a time on each device; lmms-eval passes its own `--batch_size`.
+        dtype: of the weights; None keeps them as stored.
+        template, image_aspect, max_length: as in `[eval]` of a configuration.
+
+    Raises:
+        ConfigError: an argument is unknown or of the wrong kind, or lmms-eval runs as several processes.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, model: str, gates: str | None = None, batch_size: int | str = 1, dtype: str | None = None, **settings: Any
+    ) -> None:
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("lsg_jax spreads its batches over all devices itself: start lmms-eval as one plain process")
+        if not str(batch_size).isdecimal():
+            raise ConfigError(f"--batch_size {batch_size}: give a number")
+        if unknown := sorted(settings.keys() - {"template", "image_aspect", "max_length"}):
+            known = "model, gates, batch_size, dtype, template, image_aspect, max_length"
+            raise ConfigError(f"--model_args: unknown argument {unknown[0]}; known: {known}")
+        self.settings = from_dict(EvalConfig, {**settings, "batch_size": int(batch_size)}, where="--model_args")
+        vlm = load_backbone(model, dtype=dtype, mesh=make_mesh(MeshConfig()))
+        self.vlm = vlm if gates is None else with_gates(vlm, gates)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Greedy answers, each cut before the first of the task's stop strings.
+
+        Raises:
+            InputError: a task asks for sampling or beams; a document has several images, or something else than an image.
+        """
+        asked = []
+        for context, decoding, to_visual, document, task, split in (request.args for request in requests):
+            where = f"{task}/{split}/{document}"
+            asked.append(ask(where, context, self._visuals(to_visual, document, task, split), decoding))
+        return self._answer(asked)
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
+        """The answers of every round. After each, the task says what it asks next, with which image, or that it has ended.
+
+        A round shows the model what the task puts into it and nothing else: a task that wants earlier questions or answers
+        to be seen writes them into its text. Raises as `generate_until` does.
+        """
+        talks = [Talk(request.args, outputs=[]) for request in requests]
+        asked = {}
+        for i, talk in enumerate(talks):
+            visuals = self._visuals(talk.to_visual, talk.document, talk.task, talk.split)
+            asked[i] = ask(talk.where, talk.context, visuals, talk.decoding)
+        while asked:
+            for i, output in zip(asked, self._answer(list(asked.values())), strict=True):
+                talks[i].outputs.append(output)
+            asked = {i: question for i in asked if (question := self._next_round(talks[i])) is not None}
+        return [talk.outputs for talk in talks]
+
+    def _next_round(self, talk: Talk) -> Asked | None:
+        talk.rounds += 1
+        visuals, context, ended, talk.outputs, talk.info = talk.to_text(
+            self.task_dict[talk.task][talk.split][talk.document],
+            previous_output=talk.outputs,
+            round_idx=talk.rounds,
+            previous_round_info=talk.info,
+        )
+        talk.outputs = list(talk.outputs)
+        return None if ended else ask(f"{talk.where}, round {talk.rounds}", context, lambda: visuals, talk.decoding)
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Log probability in nats of each continuation (more is likelier), and whether greedy decoding would write it.
+
+        See `lsg_jax.eval.likelihood`. Raises InputError as `generate_until` does.
+        """
+        asked, continuations = [], []
+        for context, continuation, to_visual, document, task, split in (request.args for request in requests):
+            where = f"{task}/{split}/{document}"
+            asked.append(ask(where, context, self._visuals(to_visual, document, task, split), {}))
+            is_text = isinstance(continuation, str)
+            continuations.append(continuation if is_text else continuation(self.task_dict[task][split][document]))
+        return log_likelihoods(self.vlm, [q.item for q in asked], [q.text for q in asked], continuations, self.settings)
+
+    def _visuals(self, to_visual: Callable[[Any], Any], document: int, task: str, split: str) -> Callable[[], Any]:
+        return lambda: to_visual(self.task_dict[task][split][document])
+
+    def _answer(self, asked: Sequence[Asked]) -> list[str]:
+        """One call of `answer` for each limit of new tokens that occurs."""
+        outputs: dict[int, str] = {}
+        with tqdm(total=len(asked), desc="lsg_jax") as bar:
+            for limit in sorted({question.max_new_tokens for question in asked}):
+                chosen = [i for i, question in enumerate(asked) if question.max_new_tokens == limit]
+                texts = answer(
+                    self.vlm,
+                    [asked[i].item for i in chosen],
+                    [asked[i].text for i in chosen],
+                    self.settings,
+                    max_new_tokens=limit,
+                    on_batch=lambda new: bar.update(len(new)),
+                )
+                outputs |= dict(zip(chosen, texts, strict=True))
+        return [cut(outputs[i], question.until) for i, question in enumerate(asked)]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """The one image that `visuals` gives, fetched when it is needed."""
+
+    visuals: Callable[[], Any]
+
+    def read(self) -> bytes:
+        """The image as a file without loss."""
+        file = io.BytesIO()
+        to_rgb(self.visuals()[0]).save(file, "BMP")
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question to the model: its image lies in `item`, its words in `text`."""
+
+    item: Item
+    text: str
+    max_new_tokens: int
+    until: tuple[str, ...]
+
+
+class Talk:
+    """A question of several rounds: what the harness gave, the outputs so far, and what the task keeps between rounds."""
+
+    def __init__(self, args: tuple, outputs: list[str]):
+        self.context, self.decoding, self.to_visual, self.to_text, self.document, self.task, self.split = args
+        self.where = f"{self.task}/{self.split}/{self.document}"
+        self.outputs = outputs
+        self.rounds = 0
+        self.info: Any = None
+
+
+def ask(where: str, context: str, visuals: Callable[[], Any], decoding: Mapping[str, Any]) -> Asked:
+    """Checks one request. `where` names it in errors, `decoding` are the task's generation settings."""
+    found = visuals() or []
+    if len(found) > 1:
+        raise InputError(f"{where}: {len(found)} images; lsg_jax answers questions about one image")
+    if found and not isinstance(found[0], Image.Image):
+        raise InputError(f"{where}: the task gives a {type(found[0]).__name__}; lsg_jax answers questions about one image")
+    if samples(decoding) or (decoding.get("num_beams") or 1) > 1:
+        raise InputError(f"{where}: lsg_jax decodes greedily; give --gen_kwargs do_sample=False,temperature=0,num_beams=1")
+    until = decoding.get("until") or ()
+    return Asked(
+        item=Item(id=where, question=context, answers=(), image=Visual(visuals) if found else None),
+        text=context,
+        max_new_tokens=int(decoding.get("max_new_tokens") or MAX_NEW_TOKENS),
+        until=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop not in ("", FILLED_IN)),
+    )
+
+
+def samples(decoding: Mapping[str, Any]) -> bool:
+    """Whether generation settings ask for random answers: above zero temperature, unless `do_sample` is false."""
+    temperature, do_sample = decoding.get("temperature"), decoding.get("do_sample")
+    return bool(do_sample) if temperature is None else float(temperature) > 0 and do_sample is not False
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))].strip()

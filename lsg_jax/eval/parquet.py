@@ -1,0 +1,192 @@
+"""Benchmark files as users have them: Parquet, one file, a folder or a glob. Columns are checked first, images read late."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import glob
+import hashlib
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageCell:
+    """An image in a row of a Parquet file."""
+
+    file: ParquetFile
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        """The encoded image. Raises InputError that names the file and row."""
+        where = f"{self.file.path}: row {self.row}"
+        value: Any = self.file.cell(self.row, self.column)
+        if isinstance(value, list):
+            if len(value) != 1:
+                raise InputError(f"{where}: {self.column} holds {len(value)} images, expected one")
+            value = value[0]
+        if isinstance(value, dict):
+            value, name = value.get("bytes"), value.get("path")
+            if value is None:
+                raise InputError(f"{where}: {self.column} holds a path ({name}) and no image; use the file with images in it")
+        if isinstance(value, str):
+            try:
+                value = base64.b64decode(value, validate=True)
+            except (binascii.Error, ValueError):
+                raise InputError(f"{where}: {self.column} is text, but no base64 image") from None
+        if not isinstance(value, bytes) or not value:
+            raise InputError(f"{where}: {self.column} holds no image")
+        return value
+
+
+class ParquetFile:
+    """One file. The row group that was read last is kept, since neighbours are asked for next."""
+
+    def __init__(self, path: Path):
+        import pyarrow
+        import pyarrow.parquet
+
+        self.path = path
+        try:
+            self._file = pyarrow.parquet.ParquetFile(path)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise InputError(f"{path}: {_not_parquet(path) or str(error).splitlines()[0][:200]}") from None
+        self.columns: list[str] = self._file.schema_arrow.names
+        self.num_rows: int = self._file.metadata.num_rows
+        self._starts = [0]
+        for group in range(self._file.num_row_groups):
+            self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
+        self._held: tuple[int, str, Any] | None = None
+        self._nulls: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def rows(self, columns: Iterable[str]) -> list[dict[str, Any]]:
+        """All rows of some columns as plain data."""
+        return self._file.read(columns=list(columns)).to_pylist()
+
+    def cell(self, row: int, column: str) -> Any:
+        """One value as plain data."""
+        import bisect
+
+        group = bisect.bisect_right(self._starts, row) - 1
+        with self._lock:
+            if self._held is None or self._held[:2] != (group, column):
+                self._held = (group, column, self._file.read_row_group(group, columns=[column]).column(0))
+            return self._held[2][row - self._starts[group]].as_py()
+
+    def is_null(self, row: int, column: str) -> bool:
+        """Whether a cell is null, without reading the images of a column of `{bytes, path}`."""
+        import pyarrow
+
+        if column not in self._nulls:
+            kind = self._file.schema_arrow.field(column).type
+            part = f"{column}.path" if pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0 else column
+            none = self._has_no_nulls(column)
+            self._nulls[column] = None if none else self._file.read(columns=[part]).column(0).is_null().to_pylist()
+        nulls = self._nulls[column]
+        return nulls is not None and nulls[row]
+
+    def _has_no_nulls(self, column: str) -> bool:
+        """Whether the file's statistics rule out a null: if a cell were null, so were each of its parts."""
+        counts: dict[str, int] = {}
+        for group in range(self._file.num_row_groups):
+            described = self._file.metadata.row_group(group)
+            for chunk in map(described.column, range(described.num_columns)):
+                part, known = chunk.path_in_schema, chunk.statistics
+                if part.split(".")[0] == column:
+                    counts[part] = counts.get(part, 0) + (known.null_count if known and known.has_null_count else 1)
+        return 0 in counts.values()
+
+
+def _not_parquet(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the data; run `git lfs pull`"
+    return None if start.startswith(b"PAR1") else "not a Parquet file"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `row["column"]` of the columns that were asked for, and its images by `image()`."""
+
+    file: ParquetFile
+    number: int  # within the file, from 0
+    values: dict[str, Any]
+
+    def __getitem__(self, column: str) -> Any:
+        return self.values[column]
+
+    def get(self, column: str, default: Any = None) -> Any:
+        return self.values.get(column, default)
+
+    def image(self, column: str = "image") -> ImageCell | None:
+        """The image of a column; None if the row has none (null)."""
+        return None if self.file.is_null(self.number, column) else ImageCell(self.file, self.number, column)
+
+    @property
+    def where(self) -> str:
+        """`file: row n`, for error messages."""
+        return f"{self.file.path}: row {self.number}"
+
+
+def read_rows(path: str, *, needs: Iterable[str], images: Iterable[str] = (), optional: Iterable[str] = ()) -> list[Row]:
+    """Rows of the Parquet files of `path` that have all columns `needs` and `images`, files in the order of their names.
+
+    Only `needs` and those `optional` columns that are there are read. A folder or glob may hold other tables too (GQA keeps its
+    images in one of their own); a file that lacks a column is skipped if another has them all.
+
+    Args:
+        path: a file, a folder (searched with its subfolders), or a glob.
+
+    Raises:
+        InputError: nothing there, no Parquet, or a column is missing; the message lists which, and which there are.
+    """
+    needs, images, optional = list(needs), list(images), list(optional)
+    opened = [ParquetFile(file) for file in parquet_files(path)]
+    required = {*needs, *images}
+    fitting = [file for file in opened if required <= set(file.columns)]
+    if not fitting:
+        nearest = max(opened, key=lambda file: len(required & set(file.columns)))
+        missing = ", ".join(sorted(required - set(nearest.columns)))
+        raise InputError(f"{nearest.path}: no column {missing}; there are {', '.join(nearest.columns)}")
+    rows: list[Row] = []
+    for file in fitting:
+        columns = needs + [name for name in optional if name in file.columns]
+        rows += [Row(file, number, values) for number, values in enumerate(file.rows(columns))]
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    return rows
+
+
+def parquet_files(path: str) -> list[Path]:
+    """The Parquet files that a file, a folder or a glob names, sorted."""
+    given = Path(path)
+    if given.is_file():
+        return [given]
+    if given.is_dir():
+        found = sorted(p for p in given.rglob("*.parquet") if p.is_file())
+    else:
+        found = sorted(Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file())
+    if not found:
+        raise InputError(f"{path}: no Parquet file there")
+    return found
+
+
+def digests(path: str) -> dict[str, str]:
+    """sha256 of every file that `path` names: {file: hex}."""
+    given = Path(path)
+    found = [given] if given.is_file() else parquet_files(path)
+    result = {}
+    for file in found:
+        with file.open("rb") as opened:
+            result[str(file)] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return result

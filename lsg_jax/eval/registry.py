@@ -1,0 +1,42 @@
+"""Which benchmark a name means."""
+
+from __future__ import annotations
+
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Benchmark
+from lsg_jax.eval.benchmarks.ai2d import AI2D
+from lsg_jax.eval.benchmarks.chartqa import CHARTQA
+from lsg_jax.eval.benchmarks.cv_bench import CV_BENCH
+from lsg_jax.eval.benchmarks.gqa import GQA
+from lsg_jax.eval.benchmarks.mme import MME
+from lsg_jax.eval.benchmarks.mmstar import MMSTAR
+from lsg_jax.eval.benchmarks.ocrbench import OCRBENCH
+from lsg_jax.eval.benchmarks.pope import POPE
+from lsg_jax.eval.benchmarks.questions import QUESTIONS
+from lsg_jax.eval.benchmarks.realworldqa import REALWORLDQA
+from lsg_jax.eval.benchmarks.scenes import SCENES
+from lsg_jax.eval.benchmarks.scienceqa_img import SCIENCEQA_IMG
+from lsg_jax.eval.benchmarks.seed_img import SEED_IMG
+from lsg_jax.eval.benchmarks.textvqa import TEXTVQA
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        MMSTAR, CV_BENCH, POPE, SCIENCEQA_IMG, AI2D, SEED_IMG, REALWORLDQA, MME, GQA, TEXTVQA, CHARTQA, OCRBENCH, SCENES,
+    )
+}  # fmt: skip
+
+
+def find_benchmark(name: str, path: str) -> Benchmark:
+    """The benchmark of that name; for a `.jsonl` of own questions under any other name, `QUESTIONS`.
+
+    Raises:
+        InputError: the name is unknown, or the path is missing.
+    """
+    if name in BENCHMARKS:
+        if not path and name != SCENES.name:
+            raise InputError(f"benchmark {name}: give its Parquet file, folder or glob as {name}=PATH")
+        return BENCHMARKS[name]
+    if path.endswith(".jsonl"):
+        return QUESTIONS
+    raise InputError(f"benchmark {name}: unknown; known are {', '.join(BENCHMARKS)}, and own questions as NAME=FILE.jsonl")

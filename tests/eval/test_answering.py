@@ -1,0 +1,149 @@
+"""The same answers whatever the batch size, the devices, the processes and interruptions."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from processes import run_processes
+
+import lsg_jax
+from lsg_jax.config import EvalConfig, MeshConfig
+from lsg_jax.data.processor import Encoded
+from lsg_jax.errors import InputError, Preempted
+from lsg_jax.eval import runner
+from lsg_jax.eval.answering import answer, plan
+from lsg_jax.eval.benchmark import Item
+from lsg_jax.eval.benchmarks.scenes import SCENES
+from lsg_jax.eval.registry import BENCHMARKS
+from lsg_jax.sharding import local_rows, make_mesh, place_rows
+
+CONFIG = EvalConfig(batch_size=3, max_new_tokens=6)
+
+SHARED = """
+import dataclasses, json, sys
+from pathlib import Path
+import jax
+import lsg_jax
+from lsg_jax.config import MeshConfig
+from lsg_jax.eval.answering import answer
+from lsg_jax.sharding import make_mesh
+from eval.test_answering import CONFIG, questions
+model, out = sys.argv[1], Path(sys.argv[2])
+items, prompts = questions()
+"""
+
+MANY_DEVICES = (
+    SHARED
+    + """
+for count, mesh in {4: MeshConfig(), 8: MeshConfig(data=2)}.items():
+    vlm = lsg_jax.load(model, mesh=make_mesh(mesh, jax.devices()[:count]))
+    (out / f"{count}.json").write_text(json.dumps(answer(vlm, items, prompts, CONFIG, max_new_tokens=6)))
+"""
+)
+
+TWO_PROCESSES = (
+    SHARED
+    + """
+assert (jax.process_count(), jax.device_count()) == (2, 4)
+vlm = lsg_jax.load(model, mesh=make_mesh(MeshConfig()))
+known = {3: "known", 4: "before"}
+read = []
+class Counted:
+    def __init__(self, item): self.item = item
+    def read(self): read.append(self.item.id); return self.item.image.read()
+items = [dataclasses.replace(item, image=Counted(item)) for item in items]
+found = answer(vlm, items, prompts, CONFIG, max_new_tokens=6, known=known)
+assert not {items[i].id for i in known} & set(read)
+(out / f"process{jax.process_index()}.json").write_text(json.dumps({"outputs": found, "read": read}))
+"""
+)
+
+
+def questions():
+    """Twenty questions of one length, so that one shape compiles."""
+    items = [item for item in SCENES.read("") if item.fields["kind"] == "count"][:20]
+    return items, [SCENES.prompt(item, "paper") for item in items]
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny_model):
+    items, prompts = questions()
+    return answer(lsg_jax.load(tiny_model), items, prompts, CONFIG, max_new_tokens=6)
+
+
+def test_batch_size_and_what_is_known_change_nothing(tiny_model, outputs):
+    items, prompts = questions()
+    assert len(set(outputs)) > 3
+    vlm, batches = lsg_jax.load(tiny_model), []
+    known = {1: outputs[1], 15: outputs[15]}
+    again = answer(vlm, items, prompts, replace(CONFIG, batch_size=7), max_new_tokens=6, known=known, on_batch=batches.append)
+    assert again == outputs
+    assert sorted(i for batch in batches for i in batch) == sorted(set(range(20)) - {1, 15})
+
+
+def test_devices_change_nothing(tiny_model, outputs, tmp_path):
+    run_processes(MANY_DEVICES, 1, devices_each=8, args=[tiny_model, tmp_path], timeout=300)
+    for count in (4, 8):
+        assert json.loads((tmp_path / f"{count}.json").read_text()) == outputs
+
+
+def test_processes_change_nothing_and_share_the_images(tiny_model, outputs, tmp_path):
+    run_processes(TWO_PROCESSES, 2, devices_each=2, args=[tiny_model, tmp_path], timeout=300)
+    first, second = (json.loads((tmp_path / f"process{rank}.json").read_text()) for rank in (0, 1))
+    assert first["outputs"] == second["outputs"] == [*outputs[:3], "known", "before", *outputs[5:]]
+    # only the repeats that fill up a batch may be read in both
+    assert len(first["read"]) < 16 and len(second["read"]) < 16 and len({*first["read"], *second["read"]}) == 18
+
+
+def test_a_stopped_evaluation_goes_on(tiny_model, outputs, tmp_path, monkeypatch):
+    items, _ = questions()
+    monkeypatch.setitem(BENCHMARKS, "scenes", replace(SCENES, read=lambda path: items))
+    settings = replace(CONFIG, benchmarks={"scenes": ""})
+    vlm = lsg_jax.load(tiny_model)
+    asked = []
+
+    def stop(what, done, total):
+        if done >= 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match=r"stopped at 9 of 20 answers of scenes\.base; run the same command to go on"):
+        runner.evaluate(vlm, settings, tmp_path, progress=stop)
+    assert not (tmp_path / "result.json").exists()
+    result = runner.evaluate(vlm, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
+    assert asked[0] > 9
+    rows = [json.loads(line) for line in (tmp_path / "scenes.base.jsonl").read_text().splitlines()]
+    assert [row["output"] for row in rows] == outputs
+    assert result["benchmarks"]["scenes"]["partial"]
+    asked.clear()
+    again = runner.evaluate(vlm, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
+    assert not asked and again == result == json.loads((tmp_path / "result.json").read_text())
+
+
+def test_plan_fills_batches_and_keeps_lengths_apart():
+    lengths = [40, 33, 65, 64, 96, 32, 50]
+    encoded = {i: Encoded(np.zeros(n, np.int32), n) for i, n in enumerate(lengths)}
+    assert plan(encoded, 3) == [[5, 5, 5], [0, 1, 3], [6, 6, 6], [2, 4, 2]]
+
+
+@pytest.mark.parametrize("change, message", [({"image": None}, "question x: image"), ({}, "question x: the prompt has")])
+def test_errors_name_the_question(tiny_model, change, message):
+    class Broken:
+        def read(self):
+            return b"" if "image" in change else SCENES.read("")[0].image.read()
+
+    items = [Item("x", "?", ("a",), image=Broken())]
+    with pytest.raises(InputError, match=message):
+        answer(lsg_jax.load(tiny_model), items, ["?"], replace(CONFIG, max_length=256 if change else 60), max_new_tokens=6)
+
+
+def test_rows_are_placed_as_they_are():
+    assert local_rows(None, 3) == [0, 1, 2]
+    mesh = make_mesh(MeshConfig(), jax.devices())
+    rows = {"a": np.arange(6).reshape(3, 2), "b": None}
+    placed = place_rows(rows, mesh, 3)
+    np.testing.assert_array_equal(placed["a"], rows["a"])
+    assert placed["b"] is None and place_rows(rows, None, 3) is rows

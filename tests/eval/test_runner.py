@@ -1,0 +1,109 @@
+"""Asking, grading, resuming and telling of results, without a model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lsg_jax.config import EvalConfig
+from lsg_jax.errors import InputError
+from lsg_jax.eval.answers import AnswerLog
+from lsg_jax.eval.benchmark import Benchmark, Item, Match, by, mean
+from lsg_jax.eval.registry import find_benchmark
+from lsg_jax.eval.runner import ask, grade, summary
+from lsg_jax.eval.table import table
+
+ITEMS = [
+    Item(str(i), "?", ("yes" if i % 3 else "no",), fields={"kind": "ab"[i % 2], "picture": str(i // 4)}) for i in range(24)
+]
+MADE = Benchmark(
+    name="made",
+    read=lambda path: ITEMS,
+    prompt=lambda item, protocol: f"{protocol}: {item.id}",
+    match=lambda item, output, protocol: Match(output, float(output == item.answers[0])),
+    metrics=lambda graded: {"accuracy": mean(graded), **by(graded, "kind")},
+    official={"paper": "accuracy", "cambrian": "a"},
+    size=24,
+    unit="picture",
+    guess_by="kind",
+    max_new_tokens={"cambrian": 5},
+)
+
+
+def test_a_protocol_without_rules_of_its_own_takes_the_papers():
+    for protocol, rules, tokens, score in [
+        ("paper", "paper", 32, "accuracy"),
+        ("cambrian", "cambrian", 5, "a"),
+        ("vlmevalkit", "paper", 32, "accuracy"),
+    ]:
+        asked = ask(MADE, "", EvalConfig(protocol=protocol))
+        assert (asked.rules, asked.max_new_tokens, asked.score) == (rules, tokens, score)
+        assert asked.prompts[3] == f"{rules}: 3"
+
+
+@pytest.mark.parametrize("limit, count, partial", [(None, 24, False), (24, 24, False), (99, 24, False), (5, 5, True)])
+def test_a_partial_run_has_no_official_score(limit, count, partial):
+    asked = ask(MADE, "", EvalConfig(limit=limit))
+    assert (len(asked.items), asked.partial, asked.score) == (count, partial, None if partial else "accuracy")
+    if partial:
+        assert [item.id for item in asked.items] == ["0", "6", "12", "17", "23"]  # spread over the file
+    graded = {"base": grade(asked, ["yes"] * count)}
+    text = table({"benchmarks": {"made": summary(asked, graded)}})
+    assert ("PARTIAL, 5 of 24: no official score" in text) == partial == ("official score: accuracy" not in text)
+    assert ("accuracy *" in text) != partial
+
+
+def test_a_file_that_is_not_the_whole_benchmark_is_partial():
+    short = Benchmark(**{**MADE.__dict__, "size": 25})
+    assert ask(short, "", EvalConfig()).partial
+
+
+def test_summary_of_base_and_gated():
+    asked = ask(MADE, "", EvalConfig())
+    right = [item.answers[0] for item in ITEMS]
+    better = ["?"] * 6 + right[6:]
+    worse = ["?"] * 12 + right[12:]
+    entry = summary(asked, {"base": grade(asked, worse), "gated": grade(asked, better)})
+    assert entry["base"]["accuracy"]["value"] == 50.0 and entry["gated"]["accuracy"]["value"] == 75.0
+    change = entry["change"]["accuracy"]
+    assert change["value"] == 25.0 and change["low"] < 25.0 < change["high"]
+    assert entry["paired_test"] == {"better": 6, "worse": 0, "p_value": pytest.approx(2 * 0.5**6)}
+    # 16 of 24 are "yes", in either kind 8 of 12
+    assert entry["majority"] == {name: pytest.approx(200 / 3) for name in ("accuracy", "a", "b")}
+    json.dumps(entry, allow_nan=False)
+    lines = table({"benchmarks": {"made": entry}}).splitlines()
+    assert lines[2].split()[:3] == ["accuracy", "*", "66.67"] and lines[-1].endswith("6 questions better, 0 worse, p = 0.0312")
+
+
+def test_a_metric_that_is_no_number_is_null():
+    nothing = Benchmark(**{**MADE.__dict__, "metrics": lambda graded: {"none": mean(graded, np.zeros(24, bool))}})
+    asked = ask(nothing, "", EvalConfig())
+    entry = summary(asked, {"base": grade(asked, ["yes"] * 24)})
+    assert entry["base"]["none"] == {"value": None, "low": None, "high": None}
+    assert table({"benchmarks": {"made": entry}}).splitlines()[2].split()[-1] == "-]"
+
+
+def test_the_log_gives_back_what_it_holds(tmp_path):
+    prompts = [f"q{i}" for i in range(24)]
+    log = AnswerLog(tmp_path, "made.base", {"a": 1}, ITEMS, prompts)
+    assert log.known() == {}
+    log.add({0: "x", 5: "two\nlines \u2028 é"})
+    with log.path.open("a") as file:
+        file.write('\n{"id": "7", "prompt": "')  # killed while it wrote
+    again = AnswerLog(tmp_path, "made.base", {"a": 1}, ITEMS, prompts)
+    again.add({8: "y"})
+    assert again.known() == {0: "x", 5: "two\nlines \u2028 é", 8: "y"}
+    # another meaning, another prompt, another item: not the same question
+    assert AnswerLog(tmp_path, "made.base", {"a": 2}, ITEMS, prompts).known() == {}
+    assert AnswerLog(tmp_path, "made.base", {"a": 1}, ITEMS, ["new", *prompts[1:]]).known().keys() == {5, 8}
+    assert AnswerLog(tmp_path, "made.base", {"a": 1}, ITEMS[::-1], prompts[::-1]).known().keys() == {23, 18, 15}
+
+
+def test_names():
+    assert find_benchmark("mine", "x.jsonl").name == "questions"
+    for name, path, message in [
+        ("mmstr", "x.parquet", "benchmark mmstr: unknown; known are mmstar, "),
+        ("mmstar", "", "give its Parquet file, folder or glob as mmstar=PATH"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            find_benchmark(name, path)
