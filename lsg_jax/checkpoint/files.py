@@ -40,13 +40,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON atomically.
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Writes readable JSON atomically; with `sort_keys`, equal values give equal bytes.
 
     Raises:
         OSError: the file cannot be written. ValueError, TypeError: `value` is no JSON.
     """
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

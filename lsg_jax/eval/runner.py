@@ -107,7 +107,7 @@ def evaluate(
             for method, texts in outputs.items():
                 _write_outputs(out / f"{name}.{method}.jsonl", test, texts, graded[method])
         result["benchmarks"][name] = summary(test, graded)
-    on_primary(lambda: write_json(out / RESULT, result))
+    on_primary(lambda: write_json(out / RESULT, result, sort_keys=False))
     return result
 
 
@@ -202,6 +202,7 @@ def summary(test: Asked, graded: dict[str, Graded]) -> dict[str, Any]:
         "prompts_sha256": sha256("\0".join(test.prompts)),
         "max_new_tokens": test.max_new_tokens,
         "score": test.score,
+        "unread": {method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},
         "majority": _plain(benchmark.metrics(grade(test, _most_frequent(test)))),
     }
     points = {method: benchmark.metrics(g) for method, g in graded.items()}

@@ -26,7 +26,10 @@ def resample_weights(units: Sequence[str], *, count: int = RESAMPLES, seed: int 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The percentile interval of resampled scores [R], those that are no number left out; (nan, nan) if none is left."""
+    """The percentile interval of resampled scores [R], those that are no number left out; (nan, nan) if none is left.
+
+    It is empty where all items score the same: resamples of few items say nothing about scores that were never seen.
+    """
     values = values[np.isfinite(values)]
     if not len(values):
         return float("nan"), float("nan")

@@ -27,7 +27,7 @@ def _benchmark(name: str, entry: dict[str, Any]) -> str:
     used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows[1:])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used) for row in rows]
-    return "\n".join([_title(name, entry), *lines, *_test(entry)])
+    return "\n".join([_title(name, entry), *lines, *_unread(entry), *_test(entry)])
 
 
 def _title(name: str, entry: dict[str, Any]) -> str:
@@ -35,6 +35,11 @@ def _title(name: str, entry: dict[str, Any]) -> str:
     if entry["partial"]:
         return f"{title}; PARTIAL, {entry['questions']} of {entry['of']}: no official score"
     return title + (f"; * official score: {entry['score']}" if entry["score"] else "")
+
+
+def _unread(entry: dict[str, Any]) -> list[str]:
+    counts = ", ".join(f"{method} {count}" for method, count in entry["unread"].items() if count)
+    return [f"outputs that the matcher found no answer in: {counts}"] if counts else []
 
 
 def _test(entry: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ MADE = Benchmark(
     name="made",
     read=lambda path: ITEMS,
     prompt=lambda item, protocol: f"{protocol}: {item.id}",
-    match=lambda item, output, protocol: Match(output, float(output == item.answers[0])),
+    match=lambda item, output, protocol: Match(output if output != "?" else None, float(output == item.answers[0])),
     metrics=lambda graded: {"accuracy": mean(graded), **by(graded, "kind")},
     official={"paper": "accuracy", "cambrian": "a"},
     size=24,
@@ -73,6 +73,7 @@ def test_summary_of_base_and_gated():
     json.dumps(entry, allow_nan=False)
     lines = table({"benchmarks": {"made": entry}}).splitlines()
     assert lines[2].split()[:3] == ["accuracy", "*", "66.67"] and lines[-1].endswith("6 questions better, 0 worse, p = 0.0312")
+    assert lines[-2] == "outputs that the matcher found no answer in: base 12, gated 6"
 
 
 def test_a_metric_that_is_no_number_is_null():
