@@ -5,6 +5,7 @@ A record is `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
     record_id = record.get("id", default_id)
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
         raise RecordError("bad_id", f"id is no text or whole number: {str(record_id)[:80]!r}")
-    image = _image_field(record.get("image"))
+    image = image_field(record.get("image"))
     turns, notes = _alternating(_read_turns(record.get("conversations")))
     turns, tag_notes = _place_tag(turns, image is not None)
     for number, turn in enumerate(turns):
@@ -79,7 +80,8 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
     return Conversation(str(record_id), image, tuple(turns), (*notes, *tag_notes))
 
 
-def _image_field(value: Any) -> str | None:
+def image_field(value: Any) -> str | None:
+    """The path in a record's `image`, None where there is none. RecordError `several_images` or `bad_image_field`."""
     if isinstance(value, list):
         if len(value) > 1:
             raise RecordError("several_images", f"the record lists {len(value)} images; one is supported")
@@ -296,14 +298,18 @@ class ChunkTokenizer:
     same once rendered, so `protect` hides the first before rendering. A copy of the tokenizer then knows a stand-in for each
     control token, with its flags, and takes the literal ones for ordinary text.
 
+    Args:
+        mark_segments: the text after a control token starts a word, as in the tokenizer files of Phi-3 (and in how xtuner
+            trained on them), although transformers 5 reads `legacy = false` as "only the first text does".
+
     Raises:
         ConfigError: the tokenizer is a slow one.
     """
 
     _HIDDEN = re.compile("\ue000lsg:t([0-9]+)\ue001")
 
-    def __init__(self, tokenizer: Any):
-        from tokenizers import AddedToken, Tokenizer
+    def __init__(self, tokenizer: Any, *, mark_segments: bool = False):
+        from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{type(tokenizer).__name__}: a fast tokenizer (tokenizer.json) is needed")
@@ -325,6 +331,13 @@ class ChunkTokenizer:
         )
         self._ids = {backend.token_to_id(self._stand_ins[text]): index for text, (index, _) in added.items()}
         self._backend = backend
+        self._beginning = functools.lru_cache(maxsize=64)(self._chunk)  # most often the system text alone
+        words = backend.pre_tokenizer
+        self._eats_space = isinstance(words, pre_tokenizers.Metaspace) and words.prepend_scheme != "never"
+        if self._eats_space and mark_segments:
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            backend.pre_tokenizer = None
+            self._eats_space = False
         bos = tokenizer.bos_token_id
         self._bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
 
@@ -347,7 +360,7 @@ class ChunkTokenizer:
             raise ConfigError(f"the template writes {len(rest)} {IMAGE_TAG} tags")
         head: list[int] = []
         if rest:
-            head = [*self._with_bos(self._chunk(first)), *image_ids]
+            head = [*self._with_bos(self._beginning(first)), *image_ids]
         last = rest[0] if rest else first
         prompt_ids = self._chunk(last)
         answer_ids = [] if answer is None else self._continuation(last, prompt_ids, answer)
@@ -360,6 +373,8 @@ class ChunkTokenizer:
     def _chunk(self, text: str) -> list[int]:
         text = self._pattern.sub(lambda m: self._stand_ins.get(m[0], m[0]), text)
         text = self._HIDDEN.sub(lambda m: self._literals[int(m[1])], text)
+        if self._eats_space and text.startswith(" "):
+            text = " " + text  # Metaspace takes a leading space for its own mark; SentencePiece puts the mark before it
         return [self._ids.get(i, i) for i in self._backend.encode(text, add_special_tokens=False).ids]
 
     def _continuation(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:

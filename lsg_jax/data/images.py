@@ -106,24 +106,24 @@ def prepare_pixels(image: Image.Image, config: ImageConfig) -> np.ndarray:
 
 
 def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
-    """Pads to a square with `colour`, then resizes.
+    """Pads to a square with `colour`, then resizes; done in another order where that gives the same bytes for less.
 
-    A square above `MAX_PIXELS` is never made: a screenshot of 1000 x 30000 pixels would take 2.7 GB. PIL resizes rows first,
-    each on its own, and padding rows stay as they are. So the rows of a wide image can be resized before they are padded,
-    with the same bytes. A tall one is turned, and rounding then differs by a level in places.
+    PIL resizes rows first, each on its own, and rows of one colour stay as they are. So the rows of a wide image are resized
+    before they are padded. Tall images are padded first, unless the square is above `MAX_PIXELS`: a screenshot of 1000 x 30000
+    pixels would take 2.7 GB. Then it is turned, and rounding differs by a level in places.
     """
     width, height = image.size
     side = max(width, height)
     if width < height and side * side > MAX_PIXELS:
         return _pad_and_resize(image.transpose(_TURN), size, colour).transpose(_TURN)
-    if side * side > MAX_PIXELS:
+    if width > height:
         padded = Image.new("RGB", (size, side), colour)
         padded.paste(image.resize((size, height), Image.Resampling.BICUBIC), (0, (side - height) // 2))
     elif width == height:
         padded = image
     else:
         padded = Image.new("RGB", (side, side), colour)
-        padded.paste(image, ((side - width) // 2, (side - height) // 2))
+        padded.paste(image, ((side - width) // 2, 0))
     return padded.resize((size, size), Image.Resampling.BICUBIC)
 
 

@@ -20,8 +20,11 @@ from lsg_jax.types import Batch
 class TrainingData(Iterator[Batch]):
     """Training batches of this process; all processes together see each example once an epoch, in an order set by `seed`.
 
-    A row with several answers gives one example per answer. All text is tokenised once at construction, so that examples
-    without any answer token after truncation are left out before the first step, the same ones in every run.
+    A row with several answers gives one example per answer. All text is looked at once at construction, and tokenised where its
+    length leaves doubt, so that examples without any answer token after truncation are left out before the first step, the
+    same ones in every run.
+
+    The global batch is the same for any number of processes: process r holds the r-th block of its rows.
 
     Batches hold uint8 pixels (black for rows of text only), T = `data.max_length`, A = `data.max_answer_tokens`, and
     B = `batch_size` divided by the number of processes. `row_id` is the row in the prepared records.
@@ -53,6 +56,7 @@ class TrainingData(Iterator[Batch]):
         self._records = open_records(records_path)
         self._processor = processor
         self._data = data
+        self._limits = {"max_length": data.max_length, "max_answer_tokens": data.max_answer_tokens}
         self._seed = seed
         self.digest = self._records.digest
         self.dropped: dict[str, int] = {}
@@ -72,29 +76,33 @@ class TrainingData(Iterator[Batch]):
         dropped: Counter[str] = Counter()
         for row in range(len(self._records)):
             record = self._records[row]
-            for number in range(len(examples(record["turns"]))):
+            for number, (prompt, answer) in enumerate(examples(record["turns"])):
                 try:
-                    encoded = self._encode(record, number)
+                    if not self._processor.surely_fits(prompt, answer, **self._limits):
+                        self.truncated += self._encode(record, number).cut > 0
                 except RecordError as error:
                     dropped[error.reason] += 1
                     continue
-                self.truncated += encoded.cut > 0
                 kept.append((row, number))
         self.dropped = dict(sorted(dropped.items()))
         return np.asarray(kept, np.int32).reshape(-1, 2)
 
     def _encode(self, record: dict[str, Any], number: int) -> Encoded:
         prompt, answer = examples(record["turns"])[number]
-        limits = {"max_length": self._data.max_length, "max_answer_tokens": self._data.max_answer_tokens}
-        return self._processor.encode(prompt, answer, **limits)
+        return self._processor.encode(prompt, answer, **self._limits)
 
     def _grain_iterator(self, batch_size: int, epochs: int) -> Any:
         import grain
         import jax
 
-        if batch_size % jax.process_count():
-            raise InputError(f"batch of {batch_size} cannot be divided among {jax.process_count()} processes")
-        dataset = grain.MapDataset.source(_Examples(self._records, self._index)).seed(self._seed).shuffle().repeat(epochs)
+        processes = jax.process_count()
+        if batch_size % processes:
+            raise InputError(f"batch of {batch_size} cannot be divided among {processes} processes")
+        examples = grain.MapDataset.source(_Examples(self._records, self._index)).seed(self._seed).shuffle().repeat(epochs)
+        # ElasticIterator gives process r the items r, r + processes, ...: dealt so, they are the r-th block of the batch.
+        dealt = np.arange(batch_size).reshape(processes, -1).T.ravel()
+        order = grain.MapDataset.range(self.num_batches * batch_size)
+        dataset = order.map(lambda i: examples[int(i - i % batch_size + dealt[i % batch_size])])
         # Batched by ElasticIterator itself: its state is one integer, the same for any number of processes.
         return iter(
             grain.experimental.ElasticIterator(

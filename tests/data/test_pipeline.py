@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_processes
 from tokenizers_for_tests import model_config
 from transformers import AutoTokenizer
 
@@ -71,8 +72,11 @@ def key(batch):
     return [(int(r), tuple(t[t != -100].tolist())) for r, t in zip(batch.row_id, batch.answer_target, strict=True)]
 
 
+FIELDS = ("input_ids", "attention_mask", "pixels", "gate_position", "answer_index", "answer_target", "row_id")
+
+
 def same(a, b):
-    for name in ("input_ids", "attention_mask", "pixels", "gate_position", "answer_index", "answer_target", "row_id"):
+    for name in FIELDS:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -112,19 +116,23 @@ def test_order_follows_the_seed(make):
     assert orders[0] == orders[1] != orders[2]
 
 
-@pytest.mark.parametrize("stop", range(7))
-def test_continues_exactly_after_any_step(make, stop):
-    whole = list(make())
-    data = make()
-    for _ in range(stop):
-        next(data)
-    state = json.loads(json.dumps(data.get_state()))
-    again = make()
-    again.set_state(state)
-    rest = list(again)
-    assert len(rest) == len(whole) - stop
-    for a, b in zip(rest, whole[stop:], strict=True):
-        same(a, b)
+def walk(data):
+    """(all batches, the state before each and after the last)."""
+    batches, states = [], [data.get_state()]
+    for batch in data:
+        batches.append(batch)
+        states.append(data.get_state())
+    return batches, json.loads(json.dumps(states))
+
+
+def test_continues_exactly_after_any_step(make):
+    whole, states = walk(make())
+    assert len(whole) == 6
+    for stop, state in enumerate(states):
+        again = make()
+        again.set_state(state)
+        for a, b in zip(again, whole[stop:], strict=True):
+            same(a, b)
 
 
 def test_state_goes_back_within_one_object(make):
@@ -176,6 +184,24 @@ def test_a_row_that_cannot_be_read_is_named(make, monkeypatch):
         next(data)
 
 
+def test_a_look_at_the_length_changes_nothing(make, monkeypatch):
+    """Limits around each length: what is kept, dropped and cut is what tokenising everything says."""
+
+    def outcome(data):
+        return data._index.tolist(), data.dropped, data.truncated
+
+    asked = []
+    look = Processor.surely_fits
+    monkeypatch.setattr(
+        Processor, "surely_fits", lambda self, *args, **limits: asked.append(look(self, *args, **limits)) or asked[-1]
+    )
+    limits = [DataConfig(max_length=length, max_answer_tokens=answer) for length in range(182, 212, 2) for answer in (3, 8, 40)]
+    quick = [outcome(make(data, batch_size=1)) for data in limits]
+    assert 0.1 < np.mean(asked) < 0.9
+    monkeypatch.setattr(Processor, "surely_fits", lambda self, *args, **limits: False)
+    assert quick == [outcome(make(data, batch_size=1)) for data in limits]
+
+
 def test_digest_identifies_the_records(make, folder):
     assert make().digest == open_records(folder / "records").digest
     assert len(make().digest) == 64
@@ -195,8 +221,7 @@ def test_processes_share_the_same_global_batches(make, monkeypatch, hosts):
         parts[-1] += [key(batch) for batch in data]
     assert all(len(part) == len(alone) == 5 for part in parts)
     for step, batch in enumerate(alone):
-        together = [example for part in parts for example in part[step]]
-        assert len(together) == 4 and sorted(together) == sorted(key(batch))
+        assert [example for part in parts for example in part[step]] == key(batch)
     assert all(state == states[0] for state in states)
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
@@ -207,3 +232,47 @@ def test_processes_share_the_same_global_batches(make, monkeypatch, hosts):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(InputError, match="cannot be divided among 3"):
         make(batch_size=4)
+
+
+# Reads everything, and then once more from each position in `states`, one process's and then its own.
+WORKER = """
+import json, sys
+from pathlib import Path
+sys.modules["torch"] = None  # transformers would import it, which takes seconds
+import jax
+import numpy as np
+from transformers import AutoTokenizer
+sys.path.insert(0, sys.argv[3])
+from test_pipeline import DATA, FIELDS, model_config, walk
+from lsg_jax.data.pipeline import TrainingData
+from lsg_jax.data.processor import Processor
+
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+processor = Processor(AutoTokenizer.from_pretrained(folder / "model", local_files_only=True), model_config())
+data = TrainingData(folder / "records", processor, DATA, batch_size=4, seed=0, epochs=2)
+batches, states = walk(data)
+runs = [batches]
+for state in json.loads((out / "states.json").read_text()):
+    data.set_state(state)
+    runs.append(list(data))
+data.close()
+arrays = {f"{r}/{b}/{f}": getattr(batch, f) for r, run in enumerate(runs) for b, batch in enumerate(run) for f in FIELDS}
+np.savez(out / f"{jax.process_index()}.npz", **arrays)
+(out / f"{jax.process_index()}.json").write_text(json.dumps(states))
+"""
+
+
+def test_two_real_processes_share_the_batches_of_one(make, folder, tmp_path):
+    """The same global batches, from the start and from any step of one process, whose positions are also theirs."""
+    alone, states = walk(make(batch_size=4))
+    (tmp_path / "states.json").write_text(json.dumps(states))
+    run_processes(WORKER, 2, args=[folder, tmp_path, Path(__file__).parent])
+    parts = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
+    for run, start in enumerate([0, *range(len(alone) + 1)]):
+        assert f"{run}/{len(alone) - start}/row_id" not in parts[0]
+        for number, batch in enumerate(alone[start:]):
+            for field in FIELDS:
+                together = np.concatenate([part[f"{run}/{number}/{field}"] for part in parts])
+                np.testing.assert_array_equal(together, getattr(batch, field), err_msg=f"run {run}, batch {number}, {field}")
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == states
