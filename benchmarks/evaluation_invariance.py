@@ -22,7 +22,7 @@ WAYS = {
     "1 device, 16 at a time": (1, 1, 16, False),
     "1 device, 5 at a time": (1, 1, 5, False),
     "4 devices, 8 at a time": (1, 4, 8, False),
-    "8 devices, 2 at a time": (1, 8, 2, False),
+    "8 devices, 4 at a time": (1, 8, 4, False),
     "2 processes of 2 devices, 8 at a time": (2, 2, 8, False),
     "stopped half way on 4 devices, continued on 1": (1, 4, 8, True),
 }

@@ -125,9 +125,11 @@ def llava_processor(model: Path) -> Any:
 
 
 def images_per_second(model: Path, photos: list[bytes], records: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The median of several runs, taken in turns."""
+    """Median and best of several runs, taken in turns."""
     made = llava_processor(model)
-    tasks: dict[str, tuple[int, Callable[[], int]]] = {}
+    tasks: dict[str, tuple[int, Callable[[], int]]] = {
+        "Hugging Face processor, 1 thread": (1, by_hugging_face(photos, args.images))
+    }
     for threads in (1, 2):
         tasks[f"function, {threads} threads"] = threads, by_function(made, photos, args.images, threads)
         tasks[f"TrainingData, {threads} threads"] = threads, by_pipeline(made, records, args.images, threads)
@@ -140,6 +142,7 @@ def images_per_second(model: Path, photos: list[bytes], records: Path, args: arg
         name: {
             "per_second": statistics.median(wall for wall, _ in rates),
             "per_second_and_core": statistics.median(wall for wall, _ in rates) / tasks[name][0],
+            "best_per_second_and_core": max(wall for wall, _ in rates) / tasks[name][0],
             "per_cpu_second": statistics.median(cpu for _, cpu in rates),
         }
         for name, rates in seen.items()
@@ -157,6 +160,19 @@ def by_function(made: Any, photos: list[bytes], count: int, threads: int) -> Cal
     def run() -> int:
         with ThreadPoolExecutor(threads) as pool:
             return sum(pixels.shape[0] == SIDE for pixels in pool.map(made.pixels, (photos * count)[:count]))
+
+    return run
+
+
+def by_hugging_face(photos: list[bytes], count: int) -> Callable[[], int]:
+    """The processor that gives the same pixels, for what this machine can do at this moment."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    square = {"height": SIDE, "width": SIDE}
+    processor = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": SIDE}, crop_size=square)
+
+    def run() -> int:
+        return sum(len(processor(Image.open(io.BytesIO(data)))["pixel_values"]) for data in (photos * count)[:count])
 
     return run
 
@@ -231,7 +247,7 @@ def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, flo
 
 def table(results: dict[str, Any]) -> str:
     lines = [f"JPEGs of {results['settings']['jpeg_bytes'] / 1000:.1f} kB, {WIDTH} x {HEIGHT} -> uint8 {SIDE} x {SIDE}", ""]
-    lines += ["| run | images / s | / s / core | / CPU second |", "|---|---|---|---|"]
+    lines += ["| run | images / s | / s / core | best / s / core | / CPU second |", "|---|---|---|---|---|"]
     for name, rate in results["images"].items():
         lines.append("| " + " | ".join([name, *(f"{rate[column]:.0f}" for column in rate)]) + " |")
     start, wait = results["start_up"], results["waiting"]

@@ -60,7 +60,7 @@ _IMAGE_PROCESSOR: dict[str, Any] = {
     "do_convert_rgb": True,
 }
 
-_ATTENTION = {"q_proj": 3.0, "k_proj": 3.0, "o_proj": 2.0}
+_ATTENTION = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 1.5}
 
 
 def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:

@@ -241,7 +241,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation by greedy generation. Answers do not depend on `batch_size` or the number of devices, but for rounding."""
+    """Evaluation by greedy generation.
+
+    A question in whose answer a token leads by less than `near_tie` logits is answered again, alone on its device. Rounding
+    errors depend on the batch size and the number of devices, and would otherwise decide such ties. None: 0.001 for float32
+    weights, and 0 (never) for bfloat16, whose errors are so large that too many questions would be asked twice.
+    """
 
     benchmarks: dict[str, str] = field(default_factory=dict)  # name -> Parquet file, folder or glob; JSONL for own questions
     protocol: Protocol = "paper"  # whose prompts, matchers and aggregate count
@@ -249,6 +254,7 @@ class EvalConfig:
     batch_size: int = 16  # questions at a time on each device along data and fsdp
     max_new_tokens: int | None = None  # None: the protocol's own for the benchmark, else 32
     max_length: int = 1024
+    near_tie: float | None = None
     num_threads: int = 2  # that read and decode images
     image_aspect: Aspect | None = None
     template: Template | None = None

@@ -25,7 +25,7 @@ from lsg_jax.model.loss import answer_loss, answer_slots
 from lsg_jax.sharding import replicated, shard_params
 from lsg_jax.types import IGNORE, Batch
 
-PROMPT_BUCKET = 32  # prompt lengths are rounded up to a multiple, so that few shapes compile
+PROMPT_BUCKET = 64  # prompt lengths are rounded up to a multiple, so that few shapes compile
 
 
 class VLM:
@@ -166,12 +166,16 @@ class VLM:
 
     def generate_batch(self, batch: Batch, max_new_tokens: int) -> np.ndarray:
         """`generate_ids` for a batch that is already made."""
+        return self.generate_with_leads(batch, max_new_tokens)[0]
+
+    def generate_with_leads(self, batch: Batch, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """`generate_batch`, and float32 [B]: the smallest lead of a chosen token over the next best, in logits."""
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
         # the answer slots play no part, and would only add shapes to compile
         batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
-        tokens, steps = _generate(self.params, batch, self.graphdef, max_new_tokens)
-        return host_array(tokens)[:, : int(host_array(steps))]
+        tokens, steps, leads = _generate(self.params, batch, self.graphdef, max_new_tokens)
+        return host_array(tokens)[:, : int(host_array(steps))], host_array(leads)
 
     def batch(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> Batch:
         """Checks raw arrays and makes a Batch of them.
@@ -349,5 +353,5 @@ def _ratios(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _generate(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
+def _generate(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return generate(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)

@@ -200,7 +200,7 @@ def test_quickstart_tells_the_whole_story_and_can_be_run_again(lsg, tmp_path, mo
     import lsg_jax.quickstart as quickstart
 
     monkeypatch.setattr(quickstart, "TRAIN_SCENES", 16)
-    monkeypatch.setattr(quickstart, "TEST_SCENES", 4)
+    monkeypatch.setattr(quickstart, "TEST_SCENES", 2)
     for _ in range(2):
         code, out, err = lsg("quickstart", "--out", tmp_path / "q")
         assert code == 0, err

@@ -95,7 +95,7 @@ def test_loss_and_grads_equal_finite_differences(tiny_model, arrays):
     picked = [-logp[b, t, targets[b, t]] for b, t in zip(*np.nonzero(targets != -100), strict=True)]
     np.testing.assert_allclose(loss, np.mean(picked), rtol=1e-5)
     # one direction through all leaves: the slope along the gradient is its norm
-    norm, step, moved = np.sqrt(sum((g**2).sum() for layer in gradients.values() for g in layer.values())), 0.02, {}
+    norm, step, moved = np.sqrt(sum((g**2).sum() for layer in gradients.values() for g in layer.values())), 0.01, {}
     for sign in (1, -1):
         parameters = {name: leaf.copy() for name, leaf in gates().parameters.items()}
         for i, layer in enumerate((1, 4)):
@@ -111,6 +111,14 @@ def test_generate_ids_is_the_argmax_of_logits(gated, arrays):
     assert tokens.dtype == np.int32 and tokens.shape[1] <= 3
     logits = gated.logits(ids, pixels, mask)
     np.testing.assert_array_equal(tokens[:, 0], [logits[0, LENGTH - 1].argmax(), logits[1, LENGTH - 4].argmax()])
+    # the smallest lead of a chosen token, from the logits of the finished text
+    again, leads = gated.generate_with_leads(gated.batch(ids, pixels, mask), 3)
+    np.testing.assert_array_equal(again, tokens)
+    whole = gated.logits(np.concatenate([ids[:1], tokens[:1]], axis=1), pixels[:1], gate_position=[LENGTH - 1])[
+        0, LENGTH - 1 : -1
+    ]
+    best = np.sort(whole, axis=-1)
+    np.testing.assert_allclose(leads[0], (best[:, -1] - best[:, -2]).min(), atol=1e-4)
 
 
 def test_generate_text(gated, tmp_path):

@@ -91,7 +91,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode != "I" or values.max(initial=0) > 255:
             values = values >> 8
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def prepare_pixels(image: Image.Image, config: ImageConfig) -> np.ndarray:

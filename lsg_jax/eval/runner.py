@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lsg_jax.checkpoint.files import write_json
-from lsg_jax.checkpoint.processes import is_primary, on_primary
+from lsg_jax.checkpoint.processes import host_array, is_primary, on_primary
 from lsg_jax.config import EvalConfig, Protocol, to_dict
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval.answering import answer
@@ -170,10 +170,10 @@ def _outputs(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
 
 
 def _digest(parameters: Any) -> str:
-    """sha256 of a tree of arrays that are whole on every process."""
+    """sha256 of a tree of arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(parameters):
-        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode() + np.asarray(leaf).tobytes())
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode() + host_array(leaf).tobytes())
     return digest.hexdigest()
 
 

@@ -85,7 +85,7 @@ class _Both:
 
 
 def test_convert_and_export_below_1_gib(folder: Path) -> None:
-    write_checkpoint(folder / "hf", vision_layers=2, text_layers=4)  # 2.2 GB
+    write_checkpoint(folder / "hf", vision_layers=2, text_layers=2)  # 1.4 GB
     there = run(f"convert({str(folder / 'hf')!r}, {str(folder / 'model')!r})")
     back = run(f"export({str(folder / 'model')!r}, {str(folder / 'back')!r})")
     print("convert", there, "export", back)

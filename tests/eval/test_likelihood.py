@@ -90,7 +90,7 @@ def check(vlm, answers, logits_of):
     ids, bounds, pixels = rows_of(vlm, answers)
     for logits, row, (start, end), (nats, is_greedy) in zip(logits_of(ids, pixels, bounds), ids, bounds, found, strict=True):
         expected, expected_greedy = score(logits, row, start, end)
-        assert nats == pytest.approx(expected, rel=1e-4, abs=1e-4 * np.abs(logits).max())  # as logits are held elsewhere
+        assert nats == pytest.approx(expected, rel=1e-4, abs=1e-4 * float(np.abs(logits).max()))  # as logits are held elsewhere
         assert is_greedy == expected_greedy
     return found
 

@@ -6,7 +6,6 @@ greedy, a question has at most one image, and a document's image is fetched from
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from lsg_jax.config import EvalConfig, MeshConfig, from_dict
-from lsg_jax.data.images import to_rgb
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Item
@@ -140,11 +138,8 @@ class Visual:
 
     visuals: Callable[[], Any]
 
-    def read(self) -> bytes:
-        """The image as a file without loss."""
-        file = io.BytesIO()
-        to_rgb(self.visuals()[0]).save(file, "BMP")
-        return file.getvalue()
+    def read(self) -> Image.Image:
+        return self.visuals()[0]
 
 
 @dataclass(frozen=True)
