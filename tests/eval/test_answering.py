@@ -165,7 +165,13 @@ def test_plan_fills_batches_and_keeps_lengths_apart():
     assert plan(encoded, 3) == [[5, 5, 5], [0, 1, 3], [6, 6, 6], [2, 4, 2]]
 
 
-@pytest.mark.parametrize("change, message", [({"image": None}, "question x: image"), ({}, "question x: the image's tokens do not fit into 60 tokens; raise eval.max_length")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image": None}, "question x: image"),
+        ({}, "question x: the image's tokens do not fit into 60 tokens"),
+    ],
+)
 def test_errors_name_the_question(tiny_model, change, message):
     class Broken:
         def read(self):
