@@ -46,14 +46,14 @@ SETTINGS = EvalConfig(batch_size=4, max_new_tokens=TOKENS)
 
 @pytest.fixture(scope="module")
 def model(tiny_hf_folder, tmp_path_factory):
-    """A tiny model that knows no words but letters and brackets, so that some of its answers can be read and some are right."""
+    """A tiny model that knows no words but four letters and the period, so that some of its answers can be read and some are right."""
     folder = tmp_path_factory.mktemp("letters")
     for file in tiny_hf_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = load_file(folder / "model.safetensors")
-    words = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("ABCD).", add_special_tokens=False).ids
+    words = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("ABCD.", add_special_tokens=False).ids
     head = np.zeros_like(tensors["language_model.lm_head.weight"])
-    head[[*words, 2]] = np.random.default_rng(5).normal(size=(len(words) + 1, head.shape[1]))
+    head[[*words, 2]] = np.random.default_rng(6).normal(size=(len(words) + 1, head.shape[1]))
     save_file(tensors | {"language_model.lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
     convert(folder, folder / "model")
     return folder / "model"
