@@ -46,7 +46,7 @@ SETTINGS = EvalConfig(batch_size=4, max_new_tokens=TOKENS)
 
 @pytest.fixture(scope="module")
 def model(tiny_hf_folder, tmp_path_factory):
-    """A tiny model that knows no words but four letters and the period, so that some of its answers can be read and some are right."""
+    """A tiny model that knows four letters and the period only, so that some of its answers can be read, and some are right."""
     folder = tmp_path_factory.mktemp("letters")
     for file in tiny_hf_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
