@@ -32,6 +32,8 @@ def _benchmark(name: str, entry: dict[str, Any]) -> str:
 
 def _title(name: str, entry: dict[str, Any]) -> str:
     title = f"{name}: {entry['questions']} questions, protocol {entry['protocol']}"
+    if entry["questions"] > entry["of"]:
+        return f"{title}; the official file has {entry['of']}: no official score"
     if entry["partial"]:
         return f"{title}; PARTIAL, {entry['questions']} of {entry['of']}: no official score"
     return title + (f"; * official score: {entry['score']}" if entry["score"] else "")

@@ -1,6 +1,7 @@
 """Asking, grading, resuming and telling of results, without a model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,9 +54,11 @@ def test_a_partial_run_has_no_official_score(limit, count, partial):
     assert ("accuracy *" in text) != partial
 
 
-def test_a_file_that_is_not_the_whole_benchmark_is_partial():
-    short = Benchmark(**{**MADE.__dict__, "size": 25})
-    assert ask(short, "", EvalConfig()).partial
+@pytest.mark.parametrize("size, told", [(25, "PARTIAL, 24 of 25: no"), (20, "the official file has 20: no")])
+def test_a_file_that_is_not_the_whole_benchmark_has_no_official_score(size, told):
+    asked = ask(replace(MADE, size=size), "", EvalConfig())
+    assert asked.partial and asked.score is None
+    assert told in table({"benchmarks": {"made": summary(asked, {"base": grade(asked, ["yes"] * 24)})}}).splitlines()[0]
 
 
 def test_summary_of_base_and_gated():
@@ -77,7 +80,7 @@ def test_summary_of_base_and_gated():
 
 
 def test_a_metric_that_is_no_number_is_null():
-    nothing = Benchmark(**{**MADE.__dict__, "metrics": lambda graded: {"none": mean(graded, np.zeros(24, bool))}})
+    nothing = replace(MADE, metrics=lambda graded: {"none": mean(graded, np.zeros(24, bool))})
     asked = ask(nothing, "", EvalConfig())
     entry = summary(asked, {"base": grade(asked, ["yes"] * 24)})
     assert entry["base"]["none"] == {"value": None, "low": None, "high": None}
