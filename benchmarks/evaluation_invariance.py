@@ -20,7 +20,7 @@ from processes import run_processes
 # name: (processes, devices of each, questions at a time on a device, stopped once half way on another number of devices)
 WAYS = {
     "1 device, 16 at a time": (1, 1, 16, False),
-    "1 device, 5 at a time": (1, 1, 5, False),
+    "1 device, 2 at a time": (1, 1, 2, False),
     "4 devices, 8 at a time": (1, 4, 8, False),
     "8 devices, 4 at a time": (1, 8, 4, False),
     "2 processes of 2 devices, 8 at a time": (2, 2, 8, False),
