@@ -100,23 +100,23 @@ def _encode(processor: Processor, item: Item, prompt: str, config: EvalConfig) -
         raise InputError(f"question {item.id}: {error}; raise eval.max_length") from None
 
 
+def item_pixels(processor: Processor, item: Item) -> np.ndarray | None:
+    """uint8 [size, size, 3], None for an item without an image. Raises InputError that names the item."""
+    try:
+        return None if item.image is None else processor.pixels(item.image.read())
+    except InputError as error:
+        raise InputError(f"question {item.id}: {error}") from None
+
+
 def _batches(
     batches: Iterable[list[int]], rows: list[int], items: Sequence[Item], processor: Processor, threads: int
 ) -> Iterator[tuple[list[int], list[np.ndarray | None]]]:
     """(members, pixels of this process's rows), images being read ahead of their turn."""
-
-    def read(i: int) -> np.ndarray | None:
-        image = items[i].image
-        try:
-            return None if image is None else processor.pixels(image.read())
-        except InputError as error:
-            raise InputError(f"question {items[i].id}: {error}") from None
-
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[list[int], list[Future]]] = deque()
         try:
             for members in batches:
-                once = {i: pool.submit(read, i) for i in dict.fromkeys(members[row] for row in rows)}
+                once = {i: pool.submit(item_pixels, processor, items[i]) for i in dict.fromkeys(members[row] for row in rows)}
                 waiting.append((members, [once[members[row]] for row in rows]))
                 if len(waiting) > READ_AHEAD:
                     ready, futures = waiting.popleft()

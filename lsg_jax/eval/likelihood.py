@@ -16,7 +16,7 @@ from lsg_jax.config import EvalConfig
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, tag_front
 from lsg_jax.data.processor import Encoded, Processor
 from lsg_jax.errors import InputError
-from lsg_jax.eval.answering import plan
+from lsg_jax.eval.answering import item_pixels, plan
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.model.llava import assemble
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
@@ -70,8 +70,7 @@ def _slots(encoded: dict[int, Encoded], members: Sequence[int]) -> int:
 def _batch(
     processor: Processor, members: Sequence[int], items: Sequence[Item], encoded: dict[int, Encoded], *, slots: int
 ) -> Batch:
-    images = {i: items[i].image for i in members}
-    pixels = {i: None if image is None else processor.pixels(image.read()) for i, image in images.items()}
+    pixels = {i: item_pixels(processor, items[i]) for i in set(members)}
     length = -(-max(len(encoded[i].ids) for i in members) // PROMPT_BUCKET) * PROMPT_BUCKET
     return processor.collate(
         [encoded[i] for i in members], [pixels[i] for i in members], max_length=length, max_answer_tokens=slots

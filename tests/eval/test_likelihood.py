@@ -150,3 +150,13 @@ def test_what_does_not_fit_is_refused(tiny_model):
     ]:
         with pytest.raises(InputError, match=message):
             log_likelihoods(vlm, ITEMS[:1], PROMPTS[:1], [answer], EvalConfig(max_length=length))
+
+
+def test_an_image_that_cannot_be_read_names_its_question(tiny_model):
+    class Empty:
+        def read(self):
+            return b""
+
+    items = [Item("x", "?", (), image=Empty())]
+    with pytest.raises(InputError, match="question x: image: the image file is empty"):
+        log_likelihoods(lsg_jax.load(tiny_model), items, ["?"], ["a"], EvalConfig(batch_size=1))
