@@ -1,0 +1,69 @@
+"""The `lsg` command. Each subcommand imports what it needs when it runs; results go to stdout and files, logs to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lsg_jax.cli import gates, models, sinks, training
+from lsg_jax.cli.options import Command
+from lsg_jax.errors import LsgError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 2 usage, others as lsg_jax.errors has them."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("lsg_jax").setLevel(logging.INFO)
+    logging.getLogger("converters").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax talks through it
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = _exit_code(error), str(error) if isinstance(error, LsgError) else f"{type(error).__name__}: {error}"
+        if options.traceback:
+            traceback.print_exc()
+    print(f"lsg {options.command}: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, LsgError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lsg", description="Find, understand and tame attention sinks in vision-language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for part in (models, sinks, training):
+        part.add(_adder(commands))
+    below = commands.add_parser("gates", help="portable gate files")
+    gates.add(_adder(below.add_subparsers(required=True, metavar="ACTION", dest="action")))
+    return parser
+
+
+def _adder(commands: Any) -> Command:
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        sub.add_argument("--traceback", action="store_true", help="print the whole traceback of an error")
+        sub.add_argument("--verbose", action="store_true", help="log what the libraries do")
+        return sub
+
+    return command

@@ -1,0 +1,48 @@
+"""Commands for portable gate files: gates export, combine, import."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lsg_jax.cli.options import Command, sink_config, sink_option
+
+
+def add(command: Command) -> None:
+    """Adds the commands."""
+    sub = command("export", _gates_export, "write the gates of a run as a portable file")
+    sub.add_argument("run_folder", type=Path, metavar="RUN")
+    sub.add_argument("file", type=Path, metavar="FILE.safetensors")
+    sub = command("combine", _gates_combine, "join gates of several layers that were trained apart")
+    sub.add_argument("sources", nargs="+", metavar="G", help="run folders or gate files")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    sub = command("import", _gates_import, "turn a published PyTorch gate file into a portable one")
+    sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument("out", type=Path, metavar="OUT.safetensors")
+    sub.add_argument("--layer", type=int, metavar="L", help="the gated layer, where the file does not say")
+    sink_option(sub)
+
+
+def _gates_export(options: argparse.Namespace) -> None:
+    from lsg_jax.gating.portable import write_gates
+    from lsg_jax.vlm import open_gates
+
+    write_gates(options.file, open_gates(options.run_folder))
+    print(options.file)
+
+
+def _gates_combine(options: argparse.Namespace) -> None:
+    from lsg_jax.gating.portable import combine_gates, write_gates
+    from lsg_jax.vlm import open_gates
+
+    write_gates(options.out, combine_gates([open_gates(source) for source in options.sources]))
+    print(options.out)
+
+
+def _gates_import(options: argparse.Namespace) -> None:
+    from converters.gates import import_torch_gates
+    from lsg_jax.config import SinkConfig
+    from lsg_jax.gating.portable import write_gates
+
+    write_gates(options.out, import_torch_gates(options.file, sinks=sink_config(options, SinkConfig()), layer=options.layer))
+    print(options.out)

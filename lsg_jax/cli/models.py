@@ -1,0 +1,90 @@
+"""Commands for models and what is on disk: quickstart, convert, export, inspect, verify, generate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
+
+
+def add(command: Command) -> None:
+    """Adds the commands."""
+    sub = command("quickstart", _quickstart, "the whole story on a tiny random model, on CPU")
+    sub.add_argument("--out", type=Path, default=Path("lsg-quickstart"), metavar="DIR")
+
+    sub = command("convert", _convert, "convert a Hugging Face LLaVA checkpoint into a model folder")
+    sub.add_argument("source", metavar="SOURCE", help="local folder in HF format, or a Hub id")
+    sub.add_argument("model", type=Path, metavar="MODEL", help="folder to write")
+    sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
+
+    sub = command("export", _export, "write a model folder back in Hugging Face format")
+    sub.add_argument("model", type=Path, metavar="MODEL")
+    sub.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+
+    sub = command("inspect", _inspect, "what a model folder, run folder, prepared records or gate file holds")
+    sub.add_argument("path", type=Path, metavar="PATH")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("verify", _verify, "check every digest of a model folder, run folder, prepared records or gate file")
+    sub.add_argument("path", type=Path, metavar="PATH")
+
+    sub = command("generate", _generate, "answer a question about an image; prints the answer only")
+    sub.add_argument("model", type=Path, metavar="MODEL")
+    sub.add_argument("--image", type=Path, metavar="FILE", help="leave out for a text-only question")
+    sub.add_argument("--prompt", required=True, metavar="TEXT")
+    gate_options(sub)
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from converters.convert import convert
+    from converters.tiny_checkpoint import write_tiny_checkpoint
+    from lsg_jax.quickstart import quickstart
+
+    print(quickstart(options.out, write_checkpoint=write_tiny_checkpoint, convert=convert))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from converters.convert import convert
+
+    with progress_bar("convert") as progress:
+        convert(options.source, options.model, dtype=options.dtype, progress=progress)
+    print(options.model)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from converters.export import export
+
+    with progress_bar("export") as progress:
+        export(options.model, options.hf_dir, progress=progress)
+    print(options.hf_dir)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from lsg_jax.report.inspect import as_table, describe
+
+    found = describe(options.path)
+    print(json.dumps(found, indent=2) if options.json else as_table(found))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from converters.export import hf_problems
+    from lsg_jax.checkpoint import read_manifest
+    from lsg_jax.errors import CheckpointError
+    from lsg_jax.report.inspect import kind_of, problems
+
+    found = [str(problem) for problem in problems(options.path)]
+    if kind_of(options.path) == "model":
+        found += [str(problem) for problem in hf_problems(options.path, read_manifest(options.path))]
+    for problem in found:
+        print(problem)
+    if found:
+        raise CheckpointError(f"{options.path}: {len(found)} problem{'s' * (len(found) > 1)} found")
+    print(f"{options.path}: ok")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    vlm = load_model(options)
+    print(vlm.generate([options.image], [options.prompt], options.max_new_tokens)[0])

@@ -1,0 +1,118 @@
+"""Commands for data, training and evaluation: prepare, train, eval."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.cli.options import Command, progress_bar
+
+
+def add(command: Command) -> None:
+    """Adds the commands."""
+    sub = command("prepare", _prepare, "turn LLaVA JSON/JSONL or Cambrian-7M into training records, or CLEVR into probe data")
+    sub.add_argument("source", type=Path, metavar="SOURCE", help="JSON array or JSONL; the folder CLEVR_v1.0 for clevr")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    sub.add_argument("--format", choices=["llava", "cambrian", "clevr"], default="llava", help="default: llava")
+    sub.add_argument("--images", type=Path, metavar="DIR", help="root of the image paths; default: the folder of SOURCE")
+    sub.add_argument("--sample", type=int, metavar="N", help="cambrian: records to draw from six categories; default: 10000")
+    sub.add_argument("--seed", type=int, metavar="N", help="cambrian: which records are drawn; default: 0")
+    sub.add_argument("--source-map", type=Path, metavar="FILE.toml", help="cambrian: categories of further sources")
+    sub.add_argument("--split", metavar="NAME", help="clevr: train or val; default: train")
+    sub.add_argument("--limit", type=int, metavar="N", help="clevr: the first N scenes only")
+    sub.add_argument(
+        "--max-bad-fraction", type=float, default=0.01, metavar="X", help="fail above this share of rejected records"
+    )
+    sub.add_argument("--threads", type=int, metavar="N", help="threads that read images; default: one a core")
+
+    sub = command("train", _train, "train gates; run it again to resume")
+    sub.add_argument("config", type=Path, metavar="CONFIG")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+
+    sub = command("eval", _eval, "accuracy of the base model and the gated one")
+    sub.add_argument("config", type=Path, metavar="CONFIG")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    sub.add_argument("--gates", metavar="G", help="run folder or gate file; default: the run of CONFIG if there is one")
+    sub.add_argument(
+        "--benchmark",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="Parquet file, folder or glob of a known benchmark; `scenes` needs no path; own questions as NAME=FILE.jsonl",
+    )
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/eval")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    sub.add_argument(
+        "--multihost",
+        action="store_true",
+        help="one of several processes (a TPU pod slice, Slurm): find the others first",
+    )
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from lsg_jax.data.cambrian import prepare_cambrian
+    from lsg_jax.data.clevr import prepare_clevr
+    from lsg_jax.data.records import prepare_llava
+    from lsg_jax.errors import ConfigError
+
+    own = {"llava": ["images"], "cambrian": ["images", "sample", "seed", "source_map"], "clevr": ["split", "limit"]}
+    every = {name for names in own.values() for name in names}
+    settings = {name: value for name in sorted(every) if (value := getattr(options, name)) is not None}
+    for name in settings:
+        if name not in own[options.format]:
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with --format {options.format}")
+    settings |= {"max_bad_fraction": options.max_bad_fraction, "threads": options.threads}
+    if options.format != "clevr":
+        settings.setdefault("images", options.source.parent)
+    prepare: dict[str, Callable[..., Any]] = {
+        "llava": prepare_llava,
+        "cambrian": prepare_cambrian,
+        "clevr": prepare_clevr,
+    }
+    with progress_bar("prepare") as progress:
+        report = prepare[options.format](options.source, out=options.out, progress=progress, **settings)
+    print(report.summary())
+
+
+def _train(options: argparse.Namespace) -> None:
+    from lsg_jax.config import load_run_config
+    from lsg_jax.train.loop import train
+
+    config = load_run_config(options.config, options.overrides)
+    with progress_bar("train") as progress:
+        folder = train(config, on_step=lambda step, total, m: progress(step, total, f"loss {m['loss']:.4f}"))
+    print(folder)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    import jax
+
+    import lsg_jax
+    from lsg_jax.config import load_run_config
+    from lsg_jax.eval.runner import ask_all, evaluate
+    from lsg_jax.eval.table import table
+    from lsg_jax.sharding import make_mesh
+
+    config = load_run_config(options.config, options.overrides)
+    if options.multihost:
+        jax.distributed.initialize()
+    benchmarks = dict(config.eval.benchmarks)
+    for pair in options.benchmark:
+        name, _, path = pair.partition("=")
+        benchmarks[name] = path
+    settings = dataclasses.replace(config.eval, benchmarks=benchmarks)
+    asked = ask_all(settings)  # a wrong file shows before the model is loaded
+    output = Path(config.output)
+    gates = options.gates or (output if (output / "run.json").exists() else None)
+    vlm = lsg_jax.load(config.model, gates, dtype=config.dtype, mesh=make_mesh(config.mesh), sinks=config.sinks)
+    with progress_bar("eval") as progress:
+        tell = lambda what, done, total: progress(done, total, what)
+        result = evaluate(vlm, settings, options.out or output / "eval", asked=asked, progress=tell)
+    if jax.process_index() == 0:
+        print(json.dumps(result, indent=2) if options.json else table(result))
