@@ -9,7 +9,9 @@ Shape letters, used as suffixes where a shape is not plain:
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import flax.struct
 
@@ -57,6 +59,44 @@ class KVCache:
     key: Array
     value: Array
     valid: Array
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What is done to the attention of one decoder layer; the default does nothing.
+
+    Attributes:
+        key_scale: float32 [B, T], the factor of each key, before the softmax.
+        ratios: float32 [B, G], the gate ratios behind `key_scale`, for those who look on.
+        edit: attention weights float32 [B, N, A, S], and `queries`, the positions of their queries int32 [B, A] or None for all
+            -> weights.
+        low_rank: projection name (`q_proj`, `k_proj`, `v_proj`, `o_proj`) -> a map whose output is added to the projection's.
+    """
+
+    key_scale: Array = None
+    ratios: Array = None
+    edit: Callable[..., Array] | None = None
+    low_rank: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
+
+
+UNCHANGED = LayerChange()
+
+
+class Intervention(Protocol):
+    """What is done in the decoder layers: key scales of gates or of fixed coefficients, edited attention, low-rank updates.
+
+    Attributes:
+        first_layer: the lowest layer that it changes, static.
+    """
+
+    @property
+    def first_layer(self) -> int: ...
+
+    def per_layer(self, start: int, stop: int) -> Any:
+        """What a scan over the layers from `start` to `stop` walks along: a pytree of arrays with a leading layer axis."""
+
+    def layer(self, walked: Any, hidden: Array) -> LayerChange:
+        """The change of the layer that `hidden` [B, T, D] enters; `walked` is its part of `per_layer`."""
 
 
 @flax.struct.dataclass

@@ -17,7 +17,7 @@ from lsg_jax.activations import ACTIVATIONS, standardise
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.gating.keys import group_members, key_scale
 from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
-from lsg_jax.types import VisualTokens
+from lsg_jax.types import LayerChange, VisualTokens
 
 
 class GateParam(nnx.Param):
@@ -109,8 +109,8 @@ class KeyScaling:
         """What a scan over the layers from `start` to `stop` walks along."""
         return jax.tree.map(lambda leaf: leaf[start:stop], (self.source, self.enabled))
 
-    def layer(self, walked: tuple[Any, jax.Array], hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Key scale float32 [B, T] and ratios float32 [B, G] of the layer that `hidden` [B, T, D] enters.
+    def layer(self, walked: tuple[Any, jax.Array], hidden: jax.Array) -> LayerChange:
+        """Key scale and ratios of the layer that `hidden` [B, T, D] enters.
 
         Args:
             walked: the layer's part of `per_layer`.
@@ -126,7 +126,7 @@ class KeyScaling:
             )
             ratios = nnx.merge(self.gate, source_l)(signal)
             coefficients = ratios * self.config.key_scale
-        return jnp.where(enabled_l, key_scale(coefficients, members), 1.0), ratios
+        return LayerChange(key_scale=jnp.where(enabled_l, key_scale(coefficients, members), 1.0), ratios=ratios)
 
     def _l_sinks(self, hidden: jax.Array) -> jax.Array:
         if self.config.grouping == "v_sink_rest":  # L-sinks and ordinary tokens share a coefficient

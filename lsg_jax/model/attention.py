@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -12,13 +14,20 @@ from flax import nnx
 from lsg_jax.config import RopeConfig, TextConfig
 from lsg_jax.gating.keys import scale_keys
 from lsg_jax.model.layers import Linear
+from lsg_jax.types import UNCHANGED, LayerChange
 
 QUERY_BLOCKS, SHORTEST_BLOCK = 4, 32
 """More blocks leave out more work, up to a half, in smaller products."""
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, *, return_weights: bool = False
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    *,
+    return_weights: bool = False,
+    edit: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """softmax(Q K^T / sqrt(H)) V, softmax in float32.
 
@@ -26,6 +35,7 @@ def attend(
         query: [B, T, N, H].
         key, value: [B, K, S, H], heads before positions, as the matrix products want them; N is a multiple of K.
         mask: bool [B, T, S], True where a query may look; None for everywhere. A row without any key gives a plain mean.
+        edit: changes the attention weights float32 [B, N, T, S] before they are used.
 
     Returns:
         [B, T, N, H], and the weights float32 [B, N, T, S] if asked for.
@@ -41,6 +51,9 @@ def attend(
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
+    if edit is not None:
+        edited = edit((weights / total).reshape(batch, heads, length, keys))
+        weights, total = edited.reshape(weights.shape), jnp.ones_like(total)
     # dividing [T, H] instead of [T, S] saves a pass over the weights, and another one in the backward pass
     out = jnp.einsum("XTS,XSH->XTH", flat(weights).astype(value.dtype), flat(value), preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, groups, length, width) / total
@@ -139,7 +152,7 @@ class CausalAttention(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array,
         *,
-        key_scale: jax.Array | None = None,
+        change: LayerChange = UNCHANGED,
         cache: LayerCache | None = None,
         rows: jax.Array | None = None,
         return_weights: bool = False,
@@ -148,19 +161,25 @@ class CausalAttention(nnx.Module):
 
         With `rows` int32 [B, A], the output is for the queries at these positions only: [B, A, D].
         """
-        key, value = apply_rope(self.k_proj(x), rope), self.v_proj(x)
+
+        def project(name: str, x: jax.Array) -> jax.Array:
+            y = getattr(self, name)(x)
+            return y + change.low_rank[name](x) if name in change.low_rank else y
+
+        key, value = apply_rope(project("k_proj", x), rope), project("v_proj", x)
         if rows is not None:
             x, mask = take_rows(x, rows), take_rows(mask, rows)
             rope = take_rows(rope[0], rows), take_rows(rope[1], rows)
-        query = apply_rope(self.q_proj(x), rope)
-        if key_scale is not None:
-            key = scale_keys(key, key_scale)
+        query = apply_rope(project("q_proj", x), rope)
+        if change.key_scale is not None:
+            key = scale_keys(key, change.key_scale)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         kept: tuple[jax.Array, jax.Array] | LayerCache = (key, value)
         if cache is not None:
             kept = cache = cache.append(key, value)
             key, value = cache.read()
-        if cache is None and rows is None and not return_weights:
-            return self.o_proj(attend_causally(query, key, value, mask)), kept, None
-        out, weights = attend(query, key, value, mask, return_weights=return_weights)
-        return self.o_proj(out), kept, weights
+        if cache is None and rows is None and not return_weights and change.edit is None:
+            return project("o_proj", attend_causally(query, key, value, mask)), kept, None
+        edit = None if change.edit is None else functools.partial(change.edit, queries=rows)
+        out, weights = attend(query, key, value, mask, return_weights=return_weights, edit=edit)
+        return project("o_proj", out), kept, weights

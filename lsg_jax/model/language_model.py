@@ -13,10 +13,9 @@ from flax import nnx
 from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import TextConfig
 from lsg_jax.errors import InputError
-from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles, take_rows
 from lsg_jax.model.layers import Linear, RMSNorm, layer_at, stack_layers
-from lsg_jax.types import Array, KVCache, LayerView
+from lsg_jax.types import UNCHANGED, Array, Intervention, KVCache, LayerView
 
 
 class GatedMLP(nnx.Module):
@@ -58,7 +57,7 @@ class DecoderOutput:
     Attributes:
         hidden: [B, T, D], or [B, A, D] where only some rows were wanted; output of the last layer, before the final norm.
         key, value: [L, B, K, T, H], or None unless `keep_kv`.
-        ratios: float32 [L - first gated layer, B, G], or None without gating.
+        ratios: float32 [L - first changed layer, B, G], or None without key gating.
         observed: what the observer returned, stacked over the L layers, or None.
     """
 
@@ -104,8 +103,10 @@ class LanguageModel(nnx.Module):
         self,
         x: jax.Array,
         valid: jax.Array,
-        scaling: KeyScaling | None = None,
+        intervention: Intervention | None = None,
         *,
+        start: int = 0,
+        differentiate: bool = False,
         rows: jax.Array | None = None,
         keep_kv: bool = False,
         remat: str = "none",
@@ -114,12 +115,15 @@ class LanguageModel(nnx.Module):
     ) -> DecoderOutput:
         """Runs all layers over whole sequences, causally; padding may be on either side.
 
-        Layers below the lowest scaled one run in a scan of their own that is not differentiated. With `rows`, the last layer
-        computes nothing but keys and values elsewhere.
+        Layers below the first that the intervention changes run in a scan of their own that is not differentiated. With `rows`,
+        the last layer computes nothing but keys and values elsewhere.
 
         Args:
-            x: merged embeddings [B, T, D].
+            x: merged embeddings [B, T, D], or the residual stream that enters layer `start`.
             valid: bool [B, T], unpadded tokens.
+            intervention: what is done in the layers, if anything.
+            start: layers below it are left out, of the results as well.
+            differentiate: `x` depends on what is trained, so that no layer may be left out of the backward pass.
             rows: int32 [B, A], positions whose output is wanted; None for all.
             remat: `full` recomputes each layer in the backward pass, `none` keeps its activations.
             observe: called with a LayerView in each layer; its results come back stacked.
@@ -130,33 +134,34 @@ class LanguageModel(nnx.Module):
         mask = causal_mask(valid)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x: jax.Array, index: jax.Array, scaled: Any, rows: jax.Array | None = None) -> tuple[jax.Array, Any]:
-            scale, ratios = (None, None) if scaling is None or scaled is None else scaling.layer(scaled, x)
+        def body(x: jax.Array, index: jax.Array, walked: Any, rows: jax.Array | None = None) -> tuple[jax.Array, Any]:
+            change = UNCHANGED if intervention is None or walked is None else intervention.layer(walked, x)
             layer = nnx.merge(graphdef, layer_at(stacked, index))
             y, (key, value), weights = layer(
-                x, rope, mask, key_scale=scale, rows=rows, return_weights=observe_attention and rows is None
+                x, rope, mask, change=change, rows=rows, return_weights=observe_attention and rows is None
             )
-            seen = observe(LayerView(hidden=x, attention=weights, ratios=ratios)) if observe else None
-            return y, ((key, value) if keep_kv else None, ratios, seen)
+            seen = observe(LayerView(hidden=x, attention=weights, ratios=change.ratios)) if observe else None
+            return y, ((key, value) if keep_kv else None, change.ratios, seen)
 
-        def run(x: jax.Array, start: int, stop: int, scaled: Any) -> tuple[jax.Array, Any]:
+        def run(x: jax.Array, start: int, stop: int, walked: Any) -> tuple[jax.Array, Any]:
             # a scan already keeps the recomputation apart from the forward pass
             step = jax.checkpoint(body, policy=_REMAT[remat], prevent_cse=False)
-            return jax.lax.scan(lambda c, xs: step(c, *xs), x, (jnp.arange(start, stop), scaled))
+            return jax.lax.scan(lambda c, xs: step(c, *xs), x, (jnp.arange(start, stop), walked))
 
-        first = num_layers if scaling is None else scaling.first_layer
+        first = num_layers if intervention is None else max(intervention.first_layer, start)
         scanned = num_layers if rows is None else num_layers - 1
         parts = []
-        if first > 0:
-            x, part = run(x, 0, min(first, scanned), None)
-            x = jax.lax.stop_gradient(x)
-            parts.append(part)
-        if scaling is not None and first < scanned:
-            x, part = run(x, first, scanned, scaling.per_layer(first, scanned))
+        if first > start:
+            if scanned > start:
+                x, part = run(x, start, min(first, scanned), None)
+                parts.append(part)
+            x = x if differentiate else jax.lax.stop_gradient(x)
+        if intervention is not None and first < scanned:
+            x, part = run(x, first, scanned, intervention.per_layer(first, scanned))
             parts.append(part)
         if rows is not None:
-            scaled = None if scaling is None else jax.tree.map(lambda v: v[0], scaling.per_layer(scanned, num_layers))
-            x, part = body(x, jnp.int32(scanned), scaled, rows)
+            last = None if intervention is None else jax.tree.map(lambda v: v[0], intervention.per_layer(scanned, num_layers))
+            x, part = body(x, jnp.int32(scanned), last, rows)
             parts.append(jax.tree.map(lambda v: v[None], part))
         kv = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[0] for p in parts))
         observed = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[2] for p in parts))

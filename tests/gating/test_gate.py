@@ -54,7 +54,8 @@ def test_only_paths_under_gates_are_trainable():
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_config_key_scale_multiplies_the_coefficients_exactly(factor):
     scaling, hidden, visual = _scaling(GateConfig(layers=(0,), key_scale=factor))
-    scale, ratios = scaling.layer(jax.tree.map(lambda leaf: leaf[0], scaling.per_layer(0, 1)), hidden)
+    change = scaling.layer(jax.tree.map(lambda leaf: leaf[0], scaling.per_layer(0, 1)), hidden)
+    scale, ratios = change.key_scale, change.ratios
     np.testing.assert_array_equal(ratios, 0.5)
     np.testing.assert_array_equal(np.asarray(scale)[np.asarray(visual.mask)], 0.5 * factor)
     np.testing.assert_array_equal(np.asarray(scale)[~np.asarray(visual.mask)], 1.0)
@@ -63,7 +64,7 @@ def test_config_key_scale_multiplies_the_coefficients_exactly(factor):
 def test_a_layer_that_is_not_enabled_scales_nothing():
     scaling, hidden, _ = _scaling(GateConfig(layers=(0,)))
     source, _ = scaling.per_layer(0, 1)
-    scale, _ = scaling.layer((jax.tree.map(lambda leaf: leaf[0], source), jnp.array(False)), hidden)
+    scale = scaling.layer((jax.tree.map(lambda leaf: leaf[0], source), jnp.array(False)), hidden).key_scale
     np.testing.assert_array_equal(scale, 1.0)
 
 
