@@ -23,6 +23,7 @@ Signal = Literal["last", "mean_all", "mean_visual"]
 Grouping = Literal["v_sink_rest", "l_sink_rest", "three"]
 Aspect = Literal["pad", "crop", "squash"]
 Template = Literal["chat_template", "vicuna_v1", "qwen2", "phi3"]
+Method = Literal["base", "lsg", "var", "sink_front", "diysink", "lora", "fixed"]
 Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian"]
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
 
@@ -181,6 +182,55 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class FixedConfig:
+    """Fixed coefficients instead of gates, the oracle of the paper: one for each group of `grouping`, at `layers`."""
+
+    layers: tuple[int, ...] = ()
+    coefficients: tuple[float, ...] = ()
+    grouping: Grouping = "v_sink_rest"
+
+
+@dataclass(frozen=True)
+class VarConfig:
+    """VAR (arXiv 2503.03321): in image-centric heads, attention goes from sinks to the other visual tokens. Not trained."""
+
+    tau: float = 20.0  # a token is a sink if some |h[d]| / rms(h) reaches it, d of sinks.llm_dims
+    rho: float = 0.5  # image-centric heads: at most this share of their visual attention falls on visual sinks ...
+    min_visual: float = 0.2  # ... and at least this much of all attention is visual
+    p: float = 0.6  # what is left of the attention on sinks
+    first_layer: int = 2
+
+
+@dataclass(frozen=True)
+class SinkFrontConfig:
+    """Sink-to-the-front (arXiv 2510.08510): visual tokens of large ViT norm come first among the visual tokens. Not trained."""
+
+    tau: float = 100.0  # norm of the features before the projector
+
+
+@dataclass(frozen=True)
+class DiySinkConfig:
+    """DIYSink (arXiv 2510.08510): one projector for sinks, one for the others, and a choice between them for each question."""
+
+    tau: float = 100.0  # norm of the features before the projector
+    routing: Literal["cot", "mlp"] = "cot"  # the model's own word on what the question needs; or weights of a small network
+    width: int = 64  # of that network
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA at one decoder layer, on the projections of its attention. Rank 8 at D = 4096 has 262,144 parameters, as a gate."""
+
+    layer: int = 10
+    rank: int = 8
+    alpha: float = 16.0
+
+
+MethodConfig = FixedConfig | VarConfig | SinkFrontConfig | DiySinkConfig | LoraConfig
+"""What may be done to the model instead of gates."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where training examples come from and the one shape they are padded to."""
 
@@ -289,6 +339,12 @@ class RunConfig:
     dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
     gate: GateConfig = GateConfig()
     sinks: SinkConfig | None = None  # None: those of the model folder
+    method: Method = "lsg"  # what is trained and evaluated; the others are its baselines, each with a table of its own
+    fixed: FixedConfig = FixedConfig()
+    var: VarConfig = VarConfig()
+    sink_front: SinkFrontConfig = SinkFrontConfig()
+    diysink: DiySinkConfig = DiySinkConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

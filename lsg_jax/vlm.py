@@ -15,12 +15,12 @@ import numpy as np
 
 from lsg_jax.checkpoint import load_base, read_manifest, read_step
 from lsg_jax.checkpoint.processes import host_array
-from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template, from_dict
+from lsg_jax.config import Aspect, GateConfig, MethodConfig, ModelConfig, SinkConfig, Template, from_dict
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
 from lsg_jax.model.generate import generate, last_token
-from lsg_jax.model.llava import abstract_model, assemble, check_gate
+from lsg_jax.model.llava import abstract_model, assemble, check_gate, check_method
 from lsg_jax.model.loss import answer_loss, answer_slots
 from lsg_jax.sharding import replicated, shard_params
 from lsg_jax.types import IGNORE, Batch
@@ -35,6 +35,7 @@ class VLM:
         config: the model; its `sinks` are those in force.
         frozen: backbone parameters, a nested dict.
         gate, gates: what the gates are and their parameters (stacked over gate.layers); both None for the plain model.
+        method: what is done to the model instead of gates, one of the baselines.
         folder: the model folder, for tokenizer and processor files.
         digest: identity of the backbone's weights.
         mesh: the devices that hold the weights; None for one device.
@@ -47,6 +48,7 @@ class VLM:
         *,
         gate: GateConfig | None = None,
         gates: dict | None = None,
+        method: MethodConfig | None = None,
         folder: Path | None = None,
         digest: str = "",
         mesh: jax.sharding.Mesh | None = None,
@@ -54,14 +56,17 @@ class VLM:
         check_sinks(config)
         if gate is not None:
             check_gate_input(gate, config)
+        if method is not None:
+            check_method_input(method, config)
         self.config = config
         self.gate = gate
+        self.method = method
         self.frozen = frozen
         self.gates = gates
         self.folder = folder
         self.digest = digest
         self.mesh = mesh
-        self.graphdef, _ = abstract_model(config, gate)
+        self.graphdef, _ = abstract_model(config, gate, method=method)
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -79,9 +84,18 @@ class VLM:
         """All parameters, gates included, a nested dict."""
         return self.frozen if self.gates is None else {**self.frozen, "gates": self.gates}
 
-    def ungated(self) -> VLM:
-        """The same weights without gates."""
+    def plain(self) -> VLM:
+        """The same weights without gates or any method."""
         return VLM(self.config, self.frozen, folder=self.folder, digest=self.digest, mesh=self.mesh)
+
+    def with_method(self, method: MethodConfig, *, sinks: SinkConfig | None = None) -> VLM:
+        """The same weights under a method that needs no training.
+
+        Raises:
+            ConfigError: the model cannot carry it, for example a layer that does not exist.
+        """
+        config = dataclasses.replace(self.config, sinks=sinks or self.config.sinks)
+        return VLM(config, self.frozen, method=method, folder=self.folder, digest=self.digest, mesh=self.mesh)
 
     # Arrays in, arrays out: `input_ids` int [B, T] hold one image token per patch; `pixel_values` float [B, C, H, W] as HF
     # image processors return them, one image a row or one for each row that has image tokens; None for text only.
@@ -246,6 +260,14 @@ def check_gate_input(gate: GateConfig, config: ModelConfig) -> None:
     """`check_gate` for settings that a user gave: raises ConfigError."""
     try:
         check_gate(gate, config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_method_input(method: MethodConfig, config: ModelConfig) -> None:
+    """Raises ConfigError for a method that the model cannot carry."""
+    try:
+        check_method(method, config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

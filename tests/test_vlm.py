@@ -71,7 +71,7 @@ def test_logits(base, gated, arrays):
     # the default gate position is the last unpadded token
     np.testing.assert_array_equal(with_gates, gated.logits(ids, pixels, mask, [LENGTH - 1, LENGTH - 4]))
     assert np.abs(with_gates - gated.logits(ids, pixels, mask, [52, 52])).max() > 1e-4
-    np.testing.assert_array_equal(gated.ungated().logits(ids, pixels, mask), plain)
+    np.testing.assert_array_equal(gated.plain().logits(ids, pixels, mask), plain)
 
 
 def test_loss_and_grads_equal_finite_differences(tiny_model, arrays):

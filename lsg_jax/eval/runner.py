@@ -87,7 +87,7 @@ def evaluate(
         Preempted: SIGTERM or SIGINT came; what was answered is kept.
     """
     asked = ask_all(config) if asked is None else asked
-    models = {"base": vlm.ungated(), **({"gated": vlm} if vlm.gates is not None else {})}
+    models = {"base": vlm.plain(), **({"gated": vlm} if vlm.gates is not None else {})}
     on_primary(lambda: out.mkdir(parents=True, exist_ok=True))
     result: dict[str, Any] = {
         "format": "lsg-eval-2",

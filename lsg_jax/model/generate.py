@@ -22,8 +22,9 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Ar
     """
     config = model.config
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
-    valid = jnp.asarray(batch.attention_mask)
-    out = model(batch, keep_kv=True, rows=last_token(valid)[:, None])
+    merged = model.merge(batch)
+    valid = merged.valid
+    out = model(batch, merged=merged, keep_kv=True, rows=last_token(valid)[:, None])
     room = [(0, 0)] * 3 + [(0, max_new_tokens), (0, 0)]
     cache = KVCache(jnp.pad(out.key, room), jnp.pad(out.value, room), jnp.pad(valid, room[2:4]))
     prompt_length = valid.sum(1).astype(jnp.int32)

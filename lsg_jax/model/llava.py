@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsg_jax.config import GateConfig, ModelConfig
+from lsg_jax.config import FixedConfig, GateConfig, MethodConfig, ModelConfig
 from lsg_jax.gating.gate import KeyScaling, SinkGate, expand_gates
 from lsg_jax.model.language_model import DecoderOutput, LanguageModel
 from lsg_jax.model.layers import stack_layers
@@ -18,7 +19,7 @@ from lsg_jax.model.projector import Projector
 from lsg_jax.model.vision_tower import VisionTower
 from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import sink_mask
-from lsg_jax.types import Batch, LayerView, VisualTokens
+from lsg_jax.types import Batch, Intervention, LayerView, VisualTokens
 
 
 @flax.struct.dataclass
@@ -27,23 +28,38 @@ class MergedSequence:
 
     Attributes:
         x: [B, T, D].
+        valid: bool [B, T], tokens that take part; those of the batch unless a method drops some.
         visual: where the patches are, and which of them are V-sinks; None for a batch without images.
     """
 
     x: jax.Array
+    valid: jax.Array
     visual: VisualTokens | None
 
 
 class Llava(nnx.Module):
-    """A LLaVA-style model; `gate` adds gates at `gate.layers`, the only parameters of type GateParam.
+    """A LLaVA-style model.
+
+    Args:
+        gate: adds gates at `gate.layers`, the only parameters of type GateParam.
+        method: what is done to the model instead, one of the baselines.
 
     Raises:
         ValueError: a gated layer that does not exist, or L-sink groups with a criterion that needs attention weights.
     """
 
-    def __init__(self, config: ModelConfig, gate: GateConfig | None = None, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        gate: GateConfig | None = None,
+        *,
+        method: MethodConfig | None = None,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+    ):
         self.config = config
         self.gate_config = gate
+        self.method = method
         self.vision_tower = VisionTower(config.vision, rngs=rngs, dtype=dtype)
         self.projector = Projector(config, rngs=rngs, dtype=dtype)
         self.language_model = LanguageModel(config.text, rngs=rngs, dtype=dtype)
@@ -90,22 +106,34 @@ class Llava(nnx.Module):
         """Puts projected patch i of a row's image at the row's i-th image token."""
         x = self.language_model.embed(batch.input_ids)
         if batch.pixels is None:
-            return MergedSequence(x=x, visual=None)
+            return MergedSequence(x=x, valid=jnp.asarray(batch.attention_mask), visual=None)
         features, v_sink = self.image_features(batch.pixels)
         patches = self.projector(features)
         is_image = (batch.input_ids == self.config.image_token_id) & batch.attention_mask
         index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, patches.shape[1] - 1)
         x = jnp.where(is_image[..., None], jnp.take_along_axis(patches, index[..., None], axis=1).astype(x.dtype), x)
         return MergedSequence(
-            x=x, visual=VisualTokens(mask=is_image, v_sink=is_image & jnp.take_along_axis(v_sink, index, axis=1))
+            x=x,
+            valid=jnp.asarray(batch.attention_mask),
+            visual=VisualTokens(mask=is_image, v_sink=is_image & jnp.take_along_axis(v_sink, index, axis=1)),
         )
 
-    def key_scaling(self, batch: Batch, visual: VisualTokens | None) -> KeyScaling | None:
-        """Key scales from the model's gates; None where there is nothing to scale."""
-        if self.gate_config is None or not self.gate_config.layers or visual is None:
+    def intervention(self, batch: Batch, merged: MergedSequence) -> Intervention | None:
+        """What the model's gates or its method do in the decoder layers; None for nothing."""
+        visual = merged.visual
+        if visual is None:  # nothing to scale
             return None
-        source, enabled, gate = expand_gates(self.gates, self.gate_config, self.config.text.num_layers)
-        return self._scaling(batch, visual, self.gate_config, source, enabled, gate)
+        if self.gate_config is not None and self.gate_config.layers:
+            source, enabled, gate = expand_gates(self.gates, self.gate_config, self.config.text.num_layers)
+            return self._scaling(batch, visual, self.gate_config, source, enabled, gate)
+        if isinstance(self.method, FixedConfig):
+            layers = jnp.arange(self.config.text.num_layers)
+            coefficients = jnp.broadcast_to(
+                jnp.array(self.method.coefficients, jnp.float32), (len(layers), len(self.method.coefficients))
+            )
+            gate_config = GateConfig(layers=self.method.layers, grouping=self.method.grouping)
+            return self.fixed_scaling(batch, visual, coefficients, jnp.isin(layers, jnp.array(self.method.layers)), gate_config)
+        return None
 
     def fixed_scaling(
         self, batch: Batch, visual: VisualTokens, coefficients: jax.Array, enabled: jax.Array, gate: GateConfig
@@ -131,8 +159,8 @@ class Llava(nnx.Module):
         merged = merged or self.merge(batch)
         return self.language_model(
             merged.x,
-            batch.attention_mask,
-            self.key_scaling(batch, merged.visual),
+            merged.valid,
+            self.intervention(batch, merged),
             rows=rows,
             keep_kv=keep_kv,
             remat=remat,
@@ -166,9 +194,11 @@ def make_gates(config: ModelConfig, gate: GateConfig, key: jax.Array) -> SinkGat
     return stack_layers(lambda r: SinkGate(config.text.hidden_size, gate, rngs=r), key, len(gate.layers))
 
 
-def abstract_model(config: ModelConfig, gate: GateConfig | None = None, *, dtype: Any = jnp.float32) -> tuple[Any, dict]:
+def abstract_model(
+    config: ModelConfig, gate: GateConfig | None = None, *, method: MethodConfig | None = None, dtype: Any = jnp.float32
+) -> tuple[Any, dict]:
     """The model's graph definition and its parameters as a nested dict of ShapeDtypeStruct; allocates nothing."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, gate, rngs=nnx.Rngs(0), dtype=dtype)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, gate, method=method, rngs=nnx.Rngs(0), dtype=dtype)))
     return graphdef, nnx.to_pure_dict(state)
 
 
@@ -177,15 +207,15 @@ def assemble(graphdef: Any, frozen: dict, gates: dict | None = None) -> Llava:
     return nnx.merge(graphdef, frozen if gates is None else {**frozen, "gates": gates})
 
 
-def check_gate(gate: GateConfig, config: ModelConfig) -> None:
-    """Raises ValueError for a gate configuration that the model cannot carry."""
+def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> None:
+    """Raises ValueError for a gate configuration that the model cannot carry; `name` is the table that holds it."""
     layers, sinks = config.text.num_layers, config.sinks
     if not gate.layers:
-        raise ValueError("gate.layers is empty: name the decoder layers to gate, for example [10]")
+        raise ValueError(f"{name}.layers is empty: name the decoder layers, for example [10]")
     if bad := [layer for layer in gate.layers if not 0 <= layer < layers]:
-        raise ValueError(f"gate.layers: layer {bad[0]} does not exist, the model has layers 0 to {layers - 1}")
+        raise ValueError(f"{name}.layers: layer {bad[0]} does not exist, the model has layers 0 to {layers - 1}")
     if list(gate.layers) != sorted(set(gate.layers)):
-        raise ValueError(f"gate.layers must ascend and name no layer twice: {list(gate.layers)}")
+        raise ValueError(f"{name}.layers must ascend and name no layer twice: {list(gate.layers)}")
     if gate.grouping != "l_sink_rest" and sinks.criterion in ("dim_abs", "dim_rms") and not sinks.vit_dims:
         raise ValueError("no V-sink dimensions are known for this model: set sinks.vit_dims, or another sinks.criterion")
     if gate.grouping != "v_sink_rest":
@@ -195,3 +225,17 @@ def check_gate(gate: GateConfig, config: ModelConfig) -> None:
             raise ValueError(
                 "no L-sink dimensions are known for this model: set sinks.llm_dims, or another sinks.llm_criterion"
             )
+
+
+def check_method(method: MethodConfig, config: ModelConfig) -> None:
+    """Raises ValueError for a method that the model cannot carry."""
+    if isinstance(method, FixedConfig):
+        gate = GateConfig(layers=method.layers, grouping=method.grouping)
+        check_gate(gate, config, name="fixed")
+        if len(method.coefficients) != gate.num_groups:
+            groups = gate.num_groups
+            raise ValueError(
+                f"fixed.coefficients: {len(method.coefficients)} given, grouping {method.grouping} has {groups} groups"
+            )
+        if not all(math.isfinite(c) for c in method.coefficients):
+            raise ValueError(f"fixed.coefficients must be finite: {list(method.coefficients)}")
