@@ -49,13 +49,13 @@ def half(what, done, total):
 asked = ask_all(config)
 if stop:
     try:
-        evaluate(lsg_jax.load(model, mesh=make_mesh(MeshConfig())), config, out, asked=asked, progress=half)
+        evaluate({"base": lsg_jax.load(model, mesh=make_mesh(MeshConfig()))}, config, out, asked=asked, progress=half)
     except Stop:
         pass
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 else:
     mesh = make_mesh(MeshConfig())
-evaluate(lsg_jax.load(model, mesh=mesh), config, out, asked=asked)
+evaluate({"base": lsg_jax.load(model, mesh=mesh)}, config, out, asked=asked)
 """
 
 

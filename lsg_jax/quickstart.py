@@ -71,7 +71,7 @@ def quickstart(out: Path, *, write_checkpoint: Callable[[Path], None], convert: 
 
     logger.info("5/5 evaluating on %d questions", TEST_SCENES)
     settings = EvalConfig(benchmarks={"scenes": ""}, limit=TEST_SCENES, batch_size=16, max_new_tokens=8)
-    result = evaluate(with_gates(base, run), settings, out / "eval")
+    result = evaluate({"base": base, "lsg": with_gates(base, run)}, settings, out / "eval")
     logger.info("%s", table(result))
     report = out / "report.html"
     overlays = [

@@ -19,7 +19,7 @@ from lsg_jax.config import Aspect, GateConfig, MethodConfig, ModelConfig, SinkCo
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
-from lsg_jax.model.generate import generate, last_token
+from lsg_jax.model.generate import Generated, generate, last_token
 from lsg_jax.model.llava import abstract_model, assemble, check_gate, check_method
 from lsg_jax.model.loss import answer_loss, answer_slots
 from lsg_jax.sharding import replicated, shard_params
@@ -180,16 +180,19 @@ class VLM:
 
     def generate_batch(self, batch: Batch, max_new_tokens: int) -> np.ndarray:
         """`generate_ids` for a batch that is already made."""
-        return self.generate_with_leads(batch, max_new_tokens)[0]
+        return self.generate_in_full(batch, max_new_tokens).tokens
 
-    def generate_with_leads(self, batch: Batch, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """`generate_batch`, and float32 [B]: the smallest lead of a chosen token over the next best, in logits."""
+    def generate_in_full(self, batch: Batch, max_new_tokens: int) -> Generated:
+        """`generate_batch` with the leads and, of a gated model, the ratios float32 [gated layers, B, G]; on the host."""
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
         # the answer slots play no part, and would only add shapes to compile
         batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
-        tokens, steps, leads = _generate(self.params, batch, self.graphdef, max_new_tokens)
-        return host_array(tokens)[:, : int(host_array(steps))], host_array(leads)
+        tokens, steps, lead, ratios = _generate(self.params, batch, self.graphdef, max_new_tokens)
+        steps = int(host_array(steps))
+        if self.gate is not None and ratios is not None:
+            ratios = host_array(ratios)[np.array(self.gate.layers) - min(self.gate.layers)]
+        return Generated(host_array(tokens)[:, :steps], steps, host_array(lead), ratios if self.gate is not None else None)
 
     def batch(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> Batch:
         """Checks raw arrays and makes a Batch of them.
@@ -375,5 +378,5 @@ def _ratios(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _generate(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _generate(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> Generated:
     return generate(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)

@@ -76,21 +76,21 @@ def test_train_eval_gates_inspect_verify(lsg, tiny_model, records, scenes, tmp_p
 
     code, out, err = lsg("eval", config, "--benchmark", f"mine={scenes / 'questions.jsonl'}")
     assert code == 0, err
-    assert out.startswith("mine: 12 questions, protocol paper\nmetric") and "gated against base: " in out
+    assert out.startswith("mine: 12 questions, protocol paper\nmetric") and "lsg against base: " in out
     result = json.loads((run / "eval" / "result.json").read_text())["benchmarks"]["mine"]
-    assert set(result["gated"]) == {"accuracy", "category: colour", "category: count"} and not result["partial"]
-    for method in ("base", "gated"):
+    assert set(result["methods"]["lsg"]) == {"accuracy", "category: colour", "category: count"} and not result["partial"]
+    for method in ("base", "lsg"):
         rows = [json.loads(line) for line in (run / "eval" / f"mine.{method}.jsonl").read_text().splitlines()]
         assert [row["id"] for row in rows] == [str(i) for i in range(12)]
-        assert sum(row["score"] for row in rows) / 12 * 100 == pytest.approx(result[method]["accuracy"]["value"])
+        assert sum(row["score"] for row in rows) / 12 * 100 == pytest.approx(result["methods"][method]["accuracy"]["value"])
     # the same gates from the portable file give the same answers
     elsewhere = tmp_path / "elsewhere"
     code, out, err = lsg(
         "eval", config, "--gates", file, "--out", elsewhere, "--json",
         "--benchmark", f"mine={scenes / 'questions.jsonl'}",
     )  # fmt: skip
-    assert code == 0 and json.loads(out)["benchmarks"]["mine"]["gated"] == result["gated"], err
-    for name in ("mine.base.jsonl", "mine.gated.jsonl"):
+    assert code == 0 and json.loads(out)["benchmarks"]["mine"]["methods"] == result["methods"], err
+    for name in ("mine.base.jsonl", "mine.lsg.jsonl"):
         assert (elsewhere / name).read_text() == (run / "eval" / name).read_text()
 
 

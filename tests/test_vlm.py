@@ -112,8 +112,10 @@ def test_generate_ids_is_the_argmax_of_logits(gated, arrays):
     logits = gated.logits(ids, pixels, mask)
     np.testing.assert_array_equal(tokens[:, 0], [logits[0, LENGTH - 1].argmax(), logits[1, LENGTH - 4].argmax()])
     # the smallest lead of a chosen token, from the logits of the finished text
-    again, leads = gated.generate_with_leads(gated.batch(ids, pixels, mask), 3)
+    again, _, leads, ratios = gated.generate_in_full(gated.batch(ids, pixels, mask), 3)
     np.testing.assert_array_equal(again, tokens)
+    expected = gated.gate_ratios(ids, pixels, mask)
+    np.testing.assert_allclose(ratios, [expected[1], expected[4]], atol=1e-6)
     whole = gated.logits(np.concatenate([ids[:1], tokens[:1]], axis=1), pixels[:1], gate_position=[LENGTH - 1])[
         0, LENGTH - 1 : -1
     ]

@@ -20,6 +20,23 @@ def gate_options(sub: argparse.ArgumentParser) -> None:
     sink_option(sub)
 
 
+def benchmark_option(sub: argparse.ArgumentParser) -> None:
+    """--benchmark, which `named_paths` reads."""
+    sub.add_argument(
+        "--benchmark",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="Parquet file, folder or glob of a known benchmark; `scenes` needs no path; own questions as NAME=FILE.jsonl",
+    )
+
+
+def named_paths(pairs: list[str]) -> dict[str, str]:
+    """NAME=PATH -> {name: path}; the path is empty where there is none."""
+    return {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
+
+
 def sink_option(sub: argparse.ArgumentParser) -> None:
     text = "sink settings, e.g. criterion=norm vit_tau=100; fields as in [sinks] of a configuration"
     sub.add_argument("--sinks", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=text)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, progress_bar
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, progress_bar
 
 
 def add(command: Command) -> None:
@@ -32,18 +32,19 @@ def add(command: Command) -> None:
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
 
-    sub = command("eval", _eval, "accuracy of the base model and the gated one")
+    sub = command("eval", _eval, "accuracy of the base model, with gates, and under the baselines")
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     sub.add_argument("--gates", metavar="G", help="run folder or gate file; default: the run of CONFIG if there is one")
     sub.add_argument(
-        "--benchmark",
+        "--method",
         nargs="+",
         action="extend",
         default=[],
-        metavar="NAME=PATH",
-        help="Parquet file, folder or glob of a known benchmark; `scenes` needs no path; own questions as NAME=FILE.jsonl",
+        metavar="METHOD[=RUN]",
+        help="base, lsg, var, sink_front, diysink, lora, fixed; base is always asked. Default: what --gates holds",
     )
+    benchmark_option(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/eval")
     sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     sub.add_argument(
@@ -93,26 +94,25 @@ def _eval(options: argparse.Namespace) -> None:
 
     import jax
 
-    import lsg_jax
     from lsg_jax.config import load_run_config
+    from lsg_jax.eval.methods import open_methods
     from lsg_jax.eval.runner import ask_all, evaluate
     from lsg_jax.eval.table import table
+    from lsg_jax.report.figures import draw_gains, draw_gate_ratios
     from lsg_jax.sharding import make_mesh
+    from lsg_jax.vlm import load_backbone
 
     config = load_run_config(options.config, options.overrides)
     if options.multihost:
         jax.distributed.initialize()
-    benchmarks = dict(config.eval.benchmarks)
-    for pair in options.benchmark:
-        name, _, path = pair.partition("=")
-        benchmarks[name] = path
-    settings = dataclasses.replace(config.eval, benchmarks=benchmarks)
+    settings = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
     asked = ask_all(settings)  # a wrong file shows before the model is loaded
     output = Path(config.output)
     gates = options.gates or (output if (output / "run.json").exists() else None)
-    vlm = lsg_jax.load(config.model, gates, dtype=config.dtype, mesh=make_mesh(config.mesh), sinks=config.sinks)
+    base = load_backbone(config.model, dtype=config.dtype, mesh=make_mesh(config.mesh))
+    models = open_methods(base, config, options.method, gates)
     with progress_bar("eval") as progress:
         tell = lambda what, done, total: progress(done, total, what)
-        result = evaluate(vlm, settings, options.out or output / "eval", asked=asked, progress=tell)
+        result = evaluate(models, settings, options.out or output / "eval", asked=asked, progress=tell)
     if jax.process_index() == 0:
         print(json.dumps(result, indent=2) if options.json else table(result))

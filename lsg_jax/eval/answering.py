@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,12 +19,26 @@ from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.processor import Encoded, Processor
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.model.generate import Generated
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.vlm import PROMPT_BUCKET, VLM
 
 READ_AHEAD = 2  # batches whose images are read while one is computed
 
-OnBatch = Callable[[dict[int, str]], None]
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and how its gates stood.
+
+    Attributes:
+        ratios: float32 [gated layers, G]; None without gates or without an image.
+    """
+
+    text: str
+    ratios: np.ndarray | None = None
+
+
+OnBatch = Callable[[dict[int, Answer]], None]
 
 
 def answer(
@@ -33,16 +48,16 @@ def answer(
     config: EvalConfig,
     *,
     max_new_tokens: int,
-    known: Mapping[int, str] | None = None,
+    known: Mapping[int, Answer] | None = None,
     on_batch: OnBatch | None = None,
-) -> list[str]:
-    """The model's output for every item, in their order; a collective of all processes.
+) -> list[Answer]:
+    """The model's answer to every item, in their order; a collective of all processes.
 
     Args:
         prompts: the user's turn of each item.
         max_new_tokens: of each answer; this function does not look at `config.max_new_tokens`.
-        known: outputs by position that need not be computed, the same in every process.
-        on_batch: called after each batch with the new outputs by position.
+        known: answers by position that need not be computed, the same in every process.
+        on_batch: called after each batch with the new answers by position.
 
     Raises:
         InputError: a prompt is too long, or an image cannot be read; names the item.
@@ -58,9 +73,9 @@ def answer(
         undecided = []
         for members, pixels in _batches(plan(asked, size), rows, items, processor, config.num_threads):
             local = vlm.pad_questions([asked[members[row]] for row in rows], pixels)
-            tokens, leads = vlm.generate_with_leads(place_rows(local, vlm.mesh, size), max_new_tokens)
-            near = {i for i, lead in zip(members, leads, strict=True) if lead < near_tie}
-            new = {i: processor.decode(row) for i, row in zip(members, tokens, strict=True) if i not in near}
+            made = vlm.generate_in_full(place_rows(local, vlm.mesh, size), max_new_tokens)
+            near = {i for i, lead in zip(members, made.lead, strict=True) if lead < near_tie}
+            new = {i: _answer(processor, made, row, items[i]) for row, i in enumerate(members) if i not in near}
             undecided += sorted(near)
             outputs.update(new)
             if on_batch and new:
@@ -71,6 +86,11 @@ def answer(
     undecided = run(encoded, config.batch_size, near_tie)
     run({i: encoded[i] for i in undecided}, 1, 0.0)
     return [outputs[i] for i in range(len(items))]
+
+
+def _answer(processor: Processor, made: Generated, row: int, item: Item) -> Answer:
+    gated = made.ratios is not None and item.image is not None
+    return Answer(processor.decode(made.tokens[row]), made.ratios[:, row] if gated else None)
 
 
 def _near_tie(vlm: VLM, config: EvalConfig) -> float:

@@ -1,7 +1,8 @@
 """The log of what a model answered: appended batch by batch, so that a run that was stopped goes on where it was.
 
 One file for each benchmark, method and meaning (weights, gates, sinks, decoding, text template, files): answers given under
-other settings are never taken for these. A line is `{"id", "prompt": sha256 of the prompt, "output"}`.
+other settings are never taken for these. A line is `{"id", "prompt": sha256 of the prompt, "output"}`, with `ratios` if there
+are gates.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lsg_jax.checkpoint.processes import is_primary, share_bytes
+from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Item
 
 
@@ -30,29 +34,33 @@ class AnswerLog:
         self.path = folder / f"{name}.{key[:16]}.jsonl"
         self._lines = [{"id": item.id, "prompt": sha256(prompt)} for item, prompt in zip(items, prompts, strict=True)]
 
-    def known(self) -> dict[int, str]:
-        """Outputs of earlier runs by position; a collective."""
-        found: dict[str, str] = {}
+    def known(self) -> dict[int, Answer]:
+        """Answers of earlier runs by position; a collective."""
+        found: dict[str, tuple[str, Any]] = {}
         if is_primary() and self.path.exists():
             position = {(line["id"], line["prompt"]): str(i) for i, line in enumerate(self._lines)}
             for text in self.path.read_text(encoding="utf-8").split("\n"):
                 try:
                     line = json.loads(text)
-                    found[position[line["id"], line["prompt"]]] = line["output"]
+                    found[position[line["id"], line["prompt"]]] = (line["output"], line.get("ratios"))
                 except (ValueError, KeyError, TypeError):
                     continue  # the line that a kill cut short, or a question that is not asked now
         shared = json.loads(share_bytes(json.dumps(found).encode()))
-        return {int(i): output for i, output in shared.items()}
+        return {int(i): Answer(text, None if r is None else np.array(r, np.float32)) for i, (text, r) in shared.items()}
 
-    def add(self, outputs: Mapping[int, str]) -> None:
+    def add(self, answers: Mapping[int, Answer]) -> None:
         """Appends a batch; on disk when this returns."""
         if not is_primary():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps({**self._lines[i], "output": output}) + "\n" for i, output in outputs.items())
+        text = "".join(json.dumps({**self._lines[i], **_plain(answer)}) + "\n" for i, answer in answers.items())
         with self.path.open("a", encoding="utf-8") as file:
             # A line that a kill cut short is closed, so that it spoils nothing but itself.
             file.write(text if file.tell() == 0 else "\n" + text)
+
+
+def _plain(answer: Answer) -> dict[str, Any]:
+    return {"output": answer.text} | ({} if answer.ratios is None else {"ratios": answer.ratios.tolist()})
 
 
 def sha256(text: str) -> str:

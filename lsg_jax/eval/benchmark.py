@@ -124,6 +124,7 @@ class Benchmark:
             questions); None: each item alone.
         guess_by: field by which the majority baseline guesses: the most frequent answer among items of equal value; None: among
             all.
+        task: field that says what kind of question an item is, for tables by task; None: all are of one.
         max_new_tokens: {protocol: tokens}, the protocol's own limit where it has one; the run's setting goes before it.
     """
 
@@ -136,6 +137,7 @@ class Benchmark:
     size: int | None = None
     unit: str | None = None
     guess_by: str | None = None
+    task: str | None = None
     max_new_tokens: Mapping[Protocol, int] = field(default_factory=dict)
 
 

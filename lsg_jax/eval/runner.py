@@ -1,11 +1,11 @@
-"""`lsg eval`: asks every question of the benchmarks, base and gated, grades, and writes what was asked, answered and scored."""
+"""`lsg eval`: asks the questions of the benchmarks under every method, grades, and writes what was asked and answered."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,20 +16,22 @@ import numpy as np
 
 from lsg_jax.checkpoint.files import write_json
 from lsg_jax.checkpoint.processes import host_array, is_primary, on_primary
-from lsg_jax.config import EvalConfig, Protocol, to_dict
+from lsg_jax.config import EvalConfig, GateConfig, Protocol, to_dict
 from lsg_jax.errors import InputError, Preempted
-from lsg_jax.eval.answering import answer
+from lsg_jax.eval.answering import Answer, answer
 from lsg_jax.eval.answers import AnswerLog, sha256
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics
 from lsg_jax.eval.parquet import digests
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.statistics import interval, paired_test, resample_weights
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.stopping import stop_signals
 from lsg_jax.vlm import VLM
 
 Progress = Callable[[str, int, int], None]
 
 RESULT = "result.json"
+BASE = "base"  # the method that the others are compared with: the model as it is
 MAX_NEW_TOKENS = 32  # where neither the run nor the protocol says
 
 
@@ -63,19 +65,20 @@ class Asked:
 
 
 def evaluate(
-    vlm: VLM,
+    models: Mapping[str, VLM],
     config: EvalConfig,
     out: Path,
     *,
     asked: dict[str, Asked] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Answers every question of `config.benchmarks`, ungated and, where the model has gates, gated; a collective.
+    """Answers every question of `config.benchmarks` under every method; a collective.
 
     Writes into `out`: `result.json`; `<name>.<method>.jsonl`, a line a question with prompt, output and what it was read as;
     `answers/`, the log by which a stopped run goes on (questions answered under the same settings are not asked again).
 
     Args:
+        models: method -> the model under it; `base` is the one that the others are compared with.
         asked: what `ask_all(config)` gave, for a caller who looked at the files before loading the model.
         progress: called with (what, done, total).
 
@@ -87,26 +90,29 @@ def evaluate(
         Preempted: SIGTERM or SIGINT came; what was answered is kept.
     """
     asked = ask_all(config) if asked is None else asked
-    models = {"base": vlm.plain(), **({"gated": vlm} if vlm.gates is not None else {})}
+    first = next(iter(models.values()))
     on_primary(lambda: out.mkdir(parents=True, exist_ok=True))
     result: dict[str, Any] = {
-        "format": "lsg-eval-2",
-        "model": vlm.folder.name if vlm.folder else None,
-        "backbone": vlm.digest,
-        "gate": to_dict(vlm.gate) if vlm.gate else None,
-        "sinks": to_dict(vlm.config.sinks),
+        "format": "lsg-eval-3",
+        "model": first.folder.name if first.folder else None,
+        "backbone": first.digest,
+        "methods": {method: settings_of(model) for method, model in models.items()},
         "settings": {k: v for k, v in to_dict(config).items() if k != "benchmarks"} | {"decoding": "greedy"},
         "versions": {name: version(name) for name in ("lsg_jax", "jax")},
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "benchmarks": {},
+        "ratios": [],
     }
     for name, test in asked.items():
-        outputs = {m: _outputs(model, f"{name}.{m}", test, config, out, progress) for m, model in models.items()}
-        graded = {method: grade(test, texts) for method, texts in outputs.items()}
+        answers = {m: _answers(model, f"{name}.{m}", test, config, out, progress) for m, model in models.items()}
+        graded = {method: grade(test, [answer.text for answer in found]) for method, found in answers.items()}
         if is_primary():
-            for method, texts in outputs.items():
-                _write_outputs(out / f"{name}.{method}.jsonl", test, texts, graded[method])
+            for method, found in answers.items():
+                _write_outputs(out / f"{name}.{method}.jsonl", test, found, graded[method])
         result["benchmarks"][name] = summary(test, graded)
+        for method, model in models.items():
+            if model.gate is not None:
+                result["ratios"] += [{"method": method, **row} for row in ratio_rows(name, test, answers[method], model.gate)]
     on_primary(lambda: write_json(out / RESULT, result, sort_keys=False))
     return result
 
@@ -136,13 +142,22 @@ def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
     )
 
 
-def _outputs(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress | None) -> list[str]:
+def settings_of(model: VLM) -> dict[str, Any]:
+    """What is done to the model, as plain data: `gate`, `method` and `sinks`, null where they play no part."""
+    changed = model.gate is not None or model.method is not None
+    return {
+        "gate": to_dict(model.gate) if model.gate else None,
+        "method": {"name": type(model.method).__name__, **to_dict(model.method)} if model.method else None,
+        "sinks": to_dict(model.config.sinks) if changed else None,
+    }
+
+
+def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress | None) -> list[Answer]:
     meaning = {
         "backbone": model.digest,
         "dtype": str(jax.tree.leaves(model.frozen)[0].dtype),
-        "gate": to_dict(model.gate) if model.gate else None,
+        **settings_of(model),
         "gates": _digest(model.gates) if model.gates else None,
-        "sinks": to_dict(model.config.sinks) if model.gates else None,
         "files": sorted(test.files.values()),
         "max_new_tokens": test.max_new_tokens,
         "max_length": config.max_length,
@@ -155,7 +170,7 @@ def _outputs(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
     # with several processes one that stops would leave the others waiting; there a signal just ends it
     with stop_signals() if jax.process_count() == 1 else contextlib.nullcontext(lambda: False) as stopped:
 
-        def save(new: dict[int, str]) -> None:
+        def save(new: dict[int, Answer]) -> None:
             nonlocal done
             log.add(new)
             done += len(new)
@@ -188,7 +203,7 @@ def grade(test: Asked, outputs: Sequence[str]) -> Graded:
 
 
 def summary(test: Asked, graded: dict[str, Graded]) -> dict[str, Any]:
-    """One benchmark's part of the result: every aggregate with its interval, and what the gates changed."""
+    """One benchmark's part of the result: every aggregate with its interval, and what each method changed over the base."""
     benchmark = test.benchmark
     units = [item.id if benchmark.unit is None else item.fields[benchmark.unit] for item in test.items]
     weight = resample_weights(units)
@@ -204,15 +219,37 @@ def summary(test: Asked, graded: dict[str, Graded]) -> dict[str, Any]:
         "score": test.score,
         "unread": {method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},
         "majority": _plain(benchmark.metrics(grade(test, _most_frequent(test)))),
+        "methods": {},
+        "change": {},
+        "paired_test": {},
     }
     points = {method: benchmark.metrics(g) for method, g in graded.items()}
     for method in graded:
-        entry[method] = _with_intervals(points[method], resampled[method])
-    if "gated" in graded:
-        difference = lambda of: {name: of["gated"][name] - of["base"][name] for name in of["base"]}
-        entry["change"] = _with_intervals(difference(points), difference(resampled))
-        entry["paired_test"] = paired_test(graded["base"].score, graded["gated"].score)
+        entry["methods"][method] = _with_intervals(points[method], resampled[method])
+        if method != BASE and BASE in graded:
+            change = lambda of, method=method: {metric: of[method][metric] - of[BASE][metric] for metric in of[BASE]}
+            entry["change"][method] = _with_intervals(change(points), change(resampled))
+            entry["paired_test"][method] = paired_test(graded[BASE].score, graded[method].score)
     return entry
+
+
+def ratio_rows(name: str, test: Asked, answers: Sequence[Answer], gate: GateConfig) -> list[dict[str, Any]]:
+    """How the gates stood, by task: mean and standard deviation of each layer's ratios over the questions with an image."""
+    field = test.benchmark.task
+    tasks: dict[str, list[np.ndarray]] = {}
+    for item, found in zip(test.items, answers, strict=True):
+        if found.ratios is not None:
+            tasks.setdefault(item.fields.get(field, "") if field else "", []).append(found.ratios)
+    rows = []
+    for task in sorted(tasks):
+        values = np.stack(tasks[task])
+        for i, layer in enumerate(gate.layers):
+            for j, group in enumerate(GROUPS[gate.grouping]):
+                at = values[:, i, j].astype(np.float64)
+                # three digits: the rest depends on the batch size
+                stands = {"mean": round(float(at.mean()), 3), "std": round(float(at.std()), 3), "questions": len(at)}
+                rows.append({"benchmark": name, "task": task or name, "layer": layer, "group": group, **stands})
+    return rows
 
 
 def _most_frequent(test: Asked) -> list[str]:
@@ -242,21 +279,21 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None  # NaN is no JSON
 
 
-def _write_outputs(path: Path, test: Asked, outputs: Sequence[str], graded: Graded) -> None:
+def _write_outputs(path: Path, test: Asked, answers: Sequence[Answer], graded: Graded) -> None:
     lines = [
         json.dumps(
             {
                 "id": item.id,
                 **item.fields,
                 "prompt": prompt,
-                "output": text,
+                "output": answer.text,
                 "parsed": parsed,
                 "answers": item.answers,
                 "score": float(score),
             }
         )
-        for item, prompt, text, parsed, score in zip(
-            test.items, test.prompts, outputs, graded.parsed, graded.score, strict=True
+        for item, prompt, answer, parsed, score in zip(
+            test.items, test.prompts, answers, graded.parsed, graded.score, strict=True
         )
     ]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

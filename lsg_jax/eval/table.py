@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = ("metric", "majority", "base [95 %]", "gated [95 %]", "change [95 %]")
-
 
 def table(result: dict[str, Any]) -> str:
     """The metrics of every benchmark of `eval.runner`'s result; the official score is marked `*`, or said to be missing."""
@@ -13,20 +11,23 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _benchmark(name: str, entry: dict[str, Any]) -> str:
-    rows = [COLUMNS]
-    for metric, base in entry["base"].items():
+    methods, changed = entry["methods"], entry["change"]
+    rows = [["metric", "majority", *(f"{m} [95 %]" for m in methods), *(f"{m}: change [95 %]" for m in changed)]]
+    for metric, majority in entry["majority"].items():
         rows.append(
-            (
+            [
                 metric + (" *" if metric == entry["score"] else ""),
-                _value(entry["majority"][metric]),
-                _interval(base),
-                _interval(entry["gated"][metric]) if "gated" in entry else "",
-                _interval(entry["change"][metric], sign="+") if "change" in entry else "",
-            )
+                _value(majority),
+                *(_interval(found[metric]) for found in methods.values()),
+                *(_interval(found[metric], sign="+") for found in changed.values()),
+            ]
         )
-    used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows[1:])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = ["  ".join(row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    lines = ["  ".join(row) for row in aligned]
     return "\n".join([_title(name, entry), *lines, *_unread(entry), *_test(entry)])
 
 
@@ -45,10 +46,10 @@ def _unread(entry: dict[str, Any]) -> list[str]:
 
 
 def _test(entry: dict[str, Any]) -> list[str]:
-    if "paired_test" not in entry:
-        return []
-    found = entry["paired_test"]
-    return [f"gated against base: {found['better']} questions better, {found['worse']} worse, p = {found['p_value']:.3g}"]
+    return [
+        f"{method} against base: {found['better']} questions better, {found['worse']} worse, p = {found['p_value']:.3g}"
+        for method, found in entry["paired_test"].items()
+    ]
 
 
 def _value(value: float | None, sign: str = "") -> str:

@@ -25,7 +25,10 @@ class GateParam(nnx.Param):
 
 
 def is_gate(path: tuple[str, ...]) -> bool:
-    """True for the parameter paths that training may change; the one predicate behind gradients and freeze masks."""
+    """True for the parameters that training may change; the one predicate behind gradients and freeze masks.
+
+    What a trained baseline (LoRA, DIYSink) changes lies below `gates` as well.
+    """
     return path[0] == "gates"
 
 

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from lsg_jax.types import SinkMasks
 
 
+GROUPS = {"v_sink_rest": ("v_sink", "rest"), "l_sink_rest": ("l_sink", "rest"), "three": ("v_sink", "l_sink", "ordinary")}
+"""Names of the token groups of each grouping, in the order of their coefficients."""
+
+
 def group_members(masks: SinkMasks, grouping: str) -> jax.Array:
     """Membership of each token in the groups of a grouping (config.Grouping).
 

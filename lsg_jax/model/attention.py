@@ -61,17 +61,23 @@ def attend(
     return out, (weights / total).reshape(batch, heads, length, keys) if return_weights else None
 
 
-def attend_causally(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend_causally(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, edit: Callable[..., jax.Array] | None = None
+) -> jax.Array:
     """`attend` for T = S and a mask that lets nobody look ahead.
 
-    The queries go block by block, each with the keys up to its end: three eighths of the work are not done.
+    The queries go block by block, each with the keys up to its end: three eighths of the work are not done. `edit` is that of
+    LayerChange.
     """
     length = query.shape[1]
     block = max(-(-length // QUERY_BLOCKS), SHORTEST_BLOCK)
     parts = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        parts.append(attend(query[:, start:stop], key[:, :, :stop], value[:, :, :stop], mask[:, start:stop, :stop])[0])
+        queries = jnp.broadcast_to(jnp.arange(start, stop), (query.shape[0], stop - start))
+        own_edit = None if edit is None else functools.partial(edit, queries=queries)
+        out, _ = attend(query[:, start:stop], key[:, :, :stop], value[:, :, :stop], mask[:, start:stop, :stop], edit=own_edit)
+        parts.append(out)
     return jnp.concatenate(parts, axis=1)
 
 
@@ -178,8 +184,8 @@ class CausalAttention(nnx.Module):
         if cache is not None:
             kept = cache = cache.append(key, value)
             key, value = cache.read()
-        if cache is None and rows is None and not return_weights and change.edit is None:
-            return project("o_proj", attend_causally(query, key, value, mask)), kept, None
+        if cache is None and rows is None and not return_weights:
+            return project("o_proj", attend_causally(query, key, value, mask, edit=change.edit)), kept, None
         edit = None if change.edit is None else functools.partial(change.edit, queries=rows)
         out, weights = attend(query, key, value, mask, return_weights=return_weights, edit=edit)
         return project("o_proj", out), kept, weights

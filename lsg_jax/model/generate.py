@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from lsg_jax.baselines.var import AttentionRedistribution
+from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.model.llava import Llava
-from lsg_jax.types import Array, Batch, KVCache
+from lsg_jax.types import Array, Batch, Intervention, KVCache
 
 
-def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+class Generated(NamedTuple):
+    """What greedy generation gives.
+
+    Attributes:
+        tokens: int32 [B, N = max_new_tokens], pad_token_id after the end-of-sequence token.
+        steps: int32 [], the number of columns that were generated: the loop stops when every row has ended.
+        lead: float32 [B], the smallest lead of a chosen token over the next best, in logits: where it is as small as rounding
+            errors, a computation of another shape might have chosen otherwise.
+        ratios: float32 [L - first gated layer, B, G], or None without key gating.
+    """
+
+    tokens: Array
+    steps: Array
+    lead: Array
+    ratios: Array
+
+
+def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> Generated:
     """Greedy continuation of each row; padding may be on either side.
 
-    The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates.
-
-    Returns:
-        tokens int32 [B, N = max_new_tokens], pad_token_id after the end-of-sequence token;
-        the number of columns that were generated, int32 []: the loop stops when every row has ended;
-        the smallest lead of a chosen token over the next best, float32 [B], in logits: where it is as small as rounding errors,
-        a computation of another shape might have chosen otherwise.
+    The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates. Edits of
+    the attention and low-rank updates go on with every token.
     """
-    config = model.config
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     merged = model.merge(batch)
     valid = merged.valid
     out = model(batch, merged=merged, keep_kv=True, rows=last_token(valid)[:, None])
-    room = [(0, 0)] * 3 + [(0, max_new_tokens), (0, 0)]
-    cache = KVCache(jnp.pad(out.key, room), jnp.pad(out.value, room), jnp.pad(valid, room[2:4]))
-    prompt_length = valid.sum(1).astype(jnp.int32)
-    slots = valid.shape[1]
+    cache = with_room(KVCache(out.key, out.value, valid, out.sinks), max_new_tokens)
+    intervention = model.intervention(batch, merged)
+    tokens, steps, lead = decode_greedily(
+        model, out.hidden[:, 0], cache, max_new_tokens=max_new_tokens, intervention=intervention
+    )
+    return Generated(tokens, steps, lead, out.ratios)
+
+
+def with_room(cache: KVCache, slots: int) -> KVCache:
+    """The cache with `slots` empty ones behind those that it has."""
+    room = [(0, 0)] * 3 + [(0, slots), (0, 0)]
+    sinks = None if cache.sinks is None else jnp.pad(cache.sinks, room[1:4])
+    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), jnp.pad(cache.valid, room[2:4]), sinks)
+
+
+def decode_greedily(
+    model: Llava, hidden: jax.Array, cache: KVCache, *, max_new_tokens: int, intervention: Intervention | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Greedy continuation of prompts that were already run.
+
+    Args:
+        hidden: [B, D], output of the last layer at the last token of each prompt.
+        cache: of the prompts, its last `max_new_tokens` slots empty.
+        intervention: what was done to the prompts.
+
+    Returns:
+        tokens, steps and lead, as Generated has them.
+    """
+    config = model.config
+    prompt_length = cache.valid.sum(1).astype(jnp.int32)
+    batch, slots = cache.valid.shape[0], cache.valid.shape[1] - max_new_tokens
     eos = jnp.array(config.eos_token_ids)
 
     def pick(hidden: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -41,8 +83,8 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Ar
     def ended(token: jax.Array) -> jax.Array:
         return (token[:, None] == eos).any(-1)
 
-    token, lead = pick(out.hidden[:, 0], jnp.zeros(valid.shape[0], bool))
-    tokens = jnp.full((valid.shape[0], max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
+    token, lead = pick(hidden, jnp.zeros(batch, bool))
+    tokens = jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
 
     def cond(carry: tuple) -> jax.Array:
         step, _, done, *_ = carry
@@ -50,13 +92,22 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[jax.Ar
 
     def body(carry: tuple) -> tuple:
         step, token, done, tokens, lead, cache = carry
-        hidden, cache = model.language_model.decode(token, prompt_length + step - 1, slots + step - 1, cache)
+        slot = slots + step - 1
+        going_on = behind(intervention, cache, slot)
+        hidden, cache = model.language_model.decode(token, prompt_length + step - 1, slot, cache, going_on)
         token, new_lead = pick(hidden, done)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return step + 1, token, done | ended(token), tokens, jnp.minimum(lead, new_lead), cache
 
     step, _, _, tokens, lead, _ = jax.lax.while_loop(cond, body, (jnp.int32(1), token, ended(token), tokens, lead, cache))
     return tokens, step, lead
+
+
+def behind(intervention: Intervention | None, cache: KVCache, slot: jax.Array) -> Intervention | None:
+    """What an intervention in the prompt still does to the token that goes into `slot`; the cache holds keys that it scaled."""
+    if isinstance(intervention, AttentionRedistribution):
+        return intervention.behind(cache, slot)
+    return None if isinstance(intervention, KeyScaling) else intervention
 
 
 def last_token(valid: Array) -> jax.Array:

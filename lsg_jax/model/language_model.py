@@ -58,6 +58,7 @@ class DecoderOutput:
         hidden: [B, T, D], or [B, A, D] where only some rows were wanted; output of the last layer, before the final norm.
         key, value: [L, B, K, T, H], or None unless `keep_kv`.
         ratios: float32 [L - first changed layer, B, G], or None without key gating.
+        sinks: bool [L, B, T], sinks that an intervention needs again when decoding, False below the first changed layer; or None.
         observed: what the observer returned, stacked over the L layers, or None.
     """
 
@@ -65,6 +66,7 @@ class DecoderOutput:
     key: Array
     value: Array
     ratios: Array
+    sinks: Array
     observed: Any
 
 
@@ -141,7 +143,7 @@ class LanguageModel(nnx.Module):
                 x, rope, mask, change=change, rows=rows, return_weights=observe_attention and rows is None
             )
             seen = observe(LayerView(hidden=x, attention=weights, ratios=change.ratios)) if observe else None
-            return y, ((key, value) if keep_kv else None, change.ratios, seen)
+            return y, ((key, value) if keep_kv else None, change.ratios, seen, change.sinks if keep_kv else None)
 
         def run(x: jax.Array, start: int, stop: int, walked: Any) -> tuple[jax.Array, Any]:
             # a scan already keeps the recomputation apart from the forward pass
@@ -165,19 +167,59 @@ class LanguageModel(nnx.Module):
             parts.append(jax.tree.map(lambda v: v[None], part))
         kv = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[0] for p in parts))
         observed = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[2] for p in parts))
-        ratios = [p[1] for p in parts if p[1] is not None]
         key, value = kv or (None, None)
-        return DecoderOutput(
-            hidden=x, key=key, value=value, ratios=jnp.concatenate(ratios) if ratios else None, observed=observed
-        )
+        ratios, sinks = _join([p[1] for p in parts]), _join([p[3] for p in parts])
+        if sinks is not None:
+            sinks = jnp.pad(sinks, ((len(key) - len(sinks), 0), (0, 0), (0, 0)))
+        return DecoderOutput(hidden=x, key=key, value=value, ratios=ratios, sinks=sinks, observed=observed)
 
-    def decode(self, token: jax.Array, position: jax.Array, slot: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def resume(
+        self, x: jax.Array, cache: KVCache, intervention: Intervention, start: jax.Array, *, rows: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """`__call__` from layer `start` on, which may be traced: one compiled program for every start. Not differentiable.
+
+        Args:
+            x: [B, T, D], the residual stream that enters layer `start`.
+            cache: of S >= T slots; what it holds of the prompt [B, T] in the layers from `start` on is written anew.
+            start: int32 [], in 0..L-1.
+            rows: int32 [B, A], positions whose output is wanted.
+
+        Returns:
+            hidden [B, A, D] before the final norm, and the cache.
+        """
+        valid = cache.valid[:, : x.shape[1]]
+        rope = rope_angles(token_positions(valid), self.config.rope, self.config.head_dim)
+        mask = causal_mask(valid)
+        last = self.config.num_layers - 1
+        graphdef, stacked = nnx.split(self.layers)
+        walked = intervention.per_layer(0, last + 1)
+
+        def body(index: jax.Array, carry: tuple, rows: jax.Array | None = None) -> tuple:
+            x, *buffers = carry
+            change = intervention.layer(layer_at(walked, index), x)
+            y, kept, _ = nnx.merge(graphdef, layer_at(stacked, index))(x, rope, mask, change=change, rows=rows)
+            put = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[None], (index, 0, 0, 0, 0))
+            return y, *map(put, buffers, kept)
+
+        carry = jax.lax.fori_loop(start, last, body, (x, cache.key, cache.value))
+        hidden, key, value = body(jnp.int32(last), carry, rows)
+        return hidden, KVCache(key=key, value=value, valid=cache.valid)
+
+    def decode(
+        self,
+        token: jax.Array,
+        position: jax.Array,
+        slot: jax.Array,
+        cache: KVCache,
+        intervention: Intervention | None = None,
+    ) -> tuple[jax.Array, KVCache]:
         """One step for every row.
 
         Args:
             token: int32 [B].
             position: int32 [B], rotary position of the token.
             slot: int32 [], cache slot to write.
+            intervention: what is done in the layers to the one token of each row; scaled keys are in the cache already.
 
         Returns:
             hidden [B, D] before the final norm, and the cache with the slot filled.
@@ -187,14 +229,27 @@ class LanguageModel(nnx.Module):
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, jnp.ones_like(cache.valid[:, :1]), slot, axis=1)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(carry: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array) -> tuple[Any, None]:
-            x, key, value = carry
-            layer = nnx.merge(graphdef, layer_at(stacked, index))
-            x, kept, _ = layer(x, rope, valid[:, None, :], cache=LayerCache(key, value, index, slot))
-            return (x, kept.key, kept.value), None
+        num_layers = self.config.num_layers
+        walked = None if intervention is None else intervention.per_layer(0, num_layers)
 
-        (x, key, value), _ = jax.lax.scan(body, (x, cache.key, cache.value), jnp.arange(self.config.num_layers))
-        return x[:, 0], KVCache(key=key, value=value, valid=valid)
+        def body(carry: tuple[jax.Array, jax.Array, jax.Array], xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+            x, key, value = carry
+            index, walked = xs
+            change = UNCHANGED if intervention is None else intervention.layer(walked, x)
+            layer = nnx.merge(graphdef, layer_at(stacked, index))
+            x, kept, _ = layer(x, rope, valid[:, None, :], change=change, cache=LayerCache(key, value, index, slot))
+            return (x, kept.key, kept.value), change.sinks
+
+        (x, key, value), sinks = jax.lax.scan(body, (x, cache.key, cache.value), (jnp.arange(num_layers), walked))
+        if sinks is not None:
+            sinks = jax.lax.dynamic_update_slice_in_dim(cache.sinks, sinks, slot, axis=2)
+        return x[:, 0], KVCache(key=key, value=value, valid=valid, sinks=sinks)
+
+
+def _join(parts: list[Any]) -> jax.Array | None:
+    """What runs over some of the layers gave, one behind the other; a run that gave nothing does not count."""
+    given = [part for part in parts if part is not None]
+    return jnp.concatenate(given) if given else None
 
 
 def token_positions(valid: jax.Array) -> jax.Array:

@@ -11,7 +11,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsg_jax.config import FixedConfig, GateConfig, MethodConfig, ModelConfig
+from lsg_jax.baselines.diysink import DiySink, QuestionWeights, mean_question, sink_patches, taking_part
+from lsg_jax.baselines.lora import LowRankUpdate
+from lsg_jax.baselines.sink_front import check_sink_front, sinks_to_front
+from lsg_jax.baselines.var import attention_redistribution, check_var
+from lsg_jax.config import (
+    DiySinkConfig,
+    FixedConfig,
+    GateConfig,
+    LoraConfig,
+    MethodConfig,
+    ModelConfig,
+    SinkFrontConfig,
+    VarConfig,
+)
 from lsg_jax.gating.gate import KeyScaling, SinkGate, expand_gates
 from lsg_jax.model.language_model import DecoderOutput, LanguageModel
 from lsg_jax.model.layers import stack_layers
@@ -41,8 +54,10 @@ class Llava(nnx.Module):
     """A LLaVA-style model.
 
     Args:
-        gate: adds gates at `gate.layers`, the only parameters of type GateParam.
+        gate: adds gates at `gate.layers`.
         method: what is done to the model instead, one of the baselines.
+
+    What training changes, gates or the parameters of a baseline, lies below `gates`; all else is frozen.
 
     Raises:
         ValueError: a gated layer that does not exist, or L-sink groups with a criterion that needs attention weights.
@@ -66,6 +81,8 @@ class Llava(nnx.Module):
         if gate is not None:
             check_gate(gate, config)
             self.gates = make_gates(config, gate, rngs.gates())
+        elif isinstance(method, LoraConfig | DiySinkConfig):
+            self.gates = make_baseline(config, method, rngs.gates())
 
     def image_features(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Features before the projector, and the V-sinks among them.
@@ -108,24 +125,39 @@ class Llava(nnx.Module):
         if batch.pixels is None:
             return MergedSequence(x=x, valid=jnp.asarray(batch.attention_mask), visual=None)
         features, v_sink = self.image_features(batch.pixels)
-        patches = self.projector(features)
+        if isinstance(self.method, SinkFrontConfig):
+            features, v_sink = sinks_to_front(features, v_sink, self.method)
         is_image = (batch.input_ids == self.config.image_token_id) & batch.attention_mask
-        index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, patches.shape[1] - 1)
+        index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+        valid, visual = jnp.asarray(batch.attention_mask), is_image
+        if isinstance(self.method, DiySinkConfig):
+            is_sink = sink_patches(features, self.method.tau)
+            text = valid & ~is_image & (jnp.arange(x.shape[1]) <= batch.gate_position[:, None])
+            patches = self.gates(features, is_sink, mean_question(x, text))
+            if batch.route is not None:
+                visual = is_image & jnp.take_along_axis(taking_part(is_sink, batch.route), index, axis=1)
+                valid = valid & (visual | ~is_image)
+        else:
+            patches = self.projector(features)
         x = jnp.where(is_image[..., None], jnp.take_along_axis(patches, index[..., None], axis=1).astype(x.dtype), x)
-        return MergedSequence(
-            x=x,
-            valid=jnp.asarray(batch.attention_mask),
-            visual=VisualTokens(mask=is_image, v_sink=is_image & jnp.take_along_axis(v_sink, index, axis=1)),
-        )
+        v_sink = visual & jnp.take_along_axis(v_sink, index, axis=1)
+        return MergedSequence(x=x, valid=valid, visual=VisualTokens(mask=visual, v_sink=v_sink))
 
     def intervention(self, batch: Batch, merged: MergedSequence) -> Intervention | None:
         """What the model's gates or its method do in the decoder layers; None for nothing."""
+        if isinstance(self.method, LoraConfig):
+            return self.gates.at_layer(self.method, self.config.text.num_layers)
         visual = merged.visual
         if visual is None:  # nothing to scale
             return None
         if self.gate_config is not None and self.gate_config.layers:
             source, enabled, gate = expand_gates(self.gates, self.gate_config, self.config.text.num_layers)
             return self._scaling(batch, visual, self.gate_config, source, enabled, gate)
+        if isinstance(self.method, VarConfig):
+            dims, num_layers = self.config.sinks.llm_dims, self.config.text.num_layers
+            return attention_redistribution(
+                self.method, visual=visual.mask, valid=merged.valid, dims=dims, num_layers=num_layers
+            )
         if isinstance(self.method, FixedConfig):
             layers = jnp.arange(self.config.text.num_layers)
             coefficients = jnp.broadcast_to(
@@ -161,6 +193,7 @@ class Llava(nnx.Module):
             merged.x,
             merged.valid,
             self.intervention(batch, merged),
+            differentiate=isinstance(self.method, DiySinkConfig),  # its projectors come before the layers
             rows=rows,
             keep_kv=keep_kv,
             remat=remat,
@@ -192,6 +225,35 @@ class Llava(nnx.Module):
 def make_gates(config: ModelConfig, gate: GateConfig, key: jax.Array) -> SinkGate:
     """Fresh gates for the layers of `gate`, stacked in their order."""
     return stack_layers(lambda r: SinkGate(config.text.hidden_size, gate, rngs=r), key, len(gate.layers))
+
+
+def make_baseline(config: ModelConfig, method: LoraConfig | DiySinkConfig, key: jax.Array) -> LowRankUpdate | DiySink:
+    """What a baseline trains, float32 and random; `initial_parameters` has the values that training starts from."""
+    rngs = nnx.Rngs(key)
+    if isinstance(method, LoraConfig):
+        return LowRankUpdate(config.text, method, rngs=rngs)
+    weights = QuestionWeights(config.text.hidden_size, method.width, rngs=rngs) if method.routing == "mlp" else None
+    sinks, others = (Projector(config, rngs=rngs, dtype=jnp.float32) for _ in range(2))
+    return DiySink(sinks, others, weights)
+
+
+def initial_parameters(
+    config: ModelConfig, gate: GateConfig | None, method: MethodConfig | None, frozen: dict, key: jax.Array
+) -> dict:
+    """The subtree "gates" before the first step of training, a nested dict of arrays of its own.
+
+    Args:
+        gate, method: one of the two; a method that is trained.
+        frozen: parameters of the backbone; DIYSink's projectors start as copies of its projector.
+    """
+    if gate is not None:
+        return nnx.to_pure_dict(nnx.state(make_gates(config, gate, key)))
+    assert isinstance(method, LoraConfig | DiySinkConfig)
+    parameters = nnx.to_pure_dict(nnx.state(make_baseline(config, method, key)))
+    if isinstance(method, DiySinkConfig):
+        for name in ("sink_projector", "other_projector"):
+            parameters[name] = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), frozen["projector"])
+    return parameters
 
 
 def abstract_model(
@@ -229,6 +291,13 @@ def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> 
 
 def check_method(method: MethodConfig, config: ModelConfig) -> None:
     """Raises ValueError for a method that the model cannot carry."""
+    if isinstance(method, LoraConfig) and not 0 <= method.layer < config.text.num_layers:
+        last = config.text.num_layers - 1
+        raise ValueError(f"lora.layer: layer {method.layer} does not exist, the model has layers 0 to {last}")
+    if isinstance(method, VarConfig):
+        check_var(method, dims=config.sinks.llm_dims, num_layers=config.text.num_layers)
+    if isinstance(method, SinkFrontConfig):
+        check_sink_front(method)
     if isinstance(method, FixedConfig):
         gate = GateConfig(layers=method.layers, grouping=method.grouping)
         check_gate(gate, config, name="fixed")

@@ -20,7 +20,8 @@ def answer_loss(model: Llava, batch: Batch, *, remat: str = "none") -> tuple[jax
 
     Returns:
         loss float32 [] in nats a token (0 for a batch without answers), and a dict: `tokens` int32 [], `correct` int32 []
-        (greedy hits), `ratios` float32 [gated layers, G] as means over the rows with an image (0 without any).
+        (greedy hits) and, of a gated model, `ratios` float32 [gated layers, G] as means over the rows with an image (0 without
+        any).
     """
     out = model(batch, remat=remat, rows=jnp.asarray(batch.answer_index))
     logits = model.language_model.logits(out.hidden)
@@ -30,7 +31,8 @@ def answer_loss(model: Llava, batch: Batch, *, remat: str = "none") -> tuple[jax
     tokens = used.sum()
     loss = jnp.where(used, losses, 0.0).sum() / jnp.maximum(tokens, 1)
     correct = ((logits.argmax(-1) == target) & used).sum()
-    return loss, {"tokens": tokens, "correct": correct, "ratios": mean_ratios(model, batch, out.ratios)}
+    ratios = {} if model.gate_config is None else {"ratios": mean_ratios(model, batch, out.ratios)}
+    return loss, {"tokens": tokens, "correct": correct, **ratios}
 
 
 def mean_ratios(model: Llava, batch: Batch, ratios: jax.Array | None) -> jax.Array:

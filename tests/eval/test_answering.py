@@ -15,7 +15,7 @@ from lsg_jax.config import EvalConfig, MeshConfig
 from lsg_jax.data.processor import Encoded
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval import runner
-from lsg_jax.eval.answering import answer, plan
+from lsg_jax.eval.answering import Answer, answer, plan
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.benchmarks.scenes import SCENES
 from lsg_jax.eval.registry import BENCHMARKS
@@ -41,7 +41,8 @@ MANY_DEVICES = (
     + """
 for count, mesh in {4: MeshConfig(), 8: MeshConfig(data=2)}.items():
     vlm = lsg_jax.load(model, mesh=make_mesh(mesh, jax.devices()[:count]))
-    (out / f"{count}.json").write_text(json.dumps(answer(vlm, items, prompts, CONFIG, max_new_tokens=6)))
+    answers = answer(vlm, items, prompts, CONFIG, max_new_tokens=6)
+    (out / f"{count}.json").write_text(json.dumps([found.text for found in answers]))
 """
 )
 
@@ -66,10 +67,11 @@ class Counted:
 items = [dataclasses.replace(item, image=Counted(item)) for item in items]
 BENCHMARKS["scenes"] = dataclasses.replace(SCENES, read=lambda path: items)
 config = dataclasses.replace(CONFIG, benchmarks={"scenes": ""})
-vlm = lsg_jax.load(model, gates(), mesh=make_mesh(MeshConfig()))
-results = [evaluate(vlm, config, out / "eval")]
+mesh = make_mesh(MeshConfig())
+models = {"base": lsg_jax.load(model, mesh=mesh), "lsg": lsg_jax.load(model, gates(), mesh=mesh)}
+results = [evaluate(models, config, out / "eval")]
 once = list(read)
-results.append(evaluate(vlm, config, out / "eval"))
+results.append(evaluate(models, config, out / "eval"))
 assert read == once, "what the log holds was asked again"
 (out / f"process{jax.process_index()}.json").write_text(json.dumps({"results": results, "read": read}))
 """
@@ -85,16 +87,16 @@ def questions():
 @pytest.fixture(scope="module")
 def outputs(tiny_model):
     items, prompts = questions()
-    return answer(lsg_jax.load(tiny_model), items, prompts, CONFIG, max_new_tokens=6)
+    return [found.text for found in answer(lsg_jax.load(tiny_model), items, prompts, CONFIG, max_new_tokens=6)]
 
 
 def test_batch_size_and_what_is_known_change_nothing(tiny_model, outputs):
     items, prompts = questions()
     assert len(set(outputs)) > 3
     vlm, batches = lsg_jax.load(tiny_model), []
-    known = {1: outputs[1], 15: outputs[15]}
+    known = {i: Answer(outputs[i]) for i in (1, 15)}
     again = answer(vlm, items, prompts, replace(CONFIG, batch_size=7), max_new_tokens=6, known=known, on_batch=batches.append)
-    assert again == outputs
+    assert [found.text for found in again] == outputs
     assert sorted(i for batch in batches for i in batch) == sorted(set(range(20)) - {1, 15})
 
 
@@ -110,7 +112,8 @@ def test_near_ties_are_answered_alone(tiny_model, outputs):
         max_new_tokens=6,
         on_batch=batches.append,
     )
-    assert again == outputs[:4] and batches == [{i: outputs[i]} for i in range(4)]
+    assert [found.text for found in again] == outputs[:4]
+    assert batches == [{i: Answer(outputs[i])} for i in range(4)]
 
 
 def test_devices_change_nothing(tiny_model, outputs, tmp_path):
@@ -124,9 +127,12 @@ def test_processes_change_nothing_and_share_the_images(tiny_model, outputs, tmp_
     first, second = (json.loads((tmp_path / f"process{rank}.json").read_text()) for rank in (0, 1))
     result = json.loads((tmp_path / "eval" / "result.json").read_text())
     assert first["results"] == second["results"] == [result, result]
+    assert {(row["task"], row["questions"]) for row in result["ratios"]} == {("count", 20)}
+    for layer in (1, 4):
+        assert sum(row["mean"] for row in result["ratios"] if row["layer"] == layer) == pytest.approx(1, abs=2e-3)
     rows = [json.loads(line) for line in (tmp_path / "eval" / "scenes.base.jsonl").read_text().splitlines()]
     assert [row["output"] for row in rows] == outputs
-    gated = [json.loads(line)["output"] for line in (tmp_path / "eval" / "scenes.gated.jsonl").read_text().splitlines()]
+    gated = [json.loads(line)["output"] for line in (tmp_path / "eval" / "scenes.lsg.jsonl").read_text().splitlines()]
     assert sum(a != b for a, b in zip(gated, outputs, strict=True)) > 3
     # 12 questions a batch, 6 for each process: the second has 8 and repeats its first one four times, in the other process
     everything = {item.id for item in questions()[0]}
@@ -139,7 +145,7 @@ def test_a_stopped_evaluation_goes_on(tiny_model, outputs, tmp_path, monkeypatch
     items, _ = questions()
     monkeypatch.setitem(BENCHMARKS, "scenes", replace(SCENES, read=lambda path: items))
     settings = replace(CONFIG, benchmarks={"scenes": ""})
-    vlm = lsg_jax.load(tiny_model)
+    models = {"base": lsg_jax.load(tiny_model)}
     asked = []
 
     def stop(what, done, total):
@@ -147,15 +153,15 @@ def test_a_stopped_evaluation_goes_on(tiny_model, outputs, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Preempted, match=r"stopped at 9 of 20 answers of scenes\.base; run the same command to go on"):
-        runner.evaluate(vlm, settings, tmp_path, progress=stop)
+        runner.evaluate(models, settings, tmp_path, progress=stop)
     assert not (tmp_path / "result.json").exists()
-    result = runner.evaluate(vlm, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
+    result = runner.evaluate(models, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
     assert asked[0] > 9
     rows = [json.loads(line) for line in (tmp_path / "scenes.base.jsonl").read_text().splitlines()]
     assert [row["output"] for row in rows] == outputs
     assert result["benchmarks"]["scenes"]["partial"]
     asked.clear()
-    again = runner.evaluate(vlm, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
+    again = runner.evaluate(models, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
     assert not asked and again == result == json.loads((tmp_path / "result.json").read_text())
 
 

@@ -102,8 +102,8 @@ def ours(model, gates, folder, tmp_path_factory):
     """What `lsg eval` finds: result, and {method: [line of the outputs file]}."""
     out = tmp_path_factory.mktemp("ours")
     config = replace(SETTINGS, benchmarks={"cv_bench": str(folder / "cv.parquet")})
-    result = evaluate(lsg_jax.load(model, gates), config, out)
-    lines = {m: (out / f"cv_bench.{m}.jsonl").read_text().splitlines() for m in ("base", "gated")}
+    result = evaluate({"base": lsg_jax.load(model), "lsg": lsg_jax.load(model, gates)}, config, out)
+    lines = {m: (out / f"cv_bench.{m}.jsonl").read_text().splitlines() for m in ("base", "lsg")}
     return result["benchmarks"]["cv_bench"], {method: list(map(json.loads, found)) for method, found in lines.items()}
 
 
@@ -131,7 +131,7 @@ def test_command_line(model, gates, folder, ours, tmp_path):
     (results,), (samples,) = ((tmp_path / "out").rglob(pattern) for pattern in ("*_results.json", "*_samples_*.jsonl"))
     scores = json.loads(results.read_text())["results"]["cv_bench_here"]
     entry, lines = ours
-    assert_same(map(json.loads, samples.read_text().splitlines()), scores, entry["gated"], lines["gated"])
+    assert_same(map(json.loads, samples.read_text().splitlines()), scores, entry["methods"]["lsg"], lines["lsg"])
     assert math.isnan(scores["official,none"]) and entry["score"] is None  # a part of the benchmark has no official score
 
 
@@ -147,11 +147,11 @@ def test_official_score_of_a_whole_file(model, folder, ours, monkeypatch, tmp_pa
         task_manager=TaskManager(include_path=str(folder), model_name="lsg_jax", include_defaults=False),
     )
     scores = found["results"]["cv_bench_here"]
-    assert_same(found["samples"]["cv_bench_here"], scores, entry["base"], lines["base"])
+    assert_same(found["samples"]["cv_bench_here"], scores, entry["methods"]["base"], lines["base"])
     asked = {sample["doc_id"]: sample["arguments"][0] for sample in found["samples"]["cv_bench_here"]}
     assert [asked[i] for i in range(len(asked))] == [line["prompt"] for line in lines["base"]]
-    assert scores["official,none"] == entry["base"]["official"]["value"] != scores["accuracy,none"]
-    assert [line["output"] for line in lines["base"]] != [line["output"] for line in lines["gated"]]
+    assert scores["official,none"] == entry["methods"]["base"]["official"]["value"] != scores["accuracy,none"]
+    assert [line["output"] for line in lines["base"]] != [line["output"] for line in lines["lsg"]]
 
 
 # ------------------------------------------------------------------------------- requests of other kinds, without a task file

@@ -8,6 +8,7 @@ import pytest
 
 from lsg_jax.config import EvalConfig
 from lsg_jax.errors import InputError
+from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, by, mean
 from lsg_jax.eval.registry import find_benchmark
@@ -66,24 +67,24 @@ def test_summary_of_base_and_gated():
     right = [item.answers[0] for item in ITEMS]
     better = ["?"] * 6 + right[6:]
     worse = ["?"] * 12 + right[12:]
-    entry = summary(asked, {"base": grade(asked, worse), "gated": grade(asked, better)})
-    assert entry["base"]["accuracy"]["value"] == 50.0 and entry["gated"]["accuracy"]["value"] == 75.0
-    change = entry["change"]["accuracy"]
+    entry = summary(asked, {"base": grade(asked, worse), "lsg": grade(asked, better)})
+    methods, change = entry["methods"], entry["change"]["lsg"]["accuracy"]
+    assert methods["base"]["accuracy"]["value"] == 50.0 and methods["lsg"]["accuracy"]["value"] == 75.0
     assert change["value"] == 25.0 and change["low"] < 25.0 < change["high"]
-    assert entry["paired_test"] == {"better": 6, "worse": 0, "p_value": pytest.approx(2 * 0.5**6)}
+    assert entry["paired_test"]["lsg"] == {"better": 6, "worse": 0, "p_value": pytest.approx(2 * 0.5**6)}
     # 16 of 24 are "yes", in either kind 8 of 12
     assert entry["majority"] == {name: pytest.approx(200 / 3) for name in ("accuracy", "a", "b")}
     json.dumps(entry, allow_nan=False)
     lines = table({"benchmarks": {"made": entry}}).splitlines()
     assert lines[2].split()[:3] == ["accuracy", "*", "66.67"] and lines[-1].endswith("6 questions better, 0 worse, p = 0.0312")
-    assert lines[-2] == "outputs that the matcher found no answer in: base 12, gated 6"
+    assert lines[-2] == "outputs that the matcher found no answer in: base 12, lsg 6"
 
 
 def test_a_metric_that_is_no_number_is_null():
     nothing = replace(MADE, metrics=lambda graded: {"none": mean(graded, np.zeros(24, bool))})
     asked = ask(nothing, "", EvalConfig())
     entry = summary(asked, {"base": grade(asked, ["yes"] * 24)})
-    assert entry["base"]["none"] == {"value": None, "low": None, "high": None}
+    assert entry["methods"]["base"]["none"] == {"value": None, "low": None, "high": None}
     assert table({"benchmarks": {"made": entry}}).splitlines()[2].split()[-1] == "-]"
 
 
@@ -91,12 +92,15 @@ def test_the_log_gives_back_what_it_holds(tmp_path):
     prompts = [f"q{i}" for i in range(24)]
     log = AnswerLog(tmp_path, "made.base", {"a": 1}, ITEMS, prompts)
     assert log.known() == {}
-    log.add({0: "x", 5: "two\nlines \u2028 é"})
+    ratios = np.array([[0.25, 0.75]], np.float32)
+    log.add({0: Answer("x"), 5: Answer("two\nlines \u2028 é", ratios)})
     with log.path.open("a") as file:
         file.write('\n{"id": "7", "prompt": "')  # killed while it wrote
     again = AnswerLog(tmp_path, "made.base", {"a": 1}, ITEMS, prompts)
-    again.add({8: "y"})
-    assert again.known() == {0: "x", 5: "two\nlines \u2028 é", 8: "y"}
+    again.add({8: Answer("y")})
+    known = again.known()
+    assert {i: answer.text for i, answer in known.items()} == {0: "x", 5: "two\nlines \u2028 é", 8: "y"}
+    assert known[0].ratios is None and np.array_equal(known[5].ratios, ratios)
     # another meaning, another prompt, another item: not the same question
     assert AnswerLog(tmp_path, "made.base", {"a": 2}, ITEMS, prompts).known() == {}
     assert AnswerLog(tmp_path, "made.base", {"a": 1}, ITEMS, ["new", *prompts[1:]]).known().keys() == {5, 8}

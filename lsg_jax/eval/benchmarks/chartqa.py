@@ -83,6 +83,7 @@ CHARTQA = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="category",
     official={"paper": "accuracy", "lmms_eval": "accuracy", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
     size=2500,
     max_new_tokens={"lmms_eval": 16, "cambrian": 128},

@@ -94,6 +94,7 @@ CV_BENCH = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="task",
     # VLMEvalKit reports 2D and 3D apart; their mean is the official score.
     official={"paper": "official", "lmms_eval": "accuracy", "vlmevalkit": "official", "cambrian": "official"},
     size=2638,

@@ -111,6 +111,7 @@ MME = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="category",
     # Cambrian pairs rows by their order and by running counts; over a whole file with neighbouring pairs that is the same
     official={"paper": "perception", "lmms_eval": "perception", "vlmevalkit": "perception", "cambrian": "perception"},
     size=2374,

@@ -110,6 +110,7 @@ MMSTAR = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="category",
     official={"paper": "accuracy", "lmms_eval": "mean_of_18", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
     size=1500,
     max_new_tokens={"lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 128},

@@ -106,6 +106,7 @@ OCRBENCH = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="category",
     official={"paper": "points", "lmms_eval": "accuracy", "vlmevalkit": "points", "cambrian": "accuracy"},
     size=1000,
     max_new_tokens={"lmms_eval": 128, "cambrian": 512},

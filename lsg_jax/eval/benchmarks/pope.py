@@ -110,6 +110,7 @@ POPE = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="category",
     official={"paper": "f1_macro", "lmms_eval": "f1_of_read", "vlmevalkit": "f1", "cambrian": "accuracy"},
     size=9000,
     unit="image",

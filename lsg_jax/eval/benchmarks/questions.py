@@ -117,4 +117,4 @@ def metrics(graded: Graded) -> Metrics:
     return {"accuracy": mean(graded), **{f"category: {name}": value for name, value in by(graded, "category").items()}}
 
 
-QUESTIONS = Benchmark(name="questions", read=read, prompt=prompt, match=match, metrics=metrics, official={})
+QUESTIONS = Benchmark(name="questions", read=read, prompt=prompt, match=match, metrics=metrics, official={}, task="category")

@@ -60,6 +60,7 @@ REALWORLDQA = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="kind",
     official=dict.fromkeys(("paper", "lmms_eval", "cambrian"), "accuracy"),
     size=765,
     guess_by="kind",

@@ -56,6 +56,7 @@ SCENES = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="kind",
     official={"paper": "accuracy"},
     size=COUNT,
     guess_by="kind",

@@ -91,6 +91,7 @@ SCIENCEQA_IMG = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="subject",
     official=dict.fromkeys(("paper", "lmms_eval", "vlmevalkit", "cambrian"), "accuracy"),
     size=2017,
     max_new_tokens={"lmms_eval": 16, "vlmevalkit": 2048, "cambrian": 512},

@@ -85,6 +85,7 @@ SEED_IMG = Benchmark(
     prompt=prompt,
     match=match,
     metrics=metrics,
+    task="dimension",
     official=dict.fromkeys(("paper", "lmms_eval", "vlmevalkit", "cambrian"), "accuracy"),
     size=14233,
     unit="photo",

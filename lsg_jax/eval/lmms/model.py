@@ -120,7 +120,7 @@ class LsgJax(lmms):
         with tqdm(total=len(asked), desc="lsg_jax") as bar:
             for limit in sorted({question.max_new_tokens for question in asked}):
                 chosen = [i for i, question in enumerate(asked) if question.max_new_tokens == limit]
-                texts = answer(
+                answers = answer(
                     self.vlm,
                     [asked[i].item for i in chosen],
                     [asked[i].text for i in chosen],
@@ -128,7 +128,7 @@ class LsgJax(lmms):
                     max_new_tokens=limit,
                     on_batch=lambda new: bar.update(len(new)),
                 )
-                outputs |= dict(zip(chosen, texts, strict=True))
+                outputs |= {i: found.text for i, found in zip(chosen, answers, strict=True)}
         return [cut(outputs[i], question.until) for i, question in enumerate(asked)]
 
 

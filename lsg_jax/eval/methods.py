@@ -1,0 +1,51 @@
+"""The model under each method of an evaluation: as it is, with trained gates, or under a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from lsg_jax.config import Method, RunConfig
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.runner import BASE
+from lsg_jax.vlm import VLM, open_trained
+
+TRAINED = ("lsg", "lora", "diysink")
+"""Methods that need a run of `lsg train`."""
+
+
+def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: str | Path | None = None) -> dict[str, VLM]:
+    """The model under each method, `base` first.
+
+    Args:
+        base: the model as it is.
+        wanted: `METHOD` or `METHOD=SOURCE`; a trained method without a SOURCE takes `source`, the others have their settings in
+            their tables of `config`. Empty: what `source` holds, if there is one.
+        source: run folder or gate file.
+
+    Raises:
+        ConfigError: an unknown method, one that is named twice, or one that the model cannot carry.
+        InputError: a trained method without a source, or whose source holds another method.
+    """
+    models = {BASE: base}
+    if not wanted and source is not None:
+        wanted = [f"{config.method}={source}"]
+    for text in wanted:
+        method, _, own = text.partition("=")
+        if method not in get_args(Method):
+            raise ConfigError(f"--method {method}: unknown; known are {', '.join(get_args(Method))}")
+        if method == BASE:
+            continue
+        if method in models:
+            raise ConfigError(f"--method {method}: named twice")
+        models[method] = _open(base, config, method, own or source)
+    return models
+
+
+def _open(base: VLM, config: RunConfig, method: str, source: str | Path | None) -> VLM:
+    if method in TRAINED:
+        if source is None:
+            raise InputError(f"method {method}: there is no trained run; name one as --method {method}=RUN")
+        return open_trained(base, source, method=method, sinks=config.sinks)
+    return base.with_method(getattr(config, method), sinks=config.sinks)
