@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lsg_jax.config import SinkConfig
-from lsg_jax.vlm import VLM, load_backbone, with_gates
+from lsg_jax.vlm import VLM, load_backbone, open_trained
 
 
 def load(
@@ -19,11 +19,11 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     sinks: SinkConfig | None = None,
 ) -> VLM:
-    """Opens a converted model, with gates if given.
+    """Opens a converted model, with gates, or the baseline of a run, if given.
 
     Args:
         model_dir: folder written by `lsg convert`.
-        gates: run folder of `lsg train`, portable gate file, PortableGates, or None.
+        gates: run folder of `lsg train` (`RUN@10` for the gate of layer 10 only), portable gate file, PortableGates, or None.
         dtype: of the weights, e.g. "float32"; None keeps them as stored.
         mesh: devices to spread the weights over (lsg_jax.sharding.make_mesh); None for one device.
         sinks: what counts as a sink; None takes what the gates were trained with, else what the model folder says.
@@ -32,4 +32,4 @@ def load(
         InputError, ConfigError, CheckpointError: each with one line that says what, where and what to do.
     """
     vlm = load_backbone(model_dir, dtype=dtype, sinks=sinks, mesh=mesh)
-    return vlm if gates is None else with_gates(vlm, gates, sinks=sinks)
+    return vlm if gates is None else open_trained(vlm, gates, sinks=sinks)

@@ -160,11 +160,14 @@ class ModelConfig:
 class GateConfig:
     """Layer-wise Sink Gating. The activation, the biases and `key_scale` are open in the paper; these are our defaults.
 
-    `layers` lists the gated decoder layers, 0-based. `biases` are those of the two linear layers; without them they stay zero.
-    `key_scale` multiplies the ratios: 1.0 starts every visual key at 0.5, and 2.0 makes the initial gate the identity.
+    `layers` lists the gated decoder layers, 0-based. `independent` trains the gate of each of them as if it were alone, all in
+    one run; without `layers`, a gate at every decoder layer. In a file, `layers = "each"` says both. `biases` are those of the
+    two linear layers; without them they stay zero. `key_scale` multiplies the ratios: 1.0 starts every visual key at 0.5, and
+    2.0 makes the initial gate the identity.
     """
 
     layers: tuple[int, ...] = ()
+    independent: bool = False
     width: int = 64
     activation: Activation = "gelu"
     biases: bool = True
@@ -180,6 +183,11 @@ class GateConfig:
     def num_groups(self) -> int:
         return 3 if self.grouping == "three" else 2
 
+    def for_depth(self, num_layers: int) -> GateConfig:
+        """The same with every layer named where `independent` gates name none."""
+        every = self.independent and not self.layers
+        return dataclasses.replace(self, layers=tuple(range(num_layers))) if every else self
+
 
 @dataclass(frozen=True)
 class FixedConfig:
@@ -192,9 +200,12 @@ class FixedConfig:
 
 @dataclass(frozen=True)
 class VarConfig:
-    """VAR (arXiv 2503.03321): in image-centric heads, attention goes from sinks to the other visual tokens. Not trained."""
+    """VAR (arXiv 2503.03321): in image-centric heads, attention goes from sinks to the other visual tokens. Not trained.
 
-    tau: float = 20.0  # a token is a sink if some |h[d]| / rms(h) reaches it, d of sinks.llm_dims
+    It edits the queries after the image, in all layers from `first_layer` but the last.
+    """
+
+    tau: float = 20.0  # a token is a sink if some |h[d]| / rms(h) reaches it, d of sinks.llm_dims; it cannot exceed sqrt(D)
     rho: float = 0.5  # image-centric heads: at most this share of their visual attention falls on visual sinks ...
     min_visual: float = 0.2  # ... and at least this much of all attention is visual
     p: float = 0.6  # what is left of the attention on sinks
@@ -203,27 +214,40 @@ class VarConfig:
 
 @dataclass(frozen=True)
 class SinkFrontConfig:
-    """Sink-to-the-front (arXiv 2510.08510): visual tokens of large ViT norm come first among the visual tokens. Not trained."""
+    """Sink-to-the-front (arXiv 2510.08510): visual tokens of large ViT norm come first among the visual tokens. Not trained.
+
+    `VLM.v_sinks` lists the patches in the order of the image all the same.
+    """
 
     tau: float = 100.0  # norm of the features before the projector
 
 
 @dataclass(frozen=True)
 class DiySinkConfig:
-    """DIYSink (arXiv 2510.08510): one projector for sinks, one for the others, and a choice between them for each question."""
+    """DIYSink (arXiv 2510.08510): one projector for sinks, one for the others, and a choice between them for each question.
+
+    The projectors are trained, from the weights of the frozen one, and so is the network of `mlp`. With `cot` training keeps
+    both sets of patches, and each question is answered after a short one on what it needs. See baselines/diysink.py.
+    """
 
     tau: float = 100.0  # norm of the features before the projector
     routing: Literal["cot", "mlp"] = "cot"  # the model's own word on what the question needs; or weights of a small network
     width: int = 64  # of that network
+
+    def __post_init__(self) -> None:
+        _at_least_one("diysink", width=self.width)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """LoRA at one decoder layer, on the projections of its attention. Rank 8 at D = 4096 has 262,144 parameters, as a gate."""
 
-    layer: int = 10
+    layer: int = 10  # 0-based
     rank: int = 8
-    alpha: float = 16.0
+    alpha: float = 16.0  # the update counts alpha / rank times
+
+    def __post_init__(self) -> None:
+        _at_least_one("lora", rank=self.rank)
 
 
 MethodConfig = FixedConfig | VarConfig | SinkFrontConfig | DiySinkConfig | LoraConfig
@@ -369,7 +393,17 @@ def load_run_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> R
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         apply_override(tree, override, where="--set")
-    return from_dict(RunConfig, tree, where=str(path))
+    return from_dict(RunConfig, _spell_out_each(tree, where=str(path)), where=str(path))
+
+
+def _spell_out_each(tree: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """`gate.layers = "each"` as the fields of GateConfig that it stands for."""
+    gate = tree.get("gate")
+    if not isinstance(gate, dict) or gate.get("layers") != "each":
+        return tree
+    if gate.get("independent", True) is not True:
+        raise ConfigError(f'{where}: gate: layers = "each" trains independent gates: name the layers, or drop independent')
+    return {**tree, "gate": {**gate, "layers": [], "independent": True}}
 
 
 def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:

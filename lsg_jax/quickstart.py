@@ -10,17 +10,21 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from lsg_jax.analysis.sinks import find_sinks
+from lsg_jax.checkpoint.files import write_json
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
+from lsg_jax.model.llava import assemble
+from lsg_jax.report.finished import read_sections
 from lsg_jax.report.html import write_report
 from lsg_jax.report.overlay import draw_sinks
-from lsg_jax.train.loop import METRICS, train
+from lsg_jax.train.loop import train
 from lsg_jax.vlm import VLM, load_backbone, with_gates
 
 logger = logging.getLogger(__name__)
@@ -54,9 +58,14 @@ def quickstart(out: Path, *, write_checkpoint: Callable[[Path], None], convert: 
     logger.info("3/5 finding sinks")
     base = load_backbone(model)
     images = [out / "test" / "images" / f"{index:05d}.png" for index in range(SHOWN_SCENES)]
-    pixels = [base.processor.pixels(path) for path in images]
-    sinks = SinkConfig(criterion="norm", vit_tau=_largest_norms(base, pixels))
-    found = find_sinks(VLM(dataclasses.replace(base.config, sinks=sinks), base.frozen, folder=model), pixels, "What is this?")
+    pixels = {path.name: base.processor.pixels(path) for path in images}
+    sinks = SinkConfig(criterion="norm", vit_tau=_largest_norms(base, list(pixels.values())))
+    knowing = VLM(dataclasses.replace(base.config, sinks=sinks), base.frozen, folder=model)
+    found = find_sinks(knowing, pixels, "What is this?", max_new_tokens=0)
+    (out / "sinks").mkdir(exist_ok=True)
+    write_json(out / "sinks" / "sinks.json", found, sort_keys=False)
+    for name, entry in found["images"].items():
+        draw_sinks(pixels[name], entry).save(out / "sinks" / name)
 
     logger.info("4/5 training a gate at layer 2")
     config = RunConfig(
@@ -74,17 +83,12 @@ def quickstart(out: Path, *, write_checkpoint: Callable[[Path], None], convert: 
     result = evaluate({"base": base, "lsg": with_gates(base, run)}, settings, out / "eval")
     logger.info("%s", table(result))
     report = out / "report.html"
-    overlays = [
-        (f"{path.name}: {len(entry['v_sinks'])} V-sinks", draw_sinks(image, entry))
-        for path, image, entry in zip(images, pixels, found, strict=True)
-    ]
-    write_report(
-        report, title="Attention sinks, quickstart", notes=NOTES, result=result, metrics=run / METRICS, overlays=overlays
-    )
+    sections = read_sections([out / "sinks", run, out / "eval"])
+    write_report(report, title="Attention sinks, quickstart", notes=NOTES, sections=sections)
     return report.resolve()
 
 
 def _largest_norms(vlm: VLM, pixels: list[np.ndarray]) -> float:
     """A threshold that the largest twentieth of the patches' feature norms reach."""
-    norms = [norm for entry in find_sinks(vlm, pixels, "What is this?") for norm in entry["norms"]]
-    return float(np.quantile(norms, 0.95))
+    features = jax.jit(lambda params, images: assemble(vlm.graphdef, params).image_features(images)[0])
+    return float(np.quantile(np.linalg.norm(features(vlm.params, np.stack(pixels)), axis=-1), 0.95))

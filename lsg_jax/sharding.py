@@ -20,6 +20,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # (path, spec without the leading layer axis of stacked parameters); every parameter matches exactly one
 _LAYERS = r"(?:vision_tower|language_model)/layers/"
+_PROJECTORS = r"(?:gates/sink_|gates/other_|)projector/"
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (_LAYERS + r"attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
     (_LAYERS + r"attention/[qkv]_proj/bias", ("tensor", None)),
@@ -35,14 +36,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"vision_tower/position_embedding", (None, "fsdp")),
     (r"vision_tower/class_embedding", (None,)),
     (r"vision_tower/pre_norm/(?:scale|bias)", (None,)),
-    (r"projector/linear_1/kernel", ("fsdp", "tensor")),
-    (r"projector/linear_1/bias", ("tensor",)),
-    (r"projector/linear_2/kernel", ("tensor", "fsdp")),
-    (r"projector/linear_2/bias", (None,)),
+    (_PROJECTORS + r"linear_1/kernel", ("fsdp", "tensor")),
+    (_PROJECTORS + r"linear_1/bias", ("tensor",)),
+    (_PROJECTORS + r"linear_2/kernel", ("tensor", "fsdp")),
+    (_PROJECTORS + r"linear_2/bias", (None,)),
     (r"language_model/embed_tokens", ("tensor", "fsdp")),
     (r"language_model/norm/scale", (None,)),
     (r"language_model/lm_head/kernel", ("fsdp", "tensor")),
-    (r"gates/\w+", ()),
+    (r"gates/(?:weights/)?\w+", ()),
 )
 
 

@@ -35,6 +35,7 @@ class Batch:
         answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
         answer_target: int32 [B, A], token to predict; -100 where unused.
         row_id: int32 [B], position of the record in its data set, for error messages; -1 where unknown.
+        route: int32 [B], which patches take part under DIYSink (baselines.diysink); None for all.
     """
 
     input_ids: Array
@@ -44,6 +45,7 @@ class Batch:
     answer_index: Array = None
     answer_target: Array = None
     row_id: Array = None
+    route: Array = None
 
 
 @flax.struct.dataclass
@@ -54,11 +56,13 @@ class KVCache:
         key: [L, B, K, S, H], after rotary embedding and gating.
         value: [L, B, K, S, H].
         valid: bool [B, S], slots that may be attended to.
+        sinks: bool [L, B, S], tokens that an intervention found to be sinks where they entered the layer; None without one.
     """
 
     key: Array
     value: Array
     valid: Array
+    sinks: Array = None
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,16 @@ class LayerChange:
     Attributes:
         key_scale: float32 [B, T], the factor of each key, before the softmax.
         ratios: float32 [B, G], the gate ratios behind `key_scale`, for those who look on.
-        edit: attention weights float32 [B, N, A, S], and `queries`, the positions of their queries int32 [B, A] or None for all
-            -> weights.
+        edit: attention weights float32 [B, N, A, S] on the first S keys, and `queries`, the positions of their queries int32
+            [B, A] or None for all -> weights.
+        sinks: bool [B, T], tokens that `edit` takes for sinks, which a cache has to remember for later queries.
         low_rank: projection name (`q_proj`, `k_proj`, `v_proj`, `o_proj`) -> a map whose output is added to the projection's.
     """
 
     key_scale: Array = None
     ratios: Array = None
     edit: Callable[..., Array] | None = None
+    sinks: Array = None
     low_rank: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
 
 
@@ -147,7 +153,7 @@ class TrainState:
     """All that a training run changes.
 
     Attributes:
-        gates: the gate parameters, float32, a nested dict.
+        gates: what is trained, the gate parameters or those of a baseline, float32, a nested dict.
         opt_state: the optax state; holds slots for gate leaves only.
         step: int32 [], optimiser steps taken, skipped ones included.
         skipped: int32 [], steps in a row that were skipped for a non-finite loss or gradient.

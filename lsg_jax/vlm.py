@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsg_jax.baselines.diysink import ROUTE_TOKENS, read_route, routing_prompt
 from lsg_jax.checkpoint import load_base, read_manifest, read_step
 from lsg_jax.checkpoint.processes import host_array
-from lsg_jax.config import Aspect, GateConfig, MethodConfig, ModelConfig, SinkConfig, Template, from_dict
+from lsg_jax.config import (
+    Aspect,
+    DiySinkConfig,
+    GateConfig,
+    LoraConfig,
+    Method,
+    MethodConfig,
+    ModelConfig,
+    SinkConfig,
+    Template,
+    from_dict,
+)
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
-from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
+from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates, to_torch_layout
 from lsg_jax.model.generate import Generated, generate, last_token
 from lsg_jax.model.llava import abstract_model, assemble, check_gate, check_method
 from lsg_jax.model.loss import answer_loss, answer_slots
@@ -34,7 +47,8 @@ class VLM:
     Args:
         config: the model; its `sinks` are those in force.
         frozen: backbone parameters, a nested dict.
-        gate, gates: what the gates are and their parameters (stacked over gate.layers); both None for the plain model.
+        gate: what the gates are; None without gates.
+        gates: parameters of the gates (stacked over gate.layers), or those that a trained method has; None without either.
         method: what is done to the model instead of gates, one of the baselines.
         folder: the model folder, for tokenizer and processor files.
         digest: identity of the backbone's weights.
@@ -58,6 +72,8 @@ class VLM:
             check_gate_input(gate, config)
         if method is not None:
             check_method_input(method, config)
+        if isinstance(method, LoraConfig | DiySinkConfig) and gates is None:
+            raise ConfigError(f"{type(method).__name__}: this method is trained; open a run of `lsg train` with open_trained")
         self.config = config
         self.gate = gate
         self.method = method
@@ -78,6 +94,12 @@ class VLM:
         if self.folder is None:
             raise InputError("this model was not loaded from a folder: it has no tokenizer")
         return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect, template=template)
+
+    @functools.cached_property
+    def router(self) -> VLM | None:
+        """The plain model where it is asked first what a question needs (DIYSink with routing `cot`), else None."""
+        asks = isinstance(self.method, DiySinkConfig) and self.method.routing == "cot"
+        return self.plain() if asks else None
 
     @property
     def params(self) -> dict:
@@ -142,7 +164,7 @@ class VLM:
         return self.generate_batch(self.batch(input_ids, pixel_values, attention_mask), max_new_tokens)
 
     def v_sinks(self, pixel_values: Any) -> np.ndarray:
-        """bool [B, P], patches that the vision tower made sinks, in the order of the image tokens."""
+        """bool [B, P], patches that the vision tower made sinks, in the order of the image."""
         if self.config.sinks.criterion in ("dim_abs", "dim_rms") and not self.config.sinks.vit_dims:
             raise ConfigError(
                 "no V-sink dimensions are known for this model: load it with sinks=SinkConfig(vit_dims=(...,), ...)"
@@ -159,7 +181,10 @@ class VLM:
     # Images and text in, text out.
 
     def generate(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
-        """Greedy answers. `images` holds paths, bytes, PIL images, or None for a question without an image."""
+        """Greedy answers. `images` holds paths, bytes, PIL images, or None for a question without an image.
+
+        Under DIYSink with routing `cot` each question is preceded by a short one, about what it needs.
+        """
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images for {len(prompts)} prompts")
         if not prompts:
@@ -169,8 +194,13 @@ class VLM:
             for image, prompt in zip(images, prompts, strict=True)
         ]
         pixels = [None if image is None else self.processor.pixels(image) for image in images]
-        tokens = self.generate_batch(self.pad_questions(encoded, pixels), max_new_tokens)
-        return [self.processor.decode(row) for row in tokens]
+        batch = self.pad_questions(encoded, pixels)
+        if all(image is None for image in images):
+            batch = dataclasses.replace(batch, pixels=None)
+        if self.router is not None:
+            said = self.router.generate([None] * len(prompts), [routing_prompt(prompt) for prompt in prompts], ROUTE_TOKENS)
+            batch = dataclasses.replace(batch, route=np.array([read_route(text) for text in said], np.int32))
+        return [self.processor.decode(row) for row in self.generate_batch(batch, max_new_tokens)]
 
     def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[np.ndarray | None]) -> Batch:
         """Left-padded batch of encoded questions; its length is rounded up so that few shapes compile."""
@@ -317,12 +347,14 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
     The gates bring the sink settings that they were trained with, unless `sinks` says otherwise.
 
     Args:
-        source: a run folder, a portable gate file, or PortableGates.
+        source: a run folder or a portable gate file, layers of one of them (`RUN@3,6`, see `open_gates`), or PortableGates.
 
     Raises:
-        InputError: no gates there, or gates for another model width. CheckpointError: a run of another backbone.
+        InputError: no gates there, gates for another model width, or independent ones that nobody chose a layer of.
+        CheckpointError: a run of another backbone.
     """
     gates = source if isinstance(source, PortableGates) else open_gates(source, backbone=vlm.digest)
+    check_together(gates)
     check_width(gates, vlm.config.text.hidden_size, vlm.config.text.num_layers)
     config = dataclasses.replace(vlm.config, sinks=sinks or gates.sinks)
     parameters = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), gates.parameters)
@@ -330,23 +362,87 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
     return VLM(config, vlm.frozen, gate=gates.gate, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
 
 
+def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: SinkConfig | None = None) -> VLM:
+    """The model with what a run has trained: gates, LoRA or DIYSink.
+
+    Args:
+        source: the run folder; of gates all that `with_gates` takes.
+        method: what the run must have trained; None for whatever it did.
+
+    Raises:
+        InputError: no run there, or one of another method. CheckpointError: a run of another backbone.
+    """
+    run = read_run(source, backbone=vlm.digest) if isinstance(source, str | Path) and Path(source).is_dir() else None
+    held = "lsg" if run is None else trained_method(run)
+    if method not in (None, held):
+        raise InputError(f"{source}: what was trained there is {held}, not {method}")
+    if run is None or held == "lsg":
+        return with_gates(vlm, source, sinks=sinks)
+    settings: MethodConfig = from_dict(
+        {"lora": LoraConfig, "diysink": DiySinkConfig}[held], run["config"][held], where=f"{source}/run.json: {held}"
+    )
+    sinks = sinks or from_dict(SinkConfig, run["sinks"], where=f"{source}/run.json: sinks")
+    config = dataclasses.replace(vlm.config, sinks=sinks)
+    parameters = read_step(source)[1]["gates"]
+    if vlm.mesh is not None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_params({"gates": parameters}, vlm.mesh)["gates"])
+        parameters = jax.device_put(parameters, shardings)
+    else:
+        parameters = jax.device_put(parameters)
+    return VLM(config, vlm.frozen, method=settings, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
+
+
+def read_run(path: str | Path, *, backbone: str | None = None) -> dict[str, Any]:
+    """What run.json of a run folder says.
+
+    Args:
+        backbone: digest of the model that it is meant for; a run of another one is refused.
+    """
+    try:
+        run = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path}: neither a run folder (no readable run.json) nor a gate file") from None
+    if backbone is not None and run["backbone"] != backbone:
+        raise CheckpointError(f"{path}: was trained on another backbone ({run['backbone'][:12]}, not {backbone[:12]})")
+    return run
+
+
+def trained_method(run: dict[str, Any]) -> Method:
+    """What a run trains, by its run.json."""
+    return run["config"].get("method", "lsg")
+
+
 def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGates:
     """Reads gates from a run folder (its newest sound step) or from a portable file.
 
     Args:
+        path: `RUN@10` or `RUN@3,6,7` takes the gates of these layers only, likewise of a file. Without a choice, gates that
+            were trained independently come as such: no stack, which `with_gates`, `write_gates` and `combine_gates` refuse.
         backbone: digest of the model they are meant for; a run folder of another one is refused.
+
+    Raises:
+        InputError: no gates there, or none at a layer that was asked for. CheckpointError: a run of another backbone.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return read_gates(path)
-    try:
-        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path}: neither a run folder (no readable run.json) nor a gate file") from None
-    if backbone is not None and run["backbone"] != backbone:
-        raise CheckpointError(
-            f"{path}: these gates were trained on another backbone ({run['backbone'][:12]}, not {backbone[:12]})"
-        )
+    source, layers = _split_layers(path)
+    gates = _run_gates(source, backbone) if source.is_dir() else read_gates(source)
+    return choose_gates(gates, layers, where=str(source)) if layers else gates
+
+
+def _split_layers(path: str | Path) -> tuple[Path, tuple[int, ...]]:
+    """`RUN@3,6` -> RUN and (3, 6); no layers without an @, or where the whole is the name of something that exists."""
+    name, at, layers = str(path).rpartition("@")
+    if not at or Path(path).exists():
+        return Path(path), ()
+    if not re.fullmatch(r"\d+(,\d+)*", layers):
+        raise InputError(f"{path}: after @ come layers, for example {name}@10 or {name}@3,6,7")
+    return Path(name), tuple(map(int, layers.split(",")))
+
+
+def _run_gates(path: Path, backbone: str | None) -> PortableGates:
+    """All gates of a run folder."""
+    run = read_run(path, backbone=backbone)
+    if (held := trained_method(run)) != "lsg":
+        raise InputError(f"{path}: a run of method {held} holds no gates; name one of method lsg, or a gate file")
     _, tree, _ = read_step(path)
     return PortableGates(
         gate=from_dict(GateConfig, run["config"]["gate"], where=f"{path}/run.json: gate"),

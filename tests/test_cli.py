@@ -106,21 +106,41 @@ def test_generate_prints_the_answer_only(lsg, tiny_model, scenes, tmp_path):
 
 def test_sinks(lsg, tiny_model, scenes, tmp_path):
     files = [scenes / "images" / f"{i}.png" for i in (0, 1)]
-    code, out, err = lsg("sinks", tiny_model, "--images", *files, "--out", tmp_path / "o", *SINK_OPTIONS)
+    out_folder = tmp_path / "o"
+    common = ("sinks", tiny_model, "--images", *files, "--out", out_folder, "--max-new-tokens", 2)
+    code, out, err = lsg(*common, *SINK_OPTIONS, "vit_tau=18.375")
     assert code == 0, err
     found = json.loads(out)
-    assert list(found) == [str(f) for f in files]
-    entry = found[str(files[0])]
+    assert found["format"] == "lsg-sinks-1" and list(found["images"]) == [str(f) for f in files]
+    entry = found["images"][str(files[0])]
     norms = np.array(entry["norms"])
-    assert entry["v_sinks"] == np.flatnonzero(norms >= 10.0).tolist() and entry["grid"] ** 2 == len(norms)
+    assert entry["v_sinks"] == np.flatnonzero(norms >= 18.375).tolist() != [] and entry["grid"] ** 2 == len(norms)
     assert len(entry["l_sinks"]) == 6 and not set(entry["v_sinks"]) & {p for layer in entry["l_sinks"] for p in layer}
-    assert json.loads((tmp_path / "o" / "sinks.json").read_text()) == found
-    with Image.open(tmp_path / "o" / "0.png") as overlay:
+    assert {row["queries"] for row in found["attention"]} == {"prompt", "answer"}
+    assert json.loads((out_folder / "sinks.json").read_text()) == found
+    figures = {f"{name}.{kind}" for name in ("sinks_by_layer", "attention_shares") for kind in ("csv", "svg", "png")}
+    assert {path.name for path in out_folder.iterdir()} == figures | {"sinks.json", "0.png", "1.png"}
+    with Image.open(out_folder / "0.png") as overlay:
         assert overlay.size == (672, 672)
-    # far too low a threshold is said, and a model without dimensions says so instead of inventing sinks
-    assert "implausibly low" in lsg("sinks", tiny_model, "--images", files[0], "--sinks", "criterion=norm", "vit_tau=0")[2]
-    code, out, err = lsg("sinks", tiny_model, "--images", files[0])
-    assert code == 0 and json.loads(out)[str(files[0])]["v_sinks"] is None and "no V-sink dimensions are known" in err
+    # a threshold that is far too low is said, and a model without dimensions says so instead of inventing sinks
+    assert "more than 25% of the patches are flagged as L-sinks" in err
+    code, out, err = lsg("sinks", tiny_model, "--images", files[0], "--max-new-tokens", 0)
+    assert code == 0 and "no V-sink dimensions are known" in err
+    found = json.loads(out)
+    entry = found["images"][str(files[0])]
+    assert entry["v_sinks"] is entry["l_sinks"] is entry["criteria"]["llm"]["dim_rms"] is None
+    assert {row["group"] for row in found["attention"]} == {"text", "ordinary"}
+    assert "set sinks.llm_dims" in found["criteria"]["llm"]["dim_abs"]["unknown"]
+
+
+def test_calibrate(lsg, tiny_model, scenes, tmp_path):
+    file = tmp_path / "sinks.toml"
+    common = ("calibrate", tiny_model, "--images", scenes, "--limit", 2, "--out", file)
+    code, out, err = lsg(*common)
+    assert code == 0 and "no V-sink dimensions were found" in err
+    assert out == file.read_text() and out.startswith("# Sink settings from 2 images") and "Nothing to propose" in out
+    found = json.loads(lsg(*common, "--json")[1])
+    assert found["format"] == "lsg-calibrate-1" and found["images"] == 2 and found["sinks"] == {}
 
 
 def test_prepare(lsg, scenes, tmp_path):
@@ -160,6 +180,13 @@ def test_no_configuration_is_needed_for_text_help(lsg):
         (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], 65, "must be at least 1"),
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dim=[3]"], 65, "did you mean vit_dims?"),
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dims=[999]"], 65, "outside the model width 64"),
+        (["sinks", "{model}", "--images", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
+        (["sinks", "{model}", "--images", "{tmp}/a.png", "--max-new-tokens", "-1"], 65, "max_new_tokens is -1"),
+        (["sinks", "{model}", "--images", "{tmp}/a.png", "{tmp}/a.png", "--out", "{tmp}/o"], 65, "have the same name"),
+        (["calibrate", "{model}", "--images", "{tmp}/a.png"], 65, "no such folder"),
+        (["calibrate", "{model}", "--images", "{model}"], 65, "no image in it"),
+        (["calibrate", "{model}", "--images", "{tmp}", "--limit", "0"], 65, "--limit is 0"),
+        (["calibrate", "{model}", "--images", "{tmp}", "--out", "{tmp}/no/s.toml"], 65, "there is no folder"),
         (["train", "{tmp}/none.toml"], 65, "no such configuration file"),
         (["train", "{config}", "--set", "train.epoch=3"], 65, "unknown field epoch; did you mean epochs?"),
         (["train", "{config}"], 65, "records"),

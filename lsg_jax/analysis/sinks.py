@@ -1,9 +1,32 @@
-"""Where the sinks of given images are: V-sinks before the projector, L-sinks as they enter each decoder layer."""
+"""Where the sinks of given images are, what each criterion says of them, and how much attention they draw.
+
+V-sinks are decided before the projector, L-sinks as they enter each decoder layer (HF `hidden_states[l]`). A group whose
+criterion lacks its dimensions is left out everywhere, and its tokens count as ordinary. No value is NaN. What `find_sinks`
+returns and sinks.json holds:
+
+    format, model, backbone, gated_layers, prompt, sinks (the settings in force), warnings (about all images)
+    criteria    {stage `vit` | `llm`: {name: {tau, in_force, published, unknown}}}; `unknown`: why it cannot be applied, or null
+    images      {name: {
+        grid        patches a side
+        v_sinks     patch indices, row-major; null where unknown
+        l_sinks, ordinary   the same for each layer
+        criteria    {stage: {name: the same}}, before V-sinks are taken out of the L-sinks
+        norms       of the features, one a patch
+        values      rows {stage, layer, quantity `norm` | `dim 650`, group, tokens, mean, max} of norms and of |h[dim]|
+        answer, answer_tokens (without the end marker), warnings}}
+    counts      rows {layer, group, mean, std} of tokens over images
+    attention   rows {layer, head, queries, group, share}: the queries of `prompt` are the prompt's tokens after the last image
+                token, those of `answer` the answer's tokens; means over images, the shares of a (layer, head, queries) sum to 1
+    overlap     {criteria: names, vit: [C, C], llm: [L, C, C]}, Jaccard indices pooled over images; null where neither criterion
+                flags a token or one is unknown
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,88 +34,312 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.config import to_dict
+from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.model.llava import Llava, assemble
-from lsg_jax.sinks.attention import received_attention
-from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
+from lsg_jax.sinks.attention import group_mass, received_attention
+from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, side_by_side
 from lsg_jax.types import Batch, LayerView
 from lsg_jax.vlm import VLM
+
+FORMAT = "lsg-sinks-1"
 
 IMPLAUSIBLE_SHARE = 0.25
 """Above this share of an image's patches a criterion says little: sinks are few by nature (paper.md, known failures)."""
 
+QUERIES = ("prompt", "answer")
+GROUPS = ("text", "v_sink", "l_sink", "ordinary")
 
-def find_sinks(vlm: VLM, pixels: list[np.ndarray], prompt: str) -> list[dict[str, Any]]:
-    """V- and L-sinks of each image under one prompt.
+Readings = tuple[Reading, ...]
+
+
+def find_sinks(
+    vlm: VLM,
+    images: Mapping[str, np.ndarray],
+    prompt: str,
+    *,
+    max_new_tokens: int = 16,
+    progress: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """The sinks of each image under one prompt, and the attention of the prompt and of the model's greedy answer.
 
     Args:
-        pixels: uint8 [H, W, 3] each, as the processor prepares them.
+        images: name -> uint8 [H, W, 3], as the processor prepares them.
+        max_new_tokens: longest answer whose attention is measured; 0 for the prompt alone.
+        progress: called with (done, total).
 
     Returns:
-        For each image a dict: `grid` patches a side; `v_sinks` patch indices (row-major) or None where the model has no
-        criterion; `norms` of the features before the projector, one a patch; `l_sinks` for each layer the patch indices, or
-        None; `ordinary` count at each layer; `warnings`.
+        Plain data, see the head of this file.
+
+    Raises:
+        InputError: no images, or a negative `max_new_tokens`.
     """
+    if not images or max_new_tokens < 0:
+        raise InputError("there is no image to look at" if not images else f"max_new_tokens is {max_new_tokens}, below 0")
+    vit, llm = _readings(vlm)
     encoded = vlm.processor.encode_question(prompt, has_image=True)
-    sinks = vlm.config.sinks
-    knows_v = bool(sinks.vit_dims) or sinks.criterion not in ("dim_abs", "dim_rms")
-    knows_l = bool(sinks.llm_dims) or sinks.llm_criterion not in ("dim_abs", "dim_rms")
-    found = []
-    for image in pixels:
-        batch = vlm.pad_questions([encoded], [image])
-        norms, v_sink, l_sink = jax.tree.map(np.asarray, _find(vlm.params, batch, vlm.graphdef, knows_l))
-        entry: dict[str, Any] = {
-            "grid": math.isqrt(len(norms)),
-            "criteria": to_dict(sinks),
-            "norms": [round(float(n), 4) for n in norms],
-            "v_sinks": np.flatnonzero(v_sink).tolist() if knows_v else None,
-            "l_sinks": [np.flatnonzero(layer).tolist() for layer in l_sink] if knows_l else None,
+    seen, entries = [], {}
+    for done, (name, pixels) in enumerate(images.items(), 1):
+        batch, prompt_mask, answer = _with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
+        seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm)))
+        entries[name] = _entry(seen[-1], vit, llm)
+        entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
+        if max_new_tokens and not len(answer):
+            entries[name]["warnings"].append("the answer ends at once: there is no attention of answer tokens")
+        if progress:
+            progress(done, len(images))
+    return {
+        "format": FORMAT,
+        "model": str(vlm.folder),
+        "backbone": vlm.digest,
+        "gated_layers": list(vlm.gate.layers) if vlm.gate else [],
+        "prompt": prompt,
+        "sinks": to_dict(vlm.config.sinks),
+        "criteria": {stage: {r.criterion: _settings(r) for r in readings} for stage, readings in (("vit", vit), ("llm", llm))},
+        "images": entries,
+        "counts": _counts([_groups(s, vit, llm) for s in seen]),
+        "attention": _attention(seen, _known_groups(vit, llm)),
+        "overlap": _overlap(seen, vit, llm),
+        "warnings": _warnings(seen, vit, llm),
+    }
+
+
+def _readings(vlm: VLM) -> tuple[Readings, Readings]:
+    vit, llm = side_by_side(vlm.config.sinks, "vit"), side_by_side(vlm.config.sinks, "llm")
+    positions = vlm.config.vision.num_layers + 1
+    if all(layer % positions == 0 for layer in vlm.config.feature_layers):  # hidden state 0, which no attention has made
+        why = "the features are the ViT's embeddings: no attention has made them"
+        if vlm.config.sinks.criterion == "attention":
+            raise ConfigError(f"sinks.criterion attention: {why}; choose another")
+        vit = tuple(dataclasses.replace(r, unknown=why) if r.criterion == "attention" else r for r in vit)
+    return vit, llm
+
+
+def _settings(reading: Reading) -> dict[str, Any]:
+    published = reading.tau == PUBLISHED_TAU.get(reading.criterion)
+    fields = {"tau": reading.tau, "in_force": reading.in_force, "published": published, "unknown": reading.unknown}
+    return fields | ({"massive_ratio": reading.massive_ratio} if reading.criterion == "massive" else {})
+
+
+def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """One left-padded question with its greedy answer behind it, which of its tokens are the prompt's, and the answer's ids.
+
+    Whatever the answer's length, the batch has room for `max_new_tokens`, so that all images share one compiled program.
+    """
+    room = ((0, 0), (0, max_new_tokens))
+    prompt = np.pad(batch.attention_mask, room)
+    answer = np.zeros(0, np.int32)
+    if max_new_tokens:
+        answer = vlm.generate_batch(batch, max_new_tokens)[0]
+        ended = np.isin(answer, vlm.config.eos_token_ids)
+        answer = answer[: int(np.argmax(ended))] if ended.any() else answer
+    ids, valid = np.pad(batch.input_ids, room, constant_values=vlm.config.pad_token_id), prompt.copy()
+    start = batch.input_ids.shape[1]
+    ids[0, start : start + len(answer)] = answer
+    valid[0, start : start + len(answer)] = True
+    whole = Batch(input_ids=ids, attention_mask=valid, pixels=batch.pixels, gate_position=batch.gate_position)
+    return whole, prompt, answer
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: Readings, llm: Readings) -> dict[str, Any]:
+    """What is to be known of one image; attention weights are reduced layer by layer, never kept.
+
+    Returns:
+        {"vit": {masks bool [C, P], norms [P], dims [P, d]}, "llm": the same with a leading L, and mass float32 [L, 2, N, 4]: of
+        QUERIES, on GROUPS}.
+    """
+    model: Llava = assemble(graphdef, params)
+    merged = model.merge(batch)
+    visual, valid = merged.visual, jnp.asarray(batch.attention_mask)
+    assert visual is not None
+    patches = jnp.flatnonzero(visual.mask[0], size=model.config.num_image_tokens)
+    asking = (prompt & (jnp.arange(valid.shape[1]) > patches[-1]), valid & ~prompt)
+
+    def observe(view: LayerView) -> dict[str, jax.Array]:
+        received = received_attention(view.attention, prompt)
+        masks = [r.mask(view.hidden, visual.mask if r.criterion == "attention" else prompt, received) for r in llm]
+        groups = group_visual_tokens(visual, next(m for m, r in zip(masks, llm, strict=True) if r.in_force))
+        members = jnp.stack([valid & ~visual.mask, groups.v_sink, groups.l_sink, groups.ordinary], axis=-1)
+        mass = jnp.stack([group_mass(view.attention, queries, members)[0] for queries in asking])
+        return {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, **_sizes(view.hidden[0, patches], llm)}
+
+    seen = model(batch, merged=merged, observe=observe, observe_attention=True).observed
+    # the tower gives attention weights only to a model that is set to that criterion
+    attention = next(r for r in vit if r.criterion == "attention")
+    if not attention.unknown:
+        sinks = dataclasses.replace(model.config.sinks, criterion="attention", vit_tau=attention.tau)
+        model = assemble(graphdef, params)
+        model.config = dataclasses.replace(model.config, sinks=sinks)
+    features, by_attention = model.image_features(jnp.asarray(batch.pixels))
+    everywhere = jnp.ones(features.shape[:2], bool)
+    masks = [by_attention if r is attention and not r.unknown else r.mask(features, everywhere, None) for r in vit]
+    return {"vit": {"masks": jnp.stack([m[0] for m in masks]), **_sizes(features[0], vit)}, "llm": seen}
+
+
+def _sizes(states: jax.Array, readings: Readings) -> dict[str, jax.Array]:
+    """Norms [P] of states [P, D], and |h[d]| [P, d] of the known dimensions."""
+    states = states.astype(jnp.float32)
+    return {"norms": jnp.linalg.norm(states, axis=-1), "dims": jnp.abs(states[:, jnp.array(readings[0].dims, int)])}
+
+
+Seen = Mapping[str, Any]
+"""What `_observe` returns of one image, on the host."""
+
+
+def _in_force(readings: Readings) -> int:
+    return next(index for index, reading in enumerate(readings) if reading.in_force)
+
+
+def _known_groups(vit: Readings, llm: Readings) -> list[str]:
+    unknown = {"v_sink": vit[_in_force(vit)].unknown, "l_sink": llm[_in_force(llm)].unknown}
+    return [group for group in GROUPS if not unknown.get(group)]
+
+
+def _groups(seen: Seen, vit: Readings, llm: Readings) -> dict[str, np.ndarray]:
+    """Which patches are in each known group at each layer: bool [L, P]."""
+    raised = seen["llm"]["masks"][:, _in_force(llm)]
+    v_sink = np.broadcast_to(seen["vit"]["masks"][_in_force(vit)], raised.shape)
+    masks = {"v_sink": v_sink, "l_sink": raised & ~v_sink, "ordinary": ~raised & ~v_sink}
+    return {group: masks[group] for group in _known_groups(vit, llm) if group in masks}
+
+
+def _indices(mask: np.ndarray) -> list[Any]:
+    """Where a mask [P] holds; a list of such lists for [L, P]."""
+    return np.flatnonzero(mask).tolist() if mask.ndim == 1 else [_indices(row) for row in mask]
+
+
+def _entry(seen: Seen, vit: Readings, llm: Readings) -> dict[str, Any]:
+    groups = _groups(seen, vit, llm)
+    criteria: dict[str, Any] = {
+        stage: {
+            reading.criterion: None if reading.unknown else _indices(seen[stage]["masks"][..., index, :])
+            for index, reading in enumerate(readings)
         }
-        entry["warnings"] = _warnings(entry, len(norms))
-        found.append(entry)
-    return found
+        for stage, readings in (("vit", vit), ("llm", llm))
+    }
+    v_sink = {group: mask[0] for group, mask in groups.items() if group == "v_sink"}
+    # before the language model there are V-sinks and other tokens only
+    others = ~v_sink["v_sink"] if v_sink else np.ones(len(seen["vit"]["norms"]), bool)
+    values = _values("vit", None, seen["vit"], v_sink | {"ordinary": others}, vit)
+    for layer in range(len(seen["llm"]["norms"])):
+        sizes = {name: seen["llm"][name][layer] for name in ("norms", "dims")}
+        values += _values("llm", layer, sizes, {group: mask[layer] for group, mask in groups.items()}, llm)
+    entry: dict[str, Any] = {
+        "grid": math.isqrt(len(seen["vit"]["norms"])),
+        "v_sinks": _indices(groups["v_sink"][0]) if "v_sink" in groups else None,
+        "l_sinks": _indices(groups["l_sink"]) if "l_sink" in groups else None,
+        "ordinary": _indices(groups["ordinary"]),
+        "criteria": criteria,
+        "norms": [round(float(n), 4) for n in seen["vit"]["norms"]],
+        "values": values,
+    }
+    return entry | {"warnings": _image_warnings(entry, len(entry["norms"]))}
 
 
-def _warnings(entry: dict[str, Any], patches: int) -> list[str]:
+def _values(stage: str, layer: int | None, sizes: Seen, groups: Mapping[str, np.ndarray], readings: Readings) -> list[dict]:
+    """Rows of norms and of sink dimensions by group."""
+    columns = {"norm": sizes["norms"]}
+    columns |= {f"dim {dim}": sizes["dims"][:, place] for place, dim in enumerate(readings[0].dims)}
+    return [
+        {
+            "stage": stage,
+            "layer": layer,
+            "quantity": quantity,
+            "group": group,
+            "tokens": int(mask.sum()),
+            # a group without tokens has no mean
+            "mean": round(float(column[mask].mean()), 4) if mask.any() else None,
+            "max": round(float(column[mask].max()), 4) if mask.any() else None,
+        }
+        for quantity, column in columns.items()
+        for group, mask in groups.items()
+    ]
+
+
+def _image_warnings(entry: dict[str, Any], patches: int) -> list[str]:
     warnings = []
-    if entry["v_sinks"] is None:
-        warnings.append("no V-sink dimensions are known for this model: set sinks.vit_dims, or use criterion norm")
-    elif len(entry["v_sinks"]) > IMPLAUSIBLE_SHARE * patches:
-        warnings.append(
-            f"{len(entry['v_sinks'])} of {patches} patches are flagged as V-sinks: the threshold is implausibly low"
-        )
-    if entry["l_sinks"] is None:
-        warnings.append("no L-sink dimensions are known for this model: set sinks.llm_dims, or another llm_criterion")
-    elif many := [layer for layer, where in enumerate(entry["l_sinks"]) if len(where) > IMPLAUSIBLE_SHARE * patches]:
-        warnings.append(f"more than {IMPLAUSIBLE_SHARE:.0%} of the patches are flagged as L-sinks in layers {many}")
+    v_sinks, l_sinks = entry["v_sinks"], entry["l_sinks"]
+    if v_sinks is not None and not v_sinks:
+        warnings.append("no V-sink in this image")
+    if v_sinks and len(v_sinks) > IMPLAUSIBLE_SHARE * patches:
+        many = "every patch is" if len(v_sinks) == patches else f"{len(v_sinks)} of {patches} patches are"
+        warnings.append(f"{many} flagged as V-sink: the threshold is implausibly low")
+    if l_sinks is not None and not any(l_sinks) and len(v_sinks or []) < patches:
+        warnings.append("no L-sink in this image at any layer")
+    if high := [layer for layer, where in enumerate(l_sinks or []) if len(where) > IMPLAUSIBLE_SHARE * patches]:
+        warnings.append(f"more than {IMPLAUSIBLE_SHARE:.0%} of the patches are flagged as L-sinks in layers {high}")
+    if no_rest := [layer for layer, where in enumerate(entry["ordinary"]) if not where]:
+        warnings.append(f"every token is a sink in layers {no_rest}: none is ordinary")
     return warnings
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _find(params: dict, batch: Batch, graphdef: Any, knows_l: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Feature norms float32 [P], V-sinks bool [P], L-sinks bool [L, P] of a batch of one image."""
-    model: Llava = assemble(graphdef, params)
-    features, v_sink = model.image_features(jnp.asarray(batch.pixels))
-    norms = jnp.linalg.norm(features.astype(jnp.float32), axis=-1)[0]
-    if not knows_l:
-        return norms, v_sink[0], jnp.zeros((model.config.text.num_layers, len(norms)), bool)
-    merged = model.merge(batch)
-    visual, sinks = merged.visual, model.config.sinks
-    assert visual is not None
-    valid = jnp.asarray(batch.attention_mask)
+def _counts(groups: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    rows = []
+    for group in groups[0]:
+        tokens = np.stack([g[group].sum(-1) for g in groups])  # [images, L]
+        for layer, (mean, std) in enumerate(zip(tokens.mean(0), tokens.std(0), strict=True)):
+            rows.append({"layer": layer, "group": group, "mean": round(float(mean), 4), "std": round(float(std), 4)})
+    return sorted(rows, key=lambda row: row["layer"])
 
-    def observe(view: LayerView) -> jax.Array:
-        received = None if view.attention is None else received_attention(view.attention, valid)
-        over = sink_mask(
-            sinks.llm_criterion,
-            view.hidden,
-            dims=sinks.llm_dims,
-            tau=sinks.llm_tau,
-            massive_ratio=sinks.massive_ratio,
-            valid=visual.mask if sinks.llm_criterion == "attention" else valid,
-            received=received,
-        )
-        return group_visual_tokens(visual, over).l_sink[0]
 
-    out = model(batch, merged=merged, observe=observe, observe_attention=sinks.llm_criterion == "attention")
-    positions = jnp.flatnonzero(visual.mask[0], size=len(norms))
-    return norms, v_sink[0], out.observed[:, positions]
+def _attention(seen: Sequence[Seen], known: Sequence[str]) -> list[dict[str, Any]]:
+    mass = np.stack([s["llm"]["mass"] for s in seen])  # [images, L, 2, N, 4]
+    # an unknown group has no tokens and no share
+    columns = [(group, GROUPS.index(group)) for group in known]
+    rows = []
+    for index, queries in enumerate(QUERIES):
+        kept = [each for each in mass[:, :, index] if each.any()]  # without queries there is no attention
+        if not kept:
+            continue
+        mean = np.stack(kept).mean(0, dtype=np.float64)
+        rows += [
+            {"layer": layer, "head": head, "queries": queries, "group": group, "share": round(float(mean[layer, head, at]), 6)}
+            for layer in range(mean.shape[0])
+            for head in range(mean.shape[1])
+            for group, at in columns
+        ]
+    return rows
+
+
+def _overlap(seen: Sequence[Seen], vit: Readings, llm: Readings) -> dict[str, Any]:
+    vit_masks = np.concatenate([s["vit"]["masks"] for s in seen], axis=-1)
+    llm_masks = np.concatenate([s["llm"]["masks"] for s in seen], axis=-1)
+    return {
+        "criteria": [reading.criterion for reading in vit],
+        "vit": _jaccard(vit_masks, vit),
+        "llm": [_jaccard(masks, llm) for masks in llm_masks],
+    }
+
+
+def _jaccard(masks: np.ndarray, readings: Readings) -> list[list[float | None]]:
+    """Both / either for each two of the masks bool [C, N]; null where neither flags a token, or one is unknown."""
+    flagged = masks.astype(np.int64)
+    both = flagged @ flagged.T
+    either = flagged.sum(1)[:, None] + flagged.sum(1) - both
+    unknown = np.array([reading.unknown is not None for reading in readings])
+    either[unknown], either[:, unknown] = 0, 0
+    return [
+        [round(float(b / e), 4) if e else None for b, e in zip(*rows, strict=True)] for rows in zip(both, either, strict=True)
+    ]
+
+
+def _warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str]:
+    """About the run: what is unknown, and which of the other criteria flag too much to mean anything here."""
+    warnings = []
+    for kind, stage, readings in (("V-sink", "vit", vit), ("L-sink", "llm", llm)):
+        if readings[_in_force(readings)].unknown:
+            field = "criterion" if stage == "vit" else "llm_criterion"
+            warnings.append(
+                f"no {kind} dimensions are known for this model: set sinks.{stage}_dims (`lsg calibrate` finds them), "
+                f"or another sinks.{field}"
+            )
+        share = np.mean([s[stage]["masks"].mean(-1) for s in seen], axis=0).reshape(-1, len(readings))  # [L or 1, C]
+        for index, reading in enumerate(readings):
+            high = np.flatnonzero(share[:, index] > IMPLAUSIBLE_SHARE)
+            if len(high) and not reading.in_force:
+                where = "of the features" if stage == "vit" else f"in layers {high.tolist()}"
+                warnings.append(
+                    f"criterion {reading.criterion} at {reading.tau:g} would flag up to {share[:, index].max():.0%} "
+                    f"of the patches {where}: it says little here"
+                )
+    return warnings

@@ -11,10 +11,10 @@ from lsg_jax.cli.options import Command, sink_config, sink_option
 def add(command: Command) -> None:
     """Adds the commands."""
     sub = command("export", _gates_export, "write the gates of a run as a portable file")
-    sub.add_argument("run_folder", type=Path, metavar="RUN")
+    sub.add_argument("source", metavar="RUN", help="run folder, or layers of it as RUN@3,6")
     sub.add_argument("file", type=Path, metavar="FILE.safetensors")
     sub = command("combine", _gates_combine, "join gates of several layers that were trained apart")
-    sub.add_argument("sources", nargs="+", metavar="G", help="run folders or gate files")
+    sub.add_argument("sources", nargs="+", metavar="G", help="run folders or gate files, or layers of one as RUN@3,6")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     sub = command("import", _gates_import, "turn a published PyTorch gate file into a portable one")
     sub.add_argument("file", type=Path, metavar="FILE")
@@ -27,7 +27,7 @@ def _gates_export(options: argparse.Namespace) -> None:
     from lsg_jax.gating.portable import write_gates
     from lsg_jax.vlm import open_gates
 
-    write_gates(options.file, open_gates(options.run_folder))
+    write_gates(options.file, open_gates(options.source))
     print(options.file)
 
 

@@ -1,4 +1,4 @@
-"""Commands that find sinks: sinks."""
+"""Commands that find sinks: sinks, calibrate."""
 
 from __future__ import annotations
 
@@ -6,19 +6,35 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
-from lsg_jax.cli.options import Command, gate_options, load_model
+from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
 from lsg_jax.errors import InputError
+
+PROMPT = "Describe the image."
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+
+logger = logging.getLogger(__name__)
 
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("sinks", _sinks, "V- and L-sinks of images: JSON on stdout, overlays as PNG")
+    sub = command("sinks", _sinks, "V- and L-sinks of images, every criterion, attention by group: JSON, overlays, figures")
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="FILE")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="write sinks.json and an overlay of each image")
-    sub.add_argument("--prompt", default="Describe the image.", metavar="TEXT", help="the question that goes with each image")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="write sinks.json, an overlay of each image, and figures")
+    sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
+    text = "longest answer whose attention is measured (16); 0 for the prompt's alone"
+    sub.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=text)
     gate_options(sub)
+
+    sub = command("calibrate", _calibrate, "propose sink dimensions and thresholds from a folder of images, as TOML")
+    sub.add_argument("model", type=Path, metavar="MODEL")
+    sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, with those below it")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="write the TOML here as well")
+    sub.add_argument("--limit", type=int, default=256, metavar="N", help="use so many images, evenly spread by name (256)")
+    sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
+    sub.add_argument("--json", action="store_true", help="print the evidence as JSON instead of the TOML")
 
 
 def _sinks(options: argparse.Namespace) -> None:
@@ -30,14 +46,58 @@ def _sinks(options: argparse.Namespace) -> None:
     names = [path.stem for path in options.images]
     if options.out is not None and len(set(names)) < len(names):
         raise InputError("--images: two files have the same name, their overlays would overwrite each other")
-    pixels = [vlm.processor.pixels(path) for path in options.images]
-    found = dict(zip(map(str, options.images), find_sinks(vlm, pixels, options.prompt), strict=True))
-    for path, entry in found.items():
+    pixels = {str(path): vlm.processor.pixels(path) for path in options.images}
+    with progress_bar("sinks") as progress:
+        found = find_sinks(vlm, pixels, options.prompt, max_new_tokens=options.max_new_tokens, progress=progress)
+    for warning in found["warnings"]:
+        logger.warning("%s", warning)
+    for path, entry in found["images"].items():
         for warning in entry["warnings"]:
-            logging.getLogger(__name__).warning("%s: %s", path, warning)
+            logger.warning("%s: %s", path, warning)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "sinks.json", found)
-        for name, image, entry in zip(names, pixels, found.values(), strict=True):
+        write_json(options.out / "sinks.json", found, sort_keys=False)
+        for name, image, entry in zip(names, pixels.values(), found["images"].values(), strict=True):
             draw_sinks(image, entry).save(options.out / f"{name}.png")
-    print(json.dumps(found))
+        _draw_figures(found, options.out)
+    print(json.dumps(found, allow_nan=False))
+
+
+def _draw_figures(found: dict[str, Any], out: Path) -> None:
+    from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
+
+    draw_sinks_by_layer(found["counts"], out / "sinks_by_layer")
+    draw_attention_shares(found["attention"], out / "attention_shares")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    import lsg_jax
+    from lsg_jax.analysis.calibrate import as_toml, calibrate
+    from lsg_jax.checkpoint.files import write_atomic
+
+    images = _images_below(options.images, options.limit)
+    if options.out is not None and not options.out.parent.is_dir():
+        raise InputError(f"--out {options.out}: there is no folder {options.out.parent}")
+    vlm = lsg_jax.load(options.model)
+    with progress_bar("calibrate") as progress:
+        result = calibrate(vlm, images, options.prompt, progress=progress)
+    for skipped in result["skipped"]:
+        logger.warning("left out: %s", skipped)
+    for warning in result["warnings"]:
+        logger.warning("%s", warning)
+    text = as_toml(result)
+    if options.out is not None:
+        write_atomic(options.out, text.encode())
+    print(json.dumps(result, allow_nan=False) if options.json else text, end="\n" if options.json else "")
+
+
+def _images_below(folder: Path, limit: int) -> list[Path]:
+    """Image files in a folder and below it, by name; `limit` of them, evenly spread."""
+    if limit < 1:
+        raise InputError(f"--limit is {limit}, it must be at least 1")
+    if not folder.is_dir():
+        raise InputError(f"--images {folder}: no such folder")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not found:
+        raise InputError(f"--images {folder}: no image in it (known endings: {' '.join(IMAGE_SUFFIXES)})")
+    return [found[index * len(found) // limit] for index in range(limit)] if len(found) > limit else found

@@ -99,6 +99,7 @@ def _eval(options: argparse.Namespace) -> None:
     from lsg_jax.eval.runner import ask_all, evaluate
     from lsg_jax.eval.table import table
     from lsg_jax.report.figures import draw_gains, draw_gate_ratios
+    from lsg_jax.report.gains import rows_of_gains
     from lsg_jax.sharding import make_mesh
     from lsg_jax.vlm import load_backbone
 
@@ -108,11 +109,16 @@ def _eval(options: argparse.Namespace) -> None:
     settings = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
     asked = ask_all(settings)  # a wrong file shows before the model is loaded
     output = Path(config.output)
+    out = options.out or output / "eval"
     gates = options.gates or (output if (output / "run.json").exists() else None)
     base = load_backbone(config.model, dtype=config.dtype, mesh=make_mesh(config.mesh))
     models = open_methods(base, config, options.method, gates)
     with progress_bar("eval") as progress:
         tell = lambda what, done, total: progress(done, total, what)
-        result = evaluate(models, settings, options.out or output / "eval", asked=asked, progress=tell)
+        result = evaluate(models, settings, out, asked=asked, progress=tell)
     if jax.process_index() == 0:
+        if len(models) > 1:
+            draw_gains(rows_of_gains(result), out / "gains")
+        if result["ratios"]:
+            draw_gate_ratios(result["ratios"], out / "ratios")
         print(json.dumps(result, indent=2) if options.json else table(result))

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lsg_jax.baselines.diysink import BOTH, ROUTE_TOKENS, read_route, routing_prompt
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.processor import Encoded, Processor
@@ -64,7 +65,9 @@ def answer(
     """
     processor = vlm.make_processor(config.image_aspect, config.template)
     outputs = dict(known or {})
-    encoded = {i: _encode(processor, items[i], prompts[i], config) for i in range(len(items)) if i not in outputs}
+    encoded = {i: encode_item(processor, items[i], prompts[i], config) for i in range(len(items)) if i not in outputs}
+    routes = ask_routes(vlm, items, prompts, config, which=list(encoded))
+    text_only = all(items[i].image is None for i in encoded)
 
     def run(asked: Mapping[int, Encoded], batch_size: int, near_tie: float) -> list[int]:
         """Answers the questions, but for those that come near a tie: their positions are returned."""
@@ -73,6 +76,10 @@ def answer(
         undecided = []
         for members, pixels in _batches(plan(asked, size), rows, items, processor, config.num_threads):
             local = vlm.pad_questions([asked[members[row]] for row in rows], pixels)
+            if text_only:
+                local = replace(local, pixels=None)
+            if routes is not None:
+                local = replace(local, route=np.array([routes[members[row]] for row in rows], np.int32))
             made = vlm.generate_in_full(place_rows(local, vlm.mesh, size), max_new_tokens)
             near = {i for i, lead in zip(members, made.lead, strict=True) if lead < near_tie}
             new = {i: _answer(processor, made, row, items[i]) for row, i in enumerate(members) if i not in near}
@@ -82,10 +89,25 @@ def answer(
                 on_batch(new)
         return undecided
 
-    near_tie = 0.0 if config.batch_size == 1 else _near_tie(vlm, config)
+    near_tie = 0.0 if config.batch_size == 1 else near_tie_of(vlm, config)
     undecided = run(encoded, config.batch_size, near_tie)
     run({i: encoded[i] for i in undecided}, 1, 0.0)
     return [outputs[i] for i in range(len(items))]
+
+
+def ask_routes(
+    vlm: VLM, items: Sequence[Item], prompts: Sequence[str], config: EvalConfig, *, which: Sequence[int]
+) -> dict[int, int] | None:
+    """What the questions `which` need, in the words of the plain model: `Batch.route` by position; a collective.
+
+    None for a model that has no router. A question of text only is not asked about.
+    """
+    if vlm.router is None:
+        return None
+    asked = [i for i in which if items[i].image is not None]
+    blind = [replace(items[i], image=None) for i in asked]
+    said = answer(vlm.router, blind, [routing_prompt(prompts[i]) for i in asked], config, max_new_tokens=ROUTE_TOKENS)
+    return dict.fromkeys(which, BOTH) | {i: read_route(answer.text) for i, answer in zip(asked, said, strict=True)}
 
 
 def _answer(processor: Processor, made: Generated, row: int, item: Item) -> Answer:
@@ -93,7 +115,8 @@ def _answer(processor: Processor, made: Generated, row: int, item: Item) -> Answ
     return Answer(processor.decode(made.tokens[row]), made.ratios[:, row] if gated else None)
 
 
-def _near_tie(vlm: VLM, config: EvalConfig) -> float:
+def near_tie_of(vlm: VLM, config: EvalConfig) -> float:
+    """The lead in logits below which an answer is computed again alone (EvalConfig)."""
     if config.near_tie is not None:
         return config.near_tie
     return 1e-3 if vlm.frozen["language_model"]["embed_tokens"].dtype == np.float32 else 0.0
@@ -113,7 +136,8 @@ def plan(encoded: Mapping[int, Encoded], size: int) -> list[list[int]]:
     return batches
 
 
-def _encode(processor: Processor, item: Item, prompt: str, config: EvalConfig) -> Encoded:
+def encode_item(processor: Processor, item: Item, prompt: str, config: EvalConfig) -> Encoded:
+    """The question as tokens. Raises InputError that names the item if it is too long."""
     try:
         return processor.encode_question(prompt, has_image=item.image is not None, max_length=config.max_length)
     except RecordError as error:

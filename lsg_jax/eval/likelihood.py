@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from lsg_jax.config import EvalConfig
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, tag_front
 from lsg_jax.data.processor import Encoded, Processor
 from lsg_jax.errors import InputError
-from lsg_jax.eval.answering import item_pixels, plan
+from lsg_jax.eval.answering import ask_routes, item_pixels, plan
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.model.llava import assemble
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
@@ -41,9 +42,12 @@ def log_likelihoods(
     encoded = {i: _encode(processor, items[i], prompts[i], answers[i], config) for i in range(len(items))}
     size = config.batch_size * batch_rows(vlm.mesh)
     rows = local_rows(vlm.mesh, size)
+    routes = ask_routes(vlm, items, prompts, config, which=list(encoded))
     found: dict[int, tuple[float, bool]] = {}
     for members in plan(encoded, size):
         batch = _batch(processor, [members[row] for row in rows], items, encoded, slots=_slots(encoded, members))
+        if routes is not None:
+            batch = dataclasses.replace(batch, route=np.array([routes[members[row]] for row in rows], np.int32))
         nats, greedy = _score(vlm.params, place_rows(batch, vlm.mesh, size), vlm.graphdef)
         found |= {i: (float(n), bool(g)) for i, n, g in zip(members, host_array(nats), host_array(greedy), strict=True)}
     return [found[i] for i in range(len(items))]

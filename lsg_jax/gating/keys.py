@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from lsg_jax.types import SinkMasks
 
-
 GROUPS = {"v_sink_rest": ("v_sink", "rest"), "l_sink_rest": ("l_sink", "rest"), "three": ("v_sink", "l_sink", "ordinary")}
 """Names of the token groups of each grouping, in the order of their coefficients."""
 

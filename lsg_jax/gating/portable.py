@@ -65,11 +65,14 @@ def combine_gates(parts: Sequence[PortableGates]) -> PortableGates:
     """Gates that were trained apart as one set: the paper's stack.
 
     Raises:
-        InputError: two of them gate the same layer, or they differ in anything but their layers.
+        InputError: two of them gate the same layer, they differ in anything but their layers, or one part is independent gates.
     """
     first = parts[0]
+    for part in parts:
+        check_together(part)
     for other in parts[1:]:
-        plain = [replace(gates.gate, layers=(), biases=True) for gates in (first, other)]  # biases left out are zeros
+        # biases left out are zeros
+        plain = [replace(gates.gate, layers=(), biases=True, independent=False) for gates in (first, other)]
         if plain[0] != plain[1] or other.sinks != first.sinks:
             raise InputError(f"gates of layers {first.gate.layers} and {other.gate.layers} differ in gate or sink settings")
         if {k: v.shape[1:] for k, v in other.parameters.items()} != {k: v.shape[1:] for k, v in first.parameters.items()}:
@@ -81,17 +84,47 @@ def combine_gates(parts: Sequence[PortableGates]) -> PortableGates:
         raise InputError(f"layer {next(layer for layer in layers if layers.count(layer) > 1)} is gated twice")
     order = np.argsort(layers)
     parameters = {k: np.concatenate([np.asarray(p.parameters[k]) for p in parts])[order] for k in first.parameters}
-    return replace(first, gate=replace(first.gate, layers=tuple(sorted(layers))), parameters=parameters)
+    gate = replace(first.gate, layers=tuple(sorted(layers)), independent=False)
+    return replace(first, gate=gate, parameters=parameters)
+
+
+def choose_gates(gates: PortableGates, layers: Sequence[int], *, where: str) -> PortableGates:
+    """The gates of some layers, to be applied together.
+
+    Args:
+        where: the source, for the error.
+
+    Raises:
+        InputError: there is no gate at one of the layers.
+    """
+    if missing := [layer for layer in layers if layer not in gates.gate.layers]:
+        raise InputError(f"{where}: no gate at layer {missing[0]}; there are {', '.join(map(str, gates.gate.layers))}")
+    chosen = tuple(sorted(set(layers)))
+    slots = [gates.gate.layers.index(layer) for layer in chosen]
+    parameters = {name: np.asarray(leaf)[slots] for name, leaf in gates.parameters.items()}
+    return replace(gates, gate=replace(gates.gate, layers=chosen, independent=False), parameters=parameters)
+
+
+def check_together(gates: PortableGates) -> None:
+    """Raises InputError for gates of several layers that were trained each alone: nobody has said that they are a stack."""
+    layers = gates.gate.layers
+    if gates.gate.independent and len(layers) > 1:
+        raise InputError(
+            f"the {len(layers)} gates, at layers {layers[0]} to {layers[-1]}, were trained each alone and are no stack until "
+            f"layers are chosen: RUN@{layers[0]} for one of the run folder RUN, RUN@{layers[0]},{layers[1]} for several"
+        )
 
 
 def write_gates(path: str | Path, gates: PortableGates) -> None:
     """Writes a gate file, whole or not at all: a reader never sees half of one.
 
     Raises:
-        InputError: the parameters do not fit the configuration or are not finite, or the folder cannot be written.
+        InputError: the parameters do not fit the configuration or are not finite, they are independent gates of which no layer
+            was chosen, or the folder cannot be written.
     """
     from safetensors.numpy import save
 
+    check_together(gates)
     path = Path(path)
     layers = to_torch_layout(gates.parameters, gates.gate.layers)
     tensors = {f"{layer}.{name}": array for layer, named in layers.items() for name, array in named.items()}

@@ -33,8 +33,8 @@ class Generated(NamedTuple):
 def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> Generated:
     """Greedy continuation of each row; padding may be on either side.
 
-    The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates. Edits of
-    the attention and low-rank updates go on with every token.
+    The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates. Edits
+    of the attention and low-rank updates go on with every token.
     """
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     merged = model.merge(batch)

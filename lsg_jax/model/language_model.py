@@ -58,7 +58,7 @@ class DecoderOutput:
         hidden: [B, T, D], or [B, A, D] where only some rows were wanted; output of the last layer, before the final norm.
         key, value: [L, B, K, T, H], or None unless `keep_kv`.
         ratios: float32 [L - first changed layer, B, G], or None without key gating.
-        sinks: bool [L, B, T], sinks that an intervention needs again when decoding, False below the first changed layer; or None.
+        sinks: bool [L, B, T], what KVCache keeps of an intervention that asks for it, False below its first layer; or None.
         observed: what the observer returned, stacked over the L layers, or None.
     """
 
@@ -170,7 +170,7 @@ class LanguageModel(nnx.Module):
         key, value = kv or (None, None)
         ratios, sinks = _join([p[1] for p in parts]), _join([p[3] for p in parts])
         if sinks is not None:
-            sinks = jnp.pad(sinks, ((len(key) - len(sinks), 0), (0, 0), (0, 0)))
+            sinks = jnp.pad(sinks, ((num_layers - start - len(sinks), 0), (0, 0), (0, 0)))
         return DecoderOutput(hidden=x, key=key, value=value, ratios=ratios, sinks=sinks, observed=observed)
 
     def resume(
@@ -203,7 +203,7 @@ class LanguageModel(nnx.Module):
 
         carry = jax.lax.fori_loop(start, last, body, (x, cache.key, cache.value))
         hidden, key, value = body(jnp.int32(last), carry, rows)
-        return hidden, KVCache(key=key, value=value, valid=cache.valid)
+        return hidden, cache.replace(key=key, value=value)  # type: ignore[attr-defined]
 
     def decode(
         self,

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsg_jax.baselines.diysink import DiySink, QuestionWeights, mean_question, sink_patches, taking_part
-from lsg_jax.baselines.lora import LowRankUpdate
+from lsg_jax.baselines.diysink import DiySink, QuestionWeights, check_diysink, mean_question, sink_patches, taking_part
+from lsg_jax.baselines.lora import LowRankUpdate, check_lora
 from lsg_jax.baselines.sink_front import check_sink_front, sinks_to_front
 from lsg_jax.baselines.var import attention_redistribution, check_var
 from lsg_jax.config import (
@@ -78,6 +78,7 @@ class Llava(nnx.Module):
         self.vision_tower = VisionTower(config.vision, rngs=rngs, dtype=dtype)
         self.projector = Projector(config, rngs=rngs, dtype=dtype)
         self.language_model = LanguageModel(config.text, rngs=rngs, dtype=dtype)
+        self.gates: Any
         if gate is not None:
             check_gate(gate, config)
             self.gates = make_gates(config, gate, rngs.gates())
@@ -120,7 +121,10 @@ class Llava(nnx.Module):
         return features, mask() if self._knows_v_sinks() else jnp.zeros_like(everywhere)
 
     def merge(self, batch: Batch) -> MergedSequence:
-        """Puts projected patch i of a row's image at the row's i-th image token."""
+        """Puts projected patch i of a row's image at the row's i-th image token.
+
+        Sink-to-the-front reorders the patches first; DIYSink has projectors of its own and drops what `batch.route` leaves out.
+        """
         x = self.language_model.embed(batch.input_ids)
         if batch.pixels is None:
             return MergedSequence(x=x, valid=jnp.asarray(batch.attention_mask), visual=None)
@@ -291,9 +295,10 @@ def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> 
 
 def check_method(method: MethodConfig, config: ModelConfig) -> None:
     """Raises ValueError for a method that the model cannot carry."""
-    if isinstance(method, LoraConfig) and not 0 <= method.layer < config.text.num_layers:
-        last = config.text.num_layers - 1
-        raise ValueError(f"lora.layer: layer {method.layer} does not exist, the model has layers 0 to {last}")
+    if isinstance(method, LoraConfig):
+        check_lora(method, num_layers=config.text.num_layers)
+    if isinstance(method, DiySinkConfig):
+        check_diysink(method)
     if isinstance(method, VarConfig):
         check_var(method, dims=config.sinks.llm_dims, num_layers=config.text.num_layers)
     if isinstance(method, SinkFrontConfig):

@@ -16,7 +16,7 @@ def draw_sinks(pixels: np.ndarray, sinks: dict[str, Any], *, side: int = 672) ->
 
     Args:
         pixels: uint8 [H, W, 3], the prepared image.
-        sinks: one entry of analysis.sinks.find_sinks.
+        sinks: one image's entry of analysis.sinks.find_sinks.
 
     Returns:
         RGB image of side x side pixels.

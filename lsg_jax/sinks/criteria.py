@@ -7,10 +7,70 @@ Every criterion takes features [..., D] and returns bool [...], True where the t
 
 from __future__ import annotations
 
+import typing
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
+from lsg_jax.config import Criterion, SinkConfig
 from lsg_jax.types import SinkMasks, VisualTokens
+
+PUBLISHED_TAU = {"dim_rms": 20.0, "norm": 100.0, "massive": 100.0, "attention": 0.3}
+"""Thresholds of the sources above; arXiv 2604.03316 states none for `dim_abs`. That of `norm` is one for ViT features."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One criterion with all that it needs, where several stand side by side.
+
+    Attributes:
+        tau, massive_ratio: as in SinkConfig; `massive_ratio` counts for `massive` only.
+        in_force: whether it is the one that decides what a sink is.
+        unknown: why it cannot be applied, None where it can.
+    """
+
+    criterion: str
+    tau: float
+    massive_ratio: float
+    dims: tuple[int, ...]
+    in_force: bool
+    unknown: str | None = None
+
+    def mask(self, features: jax.Array, valid: jax.Array, received: jax.Array | None) -> jax.Array:
+        """`sink_mask` of this criterion; nothing is flagged where it is unknown."""
+        if self.unknown:
+            return jnp.zeros(features.shape[:2], bool)
+        return sink_mask(
+            self.criterion,
+            features,
+            dims=self.dims,
+            tau=self.tau,
+            massive_ratio=self.massive_ratio,
+            valid=valid,
+            received=received,
+        )
+
+
+def side_by_side(sinks: SinkConfig, stage: typing.Literal["vit", "llm"]) -> tuple[Reading, ...]:
+    """Every criterion by name: the one in force as `sinks` has it, the others with their published thresholds."""
+    if stage == "vit":
+        chosen, tau, dims, default = sinks.criterion, sinks.vit_tau, sinks.vit_dims, SinkConfig.vit_tau
+    else:
+        chosen, tau, dims, default = sinks.llm_criterion, sinks.llm_tau, sinks.llm_dims, SinkConfig.llm_tau
+    return tuple(
+        Reading(
+            criterion=name,
+            tau=tau if name == chosen else PUBLISHED_TAU.get(name, default),
+            massive_ratio=sinks.massive_ratio if name == chosen else SinkConfig.massive_ratio,
+            dims=dims,
+            in_force=name == chosen,
+            unknown=f"no sink dimensions are known: set sinks.{stage}_dims"
+            if name in ("dim_abs", "dim_rms") and not dims
+            else None,
+        )
+        for name in typing.get_args(Criterion)
+    )
 
 
 def dim_abs(features: jax.Array, dims: tuple[int, ...], tau: float) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`lsg train`: trains gates, writes metrics and checkpoints, resumes where it stopped."""
+"""`lsg train`: trains gates or a baseline, writes metrics and checkpoints, resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from lsg_jax import sharding
 from lsg_jax.checkpoint import RunFolder
-from lsg_jax.config import RunConfig, to_dict
+from lsg_jax.config import GateConfig, MethodConfig, RunConfig, to_dict
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, NonFiniteError, Preempted
-from lsg_jax.model.llava import abstract_model, make_gates
+from lsg_jax.model.llava import abstract_model, initial_parameters
 from lsg_jax.stopping import stop_signals
+from lsg_jax.train.independent import independent_gates
 from lsg_jax.train.optimizer import learning_rate
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch, TrainState
-from lsg_jax.vlm import VLM, check_gate_input, load_backbone
+from lsg_jax.vlm import VLM, check_gate_input, check_method_input, load_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ class Trainer:
 
 
 def train(config: RunConfig, *, on_step: OnStep | None = None) -> Path:
-    """Trains the gates of `config.gate.layers` and returns the run folder; continues the run that is already there.
+    """Trains what `config.method` says, gates or a baseline, and returns the run folder; continues the run that is there.
 
     Args:
-        on_step: called with (step, total steps, metrics) after each logged step.
+        on_step: called with (step, total steps, metrics) after each logged step; the loss of independent gates as their mean.
 
     Raises:
         ConfigError, InputError: the run cannot start, or the folder holds a run that computes something else.
@@ -93,8 +93,14 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} is no multiple of the {rows} devices along data and fsdp"
         )
+    gate, method = _what_is_trained(config)
     vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=mesh)
-    check_gate_input(config.gate, vlm.config)
+    if gate is not None:
+        gate = gate.for_depth(vlm.config.text.num_layers)
+        check_gate_input(gate, vlm.config)
+        config = replace(config, gate=gate)
+    if method is not None:
+        check_method_input(method, vlm.config)
     data = TrainingData(
         config.data.records,
         vlm.make_processor(config.data.image_aspect, config.data.template),
@@ -106,9 +112,13 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
     total = min(data.num_batches, config.train.max_steps or data.num_batches)
     _claim(run, config, vlm, data, total)
 
-    graphdef, _ = abstract_model(vlm.config, config.gate)
-    gates = nnx.to_pure_dict(nnx.state(make_gates(vlm.config, config.gate, jax.random.key(config.seed))))
-    state = init_state(gates, vlm.frozen, config=config.train, total_steps=total)
+    graphdef, _ = abstract_model(vlm.config, gate, method=method)
+    key, independent = jax.random.key(config.seed), gate is not None and gate.independent
+    if gate is not None and independent:
+        gates = independent_gates(vlm.config, gate, vlm.frozen, key)
+    else:
+        gates = initial_parameters(vlm.config, gate, method, vlm.frozen, key)
+    state = init_state(gates, vlm.frozen, config=config.train, total_steps=total, independent=independent)
     state = jax.device_put(state, sharding.replicated(mesh))
     if restored := run.latest(state):
         state = restored.state
@@ -119,12 +129,21 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
         config=config,
         vlm=vlm,
         data=data,
-        step=compiled_step(graphdef, config.train, total, sharding.replicated(mesh)),
+        step=compiled_step(graphdef, config.train, total, sharding.replicated(mesh), independent=independent),
         state=state,
         total_steps=total,
         batch_sharding=sharding.batch_sharding(mesh),
         run=run,
     )
+
+
+def _what_is_trained(config: RunConfig) -> tuple[GateConfig | None, MethodConfig | None]:
+    """Gates, or one of the baselines that have parameters."""
+    if config.method == "lsg":
+        return config.gate, None
+    if config.method not in ("lora", "diysink"):
+        raise ConfigError(f'method = "{config.method}" has nothing to train: choose lsg, lora or diysink, or run `lsg eval`')
+    return None, config.lora if config.method == "lora" else config.diysink
 
 
 def _claim(run: RunFolder, config: RunConfig, vlm: VLM, data: TrainingData, total_steps: int) -> None:
@@ -185,12 +204,13 @@ def _loop(trainer: Trainer, stopped: Callable[[], bool], on_step: OnStep | None)
             metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
             metrics |= {"learning_rate": float(schedule(step - 1)), "data_wait_s": waited}
             metrics["step_s"] = time.perf_counter() - began
-            if step % config.log_every == 0 or step == total or not metrics["finite"]:
+            finite = np.all(metrics["finite"])
+            if step % config.log_every == 0 or step == total or not finite:
                 log.write({"step": step, **metrics})
                 if on_step:
-                    on_step(step, total, metrics)
-            if not metrics["finite"]:
-                _not_finite(trainer, step, batch)
+                    on_step(step, total, metrics | {"loss": float(np.mean(metrics["loss"]))})
+            if not finite:
+                _not_finite(trainer, step, batch, metrics["finite"])
             stop = stopped()
             if step % config.save_every == 0 or step == total or stop:
                 trainer.save()
@@ -198,10 +218,14 @@ def _loop(trainer: Trainer, stopped: Callable[[], bool], on_step: OnStep | None)
                 raise Preempted(f"{trainer.run.path}: stopped at step {step} of {total}, saved; run the same command to go on")
 
 
-def _not_finite(trainer: Trainer, step: int, batch: Batch) -> None:
-    """Warns of a skipped step, or aborts after too many in a row."""
-    what = f"step {step}: loss or gradient is not finite, records {np.asarray(batch.row_id).tolist()}"
-    in_a_row = int(trainer.state.skipped)
+def _not_finite(trainer: Trainer, step: int, batch: Batch, finite: bool | list[bool]) -> None:
+    """Warns of a skipped step, or aborts after too many in a row; independent gates go on as long as one of them is sound."""
+    where = ""
+    if isinstance(finite, list):
+        layers = trainer.config.gate.layers
+        where = f" at layers {[layer for layer, good in zip(layers, finite, strict=True) if not good]}"
+    what = f"step {step}: loss or gradient{where} is not finite, records {np.asarray(batch.row_id).tolist()}"
+    in_a_row = int(np.min(trainer.state.skipped))
     if in_a_row >= trainer.config.train.max_skipped:
         raise NonFiniteError(
             f"{trainer.run.path}: {what}; {in_a_row} steps in a row: lower train.learning_rate, or look at these records"
@@ -233,7 +257,14 @@ class _Metrics:
         self._file.close()
 
     def write(self, entry: dict[str, Any]) -> None:
-        # a loss of NaN is written as null, since NaN is no JSON
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_without_nan(entry)) + "\n")
         self._file.flush()
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain data with null for every number that is not finite, since NaN is no JSON."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

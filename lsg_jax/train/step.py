@@ -12,19 +12,36 @@ import optax
 from lsg_jax.config import TrainConfig
 from lsg_jax.model.llava import assemble
 from lsg_jax.model.loss import answer_loss
+from lsg_jax.train.independent import losses_and_gradients
 from lsg_jax.train.optimizer import gate_updates, make_optimizer
 from lsg_jax.types import Batch, TrainState
 
 
-def init_state(gates: Any, frozen: Any, *, config: TrainConfig, total_steps: int) -> TrainState:
-    """The state before the first step. `frozen` may be abstract: only its tree matters."""
-    params = {**frozen, "gates": gates}
-    opt_state = make_optimizer(config, total_steps, params).init(params)
-    return TrainState(gates=gates, opt_state=opt_state, step=jnp.int32(0), skipped=jnp.int32(0))
+def init_state(gates: Any, frozen: Any, *, config: TrainConfig, total_steps: int, independent: bool = False) -> TrainState:
+    """The state before the first step. `frozen` may be abstract: only its tree matters.
+
+    Args:
+        independent: the gates [n, ...] are trained each as if alone: every leaf of the optimiser state, and `skipped`, has a
+            leading axis of n.
+    """
+
+    def init(gates: Any) -> tuple[Any, jax.Array]:
+        params = {**frozen, "gates": gates}
+        return make_optimizer(config, total_steps, params).init(params), jnp.int32(0)
+
+    opt_state, skipped = (jax.vmap(init) if independent else init)(gates)
+    return TrainState(gates=gates, opt_state=opt_state, step=jnp.int32(0), skipped=skipped)
 
 
 def train_step(
-    state: TrainState, frozen: Any, batch: Batch, *, graphdef: Any, config: TrainConfig, total_steps: int
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    graphdef: Any,
+    config: TrainConfig,
+    total_steps: int,
+    independent: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Updates the gates; a step with a non-finite loss or gradient changes nothing but the counters.
 
@@ -32,41 +49,58 @@ def train_step(
         frozen: the backbone's parameters, a nested dict; not differentiated, not changed.
         graphdef: graph definition of the whole model (model.llava.abstract_model).
         total_steps: length of the learning-rate schedule.
+        independent: each of n gates has its own loss, gradient norm, optimiser and guard, as if it were trained alone.
 
     Returns:
-        The new state, and metrics: loss (nats a token), tokens, correct, grad_norm (before clipping), finite, `gate_norm` and
-        `gate_grad_norm` float32 [gated layers] of the gates that the step started from, and `ratios` float32 [gated layers, G]
-        as means over rows with an image.
+        The new state, and metrics: loss (nats a token), tokens, correct, grad_norm (before clipping), finite and, of gates,
+        `gate_norm` and `gate_grad_norm` float32 [gated layers] of the gates that the step started from, and `ratios` float32
+        [gated layers, G] as means over rows with an image. Of independent gates, loss, correct, grad_norm and finite are [n].
     """
-    optimizer = make_optimizer(config, total_steps, {**frozen, "gates": state.gates})
-
-    def loss_of(gates: Any) -> tuple[jax.Array, dict[str, Any]]:
-        return answer_loss(assemble(graphdef, frozen, gates), batch, remat=config.remat)
-
-    (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.gates)
-    grad_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = gate_updates(optimizer, gradients, state.opt_state, state.gates, frozen)
-    gates = optax.apply_updates(state.gates, updates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    state = TrainState(
-        gates=keep(gates, state.gates),
-        opt_state=keep(opt_state, state.opt_state),
-        step=state.step + 1,
-        skipped=jnp.where(finite, 0, state.skipped + 1),
-    )
-    return state, {
+    differentiate = losses_and_gradients if independent else _loss_and_gradients
+    loss, told, gradients = differentiate(graphdef, frozen, state.gates, batch, remat=config.remat)
+    update = functools.partial(_update, frozen=frozen, config=config, total_steps=total_steps)
+    before = (state.gates, state.opt_state, state.skipped)
+    (gates, opt_state, skipped), measured = (jax.vmap(update) if independent else update)(before, gradients, loss)
+    return TrainState(gates=gates, opt_state=opt_state, step=state.step + 1, skipped=skipped), {
         "loss": loss,
-        **aux,
-        "grad_norm": grad_norm,
-        "finite": finite,
-        "gate_norm": _layer_norms(state.gates),
-        "gate_grad_norm": _layer_norms(gradients),
+        **told,
+        **measured,
+        **({"gate_norm": _layer_norms(state.gates), "gate_grad_norm": _layer_norms(gradients)} if "ratios" in told else {}),
     }
 
 
+def _loss_and_gradients(
+    graphdef: Any, frozen: Any, gates: Any, batch: Batch, *, remat: str
+) -> tuple[jax.Array, dict[str, Any], Any]:
+    """The loss of the model with all that is trained, what `answer_loss` tells besides, and the gradient."""
+
+    def loss_of(gates: Any) -> tuple[jax.Array, dict[str, Any]]:
+        return answer_loss(assemble(graphdef, frozen, gates), batch, remat=remat)
+
+    (loss, told), gradients = jax.value_and_grad(loss_of, has_aux=True)(gates)
+    return loss, told, gradients
+
+
+def _update(
+    before: tuple[Any, Any, jax.Array], gradients: Any, loss: jax.Array, *, frozen: Any, config: TrainConfig, total_steps: int
+) -> tuple[tuple[Any, Any, jax.Array], dict[str, jax.Array]]:
+    """(gates, optimiser state, skipped) after the step, and `grad_norm` and `finite`."""
+    gates, opt_state, skipped = before
+    grad_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    optimizer = make_optimizer(config, total_steps, {**frozen, "gates": gates})
+    updates, new_opt_state = gate_updates(optimizer, gradients, opt_state, gates, frozen)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    after = (
+        keep(optax.apply_updates(gates, updates), gates),
+        keep(new_opt_state, opt_state),
+        jnp.where(finite, 0, skipped + 1),
+    )
+    return after, {"grad_norm": grad_norm, "finite": finite}
+
+
 @functools.cache
-def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, sharding: Any) -> Any:
+def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, sharding: Any, *, independent: bool = False) -> Any:
     """`train_step`, jitted: (state, frozen, batch) -> (state, metrics), the state donated.
 
     One function for equal settings, so that a run resumed in the same process does not compile again.
@@ -74,7 +108,7 @@ def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, sharding
     Args:
         sharding: of the new state and the metrics.
     """
-    step = functools.partial(train_step, graphdef=graphdef, config=config, total_steps=total_steps)
+    step = functools.partial(train_step, graphdef=graphdef, config=config, total_steps=total_steps, independent=independent)
     return jax.jit(step, donate_argnums=0, out_shardings=sharding)
 
 

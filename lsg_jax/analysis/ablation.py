@@ -1,0 +1,153 @@
+"""`lsg ablate`: what each choice in a gate is worth, by training it otherwise: other signals, other groupings, LoRA instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+
+from lsg_jax.analysis.scores import score_rows
+from lsg_jax.checkpoint import read_manifest
+from lsg_jax.checkpoint.files import write_json
+from lsg_jax.checkpoint.processes import on_primary
+from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, from_dict, to_dict
+from lsg_jax.data.records import open_records
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.runner import BASE, Progress, ask_all, evaluate
+from lsg_jax.sharding import make_mesh
+from lsg_jax.train.loop import train
+from lsg_jax.vlm import check_gate_input, check_method_input, load_backbone, open_trained
+
+RESULT = "ablate.json"
+REFERENCE = "reference"
+
+KINDS: dict[str, tuple[str, ...]] = {"signal": get_args(Signal), "grouping": get_args(Grouping), "lora": ("lora",)}
+"""What is varied -> the names of its variants."""
+
+
+def plan_variants(
+    config: RunConfig, wanted: Sequence[str], model: ModelConfig
+) -> tuple[dict[str, RunConfig], list[dict[str, str]]]:
+    """The runs to train, the reference first, and the variants that cannot be.
+
+    Args:
+        config: the reference.
+        wanted: kinds (all of a kind but what the reference has) and names of variants; empty for all kinds.
+        model: the model; sinks of `config` go before its own.
+
+    Returns:
+        {variant: its configuration, `output` left as it is}, rows `{variant, reason}`.
+
+    Raises:
+        ConfigError: a name that is not known, a reference that the model cannot carry, or nothing left to compare with it.
+    """
+    model = replace(model, sinks=config.sinks or model.sinks)
+    if config.method != "lsg":
+        raise ConfigError(f'method = "{config.method}": the reference of `lsg ablate` is gates, set method = "lsg"')
+    if config.gate.independent:
+        raise ConfigError("gate.layers: `lsg ablate` compares gates that are used together: name one layer, for example [10]")
+    check_gate_input(config.gate, model)
+    runs, skipped = {REFERENCE: config}, []
+    for name in _names(config, wanted):
+        try:
+            runs[name] = _variant(config, name, model)
+        except ConfigError as error:
+            skipped.append({"variant": name, "reason": str(error)})
+    if len(runs) == 1:
+        reasons = "; ".join(f"{row['variant']}: {row['reason']}" for row in skipped)
+        raise ConfigError(f"nothing is left to compare with the reference: {reasons or 'no variants are named'}")
+    return runs, skipped
+
+
+def _names(config: RunConfig, wanted: Sequence[str]) -> list[str]:
+    own = (config.gate.signal, config.gate.grouping)
+    names: list[str] = []
+    for name in wanted or KINDS:
+        if name not in KINDS and not any(name in values for values in KINDS.values()):
+            known = [*KINDS, *(value for kind in ("signal", "grouping") for value in KINDS[kind])]
+            raise ConfigError(f"--variants {name}: unknown; known are {', '.join(known)}")
+        names += [value for value in KINDS[name] if value not in own] if name in KINDS else [name]
+    return list(dict.fromkeys(names))
+
+
+def _variant(config: RunConfig, name: str, model: ModelConfig) -> RunConfig:
+    """The configuration of one variant. Raises ConfigError where there is none, or the model cannot carry it."""
+    gate = config.gate
+    if name in (gate.signal, gate.grouping):
+        raise ConfigError("this is the reference itself")
+    if name == "lora":
+        if len(gate.layers) > 1:
+            raise ConfigError(f"LoRA is at one layer, the gates are at {', '.join(map(str, gate.layers))}")
+        changed = replace(config, method="lora", lora=replace(config.lora, layer=gate.layers[0]))
+        check_method_input(changed.lora, model)
+        return changed
+    kind = "signal" if name in KINDS["signal"] else "grouping"
+    changed = replace(config, gate=replace(gate, **{kind: name}))  # type: ignore[arg-type]
+    check_gate_input(changed.gate, model)
+    return changed
+
+
+def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains the reference and every variant of it in a run of its own, then asks all of them; a collective of all processes.
+
+    Writes into `out`: a run folder a variant, `ablate.json`, and what `evaluate` writes. A study that was stopped goes on where
+    it was.
+
+    Args:
+        config: the reference; data, training, seed and questions are the same for all.
+        wanted: see `plan_variants`.
+        progress: called with (what, done, total).
+
+    Returns:
+        What ablate.json holds.
+
+    Raises:
+        ConfigError, InputError: as `plan_variants`, or no records or questions; before anything is computed.
+        Preempted: SIGTERM or SIGINT came; what was trained or answered is kept.
+    """
+    manifest = read_manifest(config.model)
+    model = from_dict(ModelConfig, manifest["config"], where=f"{config.model}: config")
+    runs, skipped = plan_variants(config, wanted, model)
+    if not config.data.records:
+        raise InputError("data.records is empty: name a folder that `lsg prepare` wrote")
+    open_records(config.data.records)
+    asked = ask_all(config.eval)
+    folders = {name: _train(name, run, out, progress) for name, run in runs.items()}
+    base = load_backbone(config.model, dtype=config.dtype, mesh=make_mesh(config.mesh))
+    models = {BASE: base, **{name: open_trained(base, folder) for name, folder in folders.items()}}
+    result = evaluate(models, config.eval, out, asked=asked, progress=progress)
+    study = {
+        "format": "lsg-ablate-1",
+        "model": result["model"],
+        "backbone": result["backbone"],
+        "rows": [_variant_row(row) for row in score_rows(result, asked)],
+        "skipped": skipped,
+        "parameters": {name: sum(leaf.size for leaf in jax.tree.leaves(models[name].gates)) for name in runs},
+        "settings": _settings(config) | {"eval": result["settings"]},
+        "variants": result["methods"],
+        "versions": result["versions"],
+        "devices": result["devices"],
+    }
+    on_primary(lambda: write_json(out / RESULT, study, sort_keys=False))
+    return study
+
+
+def _train(name: str, config: RunConfig, out: Path, progress: Progress | None) -> Path:
+    tell = progress or (lambda what, done, total: None)
+    return train(
+        replace(config, output=str(out / name)),
+        on_step=lambda step, total, metrics: tell(f"training {name}", step, total),
+    )
+
+
+def _variant_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"variant": row["method"], **{name: value for name, value in row.items() if name != "method"}}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What all runs have in common."""
+    tree = to_dict(config)
+    return {name: tree[name] for name in ("seed", "dtype", "data", "train")}

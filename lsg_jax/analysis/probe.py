@@ -1,0 +1,344 @@
+"""What the hidden states of sinks and of ordinary tokens tell about an image, layer by layer: study 1 of paper.md.
+
+States are those that enter a decoder layer (HF `hidden_states[l]`, l from 0 to L - 1), pooled over the V-sinks of an image,
+over its L-sinks at that layer, and over a few ordinary tokens. Ordinary are visual tokens that are a sink at no layer;
+`ProbeSettings.tokens` of them are drawn at random, anew for each draw, and averaged. An image without a sink at a layer, or
+with too few ordinary tokens, is left out of that group there, and the rows say how many images were left.
+
+Each draw also divides the training images anew into those that are fitted and those that choose the shrinkage. So the
+deviation over draws has one source for the sinks, all of which are pooled, and two for ordinary tokens.
+
+Which tokens are ordinary is known only after the last layer, when the states of the first are gone, and all of them would be
+too many to keep (150 MB an image in a 7B model). So twice the tokens needed are picked beforehand, in random order, and the
+first that turn out ordinary are the draw. Where they do not suffice the batch is run again with tokens that do: the result is
+as if the sinks had been known before, and a second run is rare as long as they are few.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsg_jax.analysis.linear_probe import SHRINKAGES, Attribute, Probes, Splits, make_splits, predict, score
+from lsg_jax.analysis.probe_images import ProbeData
+from lsg_jax.checkpoint.processes import host_array
+from lsg_jax.config import ModelConfig, to_dict
+from lsg_jax.data.sources import in_order, thread_count
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.model.llava import Llava, assemble
+from lsg_jax.sharding import batch_rows, local_rows, place_rows
+from lsg_jax.sinks.attention import received_attention
+from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
+from lsg_jax.types import Batch, LayerView
+from lsg_jax.vlm import VLM
+
+FORMAT = "lsg-probe-1"
+GROUPS = ("v_sink", "l_sink", "ordinary")
+SPARE = 2
+"""Tokens that are picked for each one that is needed, since some turn out to be sinks."""
+
+IMPLAUSIBLE_SHARE = 0.5
+"""With more of the visual tokens a sink somewhere, the criterion says little."""
+
+Progress = Callable[[int, int | None, str], None]
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How to probe.
+
+    Attributes:
+        prompt: asked about each image. Visual tokens come before it, so without gates it hardly matters.
+        draws, tokens: how often ordinary tokens are drawn, and how many at a time.
+        seed: of the tokens, the splits and the scenes.
+        layers: decoder layers to probe, None for all.
+        batch_size: images at a time on each device along data and fsdp.
+    """
+
+    prompt: str = "Describe the image."
+    draws: int = 5
+    tokens: int = 5
+    seed: int = 0
+    layers: tuple[int, ...] | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.draws < 2:
+            raise ConfigError(f"draws is {self.draws}: a deviation needs at least 2")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}: it must not be negative")
+
+    def chosen_layers(self, count: int) -> list[int]:
+        """The layers, ascending. Raises ConfigError for one that the model does not have."""
+        chosen = list(range(count)) if self.layers is None else sorted(set(self.layers))
+        if bad := [layer for layer in chosen if not 0 <= layer < count]:
+            raise ConfigError(f"layer {bad[0]} does not exist, the model has layers 0 to {count - 1}")
+        return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------------ states
+
+
+@dataclass(frozen=True)
+class PooledStates:
+    """What was collected.
+
+    Attributes:
+        features: float32 [L, N, 2 + R, D] of the chosen layers, on disk: V-sinks, L-sinks and each draw of ordinary ones.
+        present: bool [L, N, 3], whether an image has the group at the layer.
+        values: the attributes of each image.
+        flagged: share of the visual tokens that are a sink at some layer.
+    """
+
+    features: np.ndarray
+    present: np.ndarray
+    values: list[dict[str, Any]]
+    flagged: float
+
+
+def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, progress: Progress) -> PooledStates:
+    """Runs the model over all images; a collective of all processes.
+
+    Args:
+        scratch: folder for a temporary file, 4 (2 + R) D bytes a layer and image; it vanishes with the result.
+
+    Raises:
+        InputError: an image that cannot be read, too little room on the disk, or hidden states that are not finite.
+    """
+    layers, tokens = settings.chosen_layers(vlm.config.text.num_layers), settings.tokens
+    count, patches, size = data.train + data.test, vlm.config.num_image_tokens, settings.batch_size * batch_rows(vlm.mesh)
+    encoded = vlm.processor.encode_question(settings.prompt, has_image=True)
+    shape = (len(layers), count, 2 + settings.draws, vlm.config.text.hidden_size)
+    features = _on_disk(shape, scratch)
+    present, flagged, values = np.zeros((len(layers), count, 3), bool), 0.0, []
+
+    def read(index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        image, found = data.read(min(index, count - 1))  # the last image fills the last batch
+        return vlm.processor.pixels(image), {name: found[name] for name in data.vocabularies}
+
+    stream = in_order(read, range(-(-count // size) * size), thread_count(None))
+    for start in range(0, count, size):
+        pixels, found = zip(*(next(stream) for _ in range(size)), strict=True)
+        kept = slice(start, min(start + size, count))
+        values += found[: kept.stop - start]
+        orders = np.stack([token_orders(settings, i, patches) for i in range(start, start + size)])
+        states, sinks = _pool(vlm, encoded, pixels, orders, tokens)
+        states, sinks = states[layers][:, : kept.stop - start], sinks[:, : kept.stop - start]
+        if not np.isfinite(states).all():
+            layer = layers[int(np.argmin(np.isfinite(states).all((1, 2, 3))))]
+            raise InputError(f"hidden states that enter layer {layer} are not finite for images {start} to {kept.stop - 1}")
+        features[:, kept] = states
+        ever = sinks.any(0)
+        present[:, kept, 0] = sinks[-1].any(-1)
+        present[:, kept, 1] = sinks[layers].any(-1)
+        present[:, kept, 2] = (~ever).sum(-1) >= tokens
+        flagged += ever.sum() / (count * patches)
+        progress(kept.stop, count, "images")
+    return PooledStates(features, present, values, flagged)
+
+
+def _on_disk(shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    """float32 zeros in a file without a name."""
+    needed, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
+    if needed > free:  # found out later, it would end the process
+        raise InputError(
+            f"{folder}: the states take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; lower --images or --draws"
+        )
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def token_orders(settings: ProbeSettings, image: int, patches: int) -> np.ndarray:
+    """The order in which patches of an image are considered in each draw: int [R, P]. No other image has a part in it."""
+    return np.stack(
+        [np.random.default_rng([settings.seed, image, draw]).permutation(patches) for draw in range(settings.draws)]
+    )
+
+
+def ordinary_first(orders: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
+    """int [B, R, P], patches in some order, and bool [B, P] -> the ordinary ones in the same order, then the others."""
+    is_sink = ~np.take_along_axis(ordinary[:, None], orders, axis=-1)
+    return np.take_along_axis(orders, np.argsort(is_sink, axis=-1, kind="stable"), axis=-1)
+
+
+def _pool(
+    vlm: VLM, encoded: Any, pixels: Sequence[np.ndarray], orders: np.ndarray, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """States float32 [L, B, 2 + R, D] and sinks bool [L + 1, B, P], the V-sinks last; `orders` are [B, R, P]."""
+    size, rows = len(pixels), local_rows(vlm.mesh, len(pixels))
+    batch = vlm.pad_questions([encoded] * len(rows), [pixels[row] for row in rows])
+
+    def run(picked: np.ndarray) -> tuple[jax.Array, jax.Array, np.ndarray]:
+        placed, places = place_rows((batch, picked[rows]), vlm.mesh, size)
+        pools, states, sinks = _observe(vlm.params, placed, places, vlm.graphdef, knows_l_sinks(vlm.config))
+        return pools, states, host_array(sinks)
+
+    picked = orders[..., : SPARE * tokens]
+    pools, states, sinks = run(picked)
+    ordinary = np.logical_not(sinks.any(0))
+    ordered = ordinary_first(orders, ordinary)
+    drawn = ordered[..., :tokens]
+    real = np.take_along_axis(ordinary[:, None], drawn, axis=-1)  # false where an image has too few ordinary tokens
+    inside = lambda picked: ((picked[..., None] == drawn[..., None, :]) & real[..., None, :]).any(-1)
+    if (inside(picked).sum(-1) < real.sum(-1)).any():
+        picked = ordered[..., : SPARE * tokens]
+        pools, states, _ = run(picked)
+    weights = inside(picked).astype(np.float32) / tokens
+    averaged = _average(states, place_rows(weights[rows], vlm.mesh, size))
+    return np.concatenate([host_array(pools), host_array(averaged)], axis=2), sinks
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l: bool) -> tuple[jax.Array, ...]:
+    """One run: pooled V- and L-sinks [L, B, 2, D], the states of the patches picked [L, B, R, X, D], sinks [L + 1, B, P]."""
+    model: Llava = assemble(graphdef, params)
+    merged, sinks, valid = model.merge(batch), model.config.sinks, jnp.asarray(batch.attention_mask)
+    visual = merged.visual
+    assert visual is not None
+    places_BP = jax.vmap(lambda mask: jnp.flatnonzero(mask, size=model.config.num_image_tokens))(visual.mask)
+    picked = jnp.take_along_axis(places_BP[:, None], picked_BRX, axis=-1)
+
+    def l_sinks(view: LayerView) -> jax.Array:
+        if not knows_l:
+            return jnp.zeros_like(visual.mask)
+        received = None if view.attention is None else received_attention(view.attention, valid)
+        over = sink_mask(
+            sinks.llm_criterion,
+            view.hidden,
+            dims=sinks.llm_dims,
+            tau=sinks.llm_tau,
+            massive_ratio=sinks.massive_ratio,
+            valid=visual.mask if sinks.llm_criterion == "attention" else valid,
+            received=received,
+        )
+        return group_visual_tokens(visual, over).l_sink
+
+    def observe(view: LayerView) -> tuple[jax.Array, ...]:
+        groups_BTG = jnp.stack([visual.v_sink, l_sinks(view)], axis=-1)
+        total = jnp.einsum(
+            "BTD,BTG->BGD",
+            view.hidden,
+            groups_BTG.astype(view.hidden.dtype),
+            precision="highest",
+            preferred_element_type=jnp.float32,
+        )
+        pools = total / jnp.maximum(groups_BTG.sum(1), 1)[..., None]
+        states = jax.vmap(lambda hidden, places: hidden[places])(view.hidden, picked)
+        return pools, states, jnp.take_along_axis(groups_BTG[..., 1], places_BP, axis=1)
+
+    out = model(batch, merged=merged, observe=observe, observe_attention=knows_l and sinks.llm_criterion == "attention")
+    pools, states, l_sink = out.observed
+    return pools, states, jnp.concatenate([l_sink, jnp.take_along_axis(visual.v_sink, places_BP, axis=1)[None]])
+
+
+@jax.jit
+def _average(states: jax.Array, weights: jax.Array) -> jax.Array:
+    """[L, B, R, X, D] over X with weights float32 [B, R, X]."""
+    return jnp.einsum("LBRXD,BRX->LBRD", states.astype(jnp.float32), weights, precision="highest")
+
+
+def knows_v_sinks(config: ModelConfig) -> bool:
+    """Whether anything is said about what a V-sink is."""
+    return bool(config.sinks.vit_dims) or config.sinks.criterion not in ("dim_abs", "dim_rms")
+
+
+def knows_l_sinks(config: ModelConfig) -> bool:
+    """Whether anything is said about what an L-sink is."""
+    return bool(config.sinks.llm_dims) or config.sinks.llm_criterion not in ("dim_abs", "dim_rms")
+
+
+# ------------------------------------------------------------------------------------------------------------------- study
+
+
+def probe_study(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, progress: Progress) -> dict[str, Any]:
+    """Collects states, fits the probes and returns what probe.json holds; a collective of all processes.
+
+    Where one kind of sink has no criterion, its rows have a reason instead of a mean, and ordinary tokens are those that are no
+    sink of the other kind.
+
+    Raises:
+        ConfigError: neither kind of sink has a criterion, or a layer that does not exist. Also see `collect`.
+    """
+    unknown = {}
+    if not knows_v_sinks(vlm.config):
+        unknown["v_sink"] = "no V-sink dimensions are known for this model: set sinks.vit_dims, or another criterion"
+    if not knows_l_sinks(vlm.config):
+        unknown["l_sink"] = "no L-sink dimensions are known for this model: set sinks.llm_dims, or another llm_criterion"
+    if len(unknown) == 2:
+        raise ConfigError(
+            "no sink dimensions are known for this model: run `lsg calibrate`, or give --sinks, e.g. criterion=norm vit_tau=100"
+        )
+    layers = settings.chosen_layers(vlm.config.text.num_layers)
+    pooled = collect(vlm, data, settings, scratch, progress)
+    labels = {}
+    for name, words in data.vocabularies.items():
+        attribute = Attribute(name, words, several=isinstance(pooled.values[0][name], tuple))
+        labels[attribute] = attribute.encode(pooled.values)
+    splits = make_splits(data.train, data.test, settings.draws, seed=settings.seed)
+    rows = []
+    for place, layer in enumerate(layers):
+        for row in probe_layer(pooled.features[place], pooled.present[place], labels, splits):
+            if row["group"] in unknown:
+                row["reason"] = unknown[row["group"]]
+            rows.append({"attribute": row["attribute"], "layer": layer, **row})
+        progress(place + 1, len(layers), "layers")
+    warnings = list(unknown.values())
+    if pooled.flagged > IMPLAUSIBLE_SHARE:
+        warnings.append(
+            f"{pooled.flagged:.0%} of the visual tokens are a sink at some layer: the thresholds are implausibly low"
+        )
+    return {
+        "format": FORMAT,
+        "model": str(vlm.folder),
+        "backbone": vlm.digest,
+        "gated_layers": [] if vlm.gate is None else list(vlm.gate.layers),
+        "sinks": to_dict(vlm.config.sinks),
+        "data": data.name,
+        "images": {"train": data.train, "test": data.test},
+        **to_dict(settings),
+        "layers": layers,
+        "shrinkages": list(SHRINKAGES),
+        "sink_share": pooled.flagged,
+        "warnings": warnings,
+        "rows": rows,
+    }
+
+
+def probe_layer(
+    features: np.ndarray, present: np.ndarray, labels: dict[Attribute, np.ndarray], splits: Splits
+) -> list[dict[str, Any]]:
+    """Rows with `attribute`, `group` and what `score` says: every attribute, group and metric of one layer.
+
+    Args:
+        features: float32 [N, 2 + R, D]. present: bool [N, 3]. labels: int32 [N, J] each.
+    """
+    draws = np.arange(len(splits.fit))
+    groups = len(GROUPS)
+    probes = Probes(
+        column=np.concatenate([0 * draws, 0 * draws + 1, draws + 2]),
+        present=np.repeat(present.T, len(draws), axis=0),
+        fit=np.tile(splits.fit, (groups, 1)),
+        choose=np.tile(splits.choose, (groups, 1)),
+    )
+    beside = np.concatenate(list(labels.values()), axis=1)
+    predicted = np.asarray(predict(features, beside, probes, classes=max(attribute.classes for attribute in labels)))
+    rows, parts = [], np.cumsum([label.shape[1] for label in labels.values()])[:-1]
+    for (attribute, label), found in zip(labels.items(), np.split(predicted, parts, axis=-1), strict=True):
+        by_group = found.reshape(groups, len(draws), *label.shape)
+        for group, own, there in zip(GROUPS, by_group, present.T, strict=True):
+            for row in score(attribute, label, own, splits, there):
+                rows.append({"attribute": attribute.name, "group": group, **row})
+    return rows

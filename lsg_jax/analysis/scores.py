@@ -1,0 +1,115 @@
+"""The scores by which a study compares methods: one metric of each benchmark, and what decides between methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.benchmark import Graded, Metrics
+from lsg_jax.eval.runner import BASE, Asked
+
+Score = dict[str, Any]
+"""`value`, in percent or in what unit the metric has; `change` over the base model with its interval `low`, `high`; or null."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What decides between methods: the metric of one benchmark, or the mean over several.
+
+    Attributes:
+        metrics: benchmark -> metric.
+    """
+
+    metrics: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The benchmark, or `mean`."""
+        return "mean" if len(self.metrics) > 1 else next(iter(self.metrics))
+
+    @property
+    def metric(self) -> str:
+        """The metric, or those that the mean is of."""
+        if len(self.metrics) == 1:
+            return next(iter(self.metrics.values()))
+        return "mean of " + " and ".join(f"{benchmark} {metric}" for benchmark, metric in self.metrics.items())
+
+    def score(self, result: Mapping[str, Any], method: str) -> Score:
+        """What a method scores.
+
+        The benchmarks of a mean are independent: the distances from their changes to the bounds add up as squares.
+
+        Args:
+            result: of `eval.runner.evaluate`.
+
+        Raises:
+            InputError: a metric has no value under this method.
+        """
+        scores = {name: _score(result["benchmarks"][name], metric, method) for name, metric in self.metrics.items()}
+        for name, score in scores.items():
+            if score["change"] is None:
+                raise InputError(f"{name}: {self.metrics[name]} has no value under {method}: choose another by --select")
+        found = list(scores.values())
+        mean = lambda of: math.fsum(score[of] for score in found) / len(found)
+        change = mean("change")
+        bound = lambda of, sign: change + sign * math.hypot(*(score["change"] - score[of] for score in found)) / len(found)
+        known = all(None not in score.values() for score in found)
+        low, high = (bound("low", -1), bound("high", 1)) if known else (None, None)
+        return {"value": mean("value"), "change": change, "low": low, "high": high}
+
+
+def selection(asked: Mapping[str, Asked], select: str | None) -> Selection:
+    """The selection by one benchmark, or by the mean change over all.
+
+    Raises:
+        ConfigError: `select` is no benchmark that is asked. InputError: its metric cannot be told from these questions, or
+            the mean would be over percentages and points.
+    """
+    if select is not None and select not in asked:
+        raise ConfigError(f"--select {select}: no such benchmark is given; given are {', '.join(asked)}")
+    names = list(asked) if select is None else [select]
+    metrics = {name: counted_metric(asked[name]) for name in names}
+    for name, metric in metrics.items():
+        full = float(_all_right(asked[name])[metric][0])
+        if not math.isfinite(full):
+            raise InputError(f"{name}: {metric} has no value on these questions, so it cannot decide: name another by --select")
+        if len(names) > 1 and not math.isclose(full, 100.0):
+            raise InputError(
+                f"{name}: {metric} is in points up to {full:.0f}, a mean with percentages would be of it alone: give --select"
+            )
+    return Selection(metrics)
+
+
+def counted_metric(test: Asked) -> str:
+    """The metric that stands for a benchmark: its official score, or where there is none the first."""
+    return test.score or next(iter(_all_right(test)))
+
+
+def score_rows(result: Mapping[str, Any], asked: Mapping[str, Asked]) -> list[dict[str, Any]]:
+    """`{benchmark, metric, method, value, change, low, high}` of every benchmark's counted metric; the base has no change."""
+    return [
+        {"benchmark": name, "metric": metric, "method": method, **_score(result["benchmarks"][name], metric, method)}
+        for name, metric in ((name, counted_metric(test)) for name, test in asked.items())
+        for method in result["methods"]
+    ]
+
+
+def _score(entry: Mapping[str, Any], metric: str, method: str) -> Score:
+    if method == BASE:
+        return {"value": entry["methods"][BASE][metric]["value"], "change": None, "low": None, "high": None}
+    change = entry["change"][method][metric]
+    value = entry["methods"][method][metric]["value"]
+    return {"value": value, "change": change["value"], "low": change["low"], "high": change["high"]}
+
+
+def _all_right(test: Asked) -> Metrics:
+    """What a model scores that has every question right."""
+    count = len(test.items)
+    return test.benchmark.metrics(
+        Graded(test.items, [item.answers[0] for item in test.items], np.ones(count), np.ones((1, count)))
+    )

@@ -1,0 +1,243 @@
+"""`lsg stack`: gates that were trained apart, put together greedily by what each of them gains alone (the paper's stack)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.analysis.scores import Score, Selection, score_rows, selection
+from lsg_jax.checkpoint import read_manifest
+from lsg_jax.checkpoint.files import write_json
+from lsg_jax.checkpoint.processes import on_primary
+from lsg_jax.config import ModelConfig, RunConfig, SinkConfig, from_dict, to_dict
+from lsg_jax.data.records import open_records
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.runner import BASE, Asked, Progress, ask_all, evaluate
+from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
+from lsg_jax.sharding import make_mesh
+from lsg_jax.train.loop import train
+from lsg_jax.vlm import VLM, load_backbone, open_gates, with_gates
+
+RESULT = "stack.json"
+GATES = "stack.safetensors"
+JOINT = "joint"
+
+Row = dict[str, Any]
+
+SAME = 9  # decimals; changes that differ by less are equal, and what differs is a rounding error
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """How a stack is chosen.
+
+    Attributes:
+        select: the benchmark that decides; None for the mean change over all that are asked.
+        max_gates: the largest stack that is tried.
+        joint: whether the gates of the chosen layers are trained together as well, from scratch.
+    """
+
+    select: str | None = None
+    max_gates: int = 5
+    joint: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_gates < 1:
+            raise ConfigError(f"--max-gates {self.max_gates}: it must be at least 1")
+        if self.joint and self.max_gates == 1:
+            raise ConfigError("--joint trains several gates together: raise --max-gates, which is 1")
+
+
+def greedy_stacks(gains: Mapping[int, float], max_gates: int) -> list[list[int]]:
+    """The stacks that are tried: the best single layer, then one gate more each, in the order of their gains alone.
+
+    Args:
+        gains: layer -> change over the base model; of equal gains the lower layer comes first.
+
+    Returns:
+        Layers in the order in which they are added, one list a size; not more than there are layers.
+    """
+    order = sorted(gains, key=lambda layer: (-round(gains[layer], SAME), layer))
+    return [order[:size] for size in range(1, min(max_gates, len(order)) + 1)]
+
+
+def first_best(changes: Sequence[float]) -> int:
+    """Index of the greatest change, the first of equal ones."""
+    rounded = [round(change, SAME) for change in changes]
+    return rounded.index(max(rounded))
+
+
+def open_singles(
+    sources: Sequence[str], *, backbone: str, sinks: SinkConfig | None = None
+) -> tuple[dict[int, PortableGates], dict[str, str]]:
+    """The gate of every layer in run folders and gate files, each alone.
+
+    Args:
+        backbone: digest of the model they are meant for.
+        sinks: instead of the sink settings that the gates bring.
+
+    Returns:
+        {layer: its gate}, {layer as text: its source}, in ascending order.
+
+    Raises:
+        InputError: no gates, two for one layer, or gates that cannot be put together. CheckpointError: a run of another model.
+    """
+    if not sources:
+        raise InputError("no gates to stack: give run folders or gate files as --gates")
+    gates: dict[int, PortableGates] = {}
+    origin: dict[str, str] = {}
+    for source in sources:
+        found = open_gates(source, backbone=backbone)
+        if len(found.gate.layers) > 1 and Path(source).is_dir() and not found.gate.independent:
+            logger.warning(
+                "%s: its gates were trained together; the study takes each of them as if it were trained alone", source
+            )
+        for layer in found.gate.layers:
+            if layer in gates:
+                raise InputError(f"layer {layer} has two gates, in {origin[str(layer)]} and in {source}: name one of them")
+            gates[layer] = replace(choose_gates(found, [layer], where=source), sinks=sinks or found.sinks)
+            origin[str(layer)] = source
+    combine_gates(list(gates.values()))  # any of them may come together
+    return {layer: gates[layer] for layer in sorted(gates)}, {str(layer): origin[str(layer)] for layer in sorted(gates)}
+
+
+def stack_study(
+    config: RunConfig,
+    sources: Sequence[str],
+    settings: StackConfig,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluates every gate alone, then the greedy stack at every size, and keeps the best size; a collective of all processes.
+
+    Gates are not trained again. Gates without a gain of their own are tried as well, as the paper's rule says nothing on them.
+    Choosing on a benchmark makes the change on that benchmark optimistic.
+
+    Writes into `out`: `stack.json`, `stack.safetensors` (the chosen stack), and what `evaluate` writes, of which the logs of
+    answers let a stopped study go on. A joint run is in `out/joint/<layers>`.
+
+    Args:
+        config: model, benchmarks (`eval`) and, for joint training, `data` and `train`.
+        sources: run folders and gate files, one gate for each layer that is to be considered.
+        progress: called with (what, done, total).
+
+    Returns:
+        What stack.json holds.
+
+    Raises:
+        ConfigError, InputError, CheckpointError: settings, gates or questions that cannot be; before anything is computed.
+        Preempted: SIGTERM or SIGINT came; what was answered or trained is kept.
+    """
+    singles, origin = _open_checked(config, sources)
+    if settings.joint:
+        _check_records(config)
+    asked = ask_all(config.eval)
+    study = _Study(config, out, asked, selection(asked, settings.select), progress)
+    alone, steps = study.grow(singles, settings.max_gates)
+    chosen = steps[first_best([step["change"] for step in steps])]["layers"]
+    stack = study.gates[stack_name(chosen)]
+    on_primary(lambda: write_gates(out / GATES, stack))
+    joint = {"joint": study.train_together(chosen)} if settings.joint else {}
+    result = study.result
+    written = {
+        "format": "lsg-stack-1",
+        "model": result["model"],
+        "backbone": result["backbone"],
+        "selection": study.decides.name,
+        "metric": study.decides.metric,
+        "singles": alone,
+        "steps": steps,
+        "chosen": chosen,
+        **joint,
+        "by_benchmark": score_rows(result, asked),
+        "settings": {**to_dict(settings), "gates": origin, "eval": result["settings"]},
+        "gate": to_dict(stack.gate),
+        "sinks": to_dict(stack.sinks),
+        "versions": result["versions"],
+        "devices": result["devices"],
+    }
+    on_primary(lambda: write_json(out / RESULT, written, sort_keys=False))
+    return written
+
+
+class _Study:
+    """The questions, and the gates under which they have been asked.
+
+    Attributes:
+        gates: method -> gates.
+        result: of the last evaluation, which is of all gates so far: what was answered before is in the log of answers.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, asked: dict[str, Asked], decides: Selection, progress: Progress | None):
+        self.config, self.out, self.asked, self.decides, self.progress = config, out, asked, decides, progress
+        self.gates: dict[str, PortableGates] = {}
+        self.result: dict[str, Any] = {}
+
+    def grow(self, singles: Mapping[int, PortableGates], max_gates: int) -> tuple[list[Row], list[Row]]:
+        """Every gate alone, then the stacks: a row for each layer, a row for each size."""
+        models = {BASE: self._open()}
+        self._ask(models, {stack_name([layer]): gates for layer, gates in singles.items()})
+        alone = [{"layer": layer, **self._score(stack_name([layer]))} for layer in singles]
+        stacks = greedy_stacks({row["layer"]: row["change"] for row in alone}, max_gates)
+        self._ask(models, {stack_name(layers): combine_gates([singles[i] for i in layers]) for layers in stacks})
+        return alone, [{"layers": layers, **self._score(stack_name(layers))} for layers in stacks]
+
+    def train_together(self, chosen: list[int]) -> Row:
+        """The row of gates like those of the stack, trained together from scratch; null for a stack of one gate."""
+        if len(chosen) == 1:
+            nothing = dict.fromkeys(("value", "change", "low", "high"))
+            return {"layers": chosen, **nothing, "reason": "one gate was chosen, and that was trained alone as it is"}
+        stack = self.gates[stack_name(chosen)]
+        config = replace(
+            self.config,
+            output=str(self.out / JOINT / stack_name(stack.gate.layers)),
+            method="lsg",
+            gate=replace(stack.gate, biases=self.config.gate.biases),  # a gate file does not say whether there are biases
+            sinks=stack.sinks,
+        )
+        tell = self.progress or (lambda what, done, total: None)
+        run = train(config, on_step=lambda step, total, metrics: tell(f"training {JOINT}", step, total))
+        self._ask({BASE: self._open()}, {JOINT: open_gates(run)})
+        return {"layers": chosen, **self._score(JOINT)}
+
+    def _open(self) -> VLM:
+        """The model without gates. Nothing keeps it: training loads one of its own, and there may be no room for two."""
+        return load_backbone(self.config.model, dtype=self.config.dtype, mesh=make_mesh(self.config.mesh))
+
+    def _ask(self, models: dict[str, VLM], more: Mapping[str, PortableGates]) -> None:
+        """Adds gates, and to `models` what is not among them yet, and asks all of these."""
+        self.gates |= more
+        for method in self.gates.keys() - models.keys():
+            models[method] = with_gates(models[BASE], self.gates[method])
+        ordered = {method: models[method] for method in (BASE, *self.gates)}
+        self.result = evaluate(ordered, self.config.eval, self.out, asked=self.asked, progress=self.progress)
+
+    def _score(self, method: str) -> Score:
+        return self.decides.score(self.result, method)
+
+
+def stack_name(layers: Sequence[int]) -> str:
+    """The method's name in tables and files: `L3+L7`, in the order in which gates were added."""
+    return "+".join(f"L{layer}" for layer in layers)
+
+
+def _open_checked(config: RunConfig, sources: Sequence[str]) -> tuple[dict[int, PortableGates], dict[str, str]]:
+    """`open_singles`, the gates compared with the model before its weights are loaded."""
+    manifest = read_manifest(config.model)
+    model = from_dict(ModelConfig, manifest["config"], where=f"{config.model}: config")
+    singles, origin = open_singles(sources, backbone=manifest["digest"], sinks=config.sinks)
+    for gates in singles.values():
+        check_width(gates, model.text.hidden_size, model.text.num_layers)
+    return singles, origin
+
+
+def _check_records(config: RunConfig) -> None:
+    if not config.data.records:
+        raise ConfigError("--joint trains, but data.records is empty: name a folder that `lsg prepare` wrote")
+    open_records(config.data.records)

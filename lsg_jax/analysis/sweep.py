@@ -1,0 +1,320 @@
+"""`lsg sweep`: the oracle map of the paper. What fixed coefficients in one decoder layer do to each task, over all layers.
+
+Every cell (layer, coefficients) has the answers that a separate run with these coefficients in this layer would give, at about
+half of its work (`sweep_cells`) and in one compiled program for all layers. As in `lsg eval`, an answer that rounding errors
+might have decided is computed again alone on its device, by a pass of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lsg_jax.analysis.sinks import IMPLAUSIBLE_SHARE
+from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, answer_cells, run_prompts
+from lsg_jax.analysis.sweep_table import Grader, best_cells
+from lsg_jax.checkpoint.files import write_json
+from lsg_jax.checkpoint.processes import host_array, on_primary
+from lsg_jax.config import EvalConfig, GateConfig, Grouping, to_dict
+from lsg_jax.errors import ConfigError, Preempted
+from lsg_jax.eval.answering import Answer, encode_item, item_pixels, near_tie_of, plan
+from lsg_jax.eval.answers import AnswerLog, sha256
+from lsg_jax.eval.runner import Asked, Progress, ask_all
+from lsg_jax.gating.keys import GROUPS
+from lsg_jax.model.llava import check_gate
+from lsg_jax.sharding import batch_rows, local_rows, place_rows
+from lsg_jax.stopping import stop_signals
+from lsg_jax.types import Batch
+from lsg_jax.vlm import VLM
+
+RESULT = "sweep.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Which cells are computed.
+
+    Attributes:
+        layers: decoder layers, ascending; empty for all.
+        coefficients: one for each group of `grouping`.
+        batch_size: questions at a time on each device; each of them is run under all coefficients at once.
+    """
+
+    layers: tuple[int, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    grouping: Grouping = "v_sink_rest"
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        groups = GROUPS[self.grouping]
+        if not self.coefficients:
+            raise ConfigError("no coefficients to sweep: give at least one tuple, for example 0,1")
+        for values in self.coefficients:
+            text = ",".join(f"{value:g}" for value in values)
+            if len(values) != len(groups):
+                raise ConfigError(
+                    f"coefficients {text}: {len(values)} given, grouping {self.grouping} has {len(groups)}: {', '.join(groups)}"
+                )
+            if not all(map(math.isfinite, values)):
+                raise ConfigError(f"coefficients {text}: they must be finite numbers")
+        if len(set(self.coefficients)) < len(self.coefficients):
+            raise ConfigError("coefficients: one tuple is named twice")
+        if self.batch_size < 1:
+            raise ConfigError(f"the batch size is {self.batch_size}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One question's answers in one layer, an output for each of the coefficients (or the base model's one).
+
+    Attributes:
+        alone: how many of them came near a tie and were answered again.
+    """
+
+    outputs: tuple[str, ...]
+    alone: int
+
+
+def coefficient_grid(groups: int, step: float) -> tuple[tuple[float, ...], ...]:
+    """All coefficients >= 0 that sum to 1, on a grid: for two groups and 0.1 from (0, 1) to (1, 0), as in the paper.
+
+    Raises:
+        ConfigError: `step` does not divide 1.
+    """
+    count = round(1 / step) if 0 < step <= 1 else 0
+    if not count or abs(count * step - 1) > 1e-6:
+        raise ConfigError(f"the step is {step:g}: it must divide 1, as 0.1 or 0.25 do")
+    parts = itertools.product(range(count + 1), repeat=groups - 1)
+    return tuple((*(n / count for n in first), (count - sum(first)) / count) for first in parts if sum(first) <= count)
+
+
+def sweep(
+    vlm: VLM,
+    settings: SweepConfig,
+    config: EvalConfig,
+    out: Path,
+    *,
+    asked: dict[str, Asked] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Asks every question of `config.benchmarks` ungated and under every cell; a collective of all processes.
+
+    Writes into `out`: `sweep.json`, and `answers/`, the logs by which a stopped run goes on: a layer of a batch that is done is
+    never computed again, and the result is that of a run without a stop.
+
+    Args:
+        vlm: gates or a method that it has play no part.
+        asked: what `ask_all(config)` gave, for a caller who looked at the files before loading the model.
+        progress: called with (what, done, total), counted in questions and layers.
+
+    Returns:
+        What sweep.json holds.
+
+    Raises:
+        ConfigError: a layer that does not exist, or no sink dimensions that the grouping needs.
+        InputError: no benchmarks, or a file that is none; raised before anything is computed.
+        Preempted: SIGTERM or SIGINT came; what was answered is kept.
+    """
+    vlm, num_layers = vlm.plain(), vlm.config.text.num_layers
+    settings = dataclasses.replace(settings, layers=settings.layers or tuple(range(num_layers)))
+    try:
+        check_gate(GateConfig(layers=settings.layers, grouping=settings.grouping), vlm.config, name="sweep")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    asked = ask_all(config) if asked is None else asked
+    on_primary(lambda: out.mkdir(parents=True, exist_ok=True))
+    result: dict[str, Any] = {
+        "format": "lsg-sweep-1",
+        "model": vlm.folder.name if vlm.folder else None,
+        "backbone": vlm.digest,
+        "sinks": to_dict(vlm.config.sinks),
+        **to_dict(settings),
+        "groups": list(GROUPS[settings.grouping]),
+        "settings": {k: v for k, v in to_dict(config).items() if k not in ("benchmarks", "batch_size")}
+        | {"decoding": "greedy"},
+        "versions": {name: version(name) for name in ("lsg_jax", "jax")},
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "benchmarks": {},
+        "base": [],
+        "rows": [],
+    }
+    for name, test in asked.items():
+        answers = _Answering(vlm, name, test, settings, config, out, progress).run()
+        grader = Grader(name, test, [found.outputs[0] for found in answers[NO_LAYER]])
+        result["base"] += grader.base_rows()
+        for layer, (number, values) in itertools.product(settings.layers, enumerate(settings.coefficients)):
+            result["rows"] += grader.cell_rows(layer, values, [found.outputs[number] for found in answers[layer]])
+        result["benchmarks"][name] = {
+            "files": test.files,
+            "protocol": test.rules,
+            "questions": len(test.items),
+            "of": test.benchmark.size or test.rows,
+            "partial": test.partial,
+            "score": test.score,
+            "prompts_sha256": sha256("\0".join(test.prompts)),
+            "max_new_tokens": test.max_new_tokens,
+            "work": work(answers, settings, num_layers),
+        }
+    result["best"] = best_cells(result["rows"])
+    on_primary(lambda: write_json(out / RESULT, result, sort_keys=False))
+    return result
+
+
+def work(answers: Mapping[int, Sequence[Cells]], settings: SweepConfig, num_layers: int) -> dict[str, Any]:
+    """Decoder layers of prompt passes, times questions: as they were run, and by a separate run for each cell.
+
+    Answers that were computed again alone (`answered_alone`) count in both.
+    """
+    questions, cells = len(answers[NO_LAYER]), len(settings.coefficients)
+    alone = sum(found.alone for of_layer in answers.values() for found in of_layer)
+    shared = num_layers + cells * sum(num_layers - layer for layer in settings.layers)
+    separate = num_layers + cells * num_layers * len(settings.layers)
+    run, naive = (questions * count + alone * num_layers for count in (shared, separate))
+    return {"layers_run": run, "layers_naive": naive, "share": round(run / naive, 4), "answered_alone": alone}
+
+
+class _Answering:
+    """The answers to one benchmark: base model and all cells, batch by batch, layer by layer."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        name: str,
+        test: Asked,
+        settings: SweepConfig,
+        config: EvalConfig,
+        out: Path,
+        progress: Progress | None,
+    ):
+        self.vlm, self.name, self.test, self.settings, self.config = vlm, name, test, settings, config
+        self.out, self.progress = out, progress
+        self.processor = vlm.make_processor(config.image_aspect, config.template)
+        self.coefficients = np.array(settings.coefficients, np.float32)
+        self.layers = (NO_LAYER, *settings.layers)
+        self.logs = {layer: self._log(layer) for layer in self.layers}
+        self.known = {layer: _read(log) for layer, log in self.logs.items()}
+        self.total = len(self.layers) * len(test.items)
+        self.warned = settings.grouping == "l_sink_rest"
+
+    def run(self) -> dict[int, list[Cells]]:
+        """{layer: the cells of every question}; the base model under NO_LAYER."""
+        questions = zip(self.test.items, self.test.prompts, strict=True)
+        encoded = {i: encode_item(self.processor, item, prompt, self.config) for i, (item, prompt) in enumerate(questions)}
+        size = self.settings.batch_size * batch_rows(self.vlm.mesh)
+        # with several processes one that stops would leave the others waiting; there a signal just ends it
+        with stop_signals() if jax.process_count() == 1 else contextlib.nullcontext(lambda: False) as stopped:
+            for members in plan(encoded, size):
+                self._run_batch(members, encoded, stopped)
+        return {layer: [self.known[layer][i] for i in range(len(self.test.items))] for layer in self.layers}
+
+    def _run_batch(self, members: list[int], encoded: Mapping[int, Any], stopped: Callable[[], bool]) -> None:
+        left = [layer for layer in self.layers if not all(i in self.known[layer] for i in members)]
+        if not left:
+            return
+        (batch,) = self._place(members, encoded)
+        vlm, limit = self.vlm, self.test.max_new_tokens
+        shared, tokens, lead = run_prompts(vlm.params, batch, vlm.graphdef, limit)
+        self._check_sinks(shared)
+        for layer in left:
+            if layer == NO_LAYER:
+                answered = host_array(tokens)[:, None], host_array(lead)[:, None]
+            else:
+                answered = answer_cells(
+                    vlm.params, shared, np.int32(layer), self.coefficients, vlm.graphdef, self.settings.grouping, limit
+                )
+            self._save(layer, self._settle(layer, members, encoded, *map(host_array, answered)))
+            done = sum(map(len, self.known.values()))
+            if stopped() and done < self.total:
+                raise Preempted(
+                    f"{self.out}: stopped at {done} of {self.total} questions and layers of {self.name}; "
+                    "run the same command to go on"
+                )
+
+    def _settle(
+        self, layer: int, members: list[int], encoded: Mapping[int, Any], tokens: np.ndarray, lead: np.ndarray
+    ) -> dict[int, Cells]:
+        """The cells of a batch, those near a tie answered again alone: tokens [B, C, N], lead [B, C]."""
+        own = {i: row for row, i in reversed(list(enumerate(members)))}  # the last batch of a length repeats a question
+        tokens = tokens.copy()
+        near = [(i, c) for i, row in own.items() for c in np.flatnonzero(lead[row] < near_tie_of(self.vlm, self.config))]
+        coefficients = self.coefficients if layer != NO_LAYER else np.ones_like(self.coefficients[:1])
+        size = batch_rows(self.vlm.mesh)
+        for start in range(0, len(near), size):
+            some = near[start : start + size]
+            some += some[:1] * (size - len(some))
+            where = np.full(size, layer, np.int32), coefficients[[c for _, c in some]]
+            placed = self._place([i for i, _ in some], encoded, *where)
+            again = answer_alone(self.vlm.params, *placed, self.vlm.graphdef, self.settings.grouping, self.test.max_new_tokens)
+            for (i, c), answer in zip(some, host_array(again), strict=True):
+                tokens[own[i], c] = answer
+        alone = {i: sum(of == i for of, _ in near) for i in own}
+        return {i: Cells(tuple(map(self.processor.decode, tokens[row])), alone[i]) for i, row in own.items()}
+
+    def _place(self, members: Sequence[int], encoded: Mapping[int, Any], *more: np.ndarray) -> tuple[Any, ...]:
+        """The batch of these questions, and arrays of a row for each of them, on the devices."""
+        rows = local_rows(self.vlm.mesh, len(members))
+        here = [members[row] for row in rows]
+        with ThreadPoolExecutor(self.config.num_threads) as pool:
+            pixels = list(pool.map(lambda i: item_pixels(self.processor, self.test.items[i]), here))
+        batch: Batch = self.vlm.pad_questions([encoded[i] for i in here], pixels)
+        batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
+        return place_rows((batch, *(values[rows] for values in more)), self.vlm.mesh, len(members))
+
+    def _save(self, layer: int, cells: dict[int, Cells]) -> None:
+        new = {i: found for i, found in cells.items() if i not in self.known[layer]}
+        self.logs[layer].add({i: Answer(json.dumps(dataclasses.asdict(found))) for i, found in new.items()})
+        self.known[layer] |= new
+        if self.progress:
+            what = "base" if layer == NO_LAYER else f"layer {layer}"
+            self.progress(f"{self.name} {what}", sum(map(len, self.known.values())), self.total)
+
+    def _log(self, layer: int) -> AnswerLog:
+        test, config = self.test, self.config
+        meaning = {
+            "backbone": self.vlm.digest,
+            "dtype": str(jax.tree.leaves(self.vlm.frozen)[0].dtype),
+            "files": sorted(test.files.values()),
+            "max_new_tokens": test.max_new_tokens,
+            "max_length": config.max_length,
+            "image_aspect": config.image_aspect,
+            "template": config.template,
+        }
+        if layer != NO_LAYER:
+            cells = {"grouping": self.settings.grouping, "coefficients": self.settings.coefficients}
+            meaning |= cells | {"sinks": to_dict(self.vlm.config.sinks)}
+        name = f"{self.name}.base" if layer == NO_LAYER else f"{self.name}.layer{layer}"
+        return AnswerLog(self.out / "answers", name, meaning, test.items, test.prompts)
+
+    def _check_sinks(self, shared: PromptPass) -> None:
+        """Warns once, by the first batch, where the criterion tells nothing apart."""
+        if self.warned:
+            return
+        self.warned = True
+        visual, v_sink = (int(host_array(mask).sum()) for mask in (shared.visual.mask, shared.visual.v_sink))
+        if visual and not v_sink:
+            log.warning("%s: no V-sinks in the first images, so their coefficient does nothing; see sinks.vit_tau", self.name)
+        elif v_sink > IMPLAUSIBLE_SHARE * visual:
+            log.warning(
+                "%s: %.0f %% of the first patches count as V-sinks; see sinks.vit_tau", self.name, 100 * v_sink / visual
+            )
+
+
+def _read(log: AnswerLog) -> dict[int, Cells]:
+    """The cells of earlier runs by position; a collective."""
+    found = {i: json.loads(answer.text) for i, answer in log.known().items()}
+    return {i: Cells(tuple(line["outputs"]), line["alone"]) for i, line in found.items()}

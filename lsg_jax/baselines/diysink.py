@@ -1,0 +1,140 @@
+"""DIYSink (Luo et al., arXiv 2510.08510): one projector for ViT sinks, one for other patches, and a choice for each question.
+
+A patch is a sink if the norm of its features before the projector reaches `tau`. What a question needs decides which patches
+take part, in one of two ways:
+
+- `cot`: the base model is first asked, in words, whether the answer needs the scene as a whole, local details or both. Patches
+  that are not needed leave the sequence.
+- `mlp`: a small network reads the question's token embeddings and weighs the two sets of projected patches.
+
+What we know of the paper leaves open, and is our choice: the words of the routing prompt, that the router sees the question
+without its image, that training with `cot` keeps both sets, and the form of the network.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsg_jax.activations import ACTIVATIONS, standardise
+from lsg_jax.config import DiySinkConfig
+from lsg_jax.gating.gate import GateParam
+from lsg_jax.sinks.criteria import norm
+
+BOTH, GLOBAL, LOCAL = 0, 1, 2
+"""Values of `Batch.route`: which patches take part. GLOBAL keeps the sinks, LOCAL the others."""
+
+ROUTE_TOKENS = 8  # of the routing answer; a word is expected
+
+_ROUTING_PROMPT = """Here is a question about an image, between quotation marks:
+"{question}"
+Do not answer it. Say only what one must look at to answer it: the scene as a whole (global), small details in single places \
+(local), or both. Reply with one word: global, local or both."""
+
+
+class QuestionWeights(nnx.Module):
+    """Weights of the sinks and of the other patches: layer norm, Linear D->width, GELU, Linear width->2, twice the softmax.
+
+    Float32. The layer norm has no parameters, and the last linear starts at zero, so both weights start at 1.
+    """
+
+    def __init__(self, width_in: int, width: int, *, rngs: nnx.Rngs):
+        self.fc1_kernel = GateParam(nnx.initializers.lecun_normal()(rngs.params(), (width_in, width)))
+        self.fc1_bias = GateParam(jnp.zeros((width,)))
+        self.fc2_kernel = GateParam(jnp.zeros((width, 2)))
+        self.fc2_bias = GateParam(jnp.zeros((2,)))
+
+    def __call__(self, question_BD: jax.Array) -> jax.Array:
+        """[B, D] -> float32 [B, 2], (sinks, others); each row sums to 2."""
+        exact: Any = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+        x = exact(standardise(question_BD, 1e-5), self.fc1_kernel[...]) + self.fc1_bias[...]
+        return 2 * jax.nn.softmax(exact(ACTIVATIONS["gelu"](x), self.fc2_kernel[...]) + self.fc2_bias[...], axis=-1)
+
+
+class DiySink(nnx.Module):
+    """What DIYSink trains. Its parameters are float32 and are used in the dtype of the backbone.
+
+    Args:
+        sink_projector, other_projector: of the shape of the frozen projector, whose weights they start from.
+        weights: for the routing `mlp`, else None.
+    """
+
+    def __init__(self, sink_projector: nnx.Module, other_projector: nnx.Module, weights: QuestionWeights | None):
+        self.sink_projector = sink_projector
+        self.other_projector = other_projector
+        self.weights = weights
+
+    def __call__(self, features: jax.Array, is_sink: jax.Array, question: jax.Array) -> jax.Array:
+        """Projects each patch by its own projector.
+
+        Args:
+            features: [B, P, Dv], before the projector.
+            is_sink: bool [B, P].
+            question: float32 [B, D], see `mean_question`.
+
+        Returns:
+            [B, P, D].
+        """
+        sinks = _in_dtype(self.sink_projector, features.dtype)(features)
+        others = _in_dtype(self.other_projector, features.dtype)(features)
+        patches = jnp.where(is_sink[..., None], sinks, others)
+        if self.weights is None:
+            return patches
+        weights = self.weights(question)
+        return (patches * jnp.where(is_sink, weights[:, :1], weights[:, 1:])[..., None]).astype(patches.dtype)
+
+
+def _in_dtype(module: nnx.Module, dtype: Any) -> Any:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+
+
+def sink_patches(features: jax.Array, tau: float) -> jax.Array:
+    """Norm of the features >= tau: [B, P, Dv] -> bool [B, P]."""
+    return norm(features, tau)
+
+
+def taking_part(is_sink: jax.Array, route: jax.Array) -> jax.Array:
+    """Patches that a route keeps. A route that would keep none of an image keeps all: some image is better than none.
+
+    Args:
+        is_sink: bool [B, P].
+        route: int32 [B], BOTH, GLOBAL or LOCAL.
+
+    Returns:
+        bool [B, P].
+    """
+    route = route[:, None]
+    kept = jnp.where(route == GLOBAL, is_sink, jnp.where(route == LOCAL, ~is_sink, True))
+    return kept | ~kept.any(-1, keepdims=True)
+
+
+def mean_question(embedded: jax.Array, text: jax.Array) -> jax.Array:
+    """Mean token embedding of the prompt: embedded [B, T, D], text bool [B, T] (its text tokens) -> float32 [B, D]."""
+    total = jnp.einsum("BTD,BT->BD", embedded.astype(jnp.float32), text.astype(jnp.float32))
+    return total / jnp.maximum(text.sum(-1, keepdims=True), 1)
+
+
+def check_diysink(method: DiySinkConfig) -> None:
+    """Raises ValueError for a threshold that is no norm."""
+    if not (math.isfinite(method.tau) and method.tau > 0):
+        raise ValueError(f"diysink.tau is {method.tau}: it must be a number above 0")
+
+
+def routing_prompt(question: str) -> str:
+    """What the base model is asked, without the image, before the question itself."""
+    return _ROUTING_PROMPT.format(question=question.strip())
+
+
+def read_route(answer: str) -> int:
+    """The route that a routing answer names; BOTH where it names both, neither or something else."""
+    words = set(re.findall(r"[a-z]+", answer.lower())) & {"global", "local", "both"}
+    if words == {"global"}:
+        return GLOBAL
+    return LOCAL if words == {"local"} else BOTH

@@ -1,0 +1,137 @@
+"""VAR, visual attention redistribution (Kang et al., arXiv 2503.03321): an untrained edit of attention weights.
+
+A query after the image, in a head that looks at the image and not only at its sinks, takes attention from all sinks and gives
+it to the other visual tokens. What is a sink is decided at each layer, on the residual stream that enters it, by `dim_rms`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lsg_jax.config import VarConfig
+from lsg_jax.sinks.criteria import dim_rms
+from lsg_jax.types import KVCache, LayerChange
+
+
+def redistribute(
+    weights: jax.Array, *, sinks: jax.Array, visual: jax.Array, queries: jax.Array, config: VarConfig
+) -> jax.Array:
+    """Moves attention from sinks to the other visual tokens, in image-centric heads.
+
+    For each query and head: with m the attention on visual tokens and s the part of it on visual sinks, the head is
+    image-centric if s <= rho m and m >= min_visual. There the attention on sinks, text sinks included, is multiplied by p, and
+    what this frees goes to the visual tokens that are no sinks, in proportion to their attention. A head that gives those
+    tokens nothing stays as it is: there is no proportion to go by.
+
+    Args:
+        weights: float32 [B, N, A, S], rows sum to 1.
+        sinks: bool [B, S], keys that are sinks, of the image or of the text.
+        visual: bool [B, S], keys that are image patches.
+        queries: bool [B, A], queries that are edited.
+
+    Returns:
+        float32 [B, N, A, S], rows sum to 1.
+    """
+    keys = lambda mask: mask[:, None, None]
+    mass = lambda mask: jnp.where(keys(mask), weights, 0.0).sum(-1, keepdims=True)
+    on_visual, on_receivers = mass(visual), mass(visual & ~sinks)
+    image_centric = (mass(visual & sinks) <= config.rho * on_visual) & (on_visual >= config.min_visual)
+    edited = image_centric & (on_receivers >= jnp.finfo(weights.dtype).tiny) & queries[:, None, :, None]
+    freed = (1.0 - config.p) * mass(sinks)
+    gained = weights / jnp.where(edited, on_receivers, 1.0) * freed
+    moved = jnp.where(keys(sinks), config.p * weights, jnp.where(keys(visual), weights + gained, weights))
+    return jnp.where(edited, moved, weights)
+
+
+@flax.struct.dataclass
+class AttentionRedistribution:
+    """VAR in the decoder layers, over a whole sequence or for one token behind a cache.
+
+    Attributes:
+        visual: bool [B, S], keys that are image patches.
+        queries: bool [B, T], queries that are edited.
+        enabled: bool [L], layers that are edited.
+        config: thresholds, static.
+        dims: the model's sink dimensions (`sinks.llm_dims`), static.
+        cached: bool [L, B, S], which keys of a cache are sinks; None where the tokens of the sequence are the keys.
+        slot: int32 [], the cache slot of the one token.
+    """
+
+    visual: jax.Array
+    queries: jax.Array
+    enabled: jax.Array
+    config: VarConfig = flax.struct.field(pytree_node=False)
+    dims: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    cached: Any = None
+    slot: Any = None
+
+    @property
+    def first_layer(self) -> int:
+        return self.config.first_layer
+
+    def per_layer(self, start: int, stop: int) -> Any:
+        """What a scan over the layers from `start` to `stop` walks along."""
+        return jax.tree.map(lambda leaf: leaf[start:stop], (self.enabled, self.cached))
+
+    def layer(self, walked: Any, hidden: jax.Array) -> LayerChange:
+        """The edit of the layer that `hidden` [B, T, D] enters, and its sinks bool [B, T]."""
+        enabled, cached = walked
+        sinks = dim_rms(hidden, self.dims, self.config.tau)
+        keys = sinks if cached is None else jax.lax.dynamic_update_slice_in_dim(cached, sinks, self.slot, axis=1)
+
+        def edit(weights: jax.Array, queries: jax.Array | None) -> jax.Array:
+            among = self.queries if queries is None else jnp.take_along_axis(self.queries, queries, axis=1)
+            seen = weights.shape[-1]
+            return redistribute(
+                weights, sinks=keys[:, :seen], visual=self.visual[:, :seen], queries=among & enabled, config=self.config
+            )
+
+        return LayerChange(edit=edit, sinks=sinks)
+
+    def behind(self, cache: KVCache, slot: jax.Array) -> AttentionRedistribution:
+        """The same for the next token of each row, which goes into `slot` of the cache."""
+        room = cache.valid.shape[1] - self.visual.shape[1]
+        return self.replace(  # type: ignore[attr-defined]
+            visual=jnp.pad(self.visual, ((0, 0), (0, room))),
+            queries=self.visual.any(axis=1, keepdims=True),
+            cached=cache.sinks,
+            slot=slot,
+        )
+
+
+def attention_redistribution(
+    config: VarConfig, *, visual: jax.Array, valid: jax.Array, dims: tuple[int, ...], num_layers: int
+) -> AttentionRedistribution:
+    """VAR for sequences whose image patches are at `visual` bool [B, T]; `valid` bool [B, T] are the unpadded tokens.
+
+    The queries are the tokens after the last patch, none in a row without an image. The last layer is left as it is.
+    """
+    after_image = jnp.cumsum(visual[:, ::-1], axis=1)[:, ::-1] == 0
+    layers = jnp.arange(num_layers)
+    return AttentionRedistribution(
+        visual=visual,
+        queries=valid & after_image & visual.any(axis=1, keepdims=True),
+        enabled=(layers >= config.first_layer) & (layers < num_layers - 1),
+        config=config,
+        dims=dims,
+    )
+
+
+def check_var(config: VarConfig, *, dims: tuple[int, ...], num_layers: int) -> None:
+    """Raises ValueError for settings that mean nothing in a model of `num_layers` layers with these sink dimensions."""
+    if not dims:
+        raise ValueError("VAR needs the sink dimensions of the language model, and none are known: set sinks.llm_dims")
+    if not (math.isfinite(config.tau) and config.tau > 0):
+        raise ValueError(f"var.tau is {config.tau}: it must be a number above 0")
+    for name in ("rho", "min_visual", "p"):
+        if not 0 <= (share := getattr(config, name)) <= 1:
+            raise ValueError(f"var.{name} is {share}: it must lie in [0, 1]")
+    if not 0 <= config.first_layer < num_layers - 1:
+        raise ValueError(
+            f"var.first_layer is {config.first_layer}: it must be one of the layers before the last, 0 to {num_layers - 2}"
+        )

@@ -1,0 +1,97 @@
+"""The command that probes hidden states: probe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.cli.options import Command, gate_options, progress_bar, sink_config
+from lsg_jax.errors import ConfigError
+
+SCENES = "scenes"
+
+
+def add(command: Command) -> None:
+    """Adds the command."""
+    sub = command("probe", _probe, "what sinks and ordinary tokens tell about an image, layer by layer, by linear probes")
+    sub.add_argument("model", type=Path, metavar="MODEL")
+    sub.add_argument(
+        "--data", required=True, metavar="scenes|FOLDER", help="rendered scenes, or what `lsg prepare --format clevr` wrote"
+    )
+    sub.add_argument("--test-data", type=Path, metavar="FOLDER", help="held-out images; default: a fifth of those of --data")
+    sub.add_argument("--images", type=int, metavar="N", help="a fifth of them held out; default: 5000, or what a folder has")
+    sub.add_argument("--prompt", default="Describe the image.", metavar="TEXT", help="the question that goes with each image")
+    sub.add_argument("--draws", type=int, default=5, metavar="N", help="of ordinary tokens and of training images; default: 5")
+    sub.add_argument("--tokens", type=int, default=5, metavar="N", help="ordinary tokens a draw; default: 5")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument("--layers", type=int, nargs="+", metavar="L", help="decoder layers, 0-based; default: all")
+    sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time on each device; default: 8")
+    gate_options(sub)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for probe.json and the figure")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from lsg_jax.analysis.probe import ProbeSettings, probe_study
+    from lsg_jax.analysis.probe_images import clevr_data, scene_data
+    from lsg_jax.checkpoint.files import write_json
+    from lsg_jax.report.figures import draw_probe_curves
+
+    settings = ProbeSettings(
+        prompt=options.prompt,
+        draws=options.draws,
+        tokens=options.tokens,
+        seed=options.seed,
+        layers=None if options.layers is None else tuple(options.layers),
+        batch_size=options.batch_size,
+    )
+    if options.data == SCENES and options.test_data is not None:
+        raise ConfigError("--test-data goes with a folder as --data; scenes have a held-out split of their own")
+    if options.data == SCENES:
+        vlm = _load(options)
+        data = scene_data(options.images, side=vlm.config.vision.image_size, seed=options.seed)
+    else:  # a wrong folder shows before the model is loaded
+        data = clevr_data(Path(options.data), options.test_data, options.images, seed=options.seed)
+        vlm = _load(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with progress_bar("probe") as progress:
+        result = probe_study(vlm, data, settings, options.out, progress)
+    for warning in result["warnings"]:
+        logging.getLogger(__name__).warning("%s", warning)
+    write_json(options.out / "probe.json", result, sort_keys=False)
+    draw_probe_curves(result["rows"], options.out / "probe")
+    print(json.dumps(result) if options.json else _summary(result))
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """The model over all devices, with the sinks of the command line."""
+    import lsg_jax
+    from lsg_jax.config import MeshConfig
+    from lsg_jax.sharding import make_mesh
+
+    mesh = make_mesh(MeshConfig())
+    vlm = lsg_jax.load(options.model, options.gates, mesh=mesh)
+    if options.sinks:
+        vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, sinks=sink_config(options, vlm.config.sinks))
+    return vlm
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """Accuracy in percent of each attribute and group: its mean over layers, and the best layer."""
+    rows = [row for row in result["rows"] if row["metric"] == "accuracy"]
+    lines = [f"{'attribute':<11}{'group':<10}{'mean':>6}{'best':>7}{'+-':>6}{'layer':>7}{'chance':>8}"]
+    for attribute, group in dict.fromkeys((row["attribute"], row["group"]) for row in rows):
+        own = [row for row in rows if (row["attribute"], row["group"]) == (attribute, group)]
+        known = [row for row in own if row["mean"] is not None]
+        if not known:
+            lines.append(f"{attribute:<11}{group:<10}  none: {own[0]['reason']}")
+            continue
+        mean, best = sum(row["mean"] for row in known) / len(known), max(known, key=lambda row: row["mean"])
+        lines.append(
+            f"{attribute:<11}{group:<10}{100 * mean:6.1f}{100 * best['mean']:7.1f}{100 * best['std']:6.1f}"
+            f"{best['layer']:7}{100 * best['chance']:8.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+"""The command that shows finished work: report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lsg_jax.cli.options import Command
+
+
+def add(command: Command) -> None:
+    """Adds the command."""
+    sub = command("report", _report, "figures and tables of finished work, as one HTML page")
+    sub.add_argument(
+        "paths", type=Path, nargs="+", metavar="RUN", help="folder of a run, an evaluation or a study, or of several"
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lsg_jax.report.finished import read_sections
+    from lsg_jax.report.html import write_report
+
+    write_report(options.out, title="Attention sinks", notes=[], sections=read_sections(options.paths))
+    print(options.out.resolve())

@@ -1,0 +1,152 @@
+"""The studies of trained gates: stack puts gates together, ablate trains them otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, progress_bar
+
+
+def add(command: Command) -> None:
+    """Adds the commands."""
+    sub = command("stack", _stack, "put gates of single layers together, greedily by what each gains alone")
+    _common_options(sub)
+    sub.add_argument(
+        "--gates", nargs="+", action="extend", required=True, metavar="G", help="run folders or gate files, one gate a layer"
+    )
+    sub.add_argument(
+        "--select",
+        metavar="NAME",
+        help="the benchmark that decides; on it the stack's change is optimistic, on the others it is not. "
+        "Default: the mean change over all",
+    )
+    sub.add_argument("--max-gates", type=int, default=5, metavar="N", help="the largest stack to try; default: 5")
+    sub.add_argument("--joint", action="store_true", help="also train the gates of the chosen layers together, from scratch")
+
+    sub = command("ablate", _ablate, "train the gates of CONFIG with other signals and groupings, and LoRA in their place")
+    _common_options(sub)
+    sub.add_argument(
+        "--variants",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="V",
+        help="signal, grouping, lora, or one of them by name, e.g. mean_all three; default: all",
+    )
+
+
+def _common_options(sub: argparse.ArgumentParser) -> None:
+    study = sub.prog.split()[-1]
+    sub.add_argument("config", type=Path, metavar="CONFIG")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    benchmark_option(sub)
+    sub.add_argument("--out", type=Path, metavar="DIR", help=f"default: OUTPUT/{study}")
+    sub.add_argument("--json", action="store_true", help=f"print {study}.json instead of a table")
+    sub.add_argument("--multihost", action="store_true", help="one of several processes (a TPU pod slice, Slurm)")
+
+
+def _stack(options: argparse.Namespace) -> None:
+    import jax
+
+    from lsg_jax.analysis.stack import StackConfig, stack_study
+    from lsg_jax.report.figures import draw_gains, draw_stack
+    from lsg_jax.report.stacks import rows_of_stack
+
+    settings = StackConfig(options.select, options.max_gates, options.joint)
+    config, out = _open(options, "stack")
+    with progress_bar("stack") as progress:
+        tell = lambda what, done, total: progress(done, total, what)
+        study = stack_study(config, options.gates, settings, out, progress=tell)
+    if jax.process_index() == 0:
+        draw_stack(rows_of_stack(study), out / "stack")
+        draw_gains(study["by_benchmark"], out / "gains")
+        print(json.dumps(study, indent=2) if options.json else _stack_table(study, out))
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    import jax
+
+    from lsg_jax.analysis.ablation import ablation_study
+    from lsg_jax.report.figures import draw_gains
+    from lsg_jax.report.gains import rows_of_ablation
+
+    config, out = _open(options, "ablate")
+    with progress_bar("ablate") as progress:
+        tell = lambda what, done, total: progress(done, total, what)
+        study = ablation_study(config, options.variants, out, progress=tell)
+    if jax.process_index() == 0:
+        draw_gains(rows_of_ablation(study["rows"]), out / "gains")
+        print(json.dumps(study, indent=2) if options.json else _ablation_table(study))
+
+
+def _open(options: argparse.Namespace, study: str) -> tuple[Any, Path]:
+    """The configuration with the benchmarks of the command line, and the folder to write."""
+    import dataclasses
+
+    import jax
+
+    from lsg_jax.config import load_run_config
+
+    config = load_run_config(options.config, options.overrides)
+    if options.multihost:
+        jax.distributed.initialize()
+    questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
+    return dataclasses.replace(config, eval=questions), options.out or Path(config.output) / study
+
+
+def _stack_table(study: dict[str, Any], out: Path) -> str:
+    """The gates alone, the stack as it grows, and joint training, by what decided."""
+    name = lambda layers: "+".join(f"L{layer}" for layer in layers)
+    lines = [("one gate alone", "value", "change [95 %]")]
+    lines += [(name([row["layer"]]), *_numbers(row)) for row in study["singles"]]
+    lines.append(("stack", "", ""))
+    lines += [(name(row["layers"]), *_numbers(row)) for row in study["steps"]]
+    if joint := study.get("joint"):
+        lines.append((f"{name(joint['layers'])} trained together", *_numbers(joint)))
+    title = f"selection: {study['selection']}, {study['metric']}"
+    chosen = next(row for row in study["steps"] if row["layers"] == study["chosen"])
+    end = [f"chosen: {name(study['chosen'])}, written to {out / 'stack.safetensors'}"]
+    if chosen["change"] <= 0:
+        end.append("no stack gains anything over the base model")
+    end.append(
+        f"chosen by {study['selection']}, so its change there is optimistic; --select names another benchmark to choose by"
+    )
+    lasts = [("on each benchmark", "value", "change [95 %]")]
+    for row in study["by_benchmark"]:
+        if row["method"] in ("base", name(study["chosen"]), "joint"):
+            lasts.append((f"{row['benchmark']}, {row['metric']}: {row['method']}", *_numbers(row)))
+    return "\n".join([title, *_aligned(lines), *end, "", *_aligned(lasts)])
+
+
+def _ablation_table(study: dict[str, Any]) -> str:
+    """Every variant on every benchmark, those left out, and how many parameters each trains."""
+    parts = []
+    for benchmark, metric in dict.fromkeys((row["benchmark"], row["metric"]) for row in study["rows"]):
+        lines = [("variant", "parameters", "value", "change [95 %]")]
+        for row in study["rows"]:
+            if (row["benchmark"], row["metric"]) == (benchmark, metric):
+                lines.append((row["variant"], str(study["parameters"].get(row["variant"], "-")), *_numbers(row)))
+        parts.append("\n".join([f"{benchmark}, {metric}", *_aligned(lines)]))
+    parts += ["\n".join(f"skipped {row['variant']}: {row['reason']}" for row in study["skipped"])] * bool(study["skipped"])
+    return "\n\n".join(parts)
+
+
+def _numbers(row: dict[str, Any]) -> tuple[str, str]:
+    """Value, and change with its interval, as text; a dash for what is not known."""
+    text = lambda of, sign="": "-" if row[of] is None else f"{row[of]:{sign}.2f}"
+    if row["change"] is None:
+        return text("value"), "-"
+    return text("value"), f"{text('change', '+')} [{text('low', '+')}, {text('high', '+')}]"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
+    ]

@@ -1,0 +1,88 @@
+"""The command `lsg sweep`: the oracle map, layers x fixed coefficients x tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, progress_bar
+
+
+def add(command: Command) -> None:
+    """Adds the commands."""
+    sub = command("sweep", _sweep, "what fixed key coefficients do to each task, layer by layer")
+    sub.add_argument("config", type=Path, metavar="CONFIG")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    benchmark_option(sub)
+    sub.add_argument("--layers", type=int, nargs="+", default=[], metavar="L", help="decoder layers, from 0; default: all")
+    sub.add_argument(
+        "--grouping",
+        choices=["v_sink_rest", "l_sink_rest", "three"],
+        default="v_sink_rest",
+        help="tokens that share a coefficient; three: V-sinks, L-sinks, ordinary; default: v_sink_rest",
+    )
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument(
+        "--step",
+        type=float,
+        metavar="X",
+        help="of the grid of coefficients that sum to 1; default: 0.1, with three groups 0.25",
+    )
+    which.add_argument(
+        "--coefficients", type=_numbers, nargs="+", metavar="A,B", help="these instead of a grid, e.g. 0,1 0.5,0.5"
+    )
+    sub.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="questions at a time on each device, each under all coefficients; default: eval.batch_size / their number",
+    )
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/sweep")
+    sub.add_argument("--json", action="store_true", help="print sweep.json instead of a table")
+    sub.add_argument("--multihost", action="store_true", help="one of several processes (a TPU pod slice, Slurm)")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """`0.5,1` -> (0.5, 1.0)."""
+    return tuple(map(float, text.split(",")))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    import jax
+
+    from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
+    from lsg_jax.analysis.sweep_table import table
+    from lsg_jax.config import load_run_config
+    from lsg_jax.eval.runner import ask_all
+    from lsg_jax.gating.keys import GROUPS
+    from lsg_jax.report.figures import draw_oracle_map
+    from lsg_jax.sharding import make_mesh
+    from lsg_jax.vlm import load_backbone
+
+    config = load_run_config(options.config, options.overrides)
+    groups = len(GROUPS[options.grouping])
+    step = options.step if options.step is not None else 0.1 if groups == 2 else 0.25
+    grid = options.coefficients or coefficient_grid(groups, step)
+    batch_size = max(1, config.eval.batch_size // len(grid)) if options.batch_size is None else options.batch_size
+    settings = SweepConfig(tuple(sorted(set(options.layers))), tuple(grid), options.grouping, batch_size)
+    if options.multihost:
+        jax.distributed.initialize()
+    questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
+    asked = ask_all(questions)  # a wrong file shows before the model is loaded
+    vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=make_mesh(config.mesh))
+    out = options.out or Path(config.output) / "sweep"
+    with progress_bar("sweep") as progress:
+        tell = lambda what, done, total: progress(done, total, what)
+        result = sweep(vlm, settings, questions, out, asked=asked, progress=tell)
+    if jax.process_index() != 0:
+        return
+    for name, entry in result["benchmarks"].items():
+        run, naive, share = (entry["work"][key] for key in ("layers_run", "layers_naive", "share"))
+        print(f"{name}: {run} layers run of {naive} in separate runs ({share:.2f})", file=sys.stderr)
+    if result["best"]:
+        draw_oracle_map(result["rows"], out / "oracle", groups=result["groups"])
+    print(json.dumps(result, indent=2) if options.json else table(result))

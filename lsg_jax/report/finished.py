@@ -1,0 +1,78 @@
+"""`lsg report`: finds what `lsg` has written in folders, and makes each a section of one page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.checkpoint.files import read_json
+from lsg_jax.errors import InputError
+from lsg_jax.report.html import Section
+from lsg_jax.report.results import eval_section, run_section
+from lsg_jax.report.sections import ablate_section, probe_section, sinks_section, stack_section, sweep_section
+
+PASSED_OVER = frozenset({"checkpoints", "quarantine", "answers"})
+"""Folders of runs and evaluations in which no other work lies."""
+
+
+def read_sections(paths: Sequence[Path]) -> list[Section]:
+    """A section for each finished work in the folders and below them, in the order given, then by name.
+
+    Raises:
+        InputError: a folder that is missing or holds nothing of `lsg`, or a file that is broken or of another format.
+    """
+    seen: set[Path] = set()
+    sections = []
+    for path in paths:
+        files = list(_files(path))
+        if not files:
+            raise InputError(f"{path}: nothing to report on: expected a folder with {', '.join(KINDS)}, or one that holds such")
+        for file in files:
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                sections.append(_section(file))
+    return sections
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        raise InputError(f"{path}: {'a file' if path.exists() else 'no such folder'}; give a folder that lsg wrote into")
+    for folder, below, names in os.walk(path):
+        below[:] = sorted(name for name in below if name not in PASSED_OVER and not name.startswith("."))
+        yield from (Path(folder) / name for name in KINDS if name in names)
+
+
+def _section(file: Path) -> Section:
+    expected, what, make = KINDS[file.name]
+    study = read_json(file)
+    found = study.get("format") if isinstance(study, dict) else None
+    if found != expected:
+        raise InputError(f"{file}: format {found}, but this version of lsg reads {expected}; run the study again")
+    try:
+        return make(study, file.parent, title=f"{what}: {file.parent}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{file}: not as lsg writes it ({type(error).__name__}: {error}); run the study again") from error
+
+
+def _sinks(study: dict[str, Any], folder: Path, *, title: str) -> Section:
+    overlays = {name: folder / f"{Path(name).stem}.png" for name in study["images"]}
+    return sinks_section(study, {name: path.read_bytes() for name, path in overlays.items() if path.is_file()}, title=title)
+
+
+def _alone(section: Callable[..., Section]) -> Callable[..., Section]:
+    """The section of a study that needs no other file of its folder."""
+    return lambda study, folder, *, title: section(study, title=title)
+
+
+KINDS: dict[str, tuple[str, str, Callable[..., Section]]] = {
+    "sinks.json": ("lsg-sinks-1", "Sinks", _sinks),
+    "probe.json": ("lsg-probe-1", "Probes", _alone(probe_section)),
+    "sweep.json": ("lsg-sweep-1", "Oracle sweep", _alone(sweep_section)),
+    "run.json": ("lsg-run-1", "Training", run_section),
+    "result.json": ("lsg-eval-3", "Evaluation", _alone(eval_section)),
+    "stack.json": ("lsg-stack-1", "Stack", _alone(stack_section)),
+    "ablate.json": ("lsg-ablate-1", "Ablation", _alone(ablate_section)),
+}
+"""File -> its format, its heading, and what makes it a section."""

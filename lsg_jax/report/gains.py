@@ -1,0 +1,153 @@
+"""Gains over the base model: scores and changes of every method, with intervals, as rows and as a forest plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.report.drawing import INK, Look, Row, check_rows, distinct, draw_interval, interval_text, plain, render, unit_of
+
+COLUMNS = ("benchmark", "metric", "method", "value", "change", "low", "high")
+METHODS = {
+    "base": "base",
+    "lsg": "LSG",
+    "var": "VAR",
+    "sink_front": "Sink-to-the-front",
+    "diysink": "DIYSink",
+    "lora": "LoRA",
+    "fixed": "fixed coefficients",
+}
+BAND = "#EFEFEF"
+CHANGE = Look("change", "#0072B2", "-", "o", "")
+LINE_HEIGHT = 0.19  # inches
+COLUMN_WIDTH = 4.6  # inches, with names at the left and numbers at the right
+LINES_A_COLUMN, MAX_COLUMNS = 45, 3
+
+
+def rows_of_gains(result: Mapping[str, Any], *, every_metric: bool = False) -> list[dict[str, Any]]:
+    """The scores of an evaluation as rows of COLUMNS; those of the base model have no change.
+
+    Args:
+        result: result.json of `lsg eval`, format lsg-eval-3.
+        every_metric: all metrics of each benchmark, not only its official score (its first metric where it has none).
+    """
+    rows = []
+    for benchmark, entry in result["benchmarks"].items():
+        base = entry["methods"]["base"]
+        for metric in base if every_metric else [entry.get("score") or next(iter(base))]:
+            for method, scores in entry["methods"].items():
+                change = entry.get("change", {}).get(method, {}).get(metric, {})
+                numbers = {"value": scores[metric]["value"], **{of: change.get(of) for of in ("low", "high")}}
+                rows.append(
+                    {"benchmark": benchmark, "metric": metric, "method": method, "change": change.get("value"), **numbers}
+                )
+    return rows
+
+
+def rows_of_ablation(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows of ablate.json as rows of COLUMNS: a variant takes the place of a method."""
+    return [{"method": row["variant"], **{name: row[name] for name in COLUMNS if name != "method"}} for row in rows]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A heading and its methods."""
+
+    title: str
+    base: str
+    unit: str
+    rows: list[Row]
+
+    @property
+    def height(self) -> int:
+        """Lines."""
+        return 1 + len(self.rows)
+
+
+def draw_gains(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """A forest plot: under each benchmark and metric a line a method, its change with its interval and the numbers beside.
+
+    A filled mark says that the interval excludes 0. The base model has no line of its own: its score stands beside
+    the heading. Scores above 100 are points and get an axis of their own.
+
+    Args:
+        rows: of COLUMNS, value in percent or points, the rest in percentage points or points.
+        stem: where the three files go; the CSV holds all rows.
+
+    Raises:
+        InputError: no rows, or none but those of the base model.
+    """
+    check_rows(rows, COLUMNS, study="lsg eval", stem=stem)
+    check_rows([row for row in rows if row["method"] != "base"], COLUMNS, study="lsg eval with gates or a method", stem=stem)
+    blocks = _blocks(rows)
+    units = dict.fromkeys(block.unit for block in blocks)
+    columns = [column for unit in units for column in _fold([block for block in blocks if block.unit == unit])]
+    lines = max(sum(block.height for block in column) for column in columns)
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(1, len(columns), squeeze=False)[0]
+        for axes, column in zip(panels, columns, strict=True):
+            same = [row for block in blocks if block.unit == column[0].unit for row in block.rows]
+            reach = max((abs(row[of]) for row in same for of in ("change", "low", "high") if row[of] is not None), default=0.0)
+            _draw_column(axes, column, lines)
+            axes.set_xlim(-1.08 * max(reach, 0.1), 1.08 * max(reach, 0.1))
+            axes.set_xlabel(f"change ({column[0].unit})")
+
+    return render(stem, rows, COLUMNS, (COLUMN_WIDTH * len(columns), LINE_HEIGHT * (lines + 1) + 0.5), paint)
+
+
+def _blocks(rows: Sequence[Row]) -> list[_Block]:
+    blocks = []
+    for benchmark, metric in distinct(rows, "benchmark", "metric"):
+        own = [row for row in rows if (row["benchmark"], row["metric"]) == (benchmark, metric)]
+        base = next((row["value"] for row in own if row["method"] == "base"), None)
+        blocks.append(
+            _Block(f"{benchmark}, {metric}", plain(base), unit_of(own), [row for row in own if row["method"] != "base"])
+        )
+    return blocks
+
+
+def _fold(blocks: Sequence[_Block]) -> list[list[_Block]]:
+    """Deals blocks in order into columns of about equal height: as few as LINES_A_COLUMN allows, and at most MAX_COLUMNS."""
+    total = sum(block.height for block in blocks)
+    target = total / min(-(-total // LINES_A_COLUMN), MAX_COLUMNS)
+    columns: list[list[_Block]] = [[]]
+    for block in blocks:
+        filled = sum(b.height for b in columns[-1])
+        if columns[-1] and filled + block.height / 2 > target:
+            columns.append([])
+        columns[-1].append(block)
+    return columns
+
+
+def _draw_column(axes: Any, blocks: Sequence[_Block], lines: int) -> None:
+    """Draws one column, top to bottom on lines 0, 1, ...; -1 is the line of the column titles."""
+    _write_beside(axes, -1, "score", "change [interval]")
+    names: dict[int, str] = {}
+    line = 0
+    for block in blocks:
+        axes.axhspan(line - 0.5, line + 0.5, color=BAND, linewidth=0, zorder=3)
+        place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7, "fontweight": "bold", "zorder": 4}
+        axes.text(0.01, line, block.title, **place)
+        _write_beside(axes, line, block.base, "base")
+        for row in block.rows:
+            line += 1
+            names[line] = str(METHODS.get(row["method"], row["method"]))
+            _write_beside(axes, line, plain(row["value"]), interval_text(row["change"], row["low"], row["high"]))
+            draw_interval(axes, line, CHANGE, row, upright=False)
+        line += 1
+    axes.vlines(0, -0.5, line - 0.5, color=INK, linewidth=0.8, zorder=1)
+    axes.set_ylim(lines - 0.5, -1.5)
+    axes.set_yticks(list(names), list(names.values()))
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+
+
+def _write_beside(axes: Any, line: int, score: str, change: str) -> None:
+    """Writes a score and a change right of the axes, on a line of its own."""
+    place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "fontsize": 7}
+    axes.annotate(score, (1, line), (38, 0), ha="right", **place)
+    axes.annotate(change, (1, line), (48, 0), ha="left", **place)

@@ -1,0 +1,107 @@
+"""A table of numbers as a heat map: a line a task under the name of its benchmark, a column a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lsg_jax.report.drawing import FAINT, INK
+
+LINE_HEIGHT = 0.185  # inches of a line of the map
+BAR_WIDTH = 0.11  # inches
+MAX_COLUMN_LABELS = 17
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a map, top to bottom.
+
+    Attributes:
+        keys: (benchmark, task), or None for the heading of a benchmark.
+        labels: what stands at the left of each.
+    """
+
+    keys: tuple[tuple[str, str] | None, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def height(self) -> float:
+        """Inches."""
+        return LINE_HEIGHT * len(self.keys)
+
+    def table(self, cells: Mapping[tuple[str, str, int], float | None], layers: Sequence[int]) -> np.ndarray:
+        """float64 [lines, layers] of values by (benchmark, task, layer); NaN where there is none."""
+        table = np.full((len(self.keys), len(layers)), np.nan)
+        for line, key in enumerate(self.keys):
+            for column, layer in enumerate(layers):
+                value = None if key is None else cells.get((*key, layer))
+                if value is not None:
+                    table[line, column] = value
+        return table
+
+
+def lines_of(tasks: Sequence[tuple[str, str]]) -> Lines:
+    """Lines of (benchmark, task) pairs in order of appearance, below a heading a benchmark."""
+    benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in tasks))
+    keys: list[tuple[str, str] | None] = []
+    labels = []
+    for benchmark in benchmarks:
+        own = [(name, task) for name, task in tasks if name == benchmark]
+        keys += [None, *own]
+        labels += [benchmark, *(task for _, task in own)]
+    return Lines(tuple(keys), tuple(labels))
+
+
+def draw_map(
+    axes: Any, lines: Lines, layers: Sequence[int], table: np.ndarray, *, colours: str, limits: tuple[float, float], across: int
+) -> Any:
+    """Draws the table; cells without a number get a small cross. Returns what a colour bar is made of.
+
+    Args:
+        table: float64 [lines, layers].
+        limits: the numbers at the ends of the colour scale.
+        across: how many maps stand side by side on the page.
+    """
+    mesh = axes.pcolormesh(
+        np.arange(len(layers) + 1) - 0.5,
+        np.arange(len(lines.keys) + 1) - 0.5,
+        np.ma.masked_invalid(table),
+        cmap=colours,
+        vmin=limits[0],
+        vmax=limits[1],
+        edgecolors="white",
+        linewidth=0.4,
+    )
+    missing = [(line, column) for line, column in np.argwhere(np.isnan(table)) if lines.keys[line] is not None]
+    axes.scatter([c for _, c in missing], [r for r, _ in missing], marker="x", s=8, linewidths=0.6, color=FAINT)
+    label_lines(axes, lines)
+    step = -(-len(layers) * across // MAX_COLUMN_LABELS)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_xlabel("decoder layer")
+    axes.tick_params(axis="x", length=0)
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
+def label_lines(axes: Any, lines: Lines) -> None:
+    """Makes the y axis that of the lines, top to bottom, with the headings in bold."""
+    axes.set_ylim(len(lines.keys) - 0.5, -0.5)
+    axes.set_yticks(range(len(lines.keys)), lines.labels)
+    axes.tick_params(axis="y", length=0)
+    for key, label in zip(lines.keys, axes.get_yticklabels(), strict=True):
+        if key is None:
+            label.set_fontweight("bold")
+
+
+def dot_cells(axes: Any, marked: np.ndarray) -> None:
+    """Puts a dot into every cell of bool [lines, layers] that is true; its white rim shows on dark cells."""
+    where = np.argwhere(marked)
+    axes.scatter(where[:, 1], where[:, 0], s=9, color=INK, edgecolors="white", linewidths=0.5)
+
+
+def draw_bar(figure: Any, mesh: Any, panels: list[Any], lines: Lines, label: str) -> None:
+    """The colour bar of maps that stand side by side."""
+    figure.colorbar(mesh, ax=panels, label=label, pad=0.01, aspect=lines.height / BAR_WIDTH)

@@ -1,0 +1,85 @@
+"""Gate ratios by task: what the gates of each layer do to each token group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsg_jax.report.drawing import GRID, PAGE_WIDTH, Row, check_rows, distinct, key_line, legend_above, look_of, numbers, render
+from lsg_jax.report.heat_map import Lines, draw_bar, draw_map, label_lines, lines_of
+
+COLUMNS = ("benchmark", "task", "layer", "group", "mean", "std", "questions")
+POINT_LAYERS = 6
+"""Up to so many gated layers the ratios are points with their deviations, a panel a layer; above, a heat map."""
+
+COLOURS = "cividis"
+
+
+def draw_gate_ratios(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """Mean ratio over the questions of each task; at few layers as points with standard deviations, else as a heat map.
+
+    Of two groups only the first is drawn: the ratios of one gate have a fixed sum.
+
+    Args:
+        rows: `ratios` of an evaluation.
+        stem: where the three files go; the CSV holds all groups.
+
+    Raises:
+        InputError: no rows.
+    """
+    check_rows(rows, COLUMNS, study="lsg eval with gates", stem=stem)
+    lines = lines_of(distinct(rows, "benchmark", "task"))
+    layers = sorted(distinct(rows, "layer"))
+    groups = distinct(rows, "group")
+    shown = groups[:1] if len(groups) == 2 else groups
+    top = max(1.0, *(row["mean"] + (row["std"] or 0.0) for row in rows if row["mean"] is not None))
+    if len(layers) <= POINT_LAYERS:
+        size = (min(PAGE_WIDTH, 2.0 + 1.6 * len(layers)), lines.height + 1.0)
+        return render(stem, rows, COLUMNS, size, lambda figure: _draw_points(figure, rows, lines, layers, shown, top))
+    size = (PAGE_WIDTH, -(-len(shown) // 2) * (lines.height + 0.7))
+    return render(stem, rows, COLUMNS, size, lambda figure: _draw_maps(figure, rows, lines, layers, shown, top))
+
+
+def _draw_points(
+    figure: Any, rows: Sequence[Row], lines: Lines, layers: Sequence[int], groups: Sequence[str], top: float
+) -> None:
+    panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
+    offsets = np.linspace(-0.22, 0.22, len(groups)) if len(groups) > 1 else [0.0]
+    place = {key: index for index, key in enumerate(lines.keys) if key is not None}
+    for axes, layer in zip(panels, layers, strict=True):
+        for group, offset in zip(groups, offsets, strict=True):
+            look = look_of(group)
+            own = [row for row in rows if (row["layer"], row["group"]) == (layer, group)]
+            y = [place[row["benchmark"], row["task"]] + offset for row in own]
+            mean, std = numbers(row["mean"] for row in own), numbers(row["std"] for row in own)
+            axes.hlines(y, mean - std, mean + std, color=look.colour, linewidth=1)
+            axes.plot(mean, y, color=look.colour, linestyle="", marker=look.marker, markersize=4)
+        axes.set_title(f"layer {layer}")
+        axes.set_xlim(0, 1.02 * top)
+        axes.set_xlabel("gate ratio")
+        axes.grid(axis="x")
+        axes.hlines(list(place.values()), 0, top, color=GRID, linewidth=0.5, zorder=0)
+    label_lines(panels[0], lines)
+    for axes in panels[1:]:
+        axes.tick_params(axis="y", length=0)
+    legend_above(figure, [key_line(look_of(group), line="") for group in groups])
+
+
+def _draw_maps(
+    figure: Any, rows: Sequence[Row], lines: Lines, layers: Sequence[int], groups: Sequence[str], top: float
+) -> None:
+    across = min(2, len(groups))
+    panels = figure.subplots(-(-len(groups) // across), across, squeeze=False)
+    for axes, group in zip(panels.ravel(), groups, strict=False):
+        cells = {(row["benchmark"], row["task"], row["layer"]): row["mean"] for row in rows if row["group"] == group}
+        table = lines.table(cells, layers)
+        mesh = draw_map(axes, lines, layers, table, colours=COLOURS, limits=(0.0, top), across=across)
+        axes.set_title(f"Gate ratio of {look_of(group).label}")
+    for axes in panels[:, 1:].ravel():
+        axes.tick_params(labelleft=False)
+    for axes in panels.ravel()[len(groups) :]:
+        axes.remove()
+    draw_bar(figure, mesh, panels[0].tolist(), lines, "mean over questions")

@@ -1,0 +1,117 @@
+"""Runs and evaluations as sections of a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.gating.keys import GROUPS
+from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
+from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss
+from lsg_jax.report.gains import METHODS, rows_of_gains
+from lsg_jax.report.html import Drawing, Section, details, drawing, note, paragraph, settings, table
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def run_section(run: Mapping[str, Any], folder: Path, *, title: str) -> Section:
+    """A training run, also one that has not finished: its loss, and where its gates stand.
+
+    Args:
+        run: run.json.
+        folder: the run folder, for the steps that were logged.
+    """
+    steps = _steps(folder / METRICS_FILE)
+    last: dict[str, Any] = steps[-1] if steps else {"step": 0}
+    gate = run["config"]["gate"]
+    layers = gate["layers"] or list(range(len(last.get("ratios", []))))  # independent gates without layers: one at each
+    parts: list[str | Drawing] = [paragraph(f"Model {run['model_name']}; step {last['step']} of {run['total_steps']}.")]
+    if last["step"] < run["total_steps"]:
+        parts.append(note("This run has not finished."))
+    rows = [row for step in steps for row in _loss_rows(step, layers)]
+    if len(steps) > 1:
+        parts.append(drawing(draw_loss, rows, "loss", "Training loss by step; a gap is a step whose loss was not finite."))
+    if steps:
+        finals = [
+            ["all" if row["layer"] is None else str(row["layer"]), plain(row["loss"])]
+            for row in rows
+            if row["step"] == last["step"]
+        ]
+        parts.append(table("Loss at the last step, nats a token", ["gates of layer", "loss"], finals))
+    if "ratios" in last:
+        names = [look_of(group).label for group in GROUPS[gate["grouping"]]]
+        ratios = [[str(layer), *map(plain, of)] for layer, of in zip(layers, last["ratios"], strict=True)]
+        parts.append(table("Gate ratios at the last step, mean over its images", ["layer", *names], ratios))
+    parts.append(settings({name: run.get(name) for name in ("config", "sinks", "backbone", "versions", "devices")}))
+    return Section(title, parts)
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, up to one that is still being written."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            break
+    return steps
+
+
+def _loss_rows(step: Mapping[str, Any], layers: list[int]) -> list[dict[str, Any]]:
+    """One row, or of gates that are trained independently one a layer."""
+    loss = step["loss"]
+    if not isinstance(loss, list):
+        return [{"step": step["step"], "layer": None, "loss": loss}]
+    return [{"step": step["step"], "layer": layer, "loss": of} for layer, of in zip(layers, loss, strict=True)]
+
+
+def eval_section(result: Mapping[str, Any], *, title: str) -> Section:
+    """An evaluation: scores and changes of every method, and how the gates stood.
+
+    Args:
+        result: result.json.
+    """
+    parts: list[str | Drawing] = [_scores("Scores, with intervals at 95 %", result)]
+    for name, entry in result["benchmarks"].items():
+        parts += [note(text) for text in _remarks(name, entry)]
+    rows = rows_of_gains(result)
+    if any(row["method"] != "base" for row in rows):
+        parts.append(drawing(draw_gains, rows, "gains", "Change over the base model; filled where the interval excludes 0."))
+    ratios = result.get("ratios", [])
+    for method in distinct(ratios, "method"):
+        own = [row for row in ratios if row["method"] == method]
+        caption = f"Gate ratios of {METHODS.get(method, method)} by task, mean and standard deviation over questions."
+        parts.append(drawing(draw_gate_ratios, own, f"ratios_{method}", caption))
+    parts.append(details("All metrics", _scores("All metrics", result, every_metric=True)))
+    parts.append(settings({name: value for name, value in result.items() if name not in ("benchmarks", "ratios")}))
+    return Section(title, parts)
+
+
+def _scores(caption: str, result: Mapping[str, Any], *, every_metric: bool = False) -> str:
+    lines = []
+    for row in rows_of_gains(result, every_metric=every_metric):
+        entry = result["benchmarks"][row["benchmark"]]
+        score = entry["methods"][row["method"]][row["metric"]]
+        test = entry.get("paired_test", {}).get(row["method"])
+        lines.append(
+            [
+                f"{row['benchmark']}, {row['metric']}" + (" *" if row["metric"] == entry.get("score") else ""),
+                METHODS.get(row["method"], row["method"]),
+                plain(entry.get("majority", {}).get(row["metric"])),
+                interval_text(row["value"], score.get("low"), score.get("high"), sign=""),
+                "" if row["method"] == "base" else interval_text(row["change"], row["low"], row["high"]),
+                "" if test is None else f"{test['better']} / {test['worse']}, {test['p_value']:.3g}",
+            ]
+        )
+    header = ["benchmark, metric (* official score)", "method", "majority answer", "score", "change", "better / worse, p"]
+    return table(caption, header, lines)
+
+
+def _remarks(name: str, entry: Mapping[str, Any]) -> list[str]:
+    remarks = []
+    if entry.get("partial"):
+        remarks.append(f"{name}: {entry['questions']} questions of {entry['of']}, so there is no official score.")
+    unread = ", ".join(f"{method} {count}" for method, count in entry.get("unread", {}).items() if count)
+    return [*remarks, f"{name}: outputs in which no answer was found: {unread}."] if unread else remarks

@@ -1,0 +1,153 @@
+"""The studies as sections of a page: what was found as figures and tables, then the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
+from lsg_jax.report.figures import (
+    draw_attention_shares,
+    draw_gains,
+    draw_oracle_map,
+    draw_probe_curves,
+    draw_sinks_by_layer,
+    draw_stack,
+)
+from lsg_jax.report.gains import rows_of_ablation
+from lsg_jax.report.html import Drawing, Section, details, drawing, image, note, paragraph, settings, table
+from lsg_jax.report.oracle import best_cells
+from lsg_jax.report.stacks import rows_of_stack
+
+BULKY = ("rows", "images", "counts", "attention", "overlap", "base", "best", "singles", "steps", "by_benchmark", "warnings")
+"""What is no setting of a study."""
+
+MAX_OVERLAYS = 12
+
+Study = Mapping[str, Any]
+
+
+def sinks_section(study: Study, overlays: Mapping[str, bytes], *, title: str) -> Section:
+    """Sinks of images.
+
+    Args:
+        study: sinks.json.
+        overlays: PNGs by image, of as many images as there are.
+    """
+    parts = _warnings(study)
+    if study["counts"]:
+        caption = "Visual tokens of each group at each layer: mean and standard deviation over images."
+        parts.append(drawing(draw_sinks_by_layer, study["counts"], "sinks_by_layer", caption))
+    if study["attention"]:
+        caption = "Whose keys the attention falls on at each layer, mean over heads and images."
+        parts.append(drawing(draw_attention_shares, study["attention"], "attention_shares", caption))
+    parts += _overlays(study["images"], overlays)
+    doubts = [f"{name}: {warning}" for name, entry in study["images"].items() for warning in entry["warnings"]]
+    if doubts:
+        parts.append(details(f"Warnings about single images: {len(doubts)}", "".join(map(paragraph, doubts))))
+    return Section(title, [*parts, _settings(study)])
+
+
+def _overlays(images: Mapping[str, Any], overlays: Mapping[str, bytes]) -> list[str]:
+    shown = [name for name in images if name in overlays][:MAX_OVERLAYS]
+    if not shown:
+        return []
+    few = f" {len(shown)} of {len(images)} images." if len(shown) < len(images) else ""
+    parts = [paragraph(f"Orange: V-sinks, decided before the projector. Blue: L-sinks in some layer.{few}")]
+    for name in shown:
+        v_sinks = images[name]["v_sinks"]
+        found = "V-sinks unknown" if v_sinks is None else f"{len(v_sinks)} V-sinks"
+        parts.append(image(f"{Path(name).name}: {found}", overlays[name]))
+    return parts
+
+
+def probe_section(study: Study, *, title: str) -> Section:
+    """Linear probes: the curves, and the best layer of each group."""
+    parts = _warnings(study)
+    rows = study["rows"]
+    if not rows:
+        return Section(title, [*parts, note("There are no rows."), _settings(study)])
+    caption = "What linear probes read from each token group at each layer, on held-out images; bands: deviation over draws."
+    parts.append(drawing(draw_probe_curves, rows, "probe", caption))
+    lines = []
+    for attribute, metric, group in distinct(rows, "attribute", "metric", "group"):
+        own = [row for row in rows if (row["attribute"], row["metric"], row["group"]) == (attribute, metric, group)]
+        known = [row for row in own if row["mean"] is not None]
+        best = max(known, key=lambda row: row["mean"], default=None)
+        found = ["-", "-", own[0].get("reason", "")]
+        if best is not None:
+            percent = [f"{100 * best[name]:.1f}" for name in ("mean", "std", "chance") if best[name] is not None]
+            found = [str(best["layer"]), " ± ".join(percent[:2]), " ".join(percent[2:])]
+        lines.append([f"{attribute}, {metric}", look_of(group).label, *found])
+    parts.append(
+        table("The best layer of each group, in percent", ["attribute", "tokens", "layer", "held out", "chance"], lines)
+    )
+    return Section(title, [*parts, _settings(study)])
+
+
+def sweep_section(study: Study, *, title: str) -> Section:
+    """The oracle sweep: the map, and the best cell of each task."""
+    parts = _warnings(study)
+    cells = [cell for cell in best_cells(study["rows"]) if cell["change"] is not None]
+    if not cells:
+        return Section(title, [*parts, note("There is no cell with a change."), _settings(study)])
+    groups = study.get("groups", ())
+    caption = (
+        "The best change over fixed coefficients, and the coefficients that gave it, by task and layer. Each is the best of "
+        "several settings on the same questions: an upper bound."
+    )
+    parts.append(drawing(partial(draw_oracle_map, groups=groups), study["rows"], "oracle", caption))
+    lines = []
+    for benchmark, task in distinct(cells, "benchmark", "task"):
+        own = [cell for cell in cells if (cell["benchmark"], cell["task"]) == (benchmark, task)]
+        best = max(own, key=lambda cell: cell["change"])
+        where = [str(best["layer"]), ", ".join(f"{value:g}" for value in best["coefficients"])]
+        lines.append([f"{benchmark}, {task}", _change(best), *where])
+    named = "coefficients" + (f" ({', '.join(look_of(group).label for group in groups)})" if groups else "")
+    parts.append(table("The best cell of each task", ["task", "change", "layer", named], lines))
+    return Section(title, [*parts, _settings(study)])
+
+
+def stack_section(study: Study, *, title: str) -> Section:
+    """The greedy stack: each gate alone, and the stack as it grows."""
+    parts = _warnings(study)
+    rows = rows_of_stack(study)
+    if rows:
+        caption = "The change that each gate brings alone, and that of the stack; filled where the interval excludes 0."
+        parts.append(drawing(draw_stack, rows, "stack", caption))
+    lines = [[row["part"], " + ".join(map(str, row["layers"])), plain(row["value"]), _change(row)] for row in rows]
+    parts.append(table("Gates alone and stacked", ["gates", "layers", "score", "change"], lines))
+    if scores := study.get("by_benchmark"):
+        parts.append(details("By benchmark", _scores("By benchmark", scores)))
+    return Section(title, [*parts, _settings(study)])
+
+
+def ablate_section(study: Study, *, title: str) -> Section:
+    """Ablations: the gain of each variant."""
+    parts = _warnings(study)
+    rows = rows_of_ablation(study["rows"])
+    if any(row["method"] != "base" for row in rows):
+        caption = "Change of each variant over the base model; filled where the interval excludes 0."
+        parts.append(drawing(draw_gains, rows, "ablation", caption))
+    parts.append(_scores("Variants", rows))
+    return Section(title, [*parts, _settings(study)])
+
+
+def _scores(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of rows as report.gains has them."""
+    lines = [[f"{row['benchmark']}, {row['metric']}", row["method"], plain(row["value"]), _change(row)] for row in rows]
+    return table(caption, ["benchmark, metric", "method", "score", "change"], lines)
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    return interval_text(row["change"], row["low"], row["high"])
+
+
+def _warnings(study: Study) -> list[str | Drawing]:
+    return [note(text) for text in study.get("warnings", [])]
+
+
+def _settings(study: Study) -> str:
+    return settings({name: value for name, value in study.items() if name not in BULKY})

@@ -1,0 +1,117 @@
+"""Sink-to-the-front against Hugging Face, which is given the reordered patches as embeddings."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, state_arrays, tiny_hf
+
+from converters.convert import tree_from_tensors
+from converters.hf_config import model_config
+from lsg_jax.baselines.sink_front import sinks_to_front
+from lsg_jax.config import SinkConfig, SinkFrontConfig
+from lsg_jax.errors import ConfigError
+from lsg_jax.model.llava import assemble
+from lsg_jax.vlm import VLM
+
+TOLERANCE = 1e-4  # of the largest absolute value of the reference array
+PATCHES, LENGTH = 9, 26
+NOBODY, EVERYBODY = 1e6, 1e-6  # norms
+
+
+@cache
+def pair():
+    """The Hugging Face model, and ours with the same weights."""
+    torch.set_num_threads(1)
+    hf = tiny_hf("clip", "llama")
+    config = model_config(hf.config.to_diff_dict())
+    return hf, VLM(config, tree_from_tensors(config, state_arrays(hf)))
+
+
+def inputs():
+    """Three left-padded rows, the second without an image: ids, pixels of the rows with one, mask."""
+    rng = np.random.default_rng(0)
+    words = lambda n: rng.integers(4, VOCABULARY, size=n).tolist()
+    image = [IMAGE_TOKEN] * PATCHES
+    ids, mask = np.full((3, LENGTH), PAD), np.zeros((3, LENGTH), int)
+    for i, row in enumerate([[BOS, *words(3), *image, *words(9)], [BOS, *words(12)], [BOS, *image, *words(16)]]):
+        ids[i, -len(row) :], mask[i, -len(row) :] = row, 1
+    return ids, rng.normal(size=(2, 3, 42, 42)).astype(np.float32), mask
+
+
+@cache
+def features():
+    """Of the two images, before the projector: [2, P, Dv]."""
+    with torch.no_grad():
+        return pair()[0].model.vision_tower(torch.tensor(inputs()[1]), output_hidden_states=True).hidden_states[-2][:, 1:]
+
+
+def middle_norm():
+    """A threshold between norms that leaves sinks and others in both images."""
+    norms = np.sort(features().norm(dim=-1).numpy().ravel())
+    return float(norms[9:11].mean())
+
+
+def embeddings(tau):
+    """What the decoder is to be given: float [3, T, D], with the patches of each image in their new order."""
+    hf, ids = pair()[0], torch.tensor(inputs()[0])
+    with torch.no_grad():
+        x = hf.get_input_embeddings()(ids)
+        for row, patches in zip((0, 2), features(), strict=True):
+            large = patches.norm(dim=-1) >= tau
+            assert large.any() and not large.all() and not large[: int(large.sum())].all()  # the order does change
+            x[row, ids[row] == IMAGE_TOKEN] = hf.model.multi_modal_projector(torch.cat([patches[large], patches[~large]]))
+    return x
+
+
+def test_logits_equal_hugging_face_and_v_sinks_move_along():
+    hf, base = pair()
+    sinks = SinkConfig(criterion="norm", vit_tau=middle_norm())
+    front = base.with_method(SinkFrontConfig(tau=middle_norm()), sinks=sinks)
+    ids, pixels, mask = inputs()
+    with torch.no_grad():
+        reference = hf(inputs_embeds=embeddings(middle_norm()), attention_mask=torch.tensor(mask)).logits.numpy()
+        plain = hf(torch.tensor(ids), torch.tensor(pixels), torch.tensor(mask)).logits.numpy()
+    largest, real = np.abs(reference).max(), mask.astype(bool)
+    # the order matters where there is an image, and only there
+    assert np.abs(reference - plain)[[0, 2], -1].max() > 0.1 * largest and (reference[1] == plain[1]).all()
+
+    @jax.jit
+    def logits_and_sinks(params, batch):
+        model = assemble(front.graphdef, params)
+        merged = model.merge(batch)
+        return model.language_model.logits(model(batch, merged=merged).hidden), merged.visual.v_sink
+
+    logits, in_sequence = jax.tree.map(np.asarray, logits_and_sinks(front.params, front.batch(ids, pixels, mask)))
+    assert np.abs(logits - reference)[real].max() <= TOLERANCE * largest
+    in_image = front.v_sinks(pixels)
+    np.testing.assert_array_equal(in_image, features().norm(dim=-1) >= middle_norm())  # in the image they stay where they are
+    in_sequence = in_sequence[[0, 2]][ids[[0, 2]] == IMAGE_TOKEN].reshape(in_image.shape)
+    np.testing.assert_array_equal(in_sequence, np.sort(in_image, axis=1)[:, ::-1])
+
+
+def test_one_group_changes_nothing():
+    """No sink, or nothing but sinks: the patches go on as they are, to the bit."""
+    patches, v_sink = features().numpy(), np.arange(2 * PATCHES).reshape(2, PATCHES) % 3 == 0
+    for tau in (NOBODY, EVERYBODY):
+        moved, moved_sinks = sinks_to_front(patches, v_sink, SinkFrontConfig(tau=tau))
+        np.testing.assert_array_equal(moved, patches)
+        np.testing.assert_array_equal(moved_sinks, v_sink)
+
+
+def test_groups_keep_their_order_and_v_sinks_move_along():
+    norms = np.array([[1.0, 5, 2, 7, 5], [1, 1, 1, 1, 9], [6, 6, 6, 6, 6]], np.float32)
+    number = np.arange(5, dtype=np.float32) / 1000
+    patches = np.stack([norms, np.broadcast_to(number, norms.shape)], axis=-1)
+    v_sink = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 0]], bool)
+    moved, moved_sinks = sinks_to_front(patches, v_sink, SinkFrontConfig(tau=5.0))
+    np.testing.assert_array_equal(np.rint(1000 * moved[..., 1]), [[1, 3, 4, 0, 2], [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(moved_sinks, [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("tau", [0.0, -3.0, float("nan"), float("inf")])
+def test_a_threshold_that_is_no_norm_is_refused(tau):
+    with pytest.raises(ConfigError, match=f"sink_front.tau is {tau}: it must be a number above 0"):
+        pair()[1].with_method(SinkFrontConfig(tau=tau))

@@ -1,0 +1,68 @@
+"""Which model an evaluation means by a method."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from test_vlm import SINKS, gates
+
+import lsg_jax
+from lsg_jax.config import EvalConfig, FixedConfig, RunConfig
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.methods import open_methods
+from lsg_jax.eval.runner import evaluate
+from lsg_jax.gating.portable import write_gates
+
+CONFIG = RunConfig(model="", output="", sinks=SINKS, fixed=FixedConfig(layers=(1, 4), coefficients=(0.5, 0.5)))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return lsg_jax.load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def fresh_gates(tmp_path_factory):
+    """Gates before their first step: every ratio is a half."""
+    made = gates()
+    zero = {name: np.zeros_like(made.parameters[name]) for name in ("fc2_kernel", "fc2_bias")}
+    file = tmp_path_factory.mktemp("gates") / "fresh.safetensors"
+    settings = dataclasses.replace(made.gate, key_scale=1.0)
+    write_gates(file, dataclasses.replace(made, gate=settings, parameters={**made.parameters, **zero}))
+    return file
+
+
+def test_what_is_asked_for_is_opened_once_and_base_comes_first(base, fresh_gates):
+    models = open_methods(base, CONFIG, ["fixed", f"lsg={fresh_gates}", "base"])
+    assert list(models) == ["base", "fixed", "lsg"] and models["base"] is base
+    assert models["fixed"].method == CONFIG.fixed and models["lsg"].gate.layers == (1, 4)
+    assert list(open_methods(base, CONFIG, [], fresh_gates)) == ["base", "lsg"]
+    assert list(open_methods(base, CONFIG, [])) == ["base"]
+
+
+@pytest.mark.parametrize(
+    "wanted, error, message",
+    [
+        (["vra"], ConfigError, "--method vra: unknown; known are base, lsg, var, "),
+        (["fixed", "fixed"], ConfigError, "--method fixed: named twice"),
+        (["lora"], InputError, "method lora: there is no trained run; name one as --method lora=RUN"),
+        (["var"], ConfigError, "set sinks.llm_dims"),
+    ],
+)
+def test_wrong_methods_are_refused(base, wanted, error, message):
+    with pytest.raises(error, match=message):
+        open_methods(base, CONFIG, wanted)
+
+
+def test_fresh_gates_answer_as_fixed_halves(base, fresh_gates, scenes, tmp_path):
+    models = open_methods(base, CONFIG, ["fixed", f"lsg={fresh_gates}"])
+    settings = EvalConfig(benchmarks={"mine": str(scenes / "questions.jsonl")}, batch_size=6, max_new_tokens=4)
+    result = evaluate(models, settings, tmp_path)
+    answers = {m: [json.loads(line)["output"] for line in (tmp_path / f"mine.{m}.jsonl").open()] for m in models}
+    assert answers["lsg"] == answers["fixed"] != answers["base"]
+    entry = result["benchmarks"]["mine"]
+    assert entry["change"]["lsg"] == entry["change"]["fixed"] and entry["change"].keys() == {"lsg", "fixed"}
+    assert result["methods"]["fixed"]["method"]["coefficients"] == [0.5, 0.5]
+    assert {(row["method"], row["mean"], row["std"]) for row in result["ratios"]} == {("lsg", 0.5, 0.0)}
+    assert {row["task"] for row in result["ratios"]} == {"colour", "count"}

@@ -1,0 +1,166 @@
+"""Figures: the CSV holds the rows, the SVG is sound XML with its labels, equal rows give equal bytes, gaps are gaps."""
+
+import csv
+import re
+import sys
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+import study_rows
+
+from lsg_jax.errors import InputError
+from lsg_jax.report import figures
+from lsg_jax.report.gains import rows_of_ablation, rows_of_gains
+from lsg_jax.report.stacks import rows_of_stack
+
+SVG = "{http://www.w3.org/2000/svg}"
+TASK_LABELS = ["cv_bench", "Count", "Depth $ & <b>", "mmstar", "math"]
+
+THREE_GROUPS = ((0.2, 0.5, 0.1), (1.0, 0.0, 0.4))
+FIGURES = {
+    "draw_oracle_map": (study_rows.sweep(), [*TASK_LABELS, "Coefficient of V-sinks", "percentage points"]),
+    "draw_probe_curves": (study_rows.probe(), ["count", "shapes", "accuracy", "F1", "V-sinks", "chance"]),
+    "draw_sinks_by_layer": (study_rows.counts(), ["V-sinks", "L-sinks", "ordinary", "tokens an image"]),
+    "draw_attention_shares": (study_rows.attention(), ["Queries: prompt tokens", "Queries: answer tokens", "text"]),
+    "draw_gate_ratios": (study_rows.ratios(), [*TASK_LABELS, "layer 0", "layer 2", "gate ratio"]),
+    "draw_gains": (study_rows.gains(), ["mmstar, mean_of_18", "LSG", "+2.00 [+1.00, +3.00]", "33.27", "change (points)"]),
+    "draw_stack": (rows_of_stack(study_rows.stack()), ["+ L0", "change (percentage points)"]),
+    "draw_loss": (study_rows.losses(), ["step", "loss (nats a token)"]),
+}
+
+
+def read(path):
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def as_cells(rows):
+    """Rows as csv.DictReader gives them back, by the rules of the module: empty cells, lists with spaces."""
+    text = lambda value: "" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [{name: text(value) for name, value in row.items()} for row in rows]
+
+
+def drawn_text(svg):
+    return ["".join(element.itertext()).strip() for element in ElementTree.parse(svg).getroot().iter(f"{SVG}text")]
+
+
+def settings_of_matplotlib():
+    """All but the backend, which is chosen when somebody looks at it."""
+    return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """name -> the files of each figure, drawn while a user has settings of their own, which must neither count nor change."""
+    folder = tmp_path_factory.mktemp("figures") / "new"
+    loaded = set(sys.modules)
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path"}):
+        before = settings_of_matplotlib()
+        paths = {name: getattr(figures, name)(rows, folder / name) for name, (rows, _) in FIGURES.items()}
+        assert settings_of_matplotlib() == before
+    assert "matplotlib.pyplot" not in set(sys.modules) - loaded
+    return paths
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_files_of_a_figure(name, drawn):
+    (rows, labels), paths = FIGURES[name], drawn[name]
+    assert [path.name for path in paths] == [f"{name}.csv", f"{name}.svg", f"{name}.png"]
+    assert set(labels) <= set(drawn_text(paths[1])), drawn_text(paths[1])
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    cells = read(paths[0])
+    assert not any("nan" in value.lower() for row in cells for value in row.values())
+    if name not in ("draw_oracle_map", "draw_attention_shares"):  # these sum up, see below
+        assert cells == [{key: row[key] for key in cells[0]} for row in as_cells(rows)]
+
+
+def test_equal_rows_give_equal_bytes(drawn, tmp_path):
+    again = figures.draw_attention_shares(study_rows.attention(), tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in drawn["draw_attention_shares"]]
+
+
+def test_the_oracle_map_shows_the_best_coefficients_of_each_cell(drawn):
+    check_best_cells(study_rows.sweep(), drawn["draw_oracle_map"][0])
+
+
+def test_the_oracle_map_of_three_groups_without_benchmarks_that_count_points(tmp_path):
+    rows = study_rows.sweep(THREE_GROUPS)
+    for row in rows:
+        if row["benchmark"] == "mmstar" and row["value"] is not None:
+            row |= {name: 50 * row[name] for name in ("value", "change", "low", "high")}
+    table, svg, _ = figures.draw_oracle_map(rows, tmp_path / "three", groups=("v_sink", "l_sink", "ordinary"))
+    check_best_cells([row for row in rows if row["benchmark"] == "cv_bench"], table)
+    labels = {f"Coefficient of {name}" for name in ("V-sinks", "L-sinks", "ordinary")}
+    assert {*labels, "left out, since they count points: mmstar"} <= set(drawn_text(svg))
+
+
+def check_best_cells(rows, table):
+    cells = read(table)
+    assert len(cells) == len({(row["benchmark"], row["task"], row["layer"]) for row in rows})
+    for cell in cells:
+        place = (cell["benchmark"], cell["task"], int(cell["layer"]))
+        own = [r for r in rows if (r["benchmark"], r["task"], r["layer"]) == place and set(r["coefficients"]) != {1.0}]
+        if place == ("mmstar", "math", 1):  # was not measured
+            assert [cell[name] for name in ("coefficients", "value", "change", "low", "high")] == [""] * 5
+        else:
+            assert [cell] == as_cells([own[int(np.argmax([row["change"] for row in own]))]])
+
+
+def test_attention_shares_are_means_over_heads_with_their_range(drawn):
+    cells = read(drawn["draw_attention_shares"][0])
+    found = {row["group"]: [float(row[name]) for name in ("share", "low", "high", "heads")] for row in cells}
+    expected = {"text": [0.5, 0.45, 0.55, 2], "v_sink": [0.3, 0.25, 0.35, 2], "l_sink": [0.05, 0.05, 0.05, 2]}
+    for group, numbers in expected.items():
+        np.testing.assert_allclose(found[group], numbers)
+    assert len(cells) == 2 * len(study_rows.LAYERS) * 4
+
+
+def test_a_null_breaks_the_line(drawn):
+    svg = ElementTree.parse(drawn["draw_probe_curves"][1]).getroot()
+    lines = [path for path in svg.iter(f"{SVG}path") if "fill: none" in path.get("style", "")]
+    strokes = {"v_sink": "#d55e00", "l_sink": "#0072b2", "ordinary": "#009e73"}
+    for group, pieces in (("v_sink", 1), ("l_sink", 2), ("ordinary", 1)):
+        curves = [path.get("d") for path in lines if strokes[group] in path.get("style") and path.get("d").count("L") > 1]
+        assert [len(re.findall("M", curve)) for curve in curves[:2]] == [pieces] * 2, group
+
+
+def test_many_gated_layers_are_a_heat_map(tmp_path):
+    rows = study_rows.ratios(range(8), ("v_sink", "l_sink", "ordinary"))
+    svg = figures.draw_gate_ratios(rows, tmp_path / "ratios")[1]
+    assert {"Gate ratio of V-sinks", "Gate ratio of L-sinks", "Gate ratio of ordinary"} <= set(drawn_text(svg))
+
+
+def test_rows_that_cannot_be_drawn_are_refused(tmp_path):
+    studies = {"draw_oracle_map": "lsg sweep", "draw_probe_curves": "lsg probe", "draw_stack": "lsg stack"}
+    studies |= dict.fromkeys(("draw_sinks_by_layer", "draw_attention_shares"), "lsg sinks")
+    studies |= dict.fromkeys(("draw_gate_ratios", "draw_gains"), "lsg eval") | {"draw_loss": "lsg train"}
+    for name, study in studies.items():
+        with pytest.raises(InputError, match=f"no rows of {study}"):
+            getattr(figures, name)([], tmp_path / "figure")
+        with pytest.raises(InputError, match=f"row 0 of {study}.* lacks "):
+            getattr(figures, name)([{"other": 1}], tmp_path / "figure")
+    unchanged = [row for row in study_rows.sweep() if set(row["coefficients"]) == {1.0}]
+    with pytest.raises(InputError, match="nothing to draw"):
+        figures.draw_oracle_map(unchanged, tmp_path / "figure")
+    with pytest.raises(InputError, match="gates or a method"):
+        figures.draw_gains([row for row in study_rows.gains() if row["method"] == "base"], tmp_path / "figure")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gains_of_an_evaluation_and_of_an_ablation():
+    base, lsg = rows_of_gains(study_rows.result())
+    assert base == {"benchmark": "cv_bench", "metric": "accuracy", "method": "base", "value": 50.0} | dict.fromkeys(
+        ("change", "low", "high")
+    )
+    assert lsg == {"benchmark": "cv_bench", "metric": "accuracy", "method": "lsg", "value": 53.0} | {
+        "change": 3.0,
+        "low": 1.0,
+        "high": 5.0,
+    }
+    assert [row["metric"] for row in rows_of_gains(study_rows.result(), every_metric=True)] == ["accuracy"] * 2 + ["2D"] * 2
+    official = study_rows.result()
+    official["benchmarks"]["cv_bench"]["score"] = "2D"
+    assert {row["metric"] for row in rows_of_gains(official)} == {"2D"}
+    variant = {"variant": "mean_all", **{name: value for name, value in lsg.items() if name != "method"}}
+    assert rows_of_ablation([variant]) == [lsg | {"method": "mean_all"}]
