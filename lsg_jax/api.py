@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from lsg_jax.config import SinkConfig
-from lsg_jax.vlm import VLM, load_backbone, open_trained
+from lsg_jax.opening import load_backbone, open_trained
+from lsg_jax.vlm import VLM
 
 
 def load(

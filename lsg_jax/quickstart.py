@@ -21,11 +21,12 @@ from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
 from lsg_jax.model.llava import assemble
+from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.report.finished import read_sections
 from lsg_jax.report.html import write_report
 from lsg_jax.report.overlay import draw_sinks
 from lsg_jax.train.loop import train
-from lsg_jax.vlm import VLM, load_backbone, with_gates
+from lsg_jax.vlm import VLM
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from lsg_jax.config import ModelConfig, RopeConfig, SinkConfig
 from lsg_jax.model.llava import abstract_model
-from lsg_jax.vlm import VLM, load_backbone
+from lsg_jax.opening import load_backbone
+from lsg_jax.vlm import VLM
 
 WIDTH = 512
 WRITER = 1  # the layer, in both parts, whose MLP writes the spike

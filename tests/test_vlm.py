@@ -11,7 +11,7 @@ import lsg_jax
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.gating.portable import TORCH_NAMES, PortableGates, write_gates
-from lsg_jax.vlm import load_backbone
+from lsg_jax.opening import load_backbone
 
 LENGTH, PATCHES, IMAGE = 60, 49, 3
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)

@@ -17,9 +17,10 @@ from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, from_dict, 
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, Progress, ask_all, evaluate
+from lsg_jax.opening import load_backbone, open_trained
 from lsg_jax.sharding import make_mesh
 from lsg_jax.train.loop import train
-from lsg_jax.vlm import check_gate_input, check_method_input, load_backbone, open_trained
+from lsg_jax.vlm import check_gate_input, check_method_input
 
 RESULT = "ablate.json"
 REFERENCE = "reference"

@@ -17,9 +17,10 @@ from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, Asked, Progress, ask_all, evaluate
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
+from lsg_jax.opening import load_backbone, open_gates, with_gates
 from lsg_jax.sharding import make_mesh
 from lsg_jax.train.loop import train
-from lsg_jax.vlm import VLM, load_backbone, open_gates, with_gates
+from lsg_jax.vlm import VLM
 
 RESULT = "stack.json"
 GATES = "stack.safetensors"

@@ -25,7 +25,7 @@ def add(command: Command) -> None:
 
 def _gates_export(options: argparse.Namespace) -> None:
     from lsg_jax.gating.portable import write_gates
-    from lsg_jax.vlm import open_gates
+    from lsg_jax.opening import open_gates
 
     write_gates(options.file, open_gates(options.source))
     print(options.file)
@@ -33,7 +33,7 @@ def _gates_export(options: argparse.Namespace) -> None:
 
 def _gates_combine(options: argparse.Namespace) -> None:
     from lsg_jax.gating.portable import combine_gates, write_gates
-    from lsg_jax.vlm import open_gates
+    from lsg_jax.opening import open_gates
 
     write_gates(options.out, combine_gates([open_gates(source) for source in options.sources]))
     print(options.out)

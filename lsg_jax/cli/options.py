@@ -42,12 +42,13 @@ def sink_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sinks", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=text)
 
 
-def load_model(options: argparse.Namespace) -> Any:
+def load_model(options: argparse.Namespace, mesh: Any = None) -> Any:
+    """The model, gates and sink settings that the options name."""
     import lsg_jax
 
-    vlm = lsg_jax.load(options.model, options.gates)
+    vlm = lsg_jax.load(options.model, options.gates, mesh=mesh)
     if options.sinks:
-        vlm = lsg_jax.load(options.model, options.gates, sinks=sink_config(options, vlm.config.sinks))
+        vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, sinks=sink_config(options, vlm.config.sinks))
     return vlm
 
 

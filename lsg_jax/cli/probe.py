@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, gate_options, progress_bar, sink_config
+from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
 from lsg_jax.errors import ConfigError
 
 SCENES = "scenes"
@@ -38,7 +38,9 @@ def _probe(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.probe import ProbeSettings, probe_study
     from lsg_jax.analysis.probe_images import clevr_data, scene_data
     from lsg_jax.checkpoint.files import write_json
+    from lsg_jax.config import MeshConfig
     from lsg_jax.report.figures import draw_probe_curves
+    from lsg_jax.sharding import make_mesh
 
     settings = ProbeSettings(
         prompt=options.prompt,
@@ -51,11 +53,11 @@ def _probe(options: argparse.Namespace) -> None:
     if options.data == SCENES and options.test_data is not None:
         raise ConfigError("--test-data goes with a folder as --data; scenes have a held-out split of their own")
     if options.data == SCENES:
-        vlm = _load(options)
+        vlm = load_model(options, make_mesh(MeshConfig()))  # over all devices
         data = scene_data(options.images, side=vlm.config.vision.image_size, seed=options.seed)
     else:  # a wrong folder shows before the model is loaded
         data = clevr_data(Path(options.data), options.test_data, options.images, seed=options.seed)
-        vlm = _load(options)
+        vlm = load_model(options, make_mesh(MeshConfig()))  # over all devices
     options.out.mkdir(parents=True, exist_ok=True)
     with progress_bar("probe") as progress:
         result = probe_study(vlm, data, settings, options.out, progress)
@@ -64,19 +66,6 @@ def _probe(options: argparse.Namespace) -> None:
     write_json(options.out / "probe.json", result, sort_keys=False)
     draw_probe_curves(result["rows"], options.out / "probe")
     print(json.dumps(result) if options.json else _summary(result))
-
-
-def _load(options: argparse.Namespace) -> Any:
-    """The model over all devices, with the sinks of the command line."""
-    import lsg_jax
-    from lsg_jax.config import MeshConfig
-    from lsg_jax.sharding import make_mesh
-
-    mesh = make_mesh(MeshConfig())
-    vlm = lsg_jax.load(options.model, options.gates, mesh=mesh)
-    if options.sinks:
-        vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, sinks=sink_config(options, vlm.config.sinks))
-    return vlm
 
 
 def _summary(result: dict[str, Any]) -> str:

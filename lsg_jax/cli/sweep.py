@@ -59,9 +59,9 @@ def _sweep(options: argparse.Namespace) -> None:
     from lsg_jax.config import load_run_config
     from lsg_jax.eval.runner import ask_all
     from lsg_jax.gating.keys import GROUPS
+    from lsg_jax.opening import load_backbone
     from lsg_jax.report.figures import draw_oracle_map
     from lsg_jax.sharding import make_mesh
-    from lsg_jax.vlm import load_backbone
 
     config = load_run_config(options.config, options.overrides)
     groups = len(GROUPS[options.grouping])

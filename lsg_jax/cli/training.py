@@ -98,10 +98,10 @@ def _eval(options: argparse.Namespace) -> None:
     from lsg_jax.eval.methods import open_methods
     from lsg_jax.eval.runner import ask_all, evaluate
     from lsg_jax.eval.table import table
+    from lsg_jax.opening import load_backbone
     from lsg_jax.report.figures import draw_gains, draw_gate_ratios
     from lsg_jax.report.gains import rows_of_gains
     from lsg_jax.sharding import make_mesh
-    from lsg_jax.vlm import load_backbone
 
     config = load_run_config(options.config, options.overrides)
     if options.multihost:

@@ -9,7 +9,8 @@ from typing import get_args
 from lsg_jax.config import Method, RunConfig
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE
-from lsg_jax.vlm import VLM, open_trained
+from lsg_jax.opening import open_trained
+from lsg_jax.vlm import VLM
 
 TRAINED = ("lsg", "lora", "diysink")
 """Methods that need a run of `lsg train`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -264,8 +265,13 @@ def abstract_model(
     config: ModelConfig, gate: GateConfig | None = None, *, method: MethodConfig | None = None, dtype: Any = jnp.float32
 ) -> tuple[Any, dict]:
     """The model's graph definition and its parameters as a nested dict of ShapeDtypeStruct; allocates nothing."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, gate, method=method, rngs=nnx.Rngs(0), dtype=dtype)))
+    graphdef, state = _traced(config, gate, method, jnp.dtype(dtype))
     return graphdef, nnx.to_pure_dict(state)
+
+
+@functools.cache  # tracing takes a good part of a second, and a study opens the same model under many gates
+def _traced(config: ModelConfig, gate: GateConfig | None, method: MethodConfig | None, dtype: Any) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Llava(config, gate, method=method, rngs=nnx.Rngs(0), dtype=dtype)))
 
 
 def assemble(graphdef: Any, frozen: dict, gates: dict | None = None) -> Llava:

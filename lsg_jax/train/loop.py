@@ -22,12 +22,13 @@ from lsg_jax.config import GateConfig, MethodConfig, RunConfig, to_dict
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, NonFiniteError, Preempted
 from lsg_jax.model.llava import abstract_model, initial_parameters
+from lsg_jax.opening import load_backbone
 from lsg_jax.stopping import stop_signals
 from lsg_jax.train.independent import independent_gates
 from lsg_jax.train.optimizer import learning_rate
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch, TrainState
-from lsg_jax.vlm import VLM, check_gate_input, check_method_input, load_backbone
+from lsg_jax.vlm import VLM, check_gate_input, check_method_input
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from converters.hf_config import model_config
 from lsg_jax.analysis.sinks import find_sinks
 from lsg_jax.config import SinkConfig
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.vlm import VLM, load_backbone
+from lsg_jax.opening import load_backbone
+from lsg_jax.vlm import VLM
 
 TOLERANCE = 1e-5
 CRITERIA = ["dim_abs", "dim_rms", "norm", "massive", "attention"]

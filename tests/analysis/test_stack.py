@@ -20,8 +20,8 @@ from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, mean
 from lsg_jax.eval.runner import ask, evaluate
 from lsg_jax.gating.portable import PortableGates, combine_gates, read_gates, write_gates
+from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.sharding import make_mesh
-from lsg_jax.vlm import load_backbone, with_gates
 
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
 

@@ -21,10 +21,11 @@ from lsg_jax.config import DataConfig, DiySinkConfig, EvalConfig, MeshConfig, Ru
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.model.llava import abstract_model, assemble, initial_parameters
+from lsg_jax.opening import load_backbone, open_trained
 from lsg_jax.sharding import make_mesh, shard_params
 from lsg_jax.train.loop import _loop, set_up
 from lsg_jax.types import IGNORE
-from lsg_jax.vlm import VLM, load_backbone, open_trained
+from lsg_jax.vlm import VLM
 
 TAU = 18.5  # of the drawn scenes: their patches have norms from 13.8 to 20.6 in the tiny model, 18.4 in the middle
 

@@ -17,8 +17,8 @@ from lsg_jax.cli import main
 from lsg_jax.config import LoraConfig, RopeConfig, TextConfig
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.model.llava import abstract_model, assemble, check_method, initial_parameters
+from lsg_jax.opening import load_backbone, open_gates, open_trained
 from lsg_jax.types import IGNORE
-from lsg_jax.vlm import load_backbone, open_gates, open_trained
 
 LORA = LoraConfig(layer=2, rank=3, alpha=5.0)
 

@@ -14,8 +14,8 @@ from lsg_jax.config import DataConfig, GateConfig, RunConfig, SinkConfig, TrainC
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, InputError, NonFiniteError, Preempted
 from lsg_jax.gating.portable import check_together, combine_gates, read_gates, write_gates
+from lsg_jax.opening import open_gates
 from lsg_jax.train.loop import METRICS, _loop, set_up, train
-from lsg_jax.vlm import open_gates
 
 STEPS, LAYERS = 5, (0, 2, 5)
 

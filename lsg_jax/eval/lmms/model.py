@@ -20,8 +20,8 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.likelihood import log_likelihoods
+from lsg_jax.opening import load_backbone, open_trained
 from lsg_jax.sharding import make_mesh
-from lsg_jax.vlm import load_backbone, with_gates
 
 MAX_NEW_TOKENS = 1024  # of a task that names no limit, as in the harness's own LLaVA adapters
 FILLED_IN = "\n\n"  # the stop string that the harness gives to tasks that name none; its LLaVA adapters do not stop there
@@ -56,7 +56,7 @@ class LsgJax(lmms):
             raise ConfigError(f"--model_args: unknown argument {unknown[0]}; known: {known}")
         self.settings = from_dict(EvalConfig, {**settings, "batch_size": int(batch_size)}, where="--model_args")
         vlm = load_backbone(model, dtype=dtype, mesh=make_mesh(MeshConfig()))
-        self.vlm = vlm if gates is None else with_gates(vlm, gates)
+        self.vlm = vlm if gates is None else open_trained(vlm, gates)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers, each cut before the first of the task's stop strings.

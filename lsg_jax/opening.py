@@ -1,0 +1,177 @@
+"""Opening what is on disk: a model folder, and on it gates or what else a run has trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsg_jax.checkpoint import load_base, read_manifest, read_step
+from lsg_jax.config import (
+    DiySinkConfig,
+    GateConfig,
+    LoraConfig,
+    Method,
+    MethodConfig,
+    ModelConfig,
+    SinkConfig,
+    from_dict,
+)
+from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
+from lsg_jax.model.llava import abstract_model
+from lsg_jax.sharding import replicated, shard_params
+from lsg_jax.vlm import VLM
+
+
+def load_backbone(
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    sinks: SinkConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    verify: bool = True,
+) -> VLM:
+    """Opens a model folder without gates.
+
+    Args:
+        dtype: of the weights; None keeps them as stored.
+        sinks: instead of the sink settings of the folder.
+        mesh: devices to spread the weights over; None for one device.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    config = from_dict(ModelConfig, manifest["config"], where=f"{folder}/lsg_manifest.json: config")
+    if sinks is not None:
+        config = dataclasses.replace(config, sinks=sinks)
+    _, abstract = abstract_model(config)
+    stored = _as_stored(abstract, manifest["leaves"])
+    frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
+    return VLM(config, frozen, folder=folder, digest=manifest["digest"], mesh=mesh)
+
+
+def _as_stored(abstract: dict, leaves: dict[str, Any]) -> dict:
+    """Abstract leaves with the dtypes that the manifest states; names and shapes stay for `load_base` to compare."""
+
+    def leaf(path: tuple, struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        entry = leaves.get("/".join(key.key for key in path))
+        return struct if entry is None else jax.ShapeDtypeStruct(struct.shape, jnp.dtype(entry["dtype"]))
+
+    return jax.tree.map_with_path(leaf, abstract)
+
+
+def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM:
+    """Adds gates to a model.
+
+    The gates bring the sink settings that they were trained with, unless `sinks` says otherwise.
+
+    Args:
+        source: a run folder or a portable gate file, layers of one of them (`RUN@3,6`, see `open_gates`), or PortableGates.
+
+    Raises:
+        InputError: no gates there, gates for another model width, or independent ones that nobody chose a layer of.
+        CheckpointError: a run of another backbone.
+    """
+    gates = source if isinstance(source, PortableGates) else open_gates(source, backbone=vlm.digest)
+    check_together(gates)
+    check_width(gates, vlm.config.text.hidden_size, vlm.config.text.num_layers)
+    config = dataclasses.replace(vlm.config, sinks=sinks or gates.sinks)
+    parameters = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), gates.parameters)
+    parameters = jax.device_put(parameters, None if vlm.mesh is None else replicated(vlm.mesh))
+    return VLM(config, vlm.frozen, gate=gates.gate, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
+
+
+def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: SinkConfig | None = None) -> VLM:
+    """The model with what a run has trained: gates, LoRA or DIYSink.
+
+    Args:
+        source: the run folder; of gates all that `with_gates` takes.
+        method: what the run must have trained; None for whatever it did.
+
+    Raises:
+        InputError: no run there, or one of another method. CheckpointError: a run of another backbone.
+    """
+    run = read_run(source, backbone=vlm.digest) if isinstance(source, str | Path) and Path(source).is_dir() else None
+    held = "lsg" if run is None else trained_method(run)
+    if method not in (None, held):
+        raise InputError(f"{source}: what was trained there is {held}, not {method}")
+    if run is None or held == "lsg":
+        return with_gates(vlm, source, sinks=sinks)
+    settings: MethodConfig = from_dict(
+        {"lora": LoraConfig, "diysink": DiySinkConfig}[held], run["config"][held], where=f"{source}/run.json: {held}"
+    )
+    sinks = sinks or from_dict(SinkConfig, run["sinks"], where=f"{source}/run.json: sinks")
+    config = dataclasses.replace(vlm.config, sinks=sinks)
+    parameters = read_step(source)[1]["gates"]
+    if vlm.mesh is not None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_params({"gates": parameters}, vlm.mesh)["gates"])
+        parameters = jax.device_put(parameters, shardings)
+    else:
+        parameters = jax.device_put(parameters)
+    return VLM(config, vlm.frozen, method=settings, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
+
+
+def read_run(path: str | Path, *, backbone: str | None = None) -> dict[str, Any]:
+    """What run.json of a run folder says.
+
+    Args:
+        backbone: digest of the model that it is meant for; a run of another one is refused.
+    """
+    try:
+        run = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path}: neither a run folder (no readable run.json) nor a gate file") from None
+    if backbone is not None and run["backbone"] != backbone:
+        raise CheckpointError(f"{path}: was trained on another backbone ({run['backbone'][:12]}, not {backbone[:12]})")
+    return run
+
+
+def trained_method(run: dict[str, Any]) -> Method:
+    """What a run trains, by its run.json."""
+    return run["config"].get("method", "lsg")
+
+
+def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGates:
+    """Reads gates from a run folder (its newest sound step) or from a portable file.
+
+    Args:
+        path: `RUN@10` or `RUN@3,6,7` takes the gates of these layers only, likewise of a file. Without a choice, gates that
+            were trained independently come as such: no stack, which `with_gates`, `write_gates` and `combine_gates` refuse.
+        backbone: digest of the model they are meant for; a run folder of another one is refused.
+
+    Raises:
+        InputError: no gates there, or none at a layer that was asked for. CheckpointError: a run of another backbone.
+    """
+    source, layers = _split_layers(path)
+    gates = _run_gates(source, backbone) if source.is_dir() else read_gates(source)
+    return choose_gates(gates, layers, where=str(source)) if layers else gates
+
+
+def _split_layers(path: str | Path) -> tuple[Path, tuple[int, ...]]:
+    """`RUN@3,6` -> RUN and (3, 6); no layers without an @, or where the whole is the name of something that exists."""
+    name, at, layers = str(path).rpartition("@")
+    if not at or Path(path).exists():
+        return Path(path), ()
+    if not re.fullmatch(r"\d+(,\d+)*", layers):
+        raise InputError(f"{path}: after @ come layers, for example {name}@10 or {name}@3,6,7")
+    return Path(name), tuple(map(int, layers.split(",")))
+
+
+def _run_gates(path: Path, backbone: str | None) -> PortableGates:
+    """All gates of a run folder."""
+    run = read_run(path, backbone=backbone)
+    if (held := trained_method(run)) != "lsg":
+        raise InputError(f"{path}: a run of method {held} holds no gates; name one of method lsg, or a gate file")
+    _, tree, _ = read_step(path)
+    return PortableGates(
+        gate=from_dict(GateConfig, run["config"]["gate"], where=f"{path}/run.json: gate"),
+        sinks=from_dict(SinkConfig, run["sinks"], where=f"{path}/run.json: sinks"),
+        parameters=tree["gates"],
+        backbone=f"{run['model_name']} {run['backbone']}",
+    )
