@@ -120,6 +120,16 @@ class SinkConfig:
     llm_tau: float = 100.0
     massive_ratio: float = 1000.0
 
+    @property
+    def knows_v_sinks(self) -> bool:
+        """Whether the criterion of V-sinks can be applied: some need dimensions."""
+        return bool(self.vit_dims) or self.criterion not in ("dim_abs", "dim_rms")
+
+    @property
+    def knows_l_sinks(self) -> bool:
+        """The same of L-sinks."""
+        return bool(self.llm_dims) or self.llm_criterion not in ("dim_abs", "dim_rms")
+
 
 @dataclass(frozen=True)
 class ImageConfig:

@@ -158,7 +158,7 @@ class VLM:
 
     def v_sinks(self, pixel_values: Any) -> np.ndarray:
         """bool [B, P], patches that the vision tower made sinks, in the order of the image."""
-        if self.config.sinks.criterion in ("dim_abs", "dim_rms") and not self.config.sinks.vit_dims:
+        if not self.config.sinks.knows_v_sinks:
             raise ConfigError(
                 "no V-sink dimensions are known for this model: load it with sinks=SinkConfig(vit_dims=(...,), ...)"
             )

@@ -32,7 +32,7 @@ import numpy as np
 from lsg_jax.analysis.linear_probe import SHRINKAGES, Attribute, Probes, Splits, make_splits, predict, score
 from lsg_jax.analysis.probe_images import ProbeData
 from lsg_jax.checkpoint.processes import host_array
-from lsg_jax.config import ModelConfig, to_dict
+from lsg_jax.config import to_dict
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.model.llava import Llava, assemble
@@ -183,7 +183,7 @@ def _pool(
 
     def run(picked: np.ndarray) -> tuple[jax.Array, jax.Array, np.ndarray]:
         placed, places = place_rows((batch, picked[rows]), vlm.mesh, size)
-        pools, states, sinks = _observe(vlm.params, placed, places, vlm.graphdef, knows_l_sinks(vlm.config))
+        pools, states, sinks = _observe(vlm.params, placed, places, vlm.graphdef, vlm.config.sinks.knows_l_sinks)
         return pools, states, host_array(sinks)
 
     picked = orders[..., : SPARE * tokens]
@@ -250,16 +250,6 @@ def _average(states: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.einsum("LBRXD,BRX->LBRD", states.astype(jnp.float32), weights, precision="highest")
 
 
-def knows_v_sinks(config: ModelConfig) -> bool:
-    """Whether anything is said about what a V-sink is."""
-    return bool(config.sinks.vit_dims) or config.sinks.criterion not in ("dim_abs", "dim_rms")
-
-
-def knows_l_sinks(config: ModelConfig) -> bool:
-    """Whether anything is said about what an L-sink is."""
-    return bool(config.sinks.llm_dims) or config.sinks.llm_criterion not in ("dim_abs", "dim_rms")
-
-
 # ------------------------------------------------------------------------------------------------------------------- study
 
 
@@ -273,9 +263,9 @@ def probe_study(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Pat
         ConfigError: neither kind of sink has a criterion, or a layer that does not exist. Also see `collect`.
     """
     unknown = {}
-    if not knows_v_sinks(vlm.config):
+    if not vlm.config.sinks.knows_v_sinks:
         unknown["v_sink"] = "no V-sink dimensions are known for this model: set sinks.vit_dims, or another criterion"
-    if not knows_l_sinks(vlm.config):
+    if not vlm.config.sinks.knows_l_sinks:
         unknown["l_sink"] = "no L-sink dimensions are known for this model: set sinks.llm_dims, or another llm_criterion"
     if len(unknown) == 2:
         raise ConfigError(

@@ -119,7 +119,7 @@ class Llava(nnx.Module):
             received=received,
         )
         # an ungated model must also run where nobody has said what a sink is
-        return features, mask() if self._knows_v_sinks() else jnp.zeros_like(everywhere)
+        return features, mask() if sinks.knows_v_sinks else jnp.zeros_like(everywhere)
 
     def merge(self, batch: Batch) -> MergedSequence:
         """Puts projected patch i of a row's image at the row's i-th image token.
@@ -221,11 +221,6 @@ class Llava(nnx.Module):
             gate=graphdef,
         )
 
-    def _knows_v_sinks(self) -> bool:
-        sinks = self.config.sinks
-        needs_dims = sinks.criterion in ("dim_abs", "dim_rms")
-        return bool(sinks.vit_dims) or not needs_dims
-
 
 def make_gates(config: ModelConfig, gate: GateConfig, key: jax.Array) -> SinkGate:
     """Fresh gates for the layers of `gate`, stacked in their order."""
@@ -288,12 +283,12 @@ def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> 
         raise ValueError(f"{name}.layers: layer {bad[0]} does not exist, the model has layers 0 to {layers - 1}")
     if list(gate.layers) != sorted(set(gate.layers)):
         raise ValueError(f"{name}.layers must ascend and name no layer twice: {list(gate.layers)}")
-    if gate.grouping != "l_sink_rest" and sinks.criterion in ("dim_abs", "dim_rms") and not sinks.vit_dims:
+    if gate.grouping != "l_sink_rest" and not sinks.knows_v_sinks:
         raise ValueError("no V-sink dimensions are known for this model: set sinks.vit_dims, or another sinks.criterion")
     if gate.grouping != "v_sink_rest":
         if sinks.llm_criterion == "attention":
             raise ValueError("sinks.llm_criterion attention is only known after the keys are scaled: choose another for gating")
-        if sinks.llm_criterion in ("dim_abs", "dim_rms") and not sinks.llm_dims:
+        if not sinks.knows_l_sinks:
             raise ValueError(
                 "no L-sink dimensions are known for this model: set sinks.llm_dims, or another sinks.llm_criterion"
             )

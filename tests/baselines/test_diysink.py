@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import torch
 from flax import nnx
 from jax.sharding import PartitionSpec
 from test_gated_parity import PATCHES, assert_close, between, examples, hf_model, ours
+from whole_model import loss_and_gradients, plain_logits
 
 import lsg_jax.eval.answering
 import lsg_jax.vlm
@@ -60,24 +60,6 @@ def test_a_route_that_would_keep_nothing_keeps_all():
     ]
     is_sink, route, kept = (jnp.array(column) for column in zip(*cases, strict=True))
     np.testing.assert_array_equal(taking_part(is_sink, route), kept)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def loss_and_gradients(parameters, frozen, batch, labels, graphdef):
-    def loss_of(parameters):
-        model = assemble(graphdef, frozen, parameters)
-        logits = model.language_model.logits(model(batch, remat="full").hidden)
-        target = labels[:, 1:]
-        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
-        return jnp.mean(nats, where=target != IGNORE), logits
-
-    return jax.value_and_grad(loss_of, has_aux=True)(parameters)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def plain_logits(frozen, batch, graphdef):
-    model = assemble(graphdef, frozen)
-    return model.language_model.logits(model(batch).hidden)
 
 
 def vit_features(model, data):
@@ -153,14 +135,14 @@ def test_logits_and_gradients_against_hugging_face():
     batch, everything = data.batch().replace(route=jnp.array(routes)), data.batch().replace(route=jnp.zeros(3, int))
 
     start = initial_parameters(config, None, method, frozen, jax.random.key(0))
-    (_, untrained), gradients = loss_and_gradients(start, frozen, everything, data.labels, graphdef)
+    (_, untrained), gradients = loss_and_gradients(start, frozen, everything, data.labels, graphdef, "full")
     plain = plain_logits(frozen, data.batch(), abstract_model(config)[0])
     np.testing.assert_allclose(untrained, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients["sink_projector"]))
 
     rng = np.random.default_rng(1)
     parameters = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), start)
-    (loss, logits), gradients = loss_and_gradients(parameters, frozen, batch, data.labels, graphdef)
+    (loss, logits), gradients = loss_and_gradients(parameters, frozen, batch, data.labels, graphdef, "full")
     expected, kept, expected_loss, reference = by_hand(model, data, method, parameters, routes)
     assert [len(positions) for positions in kept] == [
         int(mask.sum()) - {GLOBAL: PATCHES - count, LOCAL: count, BOTH: 0}[route]

@@ -1,7 +1,6 @@
 """LoRA at one layer: against the same update in a Hugging Face model, against merged weights, and trained by `lsg train`."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +9,15 @@ import pytest
 import torch
 from flax import nnx
 from test_gated_parity import LENGTH, assert_close, continuation, examples, hf_model, ours
+from whole_model import loss_and_gradients, plain_logits
 
 from lsg_jax.baselines.lora import PROJECTIONS, LowRankUpdate
 from lsg_jax.checkpoint import read_step
 from lsg_jax.cli import main
 from lsg_jax.config import LoraConfig, RopeConfig, TextConfig
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.model.llava import abstract_model, assemble, check_method, initial_parameters
+from lsg_jax.model.llava import abstract_model, check_method, initial_parameters
 from lsg_jax.opening import load_backbone, open_gates, open_trained
-from lsg_jax.types import IGNORE
 
 LORA = LoraConfig(layer=2, rank=3, alpha=5.0)
 
@@ -29,24 +28,6 @@ def test_parameter_count_at_7b(kv_heads, parameters):
     config = TextConfig("llama", 32_064, 4096, 11_008, 32, 32, kv_heads, 128, 1e-5, rope, 4096)
     update = nnx.eval_shape(lambda: LowRankUpdate(config, LoraConfig(), rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(update))) == parameters
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def loss_and_gradients(parameters, frozen, batch, labels, graphdef):
-    def loss_of(parameters):
-        model = assemble(graphdef, frozen, parameters)
-        logits = model.language_model.logits(model(batch).hidden)
-        target = labels[:, 1:]
-        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.maximum(target, 0)[..., None], axis=-1)[..., 0]
-        return jnp.mean(nats, where=target != IGNORE), logits
-
-    return jax.value_and_grad(loss_of, has_aux=True)(parameters)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def plain_logits(frozen, batch, graphdef):
-    model = assemble(graphdef, frozen)
-    return model.language_model.logits(model(batch).hidden)
 
 
 def trained(config, seed=0):
