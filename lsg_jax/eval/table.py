@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from lsg_jax.eval.runner import BASE
+
 
 def table(result: dict[str, Any]) -> str:
-    """The metrics of every benchmark of `eval.runner`'s result; the official score is marked `*`, or said to be missing."""
+    """The metrics of every benchmark of `eval.runner`'s result; the official score is marked `*`, or said to be missing.
+
+    Beside one method the base has both scores; of several, each is shown by what it changes.
+    """
     return "\n\n".join(_benchmark(name, entry) for name, entry in result["benchmarks"].items())
 
 
 def _benchmark(name: str, entry: dict[str, Any]) -> str:
     methods, changed = entry["methods"], entry["change"]
+    if len(changed) > 1:  # the width of a screen: of each method what it changes only
+        methods = {BASE: methods[BASE]}
     rows = [["metric", "majority", *(f"{m} [95 %]" for m in methods), *(f"{m}: change [95 %]" for m in changed)]]
     for metric, majority in entry["majority"].items():
         rows.append(

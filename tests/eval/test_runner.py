@@ -78,6 +78,11 @@ def test_summary_of_base_and_gated():
     lines = table({"benchmarks": {"made": entry}}).splitlines()
     assert lines[2].split()[:3] == ["accuracy", "*", "66.67"] and lines[-1].endswith("6 questions better, 0 worse, p = 0.0312")
     assert lines[-2] == "outputs that the matcher found no answer in: base 12, lsg 6"
+    # of several methods the table has the changes only
+    more = summary(asked, {"base": grade(asked, worse), "lsg": grade(asked, better), "var": grade(asked, right)})
+    head, first = table({"benchmarks": {"made": more}}).splitlines()[1:3]
+    assert head.split("  ")[-1].strip() == "var: change [95 %]" and "lsg [95 %]" not in head.replace("lsg: ", "")
+    assert "+25.00 [" in first and "+50.00 [" in first and "75.00" not in first
 
 
 def test_a_metric_that_is_no_number_is_null():
