@@ -14,12 +14,13 @@ from converters.hf_config import model_config
 from converters.rules import layout
 
 SCRIPT = """
-import json, resource, sys, time
+import json, re, sys, time
 from converters.convert import convert
 from converters.export import export
 start = time.time()
 {call}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+# not ru_maxrss, which a child inherits from the process that started it
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 2**20
 print(json.dumps({{"GiB": round(peak, 3), "seconds": round(time.time() - start, 1)}}))
 """
 
