@@ -150,7 +150,7 @@ class SinkMasks:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training run changes.
+    """All that a training run changes. Of n independent gates, `opt_state` and `skipped` have a leading axis of n.
 
     Attributes:
         gates: what is trained, the gate parameters or those of a baseline, float32, a nested dict.

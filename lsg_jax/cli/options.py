@@ -16,7 +16,7 @@ Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.Ar
 
 
 def gate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--gates", metavar="G", help="run folder or gate file")
+    sub.add_argument("--gates", metavar="G", help="run folder or gate file; RUN@10 for the gate of layer 10 alone")
     sink_option(sub)
 
 
