@@ -26,6 +26,7 @@ Template = Literal["chat_template", "vicuna_v1", "qwen2", "phi3"]
 Method = Literal["base", "lsg", "var", "sink_front", "diysink", "lora", "fixed"]
 Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian"]
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
+Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]
 
 
 def _at_least_one(table: str, **fields: int | None) -> None:
@@ -290,7 +291,9 @@ class DataConfig:
 class TrainConfig:
     """Optimisation. The paper leaves the optimiser open: AdamW with warm-up and cosine decay are our defaults.
 
-    `sgd` is stochastic gradient descent with momentum `beta1`.
+    `sgd` is stochastic gradient descent with momentum `beta1`. What `remat` names is kept for the backward pass: only the input
+    of each layer (`full`; on the host with `offload`), also the wide activations of the MLP (`mlp`), all products with weights
+    (`dots`), everything (`none`). `auto` is the fastest that fits the memory of the device.
     """
 
     batch_size: int = 64  # over all devices
@@ -304,15 +307,24 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 1.0
-    remat: Literal["none", "full"] = "full"
+    remat: Remat = "full"
+    accumulate: int = 1  # parts of a batch that are computed one after the other, for less memory
     max_skipped: int = 5  # non-finite steps in a row before the run is aborted
     log_every: int = 1
     save_every: int = 100
     keep: int = 3
+    tensorboard: bool = False  # event files in OUTPUT/tensorboard, beside metrics.jsonl
+    wandb: str = ""  # project of Weights & Biases
+    profile: tuple[int, ...] = ()  # first and last step to trace, into OUTPUT/profile
 
     def __post_init__(self) -> None:
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise ConfigError(f"train.profile is {list(self.profile)}: give the first and the last step, as [10, 12]")
+        if self.batch_size % max(self.accumulate, 1):
+            raise ConfigError(f"train.accumulate {self.accumulate} does not divide train.batch_size {self.batch_size}")
         _at_least_one(
             "train",
+            accumulate=self.accumulate,
             batch_size=self.batch_size,
             epochs=self.epochs,
             max_steps=self.max_steps,
@@ -321,6 +333,15 @@ class TrainConfig:
             save_every=self.save_every,
             keep=self.keep,
         )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; -1 takes the devices that are left. See lsg_jax/sharding.py for what the axes do."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -342,6 +363,7 @@ class EvalConfig:
     num_threads: int = 2  # that read and decode images
     image_aspect: Aspect | None = None
     template: Template | None = None
+    mesh: MeshConfig | None = None  # None: as much along `tensor` as heads and hosts allow, the rest along `data`
 
     def __post_init__(self) -> None:
         _at_least_one(
@@ -352,15 +374,6 @@ class EvalConfig:
             max_new_tokens=self.max_new_tokens,
             max_length=self.max_length,
         )
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the device mesh; -1 takes the devices that are left."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclass(frozen=True)

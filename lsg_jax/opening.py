@@ -17,16 +17,18 @@ from lsg_jax.config import (
     DiySinkConfig,
     GateConfig,
     LoraConfig,
+    MeshConfig,
     Method,
     MethodConfig,
     ModelConfig,
+    RunConfig,
     SinkConfig,
     from_dict,
 )
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
 from lsg_jax.model.llava import abstract_model
-from lsg_jax.sharding import replicated, shard_params
+from lsg_jax.sharding import answering_mesh, replicated, shard_params
 from lsg_jax.vlm import VLM
 
 
@@ -54,6 +56,18 @@ def load_backbone(
     stored = _as_stored(abstract, manifest["leaves"])
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
     return VLM(config, frozen, folder=folder, digest=manifest["digest"], mesh=mesh)
+
+
+def open_to_answer(config: RunConfig, *, sinks: SinkConfig | None = None) -> VLM:
+    """The model of a configuration without gates, on the devices as evaluation wants it (`eval.mesh`)."""
+    mesh = model_mesh(config.model, config.eval.mesh)
+    return load_backbone(config.model, dtype=config.dtype, sinks=sinks, mesh=mesh)
+
+
+def model_mesh(folder: str | Path, config: MeshConfig | None = None) -> jax.sharding.Mesh:
+    """The mesh over all devices on which the model of a folder answers; `sharding.answering_mesh`."""
+    manifest = read_manifest(folder)
+    return answering_mesh(config, from_dict(ModelConfig, manifest["config"], where=f"{folder}/lsg_manifest.json: config").text)
 
 
 def _as_stored(abstract: dict, leaves: dict[str, Any]) -> dict:

@@ -1,39 +1,54 @@
 """The device mesh, and which axis of every parameter lies on which mesh axis.
 
-Axes: `data` repeats the model, `fsdp` spreads parameters and batch, `tensor` splits heads and MLP width.
+Axes: `data` repeats the model, `fsdp` spreads parameters and batch, `tensor` splits heads and MLP width. Images go through the
+vision tower split along all three.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsg_jax.config import MeshConfig
+from lsg_jax.config import MeshConfig, TextConfig
 from lsg_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the mesh axes that a batch lies along
+ALL = ("fsdp", "tensor")  # of parameters whose computation is split by images or rows alone
+
+Axes = str | tuple[str, ...] | None
 
 # (path, spec without the leading layer axis of stacked parameters); every parameter matches exactly one
-_LAYERS = r"(?:vision_tower|language_model)/layers/"
+_VISION = r"vision_tower/layers/"
+_DECODER = r"language_model/layers/"
 _PROJECTORS = r"(?:gates/sink_|gates/other_|)projector/"
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (_LAYERS + r"attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
-    (_LAYERS + r"attention/[qkv]_proj/bias", ("tensor", None)),
-    (_LAYERS + r"attention/(?:o|out)_proj/kernel", ("tensor", None, "fsdp")),
-    (_LAYERS + r"attention/(?:o|out)_proj/bias", (None,)),
-    (_LAYERS + r"(?:mlp/(?:gate|up)_proj|fc1)/kernel", ("fsdp", "tensor")),
-    (_LAYERS + r"(?:mlp/(?:gate|up)_proj|fc1)/bias", ("tensor",)),
-    (_LAYERS + r"(?:mlp/down_proj|fc2)/kernel", ("tensor", "fsdp")),
-    (_LAYERS + r"(?:mlp/down_proj|fc2)/bias", (None,)),
-    (_LAYERS + r"(?:input_norm|post_attention_norm|layer_norm[12])/(?:scale|bias)", (None,)),
-    (r"vision_tower/patch_embedding/kernel", (None, None, None, "fsdp")),
+RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
+    (_DECODER + r"attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
+    (_DECODER + r"attention/[qkv]_proj/bias", ("tensor", None)),
+    (_DECODER + r"attention/o_proj/kernel", ("tensor", None, "fsdp")),
+    (_DECODER + r"attention/o_proj/bias", (None,)),
+    (_DECODER + r"mlp/(?:gate|up)_proj/kernel", ("fsdp", "tensor")),
+    (_DECODER + r"mlp/(?:gate|up)_proj/bias", ("tensor",)),
+    (_DECODER + r"mlp/down_proj/kernel", ("tensor", "fsdp")),
+    (_DECODER + r"mlp/down_proj/bias", (None,)),
+    (_DECODER + r"(?:input_norm|post_attention_norm)/scale", (None,)),
+    (_VISION + r"attention/[qkv]_proj/kernel", (ALL, None, None)),
+    (_VISION + r"attention/[qkv]_proj/bias", (None, None)),
+    (_VISION + r"attention/out_proj/kernel", (None, None, ALL)),
+    (_VISION + r"attention/out_proj/bias", (None,)),
+    (_VISION + r"fc1/kernel", (ALL, None)),
+    (_VISION + r"fc2/kernel", (None, ALL)),
+    (_VISION + r"fc[12]/bias", (None,)),
+    (_VISION + r"layer_norm[12]/(?:scale|bias)", (None,)),
+    (r"vision_tower/patch_embedding/kernel", (None, None, None, ALL)),
     (r"vision_tower/patch_embedding/bias", (None,)),
-    (r"vision_tower/position_embedding", (None, "fsdp")),
+    (r"vision_tower/position_embedding", (None, ALL)),
     (r"vision_tower/class_embedding", (None,)),
     (r"vision_tower/pre_norm/(?:scale|bias)", (None,)),
     (_PROJECTORS + r"linear_1/kernel", ("fsdp", "tensor")),
@@ -65,6 +80,36 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def answering_mesh(config: MeshConfig | None, text: TextConfig, devices: list | None = None) -> Mesh:
+    """The mesh for prefill and decoding.
+
+    Under FSDP every chip would gather all weights for each token that is decoded. So without a `config` as many of up to eight
+    neighbouring devices as divide the heads hold a model together, and groups of them answer different questions.
+    """
+    if config is not None:
+        return make_mesh(config, devices)
+    count = len(jax.devices() if devices is None else devices)
+    fits = lambda size: count % size == text.num_heads % size == text.num_kv_heads % size == 0
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=max(filter(fits, range(1, 9)))), devices)
+
+
+def fitting_spec(shape: tuple[int, ...], axes: Iterable[Axes], mesh: Mesh) -> PartitionSpec:
+    """A spec for an array of this shape. Where the mesh axes do not divide a dimension, the last of them are left out."""
+
+    def fitting(size: int, names: Axes) -> Axes:
+        names = (names,) if isinstance(names, str) else names or ()
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names[0] if len(names) == 1 else names or None
+
+    return PartitionSpec(*(fitting(size, names) for size, names in zip(shape, axes, strict=False)))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
+    """Tells the compiler where the leading dimensions of a value lie; dimensions that are not named are whole."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting_spec(x.shape, axes, mesh)))
+
+
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The spec of one parameter. An axis that the mesh does not divide stays whole.
 
@@ -74,10 +119,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     found = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
     if len(found) != 1:
         raise ConfigError(f"sharding: {len(found)} rules match parameter {path}, exactly one must")
-    spec = (None,) * (len(shape) - len(found[0])) + found[0] if found[0] else ()
-    return PartitionSpec(
-        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
-    )
+    return fitting_spec(shape, (None,) * (len(shape) - len(found[0])) + found[0] if found[0] else (), mesh)
 
 
 def shard_params(abstract: Any, mesh: Mesh) -> Any:
@@ -92,7 +134,7 @@ def shard_params(abstract: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches lie along `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -17,8 +17,7 @@ from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, from_dict, 
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, Progress, ask_all, evaluate
-from lsg_jax.opening import load_backbone, open_trained
-from lsg_jax.sharding import make_mesh
+from lsg_jax.opening import open_to_answer, open_trained
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import check_gate_input, check_method_input
 
@@ -117,7 +116,7 @@ def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progr
     open_records(config.data.records)
     asked = ask_all(config.eval)
     folders = {name: _train(name, run, out, progress) for name, run in runs.items()}
-    base = load_backbone(config.model, dtype=config.dtype, mesh=make_mesh(config.mesh))
+    base = open_to_answer(config)
     models = {BASE: base, **{name: open_trained(base, folder) for name, folder in folders.items()}}
     result = evaluate(models, config.eval, out, asked=asked, progress=progress)
     study = {

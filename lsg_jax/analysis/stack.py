@@ -17,8 +17,7 @@ from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, Asked, Progress, ask_all, evaluate
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
-from lsg_jax.opening import load_backbone, open_gates, with_gates
-from lsg_jax.sharding import make_mesh
+from lsg_jax.opening import open_gates, open_to_answer, with_gates
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import VLM
 
@@ -209,7 +208,7 @@ class _Study:
 
     def _open(self) -> VLM:
         """The model without gates. Nothing keeps it: training loads one of its own, and there may be no room for two."""
-        return load_backbone(self.config.model, dtype=self.config.dtype, mesh=make_mesh(self.config.mesh))
+        return open_to_answer(self.config)
 
     def _ask(self, models: dict[str, VLM], more: Mapping[str, PortableGates]) -> None:
         """Adds gates, and to `models` what is not among them yet, and asks all of these."""

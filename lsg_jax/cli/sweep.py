@@ -59,9 +59,8 @@ def _sweep(options: argparse.Namespace) -> None:
     from lsg_jax.config import load_run_config
     from lsg_jax.eval.runner import ask_all
     from lsg_jax.gating.keys import GROUPS
-    from lsg_jax.opening import load_backbone
+    from lsg_jax.opening import open_to_answer
     from lsg_jax.report.figures import draw_oracle_map
-    from lsg_jax.sharding import make_mesh
 
     config = load_run_config(options.config, options.overrides)
     groups = len(GROUPS[options.grouping])
@@ -73,7 +72,7 @@ def _sweep(options: argparse.Namespace) -> None:
         jax.distributed.initialize()
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
     asked = ask_all(questions)  # a wrong file shows before the model is loaded
-    vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=make_mesh(config.mesh))
+    vlm = open_to_answer(config, sinks=config.sinks)
     out = options.out or Path(config.output) / "sweep"
     with progress_bar("sweep") as progress:
         tell = lambda what, done, total: progress(done, total, what)

@@ -98,10 +98,9 @@ def _eval(options: argparse.Namespace) -> None:
     from lsg_jax.eval.methods import open_methods
     from lsg_jax.eval.runner import ask_all, evaluate
     from lsg_jax.eval.table import table
-    from lsg_jax.opening import load_backbone
+    from lsg_jax.opening import open_to_answer
     from lsg_jax.report.figures import draw_gains, draw_gate_ratios
     from lsg_jax.report.gains import rows_of_gains
-    from lsg_jax.sharding import make_mesh
 
     config = load_run_config(options.config, options.overrides)
     if options.multihost:
@@ -111,7 +110,7 @@ def _eval(options: argparse.Namespace) -> None:
     output = Path(config.output)
     out = options.out or output / "eval"
     gates = options.gates or (output if (output / "run.json").exists() else None)
-    base = load_backbone(config.model, dtype=config.dtype, mesh=make_mesh(config.mesh))
+    base = open_to_answer(config)
     models = open_methods(base, config, options.method, gates)
     with progress_bar("eval") as progress:
         tell = lambda what, done, total: progress(done, total, what)

@@ -37,7 +37,8 @@ RUN = "run.json"
 
 _MAY_CHANGE = frozenset(
     {"model", "output", "mesh", "eval", "data.records", "data.num_threads", "data.prefetch"}
-    | {"train.log_every", "train.save_every", "train.keep", "train.max_skipped"}
+    | {"train.log_every", "train.save_every", "train.keep", "train.max_skipped", "train.remat", "train.accumulate"}
+    | {"train.tensorboard", "train.wandb", "train.profile"}
 )
 """Settings that a continued run may have otherwise: they do not change what is computed. Model and data count by digest."""
 
@@ -59,7 +60,6 @@ class Trainer:
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]
     state: TrainState
     total_steps: int
-    batch_sharding: Any
     run: RunFolder
 
     def save(self) -> None:
@@ -133,7 +133,6 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
         step=compiled_step(graphdef, config.train, total, sharding.replicated(mesh), independent=independent),
         state=state,
         total_steps=total,
-        batch_sharding=sharding.batch_sharding(mesh),
         run=run,
     )
 
@@ -199,9 +198,8 @@ def _loop(trainer: Trainer, stopped: Callable[[], bool], on_step: OnStep | None)
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
-            trainer.state, metrics = trainer.step(
-                trainer.state, trainer.vlm.frozen, jax.device_put(batch, trainer.batch_sharding)
-            )
+            placed = sharding.place_rows(batch, trainer.vlm.mesh, config.batch_size)
+            trainer.state, metrics = trainer.step(trainer.state, trainer.vlm.frozen, placed)
             metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
             metrics |= {"learning_rate": float(schedule(step - 1)), "data_wait_s": waited}
             metrics["step_s"] = time.perf_counter() - began

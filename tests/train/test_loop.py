@@ -16,6 +16,7 @@ from lsg_jax.checkpoint import RunFolder, read_step
 from lsg_jax.config import DataConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import BusyError, ConfigError, InputError, NonFiniteError
+from lsg_jax.sharding import place_rows
 from lsg_jax.train.loop import METRICS, _loop, set_up, train
 
 STEPS = 9
@@ -60,7 +61,7 @@ def test_resumed_in_the_same_process_equals_the_whole_run_and_compiles_nothing(c
     run = RunFolder(part.output)
     with run.lock():
         trainer = set_up(part, run)
-        trainer.step(trainer.state, trainer.vlm.frozen, jax.device_put(next(trainer.data), trainer.batch_sharding))
+        trainer.step(trainer.state, trainer.vlm.frozen, place_rows(next(trainer.data), trainer.vlm.mesh, 2))
         compiled = trainer.step._cache_size()
     stops = iter([False] * 4 + [True])
     with run.lock():

@@ -15,13 +15,12 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from lsg_jax.config import EvalConfig, MeshConfig, from_dict
+from lsg_jax.config import EvalConfig, from_dict
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.likelihood import log_likelihoods
-from lsg_jax.opening import load_backbone, open_trained
-from lsg_jax.sharding import make_mesh
+from lsg_jax.opening import load_backbone, model_mesh, open_trained
 
 MAX_NEW_TOKENS = 1024  # of a task that names no limit, as in the harness's own LLaVA adapters
 FILLED_IN = "\n\n"  # the stop string that the harness gives to tasks that name none; its LLaVA adapters do not stop there
@@ -55,7 +54,7 @@ class LsgJax(lmms):
             known = "model, gates, batch_size, dtype, template, image_aspect, max_length"
             raise ConfigError(f"--model_args: unknown argument {unknown[0]}; known: {known}")
         self.settings = from_dict(EvalConfig, {**settings, "batch_size": int(batch_size)}, where="--model_args")
-        vlm = load_backbone(model, dtype=dtype, mesh=make_mesh(MeshConfig()))
+        vlm = load_backbone(model, dtype=dtype, mesh=model_mesh(model))
         self.vlm = vlm if gates is None else open_trained(vlm, gates)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
