@@ -397,6 +397,10 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self) -> None:
+        if self.gate.independent and self.train.remat not in ("full", "auto"):
+            raise ConfigError(f'train.remat is "{self.train.remat}": independent gates recompute every layer, choose "full"')
+
 
 T = TypeVar("T")
 

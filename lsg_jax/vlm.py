@@ -75,7 +75,7 @@ class VLM:
         self.folder = folder
         self.digest = digest
         self.mesh = mesh
-        self.graphdef, _ = abstract_model(config, gate, method=method)
+        self.graphdef, _ = abstract_model(config, gate, method=method, mesh=mesh)
 
     @functools.cached_property
     def processor(self) -> Processor:

@@ -10,10 +10,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 
 from lsg_jax.config import RopeConfig, TextConfig
 from lsg_jax.gating.keys import scale_keys
 from lsg_jax.model.layers import Linear
+from lsg_jax.model.splash_attention import runs_splash, splash_attention
+from lsg_jax.sharding import ROWS, fitting_spec
 from lsg_jax.types import UNCHANGED, LayerChange
 
 QUERY_BLOCKS, SHORTEST_BLOCK = 4, 32
@@ -62,13 +66,51 @@ def attend(
 
 
 def attend_causally(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    edit: Callable[..., jax.Array] | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """`attend` for T = S and a mask that lets a query see valid keys up to its own position.
+
+    On a TPU a kernel computes it. Elsewhere, and where attention is edited, the queries go block by block, each with the keys
+    up to its end: three eighths of the work are not done. What padded queries see may differ. `edit` is that of LayerChange.
+    """
+    if edit is not None:
+        return _attend_in_blocks(query, key, value, mask, edit=edit)
+    return by_heads(
+        splash_attention if runs_splash(query.shape[-1], mesh) else _attend_in_blocks, query, key, value, mask, mesh
+    )
+
+
+def by_heads(
+    attention: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Attention (query, key, value, mask) -> out on each device for its own rows and heads, which need nothing of the others.
+
+    XLA, left to partition `attend`, would send the cache of all heads to every device for each token.
+    """
+    if mesh is None or mesh.size == 1:
+        return attention(query, key, value, mask)
+    rows = fitting_spec(query.shape[:1], (ROWS,), mesh)[0]
+    tensor = mesh.shape["tensor"]
+    heads = "tensor" if query.shape[2] % tensor == key.shape[1] % tensor == 0 else None
+    queries, keys = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
+    specs = (queries, keys, keys, PartitionSpec(rows))
+    return jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, mask)
+
+
+def _attend_in_blocks(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, edit: Callable[..., jax.Array] | None = None
 ) -> jax.Array:
-    """`attend` for T = S and a mask that lets nobody look ahead.
-
-    The queries go block by block, each with the keys up to its end: three eighths of the work are not done. `edit` is that of
-    LayerChange.
-    """
     length = query.shape[1]
     block = max(-(-length // QUERY_BLOCKS), SHORTEST_BLOCK)
     parts = []
@@ -145,8 +187,9 @@ class LayerCache:
 class CausalAttention(nnx.Module):
     """Self-attention of a decoder layer."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any, mesh: Mesh | None = None):
         width, heads, kv_heads, head = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.mesh = mesh
         self.q_proj = Linear((width,), (heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.k_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.v_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
@@ -172,11 +215,12 @@ class CausalAttention(nnx.Module):
             y = getattr(self, name)(x)
             return y + change.low_rank[name](x) if name in change.low_rank else y
 
-        key, value = apply_rope(project("k_proj", x), rope), project("v_proj", x)
+        kept_for_backward = functools.partial(checkpoint_name, name="qkv")
+        key, value = kept_for_backward(apply_rope(project("k_proj", x), rope)), kept_for_backward(project("v_proj", x))
         if rows is not None:
             x, mask = take_rows(x, rows), take_rows(mask, rows)
             rope = take_rows(rope[0], rows), take_rows(rope[1], rows)
-        query = apply_rope(project("q_proj", x), rope)
+        query = kept_for_backward(apply_rope(project("q_proj", x), rope))
         if change.key_scale is not None:
             key = scale_keys(key, change.key_scale)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -185,7 +229,11 @@ class CausalAttention(nnx.Module):
             kept = cache = cache.append(key, value)
             key, value = cache.read()
         if cache is None and rows is None and not return_weights:
-            return project("o_proj", attend_causally(query, key, value, mask, edit=change.edit)), kept, None
+            out = attend_causally(query, key, value, mask, edit=change.edit, mesh=self.mesh)
+            return project("o_proj", out), kept, None
+        if change.edit is None and not return_weights:
+            out = by_heads(lambda *qkvm: attend(*qkvm)[0], query, key, value, mask, self.mesh)
+            return project("o_proj", out), kept, None
         edit = None if change.edit is None else functools.partial(change.edit, queries=rows)
         out, weights = attend(query, key, value, mask, return_weights=return_weights, edit=edit)
         return project("o_proj", out), kept, weights

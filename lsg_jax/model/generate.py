@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lsg_jax.baselines.var import AttentionRedistribution
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.model.llava import Llava
+from lsg_jax.sharding import ROWS, constrain
 from lsg_jax.types import Array, Batch, Intervention, KVCache
 
 
@@ -39,8 +40,8 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> Generated:
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     merged = model.merge(batch)
     valid = merged.valid
-    out = model(batch, merged=merged, keep_kv=True, rows=last_token(valid)[:, None])
-    cache = with_room(KVCache(out.key, out.value, valid, out.sinks), max_new_tokens)
+    out = model(batch, merged=merged, keep_kv=True, room=max_new_tokens, rows=last_token(valid)[:, None])
+    cache = KVCache(out.key, out.value, _pad_slots(valid, max_new_tokens), _pad_slots(out.sinks, max_new_tokens))
     intervention = model.intervention(batch, merged)
     tokens, steps, lead = decode_greedily(
         model, out.hidden[:, 0], cache, max_new_tokens=max_new_tokens, intervention=intervention
@@ -51,8 +52,13 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> Generated:
 def with_room(cache: KVCache, slots: int) -> KVCache:
     """The cache with `slots` empty ones behind those that it has."""
     room = [(0, 0)] * 3 + [(0, slots), (0, 0)]
-    sinks = None if cache.sinks is None else jnp.pad(cache.sinks, room[1:4])
-    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), jnp.pad(cache.valid, room[2:4]), sinks)
+    valid, sinks = _pad_slots(cache.valid, slots), _pad_slots(cache.sinks, slots)
+    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), valid, sinks)
+
+
+def _pad_slots(found: jax.Array | None, slots: int) -> jax.Array | None:
+    """bool [..., S] with `slots` more that are False."""
+    return None if found is None else jnp.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, slots)])
 
 
 def decode_greedily(
@@ -69,6 +75,8 @@ def decode_greedily(
         tokens, steps and lead, as Generated has them.
     """
     config = model.config
+    heads_apart = lambda x: constrain(x, model.mesh, None, ROWS, "tensor")
+    cache = cache.replace(key=heads_apart(cache.key), value=heads_apart(cache.value))  # type: ignore[attr-defined]
     prompt_length = cache.valid.sum(1).astype(jnp.int32)
     batch, slots = cache.valid.shape[0], cache.valid.shape[1] - max_new_tokens
     eos = jnp.array(config.eos_token_ids)

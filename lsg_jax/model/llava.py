@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lsg_jax.baselines.diysink import DiySink, QuestionWeights, check_diysink, mean_question, sink_patches, taking_part
 from lsg_jax.baselines.lora import LowRankUpdate, check_lora
@@ -57,6 +58,7 @@ class Llava(nnx.Module):
     Args:
         gate: adds gates at `gate.layers`.
         method: what is done to the model instead, one of the baselines.
+        mesh: the devices over which activations are laid out; None for one device.
 
     What training changes, gates or the parameters of a baseline, lies below `gates`; all else is frozen.
 
@@ -72,13 +74,15 @@ class Llava(nnx.Module):
         method: MethodConfig | None = None,
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
     ):
         self.config = config
+        self.mesh = mesh
         self.gate_config = gate
         self.method = method
-        self.vision_tower = VisionTower(config.vision, rngs=rngs, dtype=dtype)
+        self.vision_tower = VisionTower(config.vision, rngs=rngs, dtype=dtype, mesh=mesh)
         self.projector = Projector(config, rngs=rngs, dtype=dtype)
-        self.language_model = LanguageModel(config.text, rngs=rngs, dtype=dtype)
+        self.language_model = LanguageModel(config.text, rngs=rngs, dtype=dtype, mesh=mesh)
         self.gates: Any
         if gate is not None:
             check_gate(gate, config)
@@ -185,6 +189,7 @@ class Llava(nnx.Module):
         merged: MergedSequence | None = None,
         rows: jax.Array | None = None,
         keep_kv: bool = False,
+        room: int = 0,
         remat: str = "none",
         observe: Callable[[LayerView], Any] | None = None,
         observe_attention: bool = False,
@@ -201,6 +206,7 @@ class Llava(nnx.Module):
             differentiate=isinstance(self.method, DiySinkConfig),  # its projectors come before the layers
             rows=rows,
             keep_kv=keep_kv,
+            room=room,
             remat=remat,
             observe=observe,
             observe_attention=observe_attention,
@@ -257,16 +263,23 @@ def initial_parameters(
 
 
 def abstract_model(
-    config: ModelConfig, gate: GateConfig | None = None, *, method: MethodConfig | None = None, dtype: Any = jnp.float32
+    config: ModelConfig,
+    gate: GateConfig | None = None,
+    *,
+    method: MethodConfig | None = None,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, dict]:
     """The model's graph definition and its parameters as a nested dict of ShapeDtypeStruct; allocates nothing."""
-    graphdef, state = _traced(config, gate, method, jnp.dtype(dtype))
+    graphdef, state = _traced(config, gate, method, jnp.dtype(dtype), mesh)
     return graphdef, nnx.to_pure_dict(state)
 
 
 @functools.cache  # tracing takes a good part of a second, and a study opens the same model under many gates
-def _traced(config: ModelConfig, gate: GateConfig | None, method: MethodConfig | None, dtype: Any) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Llava(config, gate, method=method, rngs=nnx.Rngs(0), dtype=dtype)))
+def _traced(
+    config: ModelConfig, gate: GateConfig | None, method: MethodConfig | None, dtype: Any, mesh: Mesh | None
+) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Llava(config, gate, method=method, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)))
 
 
 def assemble(graphdef: Any, frozen: dict, gates: dict | None = None) -> Llava:

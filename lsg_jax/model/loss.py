@@ -7,16 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lsg_jax.model.llava import Llava
 from lsg_jax.types import IGNORE, Batch
+
+VOCABULARY_CHUNK = 8192  # words
 
 
 def answer_loss(model: Llava, batch: Batch, *, remat: str = "none") -> tuple[jax.Array, dict[str, Any]]:
     """Mean cross-entropy over the answer tokens of the whole batch.
 
-    Only the A answer slots of each row reach the output head: logits are [B, A, V].
+    Only the A answer slots of each row reach the output head, and the vocabulary is gone through in chunks, so that no array of
+    logits is larger than [B, A, VOCABULARY_CHUNK].
 
     Returns:
         loss float32 [] in nats a token (0 for a batch without answers), and a dict: `tokens` int32 [], `correct` int32 []
@@ -24,15 +26,61 @@ def answer_loss(model: Llava, batch: Batch, *, remat: str = "none") -> tuple[jax
         any).
     """
     out = model(batch, remat=remat, rows=jnp.asarray(batch.answer_index))
-    logits = model.language_model.logits(out.hidden)
+    loss, told = score_answers(model, batch, out.hidden)
+    return loss, told if model.gate_config is None else {**told, "ratios": mean_ratios(model, batch, out.ratios)}
+
+
+def score_answers(model: Llava, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`answer_loss` from the output of the last layer at the answer slots [B, A, D]: loss, `tokens` and `correct`."""
     used = batch.answer_target != IGNORE
     target = jnp.where(used, batch.answer_target, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    normed, head = model.language_model.head_inputs(hidden)
+    losses, best = chunked_cross_entropy(normed, head, target)
     tokens = used.sum()
     loss = jnp.where(used, losses, 0.0).sum() / jnp.maximum(tokens, 1)
-    correct = ((logits.argmax(-1) == target) & used).sum()
-    ratios = {} if model.gate_config is None else {"ratios": mean_ratios(model, batch, out.ratios)}
-    return loss, {"tokens": tokens, "correct": correct, **ratios}
+    return loss, {"tokens": tokens, "correct": ((best == target) & used).sum()}
+
+
+def chunked_cross_entropy(
+    hidden: jax.Array, head: jax.Array, target: jax.Array, *, chunk: int = VOCABULARY_CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of softmax(hidden · head), without the logits of all words at once, in either direction.
+
+    Args:
+        hidden: [B, A, D], after the final norm.
+        head: [D, V].
+        target: int32 [B, A].
+
+    Returns:
+        losses float32 [B, A] in nats, and the most likely word int32 [B, A], the first of equals.
+    """
+    words = head.shape[1]
+    chunk = min(chunk, words)
+
+    def add(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+        largest, total, hit, best = carry
+        first = number * chunk
+        start = jnp.minimum(first, words - chunk)  # the last chunk reaches back over words that were counted
+        logits = jnp.einsum(
+            "BAD,DV->BAV",
+            hidden,
+            jax.lax.dynamic_slice_in_dim(head, start, chunk, axis=1),
+            preferred_element_type=jnp.float32,  # bfloat16 logits would round away what tells close candidates apart
+        )
+        word = start + jnp.arange(chunk)
+        new = jnp.where(word >= first, logits, -jnp.inf)
+        top = jax.lax.stop_gradient(new.max(-1))
+        best = jnp.where(top > largest, start + new.argmax(-1).astype(jnp.int32), best)
+        above = jnp.maximum(largest, top)
+        total = total * jnp.exp(largest - above) + jnp.exp(new - above[..., None]).sum(-1)
+        hit = hit + jnp.where(word == target[..., None], new, 0.0).sum(-1)
+        return (above, total, hit, best), None
+
+    nothing = jnp.zeros(target.shape, jnp.float32)
+    start = (jnp.full(target.shape, -jnp.inf), nothing, nothing, jnp.zeros(target.shape, jnp.int32))
+    add = jax.checkpoint(add, prevent_cse=False)  # type: ignore[assignment]
+    (largest, total, hit, best), _ = jax.lax.scan(add, start, jnp.arange(-(-words // chunk)))
+    return largest + jnp.log(total) - hit, best
 
 
 def mean_ratios(model: Llava, batch: Batch, ratios: jax.Array | None) -> jax.Array:
@@ -40,9 +88,18 @@ def mean_ratios(model: Llava, batch: Batch, ratios: jax.Array | None) -> jax.Arr
     layers, groups = model.gate_config.layers, model.gate_config.num_groups  # type: ignore[union-attr]
     if ratios is None:  # a batch without images
         return jnp.zeros((len(layers), groups))
-    has_image = (batch.input_ids == model.config.image_token_id).any(-1)
-    gated = ratios[jnp.array(layers) - min(layers)]
-    return jnp.where(has_image[:, None], gated, 0.0).sum(1) / jnp.maximum(has_image.sum(), 1)
+    return mean_over_images(model, batch, ratios[jnp.array(layers) - min(layers)])
+
+
+def mean_over_images(model: Llava, batch: Batch, ratios: jax.Array) -> jax.Array:
+    """float32 [n, B, G] -> [n, G], over the rows with an image."""
+    shown = has_image(model, batch)
+    return jnp.where(shown[:, None], ratios, 0.0).sum(1) / jnp.maximum(shown.sum(), 1)
+
+
+def has_image(model: Llava, batch: Batch) -> jax.Array:
+    """bool [B]."""
+    return (batch.input_ids == model.config.image_token_id).any(-1)
 
 
 def answer_slots(labels: np.ndarray, slots: int | None = None) -> tuple[np.ndarray, np.ndarray]:

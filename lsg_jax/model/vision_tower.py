@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import VisionConfig
 from lsg_jax.model.attention import attend
 from lsg_jax.model.layers import LayerNorm, Linear, layer_at, stack_layers
+from lsg_jax.sharding import ROWS, constrain
 
 
 class VisionAttention(nnx.Module):
@@ -51,8 +53,9 @@ class VisionLayer(nnx.Module):
 class VisionTower(nnx.Module):
     """Images to hidden states of the layers asked for. Layers above the highest one asked for are not run."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: Any, mesh: Mesh | None = None):
         self.config = config
+        self.mesh = mesh
         width, patch = config.hidden_size, config.patch_size
         self.patch_embedding = Linear(
             (patch, patch, config.num_channels), (width,), bias=not config.has_class_token, rngs=rngs, dtype=dtype
@@ -78,7 +81,7 @@ class VisionTower(nnx.Module):
         """
         total = self.config.num_layers + 1
         wanted = [layer % total if -total <= layer < total else _no_layer(layer, total) for layer in feature_layers]
-        x = self.embed(pixels)
+        x = self.embed(self.by_images(pixels))
         states = {0: x}
         done, weights = 0, None
         graphdef, stacked = nnx.split(self.layers)
@@ -86,13 +89,17 @@ class VisionTower(nnx.Module):
             last = stop - 1 if return_weights and stop == max(wanted) else stop
 
             def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-                return nnx.merge(graphdef, layer_at(stacked, index))(x)[0], None
+                return nnx.merge(graphdef, layer_at(stacked, index))(self.by_images(x))[0], None
 
             x, _ = jax.lax.scan(body, x, jnp.arange(done, last))
             if last < stop:
                 x, weights = nnx.merge(graphdef, layer_at(stacked, jnp.array(last)))(x, return_weights=True)
             states[stop], done = x, stop
         return [states[layer] for layer in wanted], weights
+
+    def by_images(self, x: jax.Array) -> jax.Array:
+        """Lays images [B, ...] out over all devices, so that weights are gathered and no activations are summed."""
+        return constrain(x, self.mesh, (*ROWS, "tensor"))
 
     def embed(self, pixels: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, positions, D], the input of the first layer."""

@@ -9,6 +9,10 @@ and each gate adds the layers from its own up, forward and backward:
                   1   2   3
                   2   3
                   3
+
+A loop over the gates runs these suffixes one after the other. How long they are is data, not program: so one program serves all
+of them, and memory holds one at a time. JAX differentiates no loop of unknown length, hence the backward pass is written out
+here, layer by layer; the gate acts in the lowest layer alone, so nothing above it knows of gates.
 """
 
 from __future__ import annotations
@@ -20,21 +24,21 @@ import jax
 import jax.numpy as jnp
 
 from lsg_jax.config import GateConfig, ModelConfig
-from lsg_jax.model.language_model import DecoderOutput, LanguageModel
-from lsg_jax.model.llava import Llava, MergedSequence, assemble, initial_parameters
-from lsg_jax.model.loss import answer_loss
-from lsg_jax.types import Batch
+from lsg_jax.model.layers import layer_at
+from lsg_jax.model.llava import Llava, assemble, initial_parameters
+from lsg_jax.model.loss import mean_over_images, score_answers
+from lsg_jax.sharding import ROWS, constrain
+from lsg_jax.types import UNCHANGED, Batch, LayerChange
 
 
 def independent_gates(config: ModelConfig, gate: GateConfig, frozen: dict, key: jax.Array) -> dict:
     """Stacked gates before the first step: each as a run of its own starts from the same key."""
-    alone = initial_parameters(config, _alone(gate, gate.layers[0]), None, frozen, key)
+    one = dataclasses.replace(gate, layers=gate.layers[:1], independent=False)
+    alone = initial_parameters(config, one, None, frozen, key)
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, len(gate.layers), axis=0), alone)
 
 
-def losses_and_gradients(
-    graphdef: Any, frozen: Any, gates: Any, batch: Batch, *, remat: str
-) -> tuple[jax.Array, dict[str, Any], Any]:
+def losses_and_gradients(graphdef: Any, frozen: Any, gates: Any, batch: Batch) -> tuple[jax.Array, dict[str, Any], Any]:
     """What n runs of one gate compute for the same batch.
 
     Args:
@@ -44,52 +48,104 @@ def losses_and_gradients(
     Returns:
         losses float32 [n]; a dict of `tokens` int32 [], `correct` int32 [n] and `ratios` float32 [n, G]; gradients as `gates`.
     """
-    plain = assemble(graphdef, frozen, gates)
-    merged = plain.merge(batch)
-    hidden, below, found = merged.x, 0, []
-    for slot, layer in enumerate(plain.gate_config.layers):  # type: ignore[union-attr]
-        hidden, below = _advance(plain.language_model, hidden, merged.valid, below, layer), layer
+    suffixes = _Suffixes(assemble(graphdef, frozen, gates), batch)
+    layers = suffixes.gate.layers
+    looped = len(layers) - (layers[-1] == suffixes.last)  # the last layer is the end of every suffix, and a program of its own
 
-        def loss_of(gate: Any, layer: int = layer, hidden: jax.Array = hidden) -> tuple[jax.Array, dict[str, Any]]:
-            model = assemble(graphdef, frozen, gate)
-            model.gate_config = _alone(model.gate_config, layer)  # type: ignore[arg-type]
-            return answer_loss(_Suffix(model, merged, hidden, layer), batch, remat=remat)  # type: ignore[arg-type]
+    def step(kept: jax.Array, slot_and_layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
+        slot, layer = slot_and_layer
+        found, kept = suffixes.of_gate(layer_at(gates, slot), layer, kept)
+        return kept, found
 
-        own = jax.tree.map(lambda leaf, slot=slot: leaf[slot : slot + 1], gates)
-        done = jax.value_and_grad(loss_of, has_aux=True)(own)
-        # the next suffix waits for this one: without that, XLA runs all of them side by side, and memory has to hold them all
-        hidden, done = jax.lax.optimization_barrier((hidden, done))
-        found.append(done)
-    losses, told = jax.tree.map(lambda *parts: jnp.stack(parts), *(result for result, _ in found))
-    told |= {"tokens": told["tokens"][0], "ratios": told["ratios"][:, 0]}
-    return losses, told, jax.tree.map(lambda *parts: jnp.concatenate(parts), *(gradients for _, gradients in found))
-
-
-def _alone(gate: GateConfig, layer: int) -> GateConfig:
-    return dataclasses.replace(gate, layers=(layer,), independent=False)
+    parts = []
+    if looped:
+        xs = jnp.arange(looped), jnp.array(layers[:looped])
+        parts.append(jax.lax.scan(step, suffixes.room(), xs)[1])
+    if looped < len(layers):
+        found = suffixes.of_last_gate(layer_at(gates, jnp.int32(looped)))
+        parts.append(jax.tree.map(lambda leaf: leaf[None], found))
+    losses, told, ratios, gradients = jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+    told |= {"tokens": told["tokens"][0], "ratios": mean_over_images(suffixes.model, batch, ratios)}
+    return losses, told, gradients
 
 
-def _advance(decoder: LanguageModel, hidden: jax.Array, valid: jax.Array, start: int, stop: int) -> jax.Array:
-    """The residual stream [B, T, D] that enters layer `stop`, from the one that enters layer `start`."""
-    if start == stop:
-        return hidden
-    decoder.config = dataclasses.replace(decoder.config, num_layers=stop)  # a decoder that ends there
-    return decoder(hidden, valid, start=start).hidden
+class _Suffixes:
+    """The plain pass over a batch, and from it the layers from any gate up.
 
-
-class _Suffix:
-    """A model from the layer of its one gate up, as `answer_loss` uses a model.
-
-    Args:
-        hidden: [B, T, D], the residual stream that enters `layer`.
+    Attributes:
+        entering: [L', B, T, D], the residual stream that enters each layer up to the highest gated one.
     """
 
-    def __init__(self, model: Llava, merged: MergedSequence, hidden: jax.Array, layer: int):
-        self._model, self._merged, self._hidden, self._layer = model, merged, hidden, layer
+    def __init__(self, model: Llava, batch: Batch):
+        assert model.gate_config is not None
+        self.model, self.batch, self.gate = model, batch, model.gate_config
+        decoder, merged = model.language_model, model.merge(batch)
+        self.run_layer = decoder.over(merged.valid)
+        self.scaling = model.intervention(batch, merged)  # None without images
+        self.last = decoder.config.num_layers - 1
+        whole = decoder.config
+        decoder.config = dataclasses.replace(whole, num_layers=self.gate.layers[-1] + 1)  # a decoder that ends there
+        self.entering = decoder(merged.x, merged.valid, observe=lambda view: view.hidden).observed
+        decoder.config = whole
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+    def room(self) -> jax.Array:
+        """For the residual streams [L - 1, B, T, D] of a suffix, which the backward pass starts each layer from."""
+        like = self.entering
+        return constrain(jnp.zeros((self.last, *like.shape[1:]), like.dtype), self.model.mesh, None, ROWS, "tensor")
 
-    def __call__(self, batch: Batch, **options: Any) -> DecoderOutput:
-        change = self._model.intervention(batch, self._merged)
-        return self._model.language_model(self._hidden, self._merged.valid, change, start=self._layer, **options)
+    def of_gate(self, gate: Any, layer: jax.Array, kept: jax.Array) -> tuple[tuple, jax.Array]:
+        """Loss, what `score_answers` tells, ratios [B, G] and gradient of a gate below the last layer.
+
+        Args:
+            gate: parameters of one gate.
+            layer: int32 [].
+            kept: what `room` gave, returned for the next gate.
+        """
+        hidden, of_gate, ratios = jax.vjp(lambda gate: self._gated(gate, layer), gate, has_aux=True)
+
+        def up(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden, kept = carry
+            return self._plain(hidden, index), jax.lax.dynamic_update_index_in_dim(kept, hidden, index, axis=0)
+
+        def down(count: jax.Array, gradient: jax.Array) -> jax.Array:
+            index = self.last - 1 - count
+            entered = jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
+            return jax.vjp(lambda hidden: self._plain(hidden, index), entered)[1](gradient)[0]
+
+        hidden, kept = jax.lax.fori_loop(layer + 1, self.last, up, (hidden, kept))
+        loss, of_loss, told = jax.vjp(lambda hidden: self._scored(hidden, UNCHANGED), hidden, has_aux=True)
+        gradient = jax.lax.fori_loop(0, self.last - 1 - layer, down, of_loss(jnp.ones_like(loss))[0])
+        return (loss, told, ratios, of_gate(gradient)[0]), kept
+
+    def of_last_gate(self, gate: Any) -> tuple:
+        """The same of a gate at the last layer."""
+
+        def scored(gate: Any) -> tuple[jax.Array, tuple]:
+            hidden = self.entering[self.last]
+            change = self._change(gate, hidden)
+            loss, told = self._scored(hidden, change)
+            return loss, (told, self._ratios(change))
+
+        (loss, (told, ratios)), gradient = jax.value_and_grad(scored, has_aux=True)(gate)
+        return loss, told, ratios, gradient
+
+    def _gated(self, gate: Any, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = jax.lax.dynamic_index_in_dim(self.entering, layer, keepdims=False)
+        change = self._change(gate, hidden)
+        return self.run_layer(hidden, layer, change=change)[0], self._ratios(change)
+
+    def _plain(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
+        return self.model.language_model.by_rows(self.run_layer(hidden, layer)[0])
+
+    def _scored(self, hidden: jax.Array, change: LayerChange) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The last layer and the loss."""
+        rows = jnp.asarray(self.batch.answer_index)
+        hidden, *_ = self.run_layer(hidden, jnp.int32(self.last), change=change, rows=rows)
+        return score_answers(self.model, self.batch, hidden)
+
+    def _change(self, gate: Any, hidden: jax.Array) -> LayerChange:
+        return UNCHANGED if self.scaling is None else self.scaling.layer((gate, jnp.array(True)), hidden)
+
+    def _ratios(self, change: LayerChange) -> jax.Array:
+        rows = self.batch.input_ids.shape[0]
+        return jnp.zeros((rows, self.gate.num_groups)) if change.ratios is None else change.ratios

@@ -11,10 +11,11 @@ import optax
 
 from lsg_jax.config import TrainConfig
 from lsg_jax.model.llava import assemble
-from lsg_jax.model.loss import answer_loss
+from lsg_jax.model.loss import answer_loss, has_image
+from lsg_jax.sharding import compiler_options
 from lsg_jax.train.independent import losses_and_gradients
 from lsg_jax.train.optimizer import gate_updates, make_optimizer
-from lsg_jax.types import Batch, TrainState
+from lsg_jax.types import IGNORE, Batch, TrainState
 
 
 def init_state(gates: Any, frozen: Any, *, config: TrainConfig, total_steps: int, independent: bool = False) -> TrainState:
@@ -56,8 +57,8 @@ def train_step(
         `gate_norm` and `gate_grad_norm` float32 [gated layers] of the gates that the step started from, and `ratios` float32
         [gated layers, G] as means over rows with an image. Of independent gates, loss, correct, grad_norm and finite are [n].
     """
-    differentiate = losses_and_gradients if independent else _loss_and_gradients
-    loss, told, gradients = differentiate(graphdef, frozen, state.gates, batch, remat=config.remat)
+    differentiate = losses_and_gradients if independent else functools.partial(_loss_and_gradients, remat=config.remat)
+    loss, told, gradients = in_parts(differentiate, graphdef, frozen, state.gates, batch, parts=config.accumulate)
     update = functools.partial(_update, frozen=frozen, config=config, total_steps=total_steps)
     before = (state.gates, state.opt_state, state.skipped)
     (gates, opt_state, skipped), measured = (jax.vmap(update) if independent else update)(before, gradients, loss)
@@ -79,6 +80,33 @@ def _loss_and_gradients(
 
     (loss, told), gradients = jax.value_and_grad(loss_of, has_aux=True)(gates)
     return loss, told, gradients
+
+
+def in_parts(
+    differentiate: Any, graphdef: Any, frozen: Any, gates: Any, batch: Batch, *, parts: int
+) -> tuple[jax.Array, dict[str, Any], Any]:
+    """What `differentiate` gives for the batch, from parts of its rows one after the other: gradient accumulation.
+
+    Every token counts alike, whatever part it is in, so the sum is that of the whole batch.
+    """
+    if parts == 1:
+        return differentiate(graphdef, frozen, gates, batch)
+    # part i has the rows i, parts + i, ...: some of each device's
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch)
+    tokens = (batch.answer_target != IGNORE).sum()
+    images = has_image(assemble(graphdef, frozen, gates), batch).sum()
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        loss, told, gradients = differentiate(graphdef, frozen, gates, part)
+        share = told["tokens"] / jnp.maximum(tokens, 1)
+        shown = has_image(assemble(graphdef, frozen, gates), part).sum() / jnp.maximum(images, 1)
+        told |= {"ratios": told["ratios"] * shown} if "ratios" in told else {}
+        weighted = share * loss, told, jax.tree.map(lambda leaf: share * leaf, gradients)
+        return jax.tree.map(jnp.add, total, weighted), None
+
+    shapes = jax.eval_shape(differentiate, graphdef, frozen, gates, jax.tree.map(lambda leaf: leaf[0], rows))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, nothing, rows)[0]
 
 
 def _update(
@@ -106,10 +134,10 @@ def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, sharding
     One function for equal settings, so that a run resumed in the same process does not compile again.
 
     Args:
-        sharding: of the new state and the metrics.
+        sharding: of the new state and the metrics, which says for which devices the step is.
     """
     step = functools.partial(train_step, graphdef=graphdef, config=config, total_steps=total_steps, independent=independent)
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(step, donate_argnums=0, out_shardings=sharding, compiler_options=compiler_options(sharding.mesh))
 
 
 def _layer_norms(gates: Any) -> jax.Array:
