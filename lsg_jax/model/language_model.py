@@ -50,9 +50,19 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, rope: Any, mask: jax.Array, *, rows: jax.Array | None = None, **attention: Any
     ) -> tuple[jax.Array, Any, Any]:
         """x [B, T, D] -> (x, keys and values or cache, attention weights); keywords as CausalAttention takes them."""
+        x, kept, weights = self.attend(x, rope, mask, rows=rows, **attention)
+        return self.feed(x), kept, weights
+
+    def attend(
+        self, x: jax.Array, rope: Any, mask: jax.Array, *, rows: jax.Array | None = None, **attention: Any
+    ) -> tuple[jax.Array, Any, Any]:
+        """The first half: x with the output of the attention added."""
         out, kept, weights = self.attention(self.input_norm(x), rope, mask, rows=rows, **attention)
-        x = (x if rows is None else take_rows(x, rows)) + checkpoint_name(out, "attention_out")
-        return x + self.mlp(self.post_attention_norm(x)), kept, weights
+        return (x if rows is None else take_rows(x, rows)) + checkpoint_name(out, "attention_out"), kept, weights
+
+    def feed(self, x: jax.Array) -> jax.Array:
+        """The second half, with the output of the MLP."""
+        return x + self.mlp(self.post_attention_norm(x))
 
 
 @flax.struct.dataclass
@@ -202,20 +212,24 @@ class LanguageModel(nnx.Module):
         empty = lambda: constrain(jnp.zeros(shape, x.dtype), self.mesh, None, ROWS, "tensor")
         return empty(), empty()
 
-    def over(self, valid: jax.Array) -> Callable[..., tuple[jax.Array, Any, Any]]:
+    def over(self, valid: jax.Array, part: str = "__call__") -> Callable[..., tuple[jax.Array, Any, Any]]:
         """A function that runs one layer over whole sequences whose tokens `valid` bool [B, T] are unpadded.
 
         It takes x [B, T, D], the layer's index int32 [], which may be traced, and the keywords of `CausalAttention`, and
-        returns what `DecoderLayer` does.
+        returns what `DecoderLayer` does, or its method `attend`.
         """
         rope = rope_angles(token_positions(valid), self.config.rope, self.config.head_dim)
         mask = causal_mask(valid)
-        graphdef, stacked = nnx.split(self.layers)
 
         def run_layer(x: jax.Array, index: jax.Array, **attention: Any) -> tuple[jax.Array, Any, Any]:
-            return nnx.merge(graphdef, layer_at(stacked, index))(x, rope, mask, **attention)
+            return getattr(self.layer(index), part)(x, rope, mask, **attention)
 
         return run_layer
+
+    def layer(self, index: jax.Array) -> DecoderLayer:
+        """One layer out of the stack; `index` int32 [] may be traced."""
+        graphdef, stacked = nnx.split(self.layers)
+        return nnx.merge(graphdef, layer_at(stacked, index))
 
     def resume(
         self, x: jax.Array, cache: KVCache, intervention: Intervention, start: jax.Array, *, rows: jax.Array

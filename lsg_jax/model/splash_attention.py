@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -47,14 +49,20 @@ def splash_attention(
     return out[:, :, :length].swapaxes(1, 2)
 
 
-def _kernel(heads: int, length: int, interpret: bool):  # type: ignore[no-untyped-def]
+def _kernel(heads: int, length: int, interpret: bool) -> Callable[..., jax.Array]:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(size for size in BLOCKS if length % size == 0)
-    sides = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), block)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        use_fused_bwd_kernel=True,  # computes the scores once for both gradients
+    )
     return splash.make_splash_mha(
         mask=splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
-        block_sizes=splash.BlockSizes(**sides, use_fused_bwd_kernel=True),  # computes the scores once for both gradients
+        block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=SAVED,

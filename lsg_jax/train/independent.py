@@ -18,6 +18,7 @@ here, layer by layer; the gate acts in the lowest layer alone, so nothing above 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def losses_and_gradients(graphdef: Any, frozen: Any, gates: Any, batch: Batch) -
     layers = suffixes.gate.layers
     looped = len(layers) - (layers[-1] == suffixes.last)  # the last layer is the end of every suffix, and a program of its own
 
-    def step(kept: jax.Array, slot_and_layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
+    def step(kept: Any, slot_and_layer: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple]:
         slot, layer = slot_and_layer
         found, kept = suffixes.of_gate(layer_at(gates, slot), layer, kept)
         return kept, found
@@ -80,7 +81,7 @@ class _Suffixes:
         assert model.gate_config is not None
         self.model, self.batch, self.gate = model, batch, model.gate_config
         decoder, merged = model.language_model, model.merge(batch)
-        self.run_layer = decoder.over(merged.valid)
+        self.run_layer, self.attend = decoder.over(merged.valid), decoder.over(merged.valid, "attend")
         self.scaling = model.intervention(batch, merged)  # None without images
         self.last = decoder.config.num_layers - 1
         whole = decoder.config
@@ -88,12 +89,13 @@ class _Suffixes:
         self.entering = decoder(merged.x, merged.valid, observe=lambda view: view.hidden).observed
         decoder.config = whole
 
-    def room(self) -> jax.Array:
-        """For the residual streams [L - 1, B, T, D] of a suffix, which the backward pass starts each layer from."""
+    def room(self) -> tuple[jax.Array, jax.Array]:
+        """For what the backward pass starts the halves of each layer from: residual streams [L - 1, B, T, D] of a suffix."""
         like = self.entering
-        return constrain(jnp.zeros((self.last, *like.shape[1:]), like.dtype), self.model.mesh, None, ROWS, "tensor")
+        empty = lambda: constrain(jnp.zeros((self.last, *like.shape[1:]), like.dtype), self.model.mesh, None, ROWS, "tensor")
+        return empty(), empty()
 
-    def of_gate(self, gate: Any, layer: jax.Array, kept: jax.Array) -> tuple[tuple, jax.Array]:
+    def of_gate(self, gate: Any, layer: jax.Array, kept: Any) -> tuple[tuple, Any]:
         """Loss, what `score_answers` tells, ratios [B, G] and gradient of a gate below the last layer.
 
         Args:
@@ -103,14 +105,19 @@ class _Suffixes:
         """
         hidden, of_gate, ratios = jax.vjp(lambda gate: self._gated(gate, layer), gate, has_aux=True)
 
-        def up(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            hidden, kept = carry
-            return self._plain(hidden, index), jax.lax.dynamic_update_index_in_dim(kept, hidden, index, axis=0)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+        take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+
+        def up(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            hidden, (entering, between) = carry
+            middle = self._attended(hidden, index)
+            return self._fed(middle, index), (put(entering, hidden, index), put(between, middle, index))
 
         def down(count: jax.Array, gradient: jax.Array) -> jax.Array:
             index = self.last - 1 - count
-            entered = jax.lax.dynamic_index_in_dim(kept, index, keepdims=False)
-            return jax.vjp(lambda hidden: self._plain(hidden, index), entered)[1](gradient)[0]
+            entering, between = (take(of_all, index) for of_all in kept)
+            (gradient,) = jax.vjp(lambda middle: self._fed(middle, index), between)[1](gradient)
+            return jax.vjp(lambda hidden: self._attended(hidden, index), entering)[1](gradient)[0]
 
         hidden, kept = jax.lax.fori_loop(layer + 1, self.last, up, (hidden, kept))
         loss, of_loss, told = jax.vjp(lambda hidden: self._scored(hidden, UNCHANGED), hidden, has_aux=True)
@@ -134,8 +141,12 @@ class _Suffixes:
         change = self._change(gate, hidden)
         return self.run_layer(hidden, layer, change=change)[0], self._ratios(change)
 
-    def _plain(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
-        return self.model.language_model.by_rows(self.run_layer(hidden, layer)[0])
+    def _attended(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
+        return self.model.language_model.by_rows(self.attend(hidden, layer)[0])
+
+    def _fed(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
+        decoder = self.model.language_model
+        return decoder.by_rows(decoder.layer(layer).feed(hidden))
 
     def _scored(self, hidden: jax.Array, change: LayerChange) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The last layer and the loss."""

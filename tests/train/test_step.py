@@ -85,7 +85,5 @@ def test_cross_entropy_in_chunks_is_that_of_all_words(chunk):
     target = jax.random.randint(keys[2], (2, 3), 0, 21)
     whole = lambda hidden, head: optax.softmax_cross_entropy_with_integer_labels(hidden @ head, target).sum()
     ours = lambda hidden, head: chunked_cross_entropy(hidden, head, target, chunk=chunk)[0].sum()
-    jax.tree.map(
-        close, jax.value_and_grad(ours, (0, 1))(hidden, head), jax.value_and_grad(whole, (0, 1))(hidden, head)
-    )
+    jax.tree.map(close, jax.value_and_grad(ours, (0, 1))(hidden, head), jax.value_and_grad(whole, (0, 1))(hidden, head))
     np.testing.assert_array_equal(chunked_cross_entropy(hidden, head, target, chunk=chunk)[1], (hidden @ head).argmax(-1))

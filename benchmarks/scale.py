@@ -1,0 +1,234 @@
+"""Does LLaVA-1.5 at true size fit TPU slices, and does each program do no more work than it should? Needs no TPU.
+
+    JAX_PLATFORMS=cpu python benchmarks/scale.py [--only NAME ...] [--json FILE]
+
+Compiles ahead of time, without weights, as `lsg plan` does, each case in a process of its own, and compares with its bounds.
+A bound that does not hold ends the run with 1. `traced` counts without compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from converters.hf_config import model_config
+from lsg_jax.analysis.sweep import coefficient_grid
+from lsg_jax.analysis.sweep_cells import PromptPass, resume_cells
+from lsg_jax.config import FixedConfig, GateConfig, MeshConfig, ModelConfig, RunConfig, SinkConfig, load_run_config
+from lsg_jax.model.generate import last_token
+from lsg_jax.model.llava import Llava, abstract_model, assemble
+from lsg_jax.plan.chips import GIB, open_topology
+from lsg_jax.plan.hlo import analyse
+from lsg_jax.plan.programs import Program, each_config, forward_program, generate_program, sweep_prompts, train_program
+from lsg_jax.plan.traced import traced_flops
+from lsg_jax.sharding import make_mesh
+from lsg_jax.train.remat import device_bytes, fastest_that_fits
+from lsg_jax.types import Batch, KVCache
+
+CONFIG = Path(__file__).parent.parent / "configs" / "llava15_7b.toml"
+TRAINING, ANSWERING = MeshConfig(), MeshConfig(data=1, fsdp=1, tensor=-1)
+ALL = tuple(range(32))
+HBM = 15.75  # GiB of a v5e chip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(CASES[options.case]()))
+        return
+    results, failed = {}, False
+    for name in options.only:
+        command = [sys.executable, __file__, "--case", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name}: ended with {done.returncode}")
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+        for what, (value, bound) in results[name].items():
+            broken = bound is not None and value > bound
+            failed |= broken
+            limit = "" if bound is None else f"  {'ABOVE' if broken else '<='} {bound:g}"
+            print(f"{name:12} {what:44} {value:10.3f}{limit}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(failed)
+
+
+Found = dict[str, tuple[float, float | None]]
+"""What was measured -> value and upper bound."""
+
+
+def settings(*, layers: tuple[int, ...] = ALL, remat: str = "full", rows: int = 64) -> RunConfig:
+    config = load_run_config(CONFIG, [f"train.batch_size={rows}", f'train.remat="{remat}"'])
+    return dataclasses.replace(config, gate=GateConfig(layers=layers))
+
+
+def model(name: str = "llava15_7b") -> ModelConfig:
+    raw = json.loads((files("lsg_jax.plan") / "models" / f"{name}.json").read_text(encoding="utf-8"))
+    return dataclasses.replace(model_config(raw), sinks=SinkConfig(vit_dims=(650,)))
+
+
+def mesh(topology: str, axes: MeshConfig = TRAINING) -> jax.sharding.Mesh:
+    return make_mesh(axes, list(open_topology(topology).devices))
+
+
+def compiled(program: Program) -> tuple[Any, Found]:
+    start = time.perf_counter()
+    result = program.compile()
+    seconds = time.perf_counter() - start
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return result, {"compile, s": (seconds, None), "memory of the compiling process, GiB": (host, None)}
+
+
+def training(topology: str, limit: float, *, shapes: str = "llava15_7b", **of: Any) -> Found:
+    """A step that must fit."""
+    result, found = compiled(train_program(settings(**of), model(shapes), mesh(topology)))
+    return {"GiB a chip": (device_bytes(result) / GIB, limit), **found}
+
+
+def step_work(layers: tuple[int, ...], most: float) -> Found:
+    """The step with the policy that `auto` takes, against the forward pass."""
+    of, devices, spent = model(), mesh("v5e:4x4"), {}
+
+    def compile_with(policy: str) -> Any:
+        result, spent["found"] = compiled(train_program(settings(layers=layers, remat=policy), of, devices))
+        return result
+
+    policy, result = fastest_that_fits(compile_with, int(HBM * GIB))
+    print(f"auto takes {policy}", file=sys.stderr)
+    forward = forward_program(settings(), of, devices)
+    flops = traced_flops(forward.function, *forward.arguments) / devices.size
+    work = analyse(result.as_text())
+    found = spent["found"]
+    return {
+        "GiB a chip": (device_bytes(result) / GIB, HBM),
+        "TFLOP a chip": (work.flops / 1e12, None),
+        "FLOPs, times forward": (work.flops / flops, most),
+        "GB received a chip": (work.received_bytes / 1e9, 30.0),
+        "collective-permutes": (work.collectives.get("collective-permute", 0.0), 1000.0),
+        "compile, s": (found["compile, s"][0], 90.0),
+        "memory of the compiling process, GiB": (found["memory of the compiling process, GiB"][0], 2.0),
+    }
+
+
+def each() -> Found:
+    program = train_program(each_config(settings(), model()), model(), mesh("v5e:4x4"))
+    result, found = compiled(program)
+    work = analyse(result.as_text(), trips=program.trips)
+    received = {"TFLOP a chip": (work.flops / 1e12, None), "GB received a chip": (work.received_bytes / 1e9, None)}
+    return {"GiB a chip": (device_bytes(result) / GIB, HBM), **received, **found}
+
+
+def generation() -> Found:
+    """64 questions on eight chips, the model split over all of them."""
+    config = settings(layers=(10,))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=64))
+    result, found = compiled(generate_program(config, model(), mesh("v5e:2x4", ANSWERING), max_new_tokens=64))
+    hlo = result.as_text()
+    gathered = [analyse(hlo, trips={"decode_greedily": trips}).received.get("all-gather", 0.0) for trips in (0, 1)]
+    return {
+        "GiB a chip": (device_bytes(result) / GIB, 10.0),
+        # a layer's smallest matrix alone has 34 MB
+        "MB gathered for each token": ((gathered[1] - gathered[0]) / 1e6, 10.0),
+        **found,
+    }
+
+
+def sweep() -> Found:
+    config = settings(layers=(10,))
+    program = sweep_prompts(config, model(), mesh("v5e:2x4", ANSWERING), max_new_tokens=32, cells=11)
+    result, found = compiled(program)
+    return {"GiB a chip": (device_bytes(result) / GIB, HBM), **found}
+
+
+def traced() -> Found:
+    """Work of all gates in one run, and of a sweep, against that of separate runs."""
+    of, devices = model(), mesh("v5e:4x4")
+
+    def flops(config: RunConfig) -> float:
+        program = train_program(config, of, devices)
+        return traced_flops(program.function, *program.arguments, trips=program.trips)
+
+    low, middle, high, last = 0, 15, 30, 31
+    alone = {layer: flops(settings(layers=(layer,))) for layer in (low, middle, high, last)}
+    if alone[middle] * 2 != alone[low] + alone[high]:
+        raise SystemExit(f"the cost of a gate is not linear in its layer: {alone}")
+    separate = last * (alone[low] + alone[high]) / 2 + alone[last]
+    together = flops(each_config(settings(), of))
+    shared, naive = sweep_flops(of)
+    return {
+        "all gates in one run, of separate runs": (together / separate, 0.75),
+        "sweep, of separate runs": (shared / naive, 0.52),
+    }
+
+
+def sweep_flops(config: ModelConfig) -> tuple[float, float]:
+    """FLOPs of the prompt passes of a sweep over all layers for one question: as `lsg sweep` runs them, and each cell apart."""
+    length, coefficients = 1024, coefficient_grid(2, 0.1)
+    layers = range(config.text.num_layers)
+    batch = Batch(
+        input_ids=jax.ShapeDtypeStruct((1, length), jnp.int32),
+        attention_mask=jax.ShapeDtypeStruct((1, length), bool),
+        pixels=jax.ShapeDtypeStruct((1, config.image.size, config.image.size, 3), jnp.uint8),
+        gate_position=jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    graphdef, params = abstract_model(config, dtype=jnp.bfloat16)
+
+    def prompts(params: dict, batch: Batch) -> tuple[jax.Array, PromptPass]:
+        model: Llava = assemble(graphdef, params)
+        merged = model.merge(batch)
+        assert merged.visual is not None
+        rows = last_token(merged.valid)[:, None]
+        out = model(batch, merged=merged, rows=rows, keep_kv=True, observe=lambda view: view.hidden)
+        shared = PromptPass(batch, merged.visual, out.observed, KVCache(out.key, out.value, merged.valid))
+        return model.language_model.logits(out.hidden), shared
+
+    def cells(params: dict, shared: PromptPass, layer: int) -> jax.Array:
+        model: Llava = assemble(graphdef, params)
+        values = jnp.array(coefficients, jnp.float32)
+        return model.language_model.logits(resume_cells(model, shared, layer, values, "v_sink_rest", room=0)[0])
+
+    def alone(params: dict, batch: Batch, layer: int) -> jax.Array:
+        fixed, _ = abstract_model(config, method=FixedConfig((layer,), coefficients[0]), dtype=jnp.bfloat16)
+        model: Llava = assemble(fixed, params)
+        rows = last_token(batch.attention_mask)[:, None]
+        return model.language_model.logits(model(batch, rows=rows, keep_kv=True).hidden)
+
+    base, (_, shared) = traced_flops(prompts, params, batch), jax.eval_shape(prompts, params, batch)
+    trips = lambda layer: {"resume": config.text.num_layers - 1 - layer}
+    cell = lambda layer: traced_flops(lambda p, s: cells(p, s, layer), params, shared, trips=trips(layer))
+    apart = lambda layer: traced_flops(lambda p, b: alone(p, b, layer), params, batch)
+    once = base + sum(map(cell, layers))
+    naive = base + len(coefficients) * sum(map(apart, layers))
+    return once, naive
+
+
+CASES: dict[str, Callable[[], Found]] = {
+    "traced": traced,
+    "auto": lambda: step_work(ALL, 2.0),
+    "one gate": lambda: step_work((10,), 1.75),
+    "full": lambda: training("v5e:4x4", 4.0),
+    "each": each,
+    "7b on 8": lambda: training("v5e:2x4", HBM, rows=32),
+    "13b on 16": lambda: training("v5e:4x4", HBM, shapes="llava15_13b", layers=tuple(range(40))),
+    "generation": generation,
+    "sweep": sweep,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The command `lsg plan`: what a configuration needs on a TPU slice, and what it costs there, without a TPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.cli.options import Command
+
+UTILISATION = 0.5
+
+
+def add(command: Command) -> None:
+    """Adds the command."""
+    sub = command("plan", _plan, "compile for a TPU slice without one: memory, work, time bounds, cost of the study")
+    sub.add_argument("config", type=Path, metavar="CONFIG")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    sub.add_argument("--topology", nargs="+", required=True, metavar="NAME", help="slices such as v5e:4x4 or v5p:2x2x1")
+    sub.add_argument(
+        "--programs",
+        nargs="+",
+        default=["train", "each", "sweep", "eval"],
+        choices=["forward", "train", "each", "sweep", "eval"],
+        help="default: train each sweep eval",
+    )
+    sub.add_argument(
+        "--remat",
+        nargs="+",
+        choices=["none", "dots", "mlp", "full", "offload"],
+        help="policies to compile; default: from the fastest to the first that fits, and that of CONFIG",
+    )
+    rows = sub.add_mutually_exclusive_group()
+    rows.add_argument("--batch", type=int, metavar="N", help="training batch over all chips; default: that of CONFIG")
+    rows.add_argument("--rows-per-chip", type=int, metavar="N", help="training batch for each chip: for weak scaling")
+    sub.add_argument(
+        "--largest-batch", action=argparse.BooleanOptionalAction, default=True, help="look for it: two or three compilations"
+    )
+    sub.add_argument("--records", type=int, metavar="N", help="training examples; default: data.records if there, else 10000")
+    sub.add_argument("--questions", type=int, metavar="N", help="default: of [eval.benchmarks], else CV-Bench and MMStar")
+    sub.add_argument(
+        "--utilisation", type=float, default=UTILISATION, metavar="X", help="share of the peak rate; default: %(default)s"
+    )
+    sub.add_argument(
+        "--model-config",
+        type=Path,
+        metavar="PATH",
+        help="config.json or folder in HF format; default: the model folder of CONFIG, else what its name stands for",
+    )
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    import jax
+
+    from lsg_jax.config import load_run_config
+    from lsg_jax.errors import InputError
+    from lsg_jax.plan.plan import PlanSettings, plan
+    from lsg_jax.plan.recipe import assume
+    from lsg_jax.plan.table import table
+
+    jax.config.update("jax_platforms", "cpu")  # where there is a TPU, it is left alone
+    if not 0 < options.utilisation <= 1:
+        raise InputError(f"--utilisation {options.utilisation:g}: give a share above 0, up to 1")
+    if options.rows_per_chip is not None and options.rows_per_chip < 1:
+        raise InputError(f"--rows-per-chip {options.rows_per_chip}: it must be at least 1")
+    config = load_run_config(options.config, options.overrides)
+    if options.batch is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=options.batch))
+    model, source = _model_config(config, options.model_config)
+    settings = PlanSettings(
+        topologies=tuple(options.topology),
+        programs=tuple(dict.fromkeys(options.programs)),
+        policies=None if options.remat is None else tuple(dict.fromkeys(options.remat)),
+        rows_per_chip=options.rows_per_chip,
+        find_largest=options.largest_batch,
+    )
+    assumed = assume(config, utilisation=options.utilisation, records=options.records, questions=options.questions)
+    result = plan(config, model, settings, assumed)
+    result["model"]["from"] = source
+    print(json.dumps(result, indent=2) if options.json else table(result))
+
+
+def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:
+    """The shapes of the model, and where they were found."""
+    import dataclasses
+    from importlib.resources import files
+
+    from converters.hf_config import model_config, read_config
+    from converters.json_file import read_object
+    from lsg_jax.checkpoint import MANIFEST, read_manifest
+    from lsg_jax.config import ModelConfig, from_dict
+    from lsg_jax.errors import InputError
+
+    folder = Path(config.model)
+    known = files("lsg_jax.plan") / "models"
+    if given is not None:
+        model = read_config(given) if given.is_dir() else model_config(read_object(given), where=str(given))
+        source = f"shapes of {given}"
+    elif (folder / MANIFEST).is_file():
+        where = f"{folder}/{MANIFEST}: config"
+        model, source = from_dict(ModelConfig, read_manifest(folder)["config"], where=where), f"shapes of {folder}"
+    elif (known / f"{folder.name}.json").is_file():
+        model = model_config(json.loads((known / f"{folder.name}.json").read_text(encoding="utf-8")), where=folder.name)
+        source = f"{folder} is not there: shapes that are known of {folder.name}"
+    else:
+        names = ", ".join(sorted(entry.name.removesuffix(".json") for entry in known.iterdir()))
+        raise InputError(
+            f"{folder}: no such model folder, and no shapes are known of that name (known: {names}): give --model-config"
+        )
+    return (dataclasses.replace(model, sinks=config.sinks) if config.sinks is not None else model), source

@@ -1,0 +1,229 @@
+"""The programs of a run as they are compiled on a mesh, at true size, with shapes in the place of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from lsg_jax.analysis.sweep import coefficient_grid
+from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
+from lsg_jax.config import GateConfig, MethodConfig, ModelConfig, RunConfig
+from lsg_jax.model.generate import generate
+from lsg_jax.model.llava import abstract_model, assemble
+from lsg_jax.model.loss import answer_loss
+from lsg_jax.sharding import batch_rows, batch_sharding, replicated, shard_params
+from lsg_jax.train.step import compiled_step, init_state
+from lsg_jax.types import Batch
+from lsg_jax.vlm import PROMPT_BUCKET
+
+TEXT_ROOM = 128  # tokens of a question beside its image, system prompt included
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function and the abstract, sharded arguments of one call.
+
+    Attributes:
+        rows: examples or questions of one call, over all devices.
+        parts: what the arguments are, for a table of the memory: name -> pytree.
+        static: arguments that follow, hashable.
+        trips: `hlo.analyse` has it.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    rows: int
+    parts: Mapping[str, Any]
+    static: tuple[Any, ...] = ()
+    trips: Mapping[str, float] = field(default_factory=dict)
+
+    def compile(self) -> Any:
+        """Compiles it for the devices of the mesh; takes from seconds to minutes, and 1 to 2 GiB at 7B."""
+        return self.function.lower(*self.arguments, *self.static).compile()
+
+
+def train_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Program:
+    """The training step of a configuration; `gate.independent` for gates of many layers in one run."""
+    gate, method = trained(config, model)
+    graphdef, params = _sharded_model(model, mesh, gate=gate, method=method, dtype=dtype)
+    gates, independent = params.pop("gates"), gate is not None and gate.independent
+    whole = replicated(mesh)
+    state = jax.eval_shape(
+        lambda gates: init_state(gates, params, config=config.train, total_steps=100, independent=independent), gates
+    )
+    state = _placed(state, whole)
+    batch = training_batch(config, model, mesh)
+    return Program(
+        name="each" if independent else "train",
+        function=compiled_step(graphdef, config.train, 100, whole, independent=independent),
+        arguments=(state, params, batch),
+        rows=config.train.batch_size,
+        parts={"weights": params, "trained and optimiser": state, "batch": batch},
+        trips=_suffix_trips(gate, model) if independent and gate is not None else {},
+    )
+
+
+def each_config(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """The configuration with a gate at every layer, all trained in one run, each as if alone."""
+    gate = dataclasses.replace(config.gate, layers=tuple(range(model.text.num_layers)), independent=True)
+    train = dataclasses.replace(config.train, remat="full")
+    return dataclasses.replace(config, gate=gate, train=train, method="lsg")
+
+
+def forward_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Program:
+    """The loss of a training batch without gates, and without a gradient: what others are multiples of."""
+    graphdef, params = _sharded_model(model, mesh, dtype=dtype)
+    batch = training_batch(config, model, mesh)
+    loss = jax.jit(lambda params, batch: answer_loss(assemble(graphdef, params), batch))
+    parts = {"weights": params, "batch": batch}
+    return Program("forward", loss, (params, batch), config.train.batch_size, parts)
+
+
+def generate_program(
+    config: RunConfig, model: ModelConfig, mesh: Mesh, *, max_new_tokens: int, dtype: Any = jnp.bfloat16
+) -> Program:
+    """Prefill and decoding of one batch of evaluation, gated if the configuration trains gates that make one model."""
+    gate, method = trained(config, model) if config.method == "lsg" and not config.gate.independent else (None, None)
+    graphdef, params = _sharded_model(model, mesh, gate=gate, method=method, dtype=dtype)
+    rows = config.eval.batch_size * batch_rows(mesh)
+    batch = question_batch(model, mesh, rows)
+
+    def answers(params: dict, batch: Batch) -> Any:
+        return generate(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)
+
+    parts = {"weights": params, "batch": batch}
+    trips = {"decode_greedily": max_new_tokens - 1}
+    return Program("eval", jax.jit(answers), (params, batch), rows, parts, trips=trips)
+
+
+def sweep_prompts(
+    config: RunConfig, model: ModelConfig, mesh: Mesh, *, max_new_tokens: int, cells: int, dtype: Any = jnp.bfloat16
+) -> Program:
+    """The ungated pass of a sweep over one batch, whose results its cells start from.
+
+    Args:
+        cells: coefficients that a question is run under at once; as many questions are taken as make an evaluation's batch.
+    """
+    graphdef, params = _sharded_model(model, mesh, dtype=dtype)
+    rows = max(1, config.eval.batch_size // cells) * batch_rows(mesh)
+    batch = question_batch(model, mesh, rows)
+    return Program(
+        name="sweep prompts",
+        function=run_prompts,
+        arguments=(params, batch),
+        static=(graphdef, max_new_tokens),
+        rows=rows,
+        parts={"weights": params, "batch": batch},
+        trips={"decode_greedily": max_new_tokens - 1},
+    )
+
+
+def sweep_cells(
+    prompts: Program, compiled: Any, model: ModelConfig, *, coefficients: tuple[tuple[float, ...], ...] | None = None
+) -> Program:
+    """All coefficients of one layer for the batch of `sweep_prompts`; a mean over the layers.
+
+    Args:
+        compiled: of `prompts`; says where its results lie.
+    """
+    graphdef, max_new_tokens = prompts.static
+    coefficients = coefficients or coefficient_grid(2, 0.1)
+    params = prompts.arguments[0]
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    shared, *_ = jax.eval_shape(lambda params, batch: run_prompts(params, batch, *prompts.static), *prompts.arguments)
+    shared = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shared,
+        compiled.output_shardings[0],
+    )
+    whole = replicated(mesh)
+    values = jax.ShapeDtypeStruct((len(coefficients), len(coefficients[0])), jnp.float32, sharding=whole)
+    layer = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return Program(
+        name="sweep cells",
+        function=answer_cells,
+        arguments=(params, shared, layer, values),
+        static=(graphdef, "v_sink_rest", max_new_tokens),
+        rows=prompts.rows * len(coefficients),
+        parts={"weights": params, "prompt passes": shared},
+        trips={"decode_greedily": max_new_tokens - 1, "resume": (model.text.num_layers - 1) / 2},
+    )
+
+
+def trained(config: RunConfig, model: ModelConfig) -> tuple[GateConfig | None, MethodConfig | None]:
+    """What a configuration trains, gates or a baseline; (None, None) for a method without training."""
+    if config.method == "lsg":
+        return config.gate.for_depth(model.text.num_layers), None
+    methods: dict[str, MethodConfig] = {"lora": config.lora, "diysink": config.diysink}
+    return None, methods.get(config.method)
+
+
+def training_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Batch:
+    """A batch as `lsg train` places it on the mesh."""
+    rows = _rows(mesh, config.train.batch_size)
+    answers = config.data.max_answer_tokens
+    return dataclasses.replace(
+        _batch(rows, model, config.data.max_length),
+        answer_index=rows(jnp.int32, answers),
+        answer_target=rows(jnp.int32, answers),
+        row_id=rows(jnp.int32),
+    )
+
+
+def question_batch(model: ModelConfig, mesh: Mesh, rows: int) -> Batch:
+    """Questions with an image each, as `lsg eval` places them on the mesh; `prompt_tokens` long."""
+    return _batch(_rows(mesh, rows), model, prompt_tokens(model))
+
+
+def prompt_tokens(model: ModelConfig) -> int:
+    """Length that the prompts of evaluation are padded to: an image, and room for a question."""
+    return -(-(model.num_image_tokens + TEXT_ROOM) // PROMPT_BUCKET) * PROMPT_BUCKET
+
+
+def _batch(rows: Callable[..., Any], model: ModelConfig, length: int) -> Batch:
+    side = model.image.size
+    return Batch(
+        input_ids=rows(jnp.int32, length),
+        attention_mask=rows(jnp.bool_, length),
+        pixels=rows(jnp.uint8, side, side, model.vision.num_channels),
+        gate_position=rows(jnp.int32),
+    )
+
+
+def _rows(mesh: Mesh, count: int) -> Callable[..., Any]:
+    sharding = batch_sharding(mesh)
+    return lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _sharded_model(model: ModelConfig, mesh: Mesh, **settings: Any) -> tuple[Any, dict]:
+    graphdef, abstract = abstract_model(model, mesh=mesh, **settings)
+    return graphdef, shard_params(abstract, mesh)
+
+
+def _suffix_trips(gate: GateConfig, model: ModelConfig) -> dict[str, float]:
+    """Plain layers between a gate and the last layer, the mean over the gates below it (`train.independent`)."""
+    last = model.text.num_layers - 1
+    below = [last - 1 - layer for layer in gate.layers if layer < last]
+    return {"of_gate": sum(below) / len(below)} if below else {}
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device of abstract, sharded arrays."""
+
+    def leaf_bytes(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        return functools.reduce(int.__mul__, shape, 1) * jnp.dtype(leaf.dtype).itemsize
+
+    return sum(map(leaf_bytes, jax.tree.leaves(tree)))

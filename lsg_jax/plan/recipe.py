@@ -1,0 +1,96 @@
+"""From the time of one step to the hours of a whole study: training, all layers, sweep, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.config import EvalConfig, RunConfig
+from lsg_jax.data.records import open_records
+from lsg_jax.eval.registry import BENCHMARKS
+from lsg_jax.eval.runner import MAX_NEW_TOKENS
+from lsg_jax.plan.chips import Topology
+
+RECORDS = 10_000  # of the paper's sample of Cambrian-7M
+BENCHMARKS_OF_THE_PAPER = ("cv_bench", "mmstar")
+METHODS = 2  # the base model and the one with gates
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a time rests on, besides peak rates.
+
+    Attributes:
+        utilisation: share of the bound's rate that a run reaches.
+        records: training examples; one answer each.
+        questions: of all benchmarks together.
+        max_new_tokens: every answer is taken to be that long.
+    """
+
+    utilisation: float
+    records: int
+    records_from: str
+    questions: int
+    questions_from: str
+    max_new_tokens: int
+
+
+def assume(config: RunConfig, *, utilisation: float, records: int | None, questions: int | None) -> Assumptions:
+    """What was given, else what the files of the configuration say, else what the paper has."""
+    counted, source = records, "--records"
+    if counted is None:
+        folder = config.data.records
+        there = bool(folder) and Path(folder).is_dir()
+        counted, source = (len(open_records(folder)), folder) if there else (RECORDS, "the paper's; no records there yet")
+    names = [name for name in config.eval.benchmarks if name in BENCHMARKS] or list(BENCHMARKS_OF_THE_PAPER)
+    asked = sum(BENCHMARKS[name].size or 0 for name in names) if questions is None else questions
+    return Assumptions(
+        utilisation=utilisation,
+        records=counted,
+        records_from=source,
+        questions=_limited(asked, config.eval, len(names)) if questions is None else asked,
+        questions_from=" and ".join(names) if questions is None else "--questions",
+        max_new_tokens=config.eval.max_new_tokens or MAX_NEW_TOKENS,
+    )
+
+
+def _limited(questions: int, config: EvalConfig, benchmarks: int) -> int:
+    return questions if config.limit is None else min(questions, config.limit * benchmarks)
+
+
+def recipe(
+    measured: dict[str, dict[str, Any]], config: RunConfig, layers: int, topology: Topology, assumed: Assumptions
+) -> list[dict[str, Any]]:
+    """Hours and device-hours of each part that was measured and fits.
+
+    Args:
+        measured: program name -> what was measured of it, with the settings to take.
+    """
+    seconds = {name: found["seconds"]["bound"] / assumed.utilisation for name, found in measured.items() if found.get("fits")}
+    rows: list[tuple[str, str, float]] = []
+    for name in ("train", "each"):
+        if name in seconds:
+            steps = training_steps(config, assumed.records, measured[name]["rows"])
+            rows.append((name, f"{steps} steps", steps * seconds[name]))
+    if "sweep prompts" in seconds and "sweep cells" in seconds:
+        batches = math.ceil(assumed.questions / measured["sweep prompts"]["rows"])
+        once = seconds["sweep prompts"] + layers * seconds["sweep cells"]
+        rows.append(("sweep", f"{batches} batches x {layers} layers", batches * once))
+    if "eval" in seconds:
+        batches = METHODS * math.ceil(assumed.questions / measured["eval"]["rows"])
+        rows.append(("eval", f"{batches} batches, {METHODS} methods", batches * seconds["eval"]))
+    chips = len(topology.devices) / topology.chip.per_chip
+    return [{"part": part, "runs": runs, "hours": time / 3600, "chip_hours": time * chips / 3600} for part, runs, time in rows]
+
+
+def training_steps(config: RunConfig, records: int, batch_size: int) -> int:
+    """Optimiser steps of a run, by the number of examples."""
+    steps = max(1, records * config.train.epochs // batch_size)
+    return min(steps, config.train.max_steps or steps)
+
+
+def as_json(assumed: Assumptions) -> dict[str, Any]:
+    return dataclasses.asdict(assumed)

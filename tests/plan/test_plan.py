@@ -1,0 +1,200 @@
+"""What a plan is made of, without compiling: the programs' arguments, search, costs, errors."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsg_jax.checkpoint import RunFolder
+from lsg_jax.cli import main
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, LoraConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.errors import InputError
+from lsg_jax.opening import load_backbone
+from lsg_jax.plan import chips
+from lsg_jax.plan.chips import CHIPS, Topology, open_topology, parse_topology
+from lsg_jax.plan.hlo import analyse
+from lsg_jax.plan.measure import needed_gib
+from lsg_jax.plan.programs import each_config, question_batch, shard_bytes, sweep_cells, sweep_prompts, train_program
+from lsg_jax.plan.recipe import assume, recipe
+from lsg_jax.plan.search import fastest, largest_batch, try_policies
+from lsg_jax.plan.traced import traced_flops
+from lsg_jax.sharding import answering_mesh, make_mesh, place_rows
+from lsg_jax.train.loop import set_up
+
+SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
+
+
+def shapes(tree):
+    """Shape, dtype and place of every leaf."""
+    leaf = lambda x: (x.shape, str(x.dtype), x.sharding.is_equivalent_to(x.sharding, x.ndim) and x.sharding.spec)
+    return jax.tree.map(leaf, tree)
+
+
+@pytest.fixture(scope="module")
+def run_config(tiny_model, records, tmp_path_factory):
+    return RunConfig(
+        model=str(tiny_model),
+        output=str(tmp_path_factory.mktemp("plan") / "run"),
+        gate=GateConfig(layers=(1, 2)),
+        sinks=SINKS,
+        data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
+        train=TrainConfig(batch_size=2, epochs=3),
+    )
+
+
+def test_the_planned_step_is_the_one_that_is_trained(run_config):
+    for config in (run_config, dataclasses.replace(run_config, method="lora", lora=LoraConfig(layer=2)), "each"):
+        if config == "each":
+            config = dataclasses.replace(run_config, gate=GateConfig(independent=True))
+        run = RunFolder(f"{run_config.output}-{config.method}-{config.gate.independent}", keep=1)
+        with run.lock():
+            trainer = set_up(config, run)
+        batch = place_rows(next(trainer.data), trainer.vlm.mesh, config.train.batch_size)
+        trainer.data.close()
+        mesh = make_mesh(config.mesh)
+        planned = train_program(config, trainer.vlm.config, mesh, dtype=jnp.float32)
+        assert planned.name == ("each" if config.gate.independent else "train")
+        assert shapes(planned.arguments) == shapes((trainer.state, trainer.vlm.frozen, batch))
+        assert shard_bytes(planned.arguments[1]) == sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.vlm.frozen))
+    assert planned.function is train_program(each_config(run_config, trainer.vlm.config), trainer.vlm.config, mesh).function
+
+
+def test_planned_questions_are_those_that_are_asked(run_config, tiny_model):
+    vlm = load_backbone(tiny_model, sinks=SINKS)
+    encoded = vlm.processor.encode_question("What is it?", has_image=True)
+    side = vlm.config.image.size
+    asked = vlm.pad_questions([encoded] * 4, [np.zeros((side, side, 3), np.uint8)] * 4)
+    asked = dataclasses.replace(asked, answer_index=None, answer_target=None, row_id=None)
+    mesh = answering_mesh(None, vlm.config.text)
+    planned = question_batch(vlm.config, mesh, 4)
+    longer = lambda x, like: (x.shape[0], like.shape[1], *x.shape[2:]) if x.ndim == 2 else x.shape
+    jax.tree.map(lambda a, p: (longer(a, p), a.dtype) == (p.shape, p.dtype) or pytest.fail(f"{a.shape} {p}"), asked, planned)
+
+
+def test_a_sweep_is_compiled_from_prompts_to_cells(run_config, tiny_model):
+    model = load_backbone(tiny_model, sinks=SINKS).config
+    config = dataclasses.replace(run_config, eval=EvalConfig(batch_size=4))
+    mesh = answering_mesh(None, model.text)
+    prompts = sweep_prompts(config, model, mesh, max_new_tokens=3, cells=2, dtype=jnp.float32)
+    compiled = prompts.compile()
+    cells = sweep_cells(prompts, compiled, model, coefficients=((0.0, 1.0), (1.0, 0.0)))
+    assert (prompts.rows, cells.rows) == (2, 4)
+    for program, made in ((prompts, compiled), (cells, cells.compile())):
+        traced = traced_flops(lambda *a, p=program: p.function(*a, *p.static), *program.arguments, trips=program.trips)
+        assert analyse(made.as_text(), trips=program.trips).flops == pytest.approx(traced, rel=0.02)
+
+
+def test_the_largest_batch_of_a_line_is_found_in_few_compilations():
+    for fixed, slope, start in ((1.0, 0.1, 64), (6.0, 0.5, 16), (0.5, 0.2, 256), (15.0, 1.0, 8), (20.0, 0.1, 8)):
+        limit, unit, ran = 15.75, 8, []
+
+        def run(rows, fixed=fixed, slope=slope, ran=ran, limit=limit):
+            ran.append(rows)
+            peak = fixed + slope * rows
+            return {"rows": rows, "fits": peak <= limit, "memory_gib": {"peak": peak}}
+
+        found = largest_batch(run(start), run, unit=unit, limit_gib=limit)
+        expected = math.floor((limit - fixed) / slope + 1e-9) // unit * unit
+        assert (found["rows"] if found else 0) == max(0, expected), (fixed, slope)
+        assert len(ran) <= 4 and all(rows % unit == 0 for rows in ran)
+
+
+def test_policies_are_tried_until_one_fits():
+    def run(policy):
+        bounds = {"none": None, "dots": 2.0, "mlp": 2.5, "full": 3.0}
+        bound = bounds[policy]
+        return {"fits": bound is not None, "seconds": {"bound": bound}}
+
+    found = try_policies(("none", "dots", "mlp", "full"), run, also=("full",))
+    assert [entry["remat"] for entry in found] == ["none", "dots", "full"]
+    assert fastest(found)["remat"] == "dots" and fastest(found[:1]) is None
+
+
+def test_needed_memory_is_read_from_the_compilers_refusal():
+    for message, needed in (
+        ("the total memory required for HLO temporaries (1.56T) exceeds available HBM (15.75G).", 1.56 * 1024),
+        ("Ran out of memory in memory space hbm. Used 24.70G of 15.75G hbm. Exceeded hbm capacity by 8.95G.", 24.7),
+        ("Used 512.00M of 15.75G hbm", 0.5),
+        ("INTERNAL: something else", None),
+    ):
+        assert needed_gib(message) == needed
+
+
+def test_costs_are_steps_and_batches_times_seconds(run_config):
+    chip = CHIPS["v5e"]
+    topology = Topology("v5e:4x4", chip, (4, 4), (None,) * 16)
+    config = dataclasses.replace(run_config, data=DataConfig(), eval=EvalConfig(benchmarks={"mmstar": "x.parquet"}))
+    assumed = assume(config, utilisation=0.5, records=None, questions=None)
+    assert (assumed.records, assumed.questions, assumed.max_new_tokens) == (10_000, 1_500, 32)
+    assert assume(run_config, utilisation=1.0, records=None, questions=7).records == 12  # those that are there
+    fits = lambda bound, rows: {"fits": True, "seconds": {"bound": bound}, "rows": rows}
+    measured = {
+        "train": fits(0.5, 64),
+        "each": {"fits": False, "rows": 64},
+        "sweep prompts": fits(1.0, 4),
+        "sweep cells": fits(2.0, 44),
+        "eval": fits(3.0, 100),
+    }
+    steps, batches = 10_000 * 3 // 64, 1_500 // 4
+    hours = {
+        "train": steps * 1.0 / 3600,
+        "sweep": batches * (2.0 + 32 * 4.0) / 3600,
+        "eval": 2 * 15 * 6.0 / 3600,
+    }
+    rows = recipe(measured, config, 32, topology, assumed)
+    assert {row["part"]: row["hours"] for row in rows} == pytest.approx(hours)
+    assert {row["part"]: row["chip_hours"] for row in rows} == pytest.approx({name: 16 * h for name, h in hours.items()})
+
+
+def test_links_of_a_slice():
+    rate = lambda name: Topology(name, *parse_topology(name), ()).ici_gbps
+    assert rate("v5e:1x1") == math.inf
+    assert [rate(name) / 50 for name in ("v5e:2x2", "v5e:4x4", "v5e:8x16", "v5e:16x16")] == [2, 2, 3, 4]
+    assert [rate(name) / 100 for name in ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4")] == [2, 4, 6]
+
+
+def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):
+    config = tmp_path / "run.toml"
+    config.write_text(f'model = "{tmp_path}/none"\noutput = "{tmp_path}/run"\n[gate]\nlayers = [99]\n[sinks]\nvit_dims = [1]\n')
+    shapes = ["--model-config", str(tiny_hf_folder)]
+    for code, said, arguments in (
+        (65, "known: llava15_13b, llava15_7b, llava_phi3_mini", ["--topology", "v5e:2x2"]),
+        (65, "no such topology; known: v4:{", ["--topology", "v3:8", *shapes]),
+        (65, "libtpu refuses it", ["--topology", "v5e:3x5", *shapes]),
+        (65, "layer 99 does not exist", ["--topology", "v5e:2x2", *shapes]),
+        (65, "no multiple of 4 devices", ["--topology", "v5e:2x2", "--batch", "6", "--set", "gate.layers=[1]", *shapes]),
+        (65, "nothing to train", ["--topology", "v5e:2x2", "--set", "method=var", *shapes]),
+        (65, "above 0, up to 1", ["--topology", "v5e:2x2", "--utilisation", "0", *shapes]),
+    ):
+        assert main(["plan", str(config), *arguments]) == code
+        out, err = capfd.readouterr()
+        assert said in err and err.count("\n") == 1 and not out
+    with monkeypatch.context() as patch:
+        patch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match=r"pip install 'lsg_jax\[plan\]'"):
+            open_topology("v5e:2x2")
+
+    def locked(**_):
+        raise RuntimeError('ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "$ rm".')
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", locked)
+    with pytest.raises(InputError, match="locked by another process"):
+        open_topology("v5e:2x2")
+
+
+def test_known_shapes_are_those_of_the_models():
+    from importlib.resources import files
+
+    from converters.hf_config import model_config
+    from lsg_jax.model.llava import abstract_model
+
+    billions = {}
+    for entry in (files("lsg_jax.plan") / "models").iterdir():
+        _, params = abstract_model(model_config(json.loads(entry.read_text())))
+        billions[entry.name] = round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e9, 2)
+    # the checkpoints' own counts
+    assert billions == {"llava15_7b.json": 7.06, "llava15_13b.json": 13.35, "llava_phi3_mini.json": 4.14}

@@ -1,0 +1,167 @@
+"""Ahead-of-time compilation for TPUs that are not there: counts against closed forms, and a whole plan."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lsg_jax.cli import main
+from lsg_jax.config import MeshConfig
+from lsg_jax.model.splash_attention import splash_attention
+from lsg_jax.plan.chips import open_topology
+from lsg_jax.plan.hlo import analyse
+from lsg_jax.plan.hlo_text import Array
+from lsg_jax.plan.kernels import Kernel, kernel_flops
+from lsg_jax.plan.measure import measure
+from lsg_jax.plan.programs import Program
+from lsg_jax.plan.table import table
+from lsg_jax.plan.traced import traced_flops
+from lsg_jax.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), list(open_topology("v5e:2x2").devices))
+
+
+def abstract(mesh, dtype, shape, *axes):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def test_a_sharded_scan(mesh):
+    layers, width, rows = 6, 512, 1024
+
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    x = abstract(mesh, jnp.bfloat16, (rows, width), "fsdp")
+    weights = abstract(mesh, jnp.bfloat16, (layers, width, width), None, "fsdp")
+    work = analyse(jax.jit(run).lower(x, weights).compile().as_text())
+    assert work.flops == traced_flops(run, x, weights) / 4 == layers * 2 * rows * width**2 / 4
+    assert set(work.received) == {"all-gather"}
+    assert work.received_bytes == layers * width**2 * 2 * 3 / 4
+
+
+def test_splash_attention_counts_blocks_up_to_the_diagonal(mesh):
+    rows, heads, width = 2, 2, 128
+    one = make_mesh(MeshConfig(fsdp=1), list(mesh.devices.flat[:1]))
+
+    def run(query, key, value, mask):
+        return splash_attention(query, key, value, mask).astype(jnp.float32).sum()
+
+    for length, blocks in ((256, 1), (1024, 3)):  # blocks of 256, and of 512
+        arguments = (
+            abstract(one, jnp.bfloat16, (rows, length, heads, width)),
+            *[abstract(one, jnp.bfloat16, (rows, heads, length, width))] * 2,
+            abstract(one, jnp.bool_, (rows, length, length)),
+        )
+        both = jax.grad(run, argnums=(0, 1, 2))
+        product = 2 * rows * heads * blocks * min(length, 512) ** 2 * width
+        assert traced_flops(run, *arguments) == 2 * product
+        row_sums = 2 * rows * heads * length * width  # of outputs and their gradients, outside the kernel
+        assert traced_flops(both, *arguments) == (2 + 5) * product + row_sums
+    # which XLA does without matrix products
+    assert analyse(jax.jit(both).lower(*arguments).compile().as_text()).flops == (2 + 5) * product
+    arrays = [Array("bf16", (heads, length, width))] * 4
+    apart = {"block_q_dkv": 512, "block_kv_dkv": 512, "block_q_dq": 512, "block_kv_dq": 512}
+    names = ("splash_mha_dkv", "splash_mha_dq")
+    assert sum(kernel_flops(Kernel(name, arrays, arrays, apart)) for name in names) == (4 + 3) * product / rows
+    with pytest.raises(ValueError, match="nobody has said"):
+        kernel_flops(Kernel("another", (), (), {}))
+
+
+CONFIG = """
+model = "models/nowhere"
+output = "runs/nowhere"
+[gate]
+layers = [2]
+[sinks]
+criterion = "norm"
+[data]
+max_length = 128
+max_answer_tokens = 8
+[train]
+batch_size = 8
+[eval]
+batch_size = 2
+max_new_tokens = 4
+"""
+
+
+@pytest.fixture
+def lsg_plan(capfd, tmp_path, tiny_hf_folder):
+    """Runs `lsg plan` on the tiny model; returns what it printed as JSON, and its log."""
+
+    def run(*arguments):
+        (tmp_path / "run.toml").write_text(CONFIG)
+        code = main(["plan", str(tmp_path / "run.toml"), "--model-config", str(tiny_hf_folder), "--json", *arguments])
+        out, err = capfd.readouterr()
+        assert code == 0, err
+        return json.loads(out), err
+
+    return run
+
+
+def test_a_compiled_plan(lsg_plan):
+    result, err = lsg_plan("--topology", "v5e:2x2", "--programs", "forward")
+    assert err == "v5e:2x2, forward, 8 rows: compiling\n"
+    (forward,) = result["topologies"][0]["programs"]
+    memory, seconds = forward["memory_gib"], forward["seconds"]
+    assert forward["fits"] and memory["peak"] == pytest.approx(sum(memory.values()) - memory["peak"] - memory["host"])
+    assert forward["times_forward"] == pytest.approx(1.0, rel=0.02)
+    assert seconds["mxu"] == pytest.approx(forward["flops"] / 197e12)
+    assert seconds["expected"] == 2 * max(seconds["mxu"], seconds["hbm"], seconds["ici"])
+    assert set(forward["collectives"]) == set(forward["received_bytes"]) and all(forward["received_bytes"].values())
+    assert "forward" in table(result) and "no TPU was run" in table(result)
+
+
+def test_what_a_plan_concludes(lsg_plan, monkeypatch):
+    """With invented memory and times: 12 GiB + 0.5 a row and chip without remat, 2 + 0.25 with `dots`."""
+    needs = {"none": (12.0, 0.5, 1.0), "dots": (2.0, 0.25, 2.0), "mlp": (2.0, 0.2, 2.5), "full": (1.0, 0.125, 3.0)}
+    tried = []
+
+    def invented(program, topology, what):
+        tried.append(what)
+        policy = what.rpartition("remat ")[2].split(",")[0] if "remat" in what else "full"
+        fixed, slope, second = needs[policy]
+        peak = fixed + slope * program.rows / len(topology.devices)
+        found = {"program": program.name, "rows": program.rows, "memory_gib": {"weights": 1.0, "peak": peak}, "compile_s": 0.0}
+        if peak > topology.chip.hbm_gib:
+            return found | {"fits": False, "over_gib": peak - topology.chip.hbm_gib}
+        found["memory_gib"]["temporaries"] = peak - 1
+        work = {"flops": 1e12, "hbm_bytes": 1e9, "host_bytes": 0.0}
+        work |= {"received_bytes": {"collective-permute": 2e9}, "collectives": {"collective-permute": 2000.0}}
+        seconds = {"mxu": second, "hbm": 0.5, "ici": 0.25, "bound": second}
+        return found | work | {"fits": True, "seconds": seconds, "storm": True, "compiled": None}
+
+    monkeypatch.setattr("lsg_jax.plan.plan.measure", invented)
+    result, _ = lsg_plan("--topology", "v5e:2x2", "v5e:4x4", "--programs", "train", "each", "eval", "--rows-per-chip", "8")
+    for found, chips in zip(result["topologies"], (4, 16), strict=True):
+        assert found["devices"] == chips and found["hosts"] == chips / 4
+        entries = {(entry["program"], entry.get("remat")): entry for entry in found["programs"]}
+        assert list(entries) == [("train", "none"), ("train", "dots"), ("train", "full"), ("each", "full"), ("eval", None)]
+        assert [key for key, entry in entries.items() if entry.get("take")] == [("train", "dots")]
+        none = entries["train", "none"]
+        assert not none["fits"] and none["over_gib"] == pytest.approx(0.25) and "remat dots" in none["advice"]
+        assert found["largest_batch"] == {"remat": "dots", "rows": 55 * chips, "peak_gib": 15.75}
+        costs = {row["part"]: row["chip_hours"] for row in found["recipe"]}
+        assert costs["train"] == pytest.approx(10_000 * 2 // (8 * chips) * 4.0 * chips / 3600)
+        assert costs["each"] == pytest.approx(costs["train"] * 1.5) and costs["eval"] > 0
+    assert len(tried) == 2 * (5 + 2)
+    text = table(result)
+    assert "train, remat none: does not fit, 16.00 GiB a chip are 0.25 too many: remat dots" in text
+    assert "largest training batch with remat dots: 220 rows, 15.75 GiB a chip" in text
+    assert "train, remat dots *: 2000 collective-permutes" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("v5e:") and " dots " in line]
+    assert [row[:4] for row in rows] == [["v5e:2x2", "4", "32", "dots"], ["v5e:4x4", "16", "128", "dots"]]
+
+
+def test_what_does_not_fit_says_by_how_much(mesh):
+    topology = open_topology("v5e:2x2")
+    x = abstract(mesh, jnp.bfloat16, (40, 2**30), "fsdp")  # 20 GiB a chip
+    program = Program("forward", jax.jit(lambda x: jnp.sort(x, axis=1)), (x,), 40, {"batch": x})
+    found = measure(program, topology, "a sort")
+    assert not found["fits"] and found["memory_gib"]["batch"] == 20 and found["memory_gib"]["peak"] > 40
+    assert found["over_gib"] == pytest.approx(found["memory_gib"]["peak"] - 15.75)
