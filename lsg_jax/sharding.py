@@ -6,6 +6,7 @@ vision tower split along all three.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -15,8 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsg_jax.config import MeshConfig, TextConfig
+from lsg_jax.config import MeshConfig, ModelConfig, TextConfig
 from lsg_jax.errors import ConfigError
+from lsg_jax.types import Batch
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that a batch lies along
@@ -143,6 +145,26 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches lie along `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def abstract_batch(model: ModelConfig, mesh: Mesh, rows: int, length: int, *, answers: int | None = None) -> Batch:
+    """Shapes and shardings of a batch of examples with an image each, of `rows` over all devices.
+
+    Args:
+        answers: answer slots; None for questions.
+    """
+    side, sharding = model.image.size, batch_sharding(mesh)
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+    batch = Batch(
+        input_ids=of(np.int32, length),
+        attention_mask=of(np.bool_, length),
+        pixels=of(np.uint8, side, side, model.vision.num_channels),
+        gate_position=of(np.int32),
+    )
+    if answers is None:
+        return batch
+    slots = of(np.int32, answers)
+    return dataclasses.replace(batch, answer_index=slots, answer_target=slots, row_id=of(np.int32))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -26,10 +26,10 @@ from lsg_jax.config import (
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
-from lsg_jax.model.generate import Generated, generate, last_token
+from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, last_token, read_prompts
 from lsg_jax.model.llava import abstract_model, assemble, check_gate, check_method
 from lsg_jax.model.loss import answer_loss, answer_slots
-from lsg_jax.types import IGNORE, Batch
+from lsg_jax.types import IGNORE, Batch, KVCache
 
 PROMPT_BUCKET = 64  # prompt lengths are rounded up to a multiple, so that few shapes compile
 
@@ -211,7 +211,9 @@ class VLM:
             raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
         # the answer slots play no part, and would only add shapes to compile
         batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
-        tokens, steps, lead, ratios = _generate(self.params, batch, self.graphdef, max_new_tokens)
+        read, cache = read_batch(self.params, batch, self.graphdef, max_new_tokens)
+        asked = dataclasses.replace(batch, pixels=None)
+        tokens, steps, lead, ratios = answer_batch(self.params, asked, read, cache, self.graphdef, max_new_tokens)
         steps = int(host_array(steps))
         if self.gate is not None and ratios is not None:
             ratios = host_array(ratios)[np.array(self.gate.layers) - min(self.gate.layers)]
@@ -320,5 +322,14 @@ def _ratios(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _generate(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> Generated:
-    return generate(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)
+def read_batch(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
+    """`model.generate.read_prompts`, jitted."""
+    return read_prompts(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def answer_batch(
+    params: dict, batch: Batch, read: ReadPrompts, cache: KVCache, graphdef: Any, max_new_tokens: int
+) -> Generated:
+    """`model.generate.answer_prompts`, jitted."""
+    return answer_prompts(assemble(graphdef, params), batch, read, cache, max_new_tokens=max_new_tokens)

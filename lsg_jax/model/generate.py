@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lsg_jax.baselines.var import AttentionRedistribution
 from lsg_jax.gating.gate import KeyScaling
-from lsg_jax.model.llava import Llava
+from lsg_jax.model.llava import Llava, MergedSequence
 from lsg_jax.sharding import ROWS, constrain
-from lsg_jax.types import Array, Batch, Intervention, KVCache
+from lsg_jax.types import Array, Batch, Intervention, KVCache, VisualTokens
 
 
 class Generated(NamedTuple):
@@ -31,22 +32,51 @@ class Generated(NamedTuple):
     ratios: Array
 
 
+@flax.struct.dataclass
+class ReadPrompts:
+    """What the pass over a batch of prompts leaves for their answers.
+
+    Attributes:
+        hidden: [B, D], output of the last layer at the last token of each prompt, before the final norm.
+        visual: the visual tokens of the prompts; None for a batch without images.
+        ratios: float32 [L - first gated layer, B, G], or None without key gating.
+    """
+
+    hidden: Array
+    visual: VisualTokens | None
+    ratios: Array
+
+
 def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> Generated:
     """Greedy continuation of each row; padding may be on either side.
 
     The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates. Edits
     of the attention and low-rank updates go on with every token.
     """
+    read, cache = read_prompts(model, batch, max_new_tokens=max_new_tokens)
+    return answer_prompts(model, batch, read, cache, max_new_tokens=max_new_tokens)
+
+
+def read_prompts(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
+    """The first half of `generate`: the pass over the prompts, and a cache with room for their answers."""
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     merged = model.merge(batch)
     valid = merged.valid
     out = model(batch, merged=merged, keep_kv=True, room=max_new_tokens, rows=last_token(valid)[:, None])
     cache = KVCache(out.key, out.value, _pad_slots(valid, max_new_tokens), _pad_slots(out.sinks, max_new_tokens))
-    intervention = model.intervention(batch, merged)
-    tokens, steps, lead = decode_greedily(
-        model, out.hidden[:, 0], cache, max_new_tokens=max_new_tokens, intervention=intervention
-    )
-    return Generated(tokens, steps, lead, out.ratios)
+    return ReadPrompts(out.hidden[:, 0], merged.visual, out.ratios), cache
+
+
+def answer_prompts(model: Llava, batch: Batch, read: ReadPrompts, cache: KVCache, *, max_new_tokens: int) -> Generated:
+    """The second half of `generate`. Compiled apart, each half needs less memory than both in one program.
+
+    Args:
+        batch: that of the prompts; its pixels play no part any more.
+    """
+    valid = cache.valid[:, : batch.input_ids.shape[1]]
+    intervention = model.intervention(batch, MergedSequence(x=None, valid=valid, visual=read.visual))
+    tokens, steps, lead = decode_greedily(model, read.hidden, cache, max_new_tokens=max_new_tokens, intervention=intervention)
+    return Generated(tokens, steps, lead, read.ratios)
 
 
 def with_room(cache: KVCache, slots: int) -> KVCache:

@@ -34,7 +34,7 @@ from lsg_jax.model.projector import Projector
 from lsg_jax.model.vision_tower import VisionTower
 from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import sink_mask
-from lsg_jax.types import Batch, Intervention, LayerView, VisualTokens
+from lsg_jax.types import Array, Batch, Intervention, LayerView, VisualTokens
 
 
 @flax.struct.dataclass
@@ -42,13 +42,13 @@ class MergedSequence:
     """Text embeddings with the projected image patches in their places.
 
     Attributes:
-        x: [B, T, D].
+        x: [B, T, D]; None where only the tokens are asked about.
         valid: bool [B, T], tokens that take part; those of the batch unless a method drops some.
         visual: where the patches are, and which of them are V-sinks; None for a batch without images.
     """
 
-    x: jax.Array
-    valid: jax.Array
+    x: Array
+    valid: Array
     visual: VisualTokens | None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,8 +22,9 @@ from lsg_jax.plan.measure import measure
 from lsg_jax.plan.programs import (
     Program,
     each_config,
+    eval_answers,
+    eval_prompts,
     forward_program,
-    generate_program,
     sweep_cells,
     sweep_prompts,
     train_program,
@@ -189,22 +191,23 @@ class _Slice:
             cells=len(grid),
             dtype=self.dtype,
         )
-        first = measure(prompts, self.topology, f"sweep, prompts of {prompts.rows} questions")
-        compiled = first.pop("compiled", None)
-        self.measured.append(first)
-        self.taken["sweep prompts"] = first
-        if compiled is not None:
-            cells = self.run(sweep_cells(prompts, compiled, self.model, coefficients=grid))
-            self.measured.append(cells)
-            self.taken["sweep cells"] = cells
+        self.in_turn(prompts, lambda compiled: sweep_cells(prompts, compiled, self.model, coefficients=grid))
 
     def eval(self) -> None:
-        program = generate_program(
-            self.config, self.model, self.answering_mesh, max_new_tokens=self.assumed.max_new_tokens, dtype=self.dtype
-        )
-        found = self.run(program)
-        self.measured.append(found)
-        self.taken["eval"] = found
+        tokens = self.assumed.max_new_tokens
+        prompts = eval_prompts(self.config, self.model, self.answering_mesh, max_new_tokens=tokens, dtype=self.dtype)
+        self.in_turn(prompts, lambda compiled: eval_answers(prompts, compiled))
+
+    def in_turn(self, prompts: Program, then: Callable[[Any], Program]) -> None:
+        """Measures a program, and the one that goes on from what it gives."""
+        first = measure(prompts, self.topology, f"{prompts.name}, {prompts.rows} questions")
+        compiled = first.pop("compiled", None)
+        found = {prompts.name: first}
+        if compiled is not None:
+            program = then(compiled)
+            found[program.name] = self.run(program)
+        self.measured += found.values()
+        self.taken |= found
 
     def check(self) -> None:
         """Raises ConfigError for settings that `lsg train` would refuse."""
@@ -235,7 +238,7 @@ class _Slice:
             per_chip = rows // batch_rows(self.training_mesh)
             ways = [f"remat {smaller[0]}" if smaller else ""]
             ways += [f"train.accumulate = {2 * self.config.train.accumulate}", "a smaller batch"] if per_chip > 1 else []
-        elif found["program"] == "eval":
+        elif found["program"].startswith("eval"):
             ways = ["a smaller eval.batch_size"] if self.config.eval.batch_size > 1 else []
         else:
             ways = ["fewer coefficients at a time"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
 from lsg_jax.config import GateConfig, MethodConfig, ModelConfig, RunConfig
-from lsg_jax.model.generate import generate
 from lsg_jax.model.llava import abstract_model, assemble
 from lsg_jax.model.loss import answer_loss
-from lsg_jax.sharding import batch_rows, batch_sharding, replicated, shard_params
+from lsg_jax.sharding import abstract_batch, batch_rows, replicated, shard_params
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch
-from lsg_jax.vlm import PROMPT_BUCKET
+from lsg_jax.vlm import PROMPT_BUCKET, answer_batch, read_batch
 
 TEXT_ROOM = 128  # tokens of a question beside its image, system prompt included
 
@@ -87,21 +86,36 @@ def forward_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype:
     return Program("forward", loss, (params, batch), config.train.batch_size, parts)
 
 
-def generate_program(
+def eval_prompts(
     config: RunConfig, model: ModelConfig, mesh: Mesh, *, max_new_tokens: int, dtype: Any = jnp.bfloat16
 ) -> Program:
-    """Prefill and decoding of one batch of evaluation, gated if the configuration trains gates that make one model."""
+    """The pass over the prompts of one batch of evaluation, gated if the configuration trains gates that make one model."""
     gate, method = trained(config, model) if config.method == "lsg" and not config.gate.independent else (None, None)
     graphdef, params = _sharded_model(model, mesh, gate=gate, method=method, dtype=dtype)
     rows = config.eval.batch_size * batch_rows(mesh)
     batch = question_batch(model, mesh, rows)
-
-    def answers(params: dict, batch: Batch) -> Any:
-        return generate(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)
-
     parts = {"weights": params, "batch": batch}
-    trips = {"decode_greedily": max_new_tokens - 1}
-    return Program("eval", jax.jit(answers), (params, batch), rows, parts, trips=trips)
+    return Program("eval prompts", read_batch, (params, batch), rows, parts, static=(graphdef, max_new_tokens))
+
+
+def eval_answers(prompts: Program, compiled: Any) -> Program:
+    """Decoding of a batch whose prompts were read.
+
+    Args:
+        compiled: of `prompts`; says where its results lie.
+    """
+    params, batch = prompts.arguments
+    read, cache = _results(prompts, compiled)
+    asked = dataclasses.replace(batch, pixels=None)
+    return Program(
+        name="eval answers",
+        function=answer_batch,
+        arguments=(params, asked, read, cache),
+        static=prompts.static,
+        rows=prompts.rows,
+        parts={"weights": params, "batch": (asked, read), "cache": cache},
+        trips={"decode_greedily": prompts.static[1] - 1},
+    )
 
 
 def sweep_prompts(
@@ -138,12 +152,7 @@ def sweep_cells(
     coefficients = coefficients or coefficient_grid(2, 0.1)
     params = prompts.arguments[0]
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    shared, *_ = jax.eval_shape(lambda params, batch: run_prompts(params, batch, *prompts.static), *prompts.arguments)
-    shared = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shared,
-        compiled.output_shardings[0],
-    )
+    shared, *_ = _results(prompts, compiled)
     whole = replicated(mesh)
     values = jax.ShapeDtypeStruct((len(coefficients), len(coefficients[0])), jnp.float32, sharding=whole)
     layer = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -158,6 +167,13 @@ def sweep_cells(
     )
 
 
+def _results(program: Program, compiled: Any) -> Any:
+    """Shapes and shardings of what a compiled program gives."""
+    shapes = jax.eval_shape(lambda *arguments: program.function(*arguments, *program.static), *program.arguments)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, compiled.output_shardings)
+
+
 def trained(config: RunConfig, model: ModelConfig) -> tuple[GateConfig | None, MethodConfig | None]:
     """What a configuration trains, gates or a baseline; (None, None) for a method without training."""
     if config.method == "lsg":
@@ -168,39 +184,18 @@ def trained(config: RunConfig, model: ModelConfig) -> tuple[GateConfig | None, M
 
 def training_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Batch:
     """A batch as `lsg train` places it on the mesh."""
-    rows = _rows(mesh, config.train.batch_size)
-    answers = config.data.max_answer_tokens
-    return dataclasses.replace(
-        _batch(rows, model, config.data.max_length),
-        answer_index=rows(jnp.int32, answers),
-        answer_target=rows(jnp.int32, answers),
-        row_id=rows(jnp.int32),
-    )
+    data = config.data
+    return abstract_batch(model, mesh, config.train.batch_size, data.max_length, answers=data.max_answer_tokens)
 
 
 def question_batch(model: ModelConfig, mesh: Mesh, rows: int) -> Batch:
     """Questions with an image each, as `lsg eval` places them on the mesh; `prompt_tokens` long."""
-    return _batch(_rows(mesh, rows), model, prompt_tokens(model))
+    return abstract_batch(model, mesh, rows, prompt_tokens(model))
 
 
 def prompt_tokens(model: ModelConfig) -> int:
     """Length that the prompts of evaluation are padded to: an image, and room for a question."""
     return -(-(model.num_image_tokens + TEXT_ROOM) // PROMPT_BUCKET) * PROMPT_BUCKET
-
-
-def _batch(rows: Callable[..., Any], model: ModelConfig, length: int) -> Batch:
-    side = model.image.size
-    return Batch(
-        input_ids=rows(jnp.int32, length),
-        attention_mask=rows(jnp.bool_, length),
-        pixels=rows(jnp.uint8, side, side, model.vision.num_channels),
-        gate_position=rows(jnp.int32),
-    )
-
-
-def _rows(mesh: Mesh, count: int) -> Callable[..., Any]:
-    sharding = batch_sharding(mesh)
-    return lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:

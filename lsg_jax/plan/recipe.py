@@ -79,9 +79,10 @@ def recipe(
         batches = math.ceil(assumed.questions / measured["sweep prompts"]["rows"])
         once = seconds["sweep prompts"] + layers * seconds["sweep cells"]
         rows.append(("sweep", f"{batches} batches x {layers} layers", batches * once))
-    if "eval" in seconds:
-        batches = METHODS * math.ceil(assumed.questions / measured["eval"]["rows"])
-        rows.append(("eval", f"{batches} batches, {METHODS} methods", batches * seconds["eval"]))
+    if "eval prompts" in seconds and "eval answers" in seconds:
+        batches = METHODS * math.ceil(assumed.questions / measured["eval prompts"]["rows"])
+        once = seconds["eval prompts"] + seconds["eval answers"]
+        rows.append(("eval", f"{batches} batches, {METHODS} methods", batches * once))
     chips = len(topology.devices) / topology.chip.per_chip
     return [{"part": part, "runs": runs, "hours": time / 3600, "chip_hours": time * chips / 3600} for part, runs, time in rows]
 

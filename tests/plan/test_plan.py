@@ -137,7 +137,8 @@ def test_costs_are_steps_and_batches_times_seconds(run_config):
         "each": {"fits": False, "rows": 64},
         "sweep prompts": fits(1.0, 4),
         "sweep cells": fits(2.0, 44),
-        "eval": fits(3.0, 100),
+        "eval prompts": fits(1.0, 100),
+        "eval answers": fits(2.0, 100),
     }
     steps, batches = 10_000 * 3 // 64, 1_500 // 4
     hours = {
