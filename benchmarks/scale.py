@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--timed", action="store_true", help="bounds of seconds count too: on a quiet machine of two cores")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -68,7 +69,7 @@ def main() -> None:
             raise SystemExit(f"{name}: ended with {done.returncode}")
         results[name] = json.loads(done.stdout.splitlines()[-1])
         for what, (value, bound) in results[name].items():
-            broken = bound is not None and value > bound
+            broken = bound is not None and value > bound and (options.timed or not what.endswith(", s"))
             failed |= broken
             limit = "" if bound is None else f"  {'ABOVE' if broken else '<='} {bound:g}"
             print(f"{name:12} {what:44} {value:10.3f}{limit}", flush=True)

@@ -58,27 +58,45 @@ def run_processes(
     return [end.result() for end in ends]
 
 
+def start_commands(
+    arguments: Sequence[Sequence[object]], *, devices_each: int = 1, heartbeat: int = 10
+) -> list[subprocess.Popen[str]]:
+    """`python -m lsg_jax` with each of the arguments, as processes that find each other by the options for it."""
+    address, count = free_address(), len(arguments)
+    common = ["--multihost", "--coordinator", address, "--num-processes", count, "--heartbeat", heartbeat]
+    return [_open(["-m", "lsg_jax", *arguments[rank], *common, "--process-id", rank], devices_each) for rank in range(count)]
+
+
 def _start(script: str, count: int, devices: int, args: list[str]) -> list[subprocess.Popen[str]]:
+    address = free_address()
+    return [
+        _open(["-c", f"import processes\nprocesses.join({address!r}, {count}, {rank})\n{script}", *args], devices)
+        for rank in range(count)
+    ]
+
+
+def free_address() -> str:
+    """HOST:PORT of this machine where nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def _open(arguments: Sequence[object], devices: int) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip(),
         "PYTHONPATH": os.pathsep.join([*map(str, _IMPORTABLE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import processes\nprocesses.join({address!r}, {count}, {rank})\n{script}", *args],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _finish(process: subprocess.Popen[str], rank: int) -> str:
@@ -95,6 +113,7 @@ def join(address: str, count: int, rank: int) -> None:
     sys.excepthook = _end_at_once
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_compilation_cache", False)  # as in lsg_jax.distributed
     jax.distributed.initialize(
         address,
         num_processes=count,

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "sinks": FOUNDATION,
     "gating": FOUNDATION | {"sinks"},
     "baselines": FOUNDATION | {"sinks", "gating"},
-    "model": FOUNDATION | {"sinks", "gating", "baselines"},
+    "model": FOUNDATION | {"sinks", "gating", "baselines", "sharding"},
     "data": FOUNDATION,
     "sharding": FOUNDATION,
     "checkpoint": FOUNDATION,
@@ -29,9 +29,25 @@ MAY_IMPORT = {
     "eval": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint", "vlm", "opening"},
     "analysis": FOUNDATION
     | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint", "vlm", "opening", "train", "eval"},
+    "plan": FOUNDATION
+    | {
+        "sinks",
+        "gating",
+        "baselines",
+        "model",
+        "data",
+        "sharding",
+        "checkpoint",
+        "vlm",
+        "opening",
+        "train",
+        "eval",
+        "analysis",
+    },
     "report": FOUNDATION | {"gating", "checkpoint", "data"},
     "opening": FOUNDATION | {"gating", "model", "sharding", "checkpoint", "vlm"},
     "api": FOUNDATION | {"vlm", "opening"},
+    "distributed": {"errors"},
 }
 ANYTHING = {"cli", "quickstart", "__init__", "__main__"}
 

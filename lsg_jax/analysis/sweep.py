@@ -7,7 +7,6 @@ might have decided is computed again alone on its device, by a pass of its own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -216,8 +215,7 @@ class _Answering:
         questions = zip(self.test.items, self.test.prompts, strict=True)
         encoded = {i: encode_item(self.processor, item, prompt, self.config) for i, (item, prompt) in enumerate(questions)}
         size = self.settings.batch_size * batch_rows(self.vlm.mesh)
-        # with several processes one that stops would leave the others waiting; there a signal just ends it
-        with stop_signals() if jax.process_count() == 1 else contextlib.nullcontext(lambda: False) as stopped:
+        with stop_signals() as stopped:
             for members in plan(encoded, size):
                 self._run_batch(members, encoded, stopped)
         return {layer: [self.known[layer][i] for i in range(len(self.test.items))] for layer in self.layers}

@@ -14,13 +14,17 @@ import numpy as np
 
 from lsg_jax.checkpoint.digest import Problem, array_sha256, file_sha256, first_line
 from lsg_jax.checkpoint.manifest import read_manifest
+from lsg_jax.checkpoint.processes import gather_texts, on_all
+from lsg_jax.checkpoint.shares import shares_of
 from lsg_jax.checkpoint.tree import differences, flatten, nest
 from lsg_jax.checkpoint.writer import LeafSpec, chunk_problem, leaf_folder, open_store
 from lsg_jax.errors import CheckpointError
 
 
 def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: bool = True) -> dict[str, Any]:
-    """Loads the backbone of a model folder straight into its shardings.
+    """Loads the backbone of a model folder straight into its shardings; a collective of all processes.
+
+    Several processes share the reading (`shares`). The folder may be on a disk of each host, if it is the same model.
 
     Args:
         folder: the model folder.
@@ -36,18 +40,15 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
     Raises:
         InputError: no converted model at `folder`.
         CheckpointError: names, shapes or dtypes differ (all listed at once), or the stored data are damaged (names the leaf).
+            What one process finds is an error of all.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    specs = leaf_specs(manifest)
     wanted = flatten(abstract)
     target = None if dtype is None else np.dtype(dtype)
-    if found := differences(
-        _signature(specs), {n: (x.shape, _wanted_dtype(x, specs.get(n), target)) for n, x in wanted.items()}
-    ):
-        raise CheckpointError(f"{folder}: does not hold the expected model: {found}")
-    for problem in [*_file_problems(folder, manifest), *_chunk_problems(folder, specs)]:
-        raise _damage(folder, str(problem))
+    manifest, specs = on_all(lambda: _open_checked(folder, wanted, target))
+    for rank, digest in enumerate(gather_texts(manifest["digest"])):
+        if digest != manifest["digest"]:
+            raise CheckpointError(f"{folder}: process {rank} has another model there; copy the same folder to all hosts")
     result = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, leaf in wanted.items():
@@ -56,6 +57,19 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
             cast = target is not None and _is_float(array.dtype) and array.dtype != target
             result[name] = array.astype(target) if cast else array
     return nest(result)
+
+
+def _open_checked(folder: Path, wanted: dict[str, Any], target: np.dtype | None) -> tuple[dict[str, Any], dict[str, LeafSpec]]:
+    """Manifest and leaves of a folder that holds what is wanted, whole by all that can be told without reading the blocks."""
+    manifest = read_manifest(folder)
+    specs = leaf_specs(manifest)
+    if found := differences(
+        _signature(specs), {n: (x.shape, _wanted_dtype(x, specs.get(n), target)) for n, x in wanted.items()}
+    ):
+        raise CheckpointError(f"{folder}: does not hold the expected model: {found}")
+    for problem in [*_file_problems(folder, manifest), *_chunk_problems(folder, specs)]:
+        raise _damage(folder, str(problem))
+    return manifest, specs
 
 
 def iter_base(folder: str | Path, *, verify: bool = True) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -119,24 +133,34 @@ def leaf_specs(manifest: dict[str, Any]) -> dict[str, LeafSpec]:
 def _load_leaf(
     folder: Path, name: str, spec: LeafSpec, digests: list[str] | None, sharding: Any, pool: ThreadPoolExecutor
 ) -> jax.Array:
-    """One leaf on its devices. Its blocks are read once each, hashed and checked on the host before a device sees them.
+    """One leaf on its devices. A process reads a block once at most, and hashes and checks it before a device sees it.
 
     `ocp.load` reads the folder as well, but reads a chunk once for every device that holds a part of it, and cannot hash.
     """
-    whole = np.empty(spec.shape, spec.numpy_dtype)
+    shares = shares_of(spec, sharding)
+    offsets = spec.offsets() if shares is None else shares.offsets()
+    length = spec.shape[:1] if shares is None else (shares.rows,)
+    part = np.empty((*length, *spec.shape[1:]), spec.numpy_dtype)
 
-    def read(offset: int, digest: str | None) -> str:
+    def read(offset: int) -> str:
+        digest = None if digests is None else digests[offset // spec.rows]
         block, what = _read_block(folder, name, spec, offset, digest)
         if block is not None:
-            whole[(slice(offset, offset + len(block)),) if spec.shape else ()] = block
+            start = offset - offsets.start
+            part[(slice(start, start + len(block)),) if spec.shape else ()] = block
         return what
 
-    for what in pool.map(read, spec.offsets(), digests or [None] * len(spec.offsets())):
-        if what:
-            raise _damage(folder, f"leaf {name}: {what}")
+    def read_all() -> None:
+        for what in pool.map(read, offsets):
+            if what:
+                raise _damage(folder, f"leaf {name}: {what}")
+
+    on_all(read_all)
+    if shares is not None:
+        return shares.spread(part)
     if sharding is None:
-        return jax.device_put(whole, jax.local_devices()[0])
-    return jax.make_array_from_callback(spec.shape, sharding, lambda index: whole[index])
+        return jax.device_put(part, jax.local_devices()[0])
+    return jax.make_array_from_callback(spec.shape, sharding, lambda index: part[index])
 
 
 def _read_block(folder: Path, name: str, spec: LeafSpec, offset: int, digest: str | None) -> tuple[np.ndarray | None, str]:

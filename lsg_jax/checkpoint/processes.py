@@ -1,4 +1,4 @@
-"""What process 0 knows, told to the others. With one process these functions return their argument."""
+"""What a process knows, told to the others. With one process these functions return their argument."""
 
 from __future__ import annotations
 
@@ -65,3 +65,41 @@ def on_primary(action: Callable[[], T]) -> T | None:
     if text:
         raise CheckpointError(text)
     return result
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Runs `action` on every process and returns its result; where it fails on one of them, it fails on all; a collective.
+
+    Raises:
+        LsgError: what `action` raised, on the first process where it did; a CheckpointError that names it on the others.
+    """
+    if jax.process_count() == 1:
+        return action()
+    failure: LsgError | None = None
+    try:
+        result = action()
+    except LsgError as error:
+        failure = error
+    texts = gather_texts(str(failure) if failure else "")
+    for rank, text in enumerate(texts):
+        if failure is not None and rank == jax.process_index():
+            raise failure
+        if text:
+            raise CheckpointError(f"process {rank}: {text}")
+    return result
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, by their index; a collective."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    data = text.encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.asarray(len(data), np.int32)))
+    if not sizes.any():
+        return [""] * len(sizes)
+    buffer = np.zeros(sizes.max(), np.uint8)
+    buffer[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(buffer))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]

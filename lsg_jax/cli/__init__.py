@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lsg_jax.cli import gates, models, probe, report, sinks, stack, sweep, training
+from lsg_jax.cli import gates, models, plan, probe, report, sinks, stack, sweep, training
 from lsg_jax.cli.options import Command
 from lsg_jax.errors import LsgError
 
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lsg", description="Find, understand and tame attention sinks in vision-language models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for part in (models, sinks, training, sweep, probe, stack, report):
+    for part in (models, sinks, training, sweep, probe, stack, plan, report):
         part.add(_adder(commands))
     below = commands.add_parser("gates", help="portable gate files")
     gates.add(_adder(below.add_subparsers(required=True, metavar="ACTION", dest="action")))

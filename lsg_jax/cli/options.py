@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from lsg_jax import distributed
+from lsg_jax.errors import ConfigError
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -62,9 +66,47 @@ def sink_config(options: argparse.Namespace, base: Any) -> Any:
     return from_dict(SinkConfig, tree, where="--sinks")
 
 
+def process_options(sub: argparse.ArgumentParser) -> None:
+    """The options of a command that several processes may run together; it runs after they have found each other."""
+    group = sub.add_argument_group("several processes")
+    group.add_argument("--multihost", action="store_true", help="this is one of several processes: find the others first")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0; needed, like the next two, where no TPU slice, Slurm, Open MPI or Kubernetes says so",
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--heartbeat",
+        type=int,
+        default=distributed.HEARTBEAT,
+        metavar="SECONDS",
+        help="how long one may be silent before all end; default: %(default)s",
+    )
+    run = sub.get_default("run")
+    sub.set_defaults(run=lambda options: _run_joined(run, options))
+
+
+def _run_joined(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
+    by_hand = options.coordinator, options.num_processes, options.process_id
+    if not options.multihost:
+        if any(value is not None for value in by_hand):
+            raise ConfigError("--coordinator, --num-processes and --process-id go with --multihost")
+        run(options)
+        return
+    with distributed.joined(*by_hand, heartbeat=options.heartbeat):
+        if not distributed.is_first():
+            logging.getLogger("lsg_jax").setLevel(logging.WARNING)
+        run(options)
+
+
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr, or a line now and then where that is no terminal: call with (done, total or None, text)."""
+    if not distributed.is_first():
+        yield lambda *progress: None
+        return
     if not sys.stderr.isatty():
         last = time.monotonic()
 

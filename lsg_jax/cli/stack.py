@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, progress_bar
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_options, progress_bar
 
 
 def add(command: Command) -> None:
@@ -46,7 +46,7 @@ def _common_options(sub: argparse.ArgumentParser) -> None:
     benchmark_option(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help=f"default: OUTPUT/{study}")
     sub.add_argument("--json", action="store_true", help=f"print {study}.json instead of a table")
-    sub.add_argument("--multihost", action="store_true", help="one of several processes (a TPU pod slice, Slurm)")
+    process_options(sub)
 
 
 def _stack(options: argparse.Namespace) -> None:
@@ -87,13 +87,9 @@ def _open(options: argparse.Namespace, study: str) -> tuple[Any, Path]:
     """The configuration with the benchmarks of the command line, and the folder to write."""
     import dataclasses
 
-    import jax
-
     from lsg_jax.config import load_run_config
 
     config = load_run_config(options.config, options.overrides)
-    if options.multihost:
-        jax.distributed.initialize()
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
     return dataclasses.replace(config, eval=questions), options.out or Path(config.output) / study
 

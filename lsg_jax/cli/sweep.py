@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, progress_bar
+from lsg_jax.cli.compile_cache import use_compile_cache
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_options, progress_bar
 
 
 def add(command: Command) -> None:
@@ -41,7 +42,7 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/sweep")
     sub.add_argument("--json", action="store_true", help="print sweep.json instead of a table")
-    sub.add_argument("--multihost", action="store_true", help="one of several processes (a TPU pod slice, Slurm)")
+    process_options(sub)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -68,10 +69,9 @@ def _sweep(options: argparse.Namespace) -> None:
     grid = options.coefficients or coefficient_grid(groups, step)
     batch_size = max(1, config.eval.batch_size // len(grid)) if options.batch_size is None else options.batch_size
     settings = SweepConfig(tuple(sorted(set(options.layers))), tuple(grid), options.grouping, batch_size)
-    if options.multihost:
-        jax.distributed.initialize()
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
     asked = ask_all(questions)  # a wrong file shows before the model is loaded
+    use_compile_cache()
     vlm = open_to_answer(config, sinks=config.sinks)
     out = options.out or Path(config.output) / "sweep"
     with progress_bar("sweep") as progress:

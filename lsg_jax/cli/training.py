@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, progress_bar
+from lsg_jax.cli.compile_cache import use_compile_cache
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_options, progress_bar
 
 
 def add(command: Command) -> None:
@@ -31,6 +32,7 @@ def add(command: Command) -> None:
     sub = command("train", _train, "train gates; run it again to resume")
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    process_options(sub)
 
     sub = command("eval", _eval, "accuracy of the base model, with gates, and under the baselines")
     sub.add_argument("config", type=Path, metavar="CONFIG")
@@ -47,11 +49,7 @@ def add(command: Command) -> None:
     benchmark_option(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/eval")
     sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
-    sub.add_argument(
-        "--multihost",
-        action="store_true",
-        help="one of several processes (a TPU pod slice, Slurm): find the others first",
-    )
+    process_options(sub)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -80,13 +78,19 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    import jax
+
     from lsg_jax.config import load_run_config
+    from lsg_jax.train.goodput import start_of_process
     from lsg_jax.train.loop import train
 
     config = load_run_config(options.config, options.overrides)
+    use_compile_cache()
     with progress_bar("train") as progress:
-        folder = train(config, on_step=lambda step, total, m: progress(step, total, f"loss {m['loss']:.4f}"))
-    print(folder)
+        tell = lambda step, total, metrics: progress(step, total, f"loss {metrics['loss']:.4f}")
+        folder = train(config, on_step=tell, began=start_of_process())
+    if jax.process_index() == 0:
+        print(folder)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -103,10 +107,9 @@ def _eval(options: argparse.Namespace) -> None:
     from lsg_jax.report.gains import rows_of_gains
 
     config = load_run_config(options.config, options.overrides)
-    if options.multihost:
-        jax.distributed.initialize()
     settings = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
     asked = ask_all(settings)  # a wrong file shows before the model is loaded
+    use_compile_cache()
     output = Path(config.output)
     out = options.out or output / "eval"
     gates = options.gates or (output if (output / "run.json").exists() else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,24 @@ from lsg_jax.data.records import RandomAccess, open_records
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
 
+_POSITION = "global_next_index"  # Grain's name for it: examples of all processes together
+
 
 class TrainingData(Iterator[Batch]):
-    """Training batches of this process; all processes together see each example once an epoch, in an order set by `seed`.
+    """Training batches, or of each the rows that this process needs: each example once an epoch, in an order set by `seed`.
 
     A row with several answers gives one example per answer. All text is looked at once at construction, and tokenised where its
     length leaves doubt, so that examples without any answer token after truncation are left out before the first step, the
     same ones in every run.
 
-    The global batch is the same for any number of processes: process r holds the r-th block of its rows.
+    The global batch is the same for any number of processes and any mesh; several processes may need the same rows of it.
 
     Batches hold uint8 pixels (black for rows of text only), T = `data.max_length`, A = `data.max_answer_tokens`, and
-    B = `batch_size` divided by the number of processes. `row_id` is the row in the prepared records.
+    B = `len(rows)`. `row_id` is the row in the prepared records.
+
+    Args:
+        batch_size: rows of the global batch.
+        rows: those of them that are read here, ascending (`sharding.local_rows`); all by default.
 
     Attributes:
         num_examples: examples of an epoch.
@@ -37,8 +43,7 @@ class TrainingData(Iterator[Batch]):
         digest: sha256 that identifies the records.
 
     Raises:
-        InputError: the records cannot be opened, no example is left, the batch is larger than the set, or it cannot be divided
-            among the processes.
+        InputError: the records cannot be opened, no example is left, or the batch is larger than the set.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class TrainingData(Iterator[Batch]):
         batch_size: int,
         seed: int,
         epochs: int,
+        rows: Sequence[int] | None = None,
     ):
         if batch_size < 1 or epochs < 1:
             raise InputError(f"batch size {batch_size} and {epochs} epochs: both must be at least 1")
@@ -68,7 +74,9 @@ class TrainingData(Iterator[Batch]):
         if batch_size > self.num_examples:
             raise InputError(f"batch of {batch_size} is larger than the {self.num_examples} examples of {records_path}")
         self.num_batches = self.num_examples * epochs // batch_size
-        self._iterator = self._grain_iterator(batch_size, epochs)
+        self._batch_size = batch_size
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        self._iterator = self._grain_iterator(epochs)
 
     def _usable_examples(self) -> np.ndarray:
         """int32 [examples, 2], (row, number of the answer within it), in the order of the records."""
@@ -91,24 +99,19 @@ class TrainingData(Iterator[Batch]):
         prompt, answer = examples(record["turns"])[number]
         return self._processor.encode(prompt, answer, **self._limits)
 
-    def _grain_iterator(self, batch_size: int, epochs: int) -> Any:
+    def _grain_iterator(self, epochs: int) -> Any:
         import grain
-        import jax
 
-        processes = jax.process_count()
-        if batch_size % processes:
-            raise InputError(f"batch of {batch_size} cannot be divided among {processes} processes")
+        here, size = len(self._rows), self._batch_size
         examples = grain.MapDataset.source(_Examples(self._records, self._index)).seed(self._seed).shuffle().repeat(epochs)
-        # ElasticIterator gives process r the items r, r + processes, ...: dealt so, they are the r-th block of the batch.
-        dealt = np.arange(batch_size).reshape(processes, -1).T.ravel()
-        order = grain.MapDataset.range(self.num_batches * batch_size)
-        dataset = order.map(lambda i: examples[int(i - i % batch_size + dealt[i % batch_size])])
-        # Batched by ElasticIterator itself: its state is one integer, the same for any number of processes.
+        order = grain.MapDataset.range(self.num_batches * here)
+        dataset = order.map(lambda i: examples[int(i // here * size + self._rows[i % here])])
+        # It would deal the examples to processes by itself, but each to one of them only. Its state is one integer.
         return iter(
             grain.experimental.ElasticIterator(
                 dataset.map(self._row),
-                batch_size,
-                grain.sharding.ShardByJaxProcess(drop_remainder=True),
+                here,
+                grain.sharding.NoSharding(),
                 read_options=grain.ReadOptions(
                     num_threads=self._data.num_threads, prefetch_buffer_size=max(self._data.prefetch, self._data.num_threads)
                 ),
@@ -135,12 +138,8 @@ class TrainingData(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """Position as JSON-able data: what the next batch is. Equal on all processes, and valid for another number of them."""
-        return {
-            **self._iterator.get_state(),
-            "digest": self.digest,
-            "num_examples": self.num_examples,
-            "seed": self._seed,
-        }
+        batches = self._iterator.get_state()[_POSITION] // len(self._rows)
+        return {_POSITION: batches * self._batch_size, **self._identity()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a position that `get_state` gave.
@@ -148,11 +147,14 @@ class TrainingData(Iterator[Batch]):
         Raises:
             InputError: the position belongs to other records, another seed or other limits.
         """
-        own = self.get_state()
-        for name in ("digest", "num_examples", "seed"):
-            if state.get(name) != own[name]:
-                raise InputError(f"data position of another run: {name} is {state.get(name)!r}, here {own[name]!r}")
-        self._iterator.set_state({k: v for k, v in state.items() if k not in ("digest", "num_examples", "seed")})
+        for name, own in self._identity().items():
+            if state.get(name) != own:
+                raise InputError(f"data position of another run: {name} is {state.get(name)!r}, here {own!r}")
+        self._iterator.set_state({_POSITION: state[_POSITION] // self._batch_size * len(self._rows)})
+
+    def _identity(self) -> dict[str, Any]:
+        """What a position depends on."""
+        return {"digest": self.digest, "num_examples": self.num_examples, "seed": self._seed}
 
     def close(self) -> None:
         """Stops the reading threads."""

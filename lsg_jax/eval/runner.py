@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -167,8 +166,7 @@ def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
     log = AnswerLog(out / "answers", name, meaning, test.items, test.prompts)
     known = log.known()
     done = len(known)
-    # with several processes one that stops would leave the others waiting; there a signal just ends it
-    with stop_signals() if jax.process_count() == 1 else contextlib.nullcontext(lambda: False) as stopped:
+    with stop_signals() as stopped:
 
         def save(new: dict[int, Answer]) -> None:
             nonlocal done

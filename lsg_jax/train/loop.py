@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lsg_jax import sharding
 from lsg_jax.checkpoint import RunFolder
+from lsg_jax.checkpoint.processes import host_array, is_primary
 from lsg_jax.config import GateConfig, MethodConfig, RunConfig, to_dict
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, NonFiniteError, Preempted
 from lsg_jax.model.llava import abstract_model, initial_parameters
 from lsg_jax.opening import load_backbone
 from lsg_jax.stopping import stop_signals
+from lsg_jax.train.goodput import Goodput
 from lsg_jax.train.independent import independent_gates
+from lsg_jax.train.metrics import METRICS, MetricsLog
 from lsg_jax.train.optimizer import learning_rate
+from lsg_jax.train.profiler import StepProfiler
+from lsg_jax.train.remat import device_memory, fastest_that_fits
+from lsg_jax.train.run_record import check_meaning, record_start
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch, TrainState
 from lsg_jax.vlm import VLM, check_gate_input, check_method_input
 
+__all__ = ["METRICS", "OnStep", "Trainer", "set_up", "train"]
+
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
-RUN = "run.json"
-
-_MAY_CHANGE = frozenset(
-    {"model", "output", "mesh", "eval", "data.records", "data.num_threads", "data.prefetch"}
-    | {"train.log_every", "train.save_every", "train.keep", "train.max_skipped", "train.remat", "train.accumulate"}
-    | {"train.tensorboard", "train.wandb", "train.profile"}
-)
-"""Settings that a continued run may have otherwise: they do not change what is computed. Model and data count by digest."""
 
 OnStep = Callable[[int, int, dict[str, Any]], None]
 
@@ -52,6 +50,7 @@ class Trainer:
     Attributes:
         step: jitted (state, frozen, batch) -> (state, metrics); donates the state.
         total_steps: the step at which the run is complete.
+        goodput: where the time goes, since the start of this process or of `train`.
     """
 
     config: RunConfig
@@ -61,17 +60,20 @@ class Trainer:
     state: TrainState
     total_steps: int
     run: RunFolder
+    goodput: Goodput
 
     def save(self) -> None:
         """Saves gates, optimiser, counters and the data position as the step reached."""
         self.run.save(int(self.state.step), self.state, meta={"data": self.data.get_state(), "backbone": self.vlm.digest})
 
 
-def train(config: RunConfig, *, on_step: OnStep | None = None) -> Path:
+def train(config: RunConfig, *, on_step: OnStep | None = None, began: float | None = None) -> Path:
     """Trains what `config.method` says, gates or a baseline, and returns the run folder; continues the run that is there.
 
     Args:
-        on_step: called with (step, total steps, metrics) after each logged step; the loss of independent gates as their mean.
+        on_step: called on process 0 with (step, total steps, metrics) for each logged step, when the next one is under way; the
+            loss of independent gates as their mean.
+        began: `time.monotonic()` from which the time is counted that goes into starting; the call by default.
 
     Raises:
         ConfigError, InputError: the run cannot start, or the folder holds a run that computes something else.
@@ -80,14 +82,15 @@ def train(config: RunConfig, *, on_step: OnStep | None = None) -> Path:
     """
     run = RunFolder(config.output, keep=config.train.keep)
     with stop_signals() as stopped, run.lock():
-        trainer = set_up(config, run)
+        trainer = set_up(config, run, began)
         with contextlib.closing(trainer.data):
             _loop(trainer, stopped, on_step)
     return run.path
 
 
-def set_up(config: RunConfig, run: RunFolder) -> Trainer:
+def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Trainer:
     """Loads model and data, compares them with the run that is there, and restores its newest sound step."""
+    goodput = Goodput(began)
     mesh = sharding.make_mesh(config.mesh)
     rows = sharding.batch_rows(mesh)
     if config.train.batch_size % rows:
@@ -109,11 +112,19 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
         batch_size=config.train.batch_size,
         seed=config.seed,
         epochs=config.train.epochs,
+        rows=sharding.local_rows(mesh, config.train.batch_size),
     )
     total = min(data.num_batches, config.train.max_steps or data.num_batches)
-    _claim(run, config, vlm, data, total)
+    meaning = {
+        "config": to_dict(config),
+        "sinks": to_dict(vlm.config.sinks),
+        "backbone": vlm.digest,
+        "data": data.digest,
+        "total_steps": total,
+    }
+    check_meaning(run, meaning)
 
-    graphdef, _ = abstract_model(vlm.config, gate, method=method)
+    graphdef, _ = abstract_model(vlm.config, gate, method=method, mesh=mesh)
     key, independent = jax.random.key(config.seed), gate is not None and gate.independent
     if gate is not None and independent:
         gates = independent_gates(vlm.config, gate, vlm.frozen, key)
@@ -126,15 +137,31 @@ def set_up(config: RunConfig, run: RunFolder) -> Trainer:
         data.set_state(restored.meta["data"])
         where = "complete" if restored.step == total else "resuming"
         logger.info("%s: %s at step %d of %d", run.path, where, restored.step, total)
+    step = restored.step if restored else 0
+    if step < total or not restored:
+        record_start(run, meaning, mesh=mesh, step=step)
     return Trainer(
         config=config,
         vlm=vlm,
         data=data,
-        step=compiled_step(graphdef, config.train, total, sharding.replicated(mesh), independent=independent),
+        step=_step(config, graphdef, total, mesh, state, vlm),
         state=state,
         total_steps=total,
         run=run,
+        goodput=goodput,
     )
+
+
+def _step(config: RunConfig, graphdef: Any, total_steps: int, mesh: Mesh, state: TrainState, vlm: VLM) -> Any:
+    """The jitted step; with `remat = "auto"`, the one that was compiled under the fastest policy that fits."""
+    make = functools.partial(compiled_step, graphdef, total_steps=total_steps, sharding=sharding.replicated(mesh))
+    independent = config.method == "lsg" and config.gate.independent
+    if config.train.remat != "auto" or independent:
+        return make(config=config.train, independent=independent)
+    slots, length = config.data.max_answer_tokens, config.data.max_length
+    batch = sharding.abstract_batch(vlm.config, mesh, config.train.batch_size, length, answers=slots)
+    compile_with = lambda policy: make(config=replace(config.train, remat=policy)).lower(state, vlm.frozen, batch).compile()
+    return fastest_that_fits(compile_with, device_memory())[1]
 
 
 def _what_is_trained(config: RunConfig) -> tuple[GateConfig | None, MethodConfig | None]:
@@ -146,124 +173,153 @@ def _what_is_trained(config: RunConfig) -> tuple[GateConfig | None, MethodConfig
     return None, config.lora if config.method == "lora" else config.diysink
 
 
-def _claim(run: RunFolder, config: RunConfig, vlm: VLM, data: TrainingData, total_steps: int) -> None:
-    """Writes run.json for a new run; refuses to continue one that computes something else."""
-    meaning = {
-        "config": to_dict(config),
-        "sinks": to_dict(vlm.config.sinks),
-        "backbone": vlm.digest,
-        "data": data.digest,
-        "total_steps": total_steps,
-    }
-    if (run.path / RUN).exists():
-        before = run.read_json(RUN)
-        if changed := [name for name in _differences(before, meaning, keys=list(meaning)) if name not in _MAY_CHANGE]:
-            raise ConfigError(
-                f"{run.path}: holds a run with another {', '.join(changed)}; choose another output, or undo the change"
-            )
-        return
-    packages = ("lsg_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
-    run.write_json(
-        RUN,
-        {
-            "format": "lsg-run-1",
-            **meaning,
-            "model_name": Path(config.model).resolve().name,
-            "versions": {name: version(name) for name in packages},
-            "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        },
-    )
-
-
-def _differences(before: dict, after: dict, keys: list[str]) -> list[str]:
-    """Dotted names of settings that differ; those of the configuration without the leading "config."."""
-
-    def walk(a: Any, b: Any, name: str) -> Iterator[str]:
-        if isinstance(a, dict) and isinstance(b, dict) and name not in _MAY_CHANGE:
-            for key in sorted({*a, *b}):
-                yield from walk(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-        elif a != b:
-            yield name
-
-    return [name for key in keys for name in walk(before.get(key), after.get(key), "" if key == "config" else key)]
-
-
 def _loop(trainer: Trainer, stopped: Callable[[], bool], on_step: OnStep | None) -> None:
-    config, total = trainer.config.train, trainer.total_steps
-    schedule = learning_rate(config, total)
-    batches = iter(trainer.data)
+    config, total, goodput = trainer.config.train, trainer.total_steps, trainer.goodput
     first = int(trainer.state.step)
-    with _Metrics(trainer.run.path / METRICS, after=first) as log:
+    if first >= total:
+        return
+    goodput.now("init")
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(MetricsLog(trainer.run.path, trainer.config, after=first)) if is_primary() else None
+        steps = stack.enter_context(_Steps(trainer, log, on_step))
+        traced = config.profile if is_primary() else ()
+        profiler = stack.enter_context(StepProfiler(trainer.run.path / "profile", traced, settle=steps.wait))
+        if log:
+            stack.callback(lambda: logger.info("%s: %s", trainer.run.path, goodput.summary()))
         for step in range(first + 1, total + 1):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - began
-            placed = sharding.place_rows(batch, trainer.vlm.mesh, config.batch_size)
-            trainer.state, metrics = trainer.step(trainer.state, trainer.vlm.frozen, placed)
-            metrics = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-            metrics |= {"learning_rate": float(schedule(step - 1)), "data_wait_s": waited}
-            metrics["step_s"] = time.perf_counter() - began
-            finite = np.all(metrics["finite"])
-            if step % config.log_every == 0 or step == total or not finite:
-                log.write({"step": step, **metrics})
-                if on_step:
-                    on_step(step, total, metrics | {"loss": float(np.mean(metrics["loss"]))})
-            if not finite:
-                _not_finite(trainer, step, batch, metrics["finite"])
+            profiler.before(step)
+            steps.take(step)
+            profiler.after(step)
             stop = stopped()
             if step % config.save_every == 0 or step == total or stop:
+                steps.look()
+                goodput.now("other")
                 trainer.save()
+                goodput.now("save")
             if stop and step < total:
                 raise Preempted(f"{trainer.run.path}: stopped at step {step} of {total}, saved; run the same command to go on")
 
 
-def _not_finite(trainer: Trainer, step: int, batch: Batch, finite: bool | list[bool]) -> None:
-    """Warns of a skipped step, or aborts after too many in a row; independent gates go on as long as one of them is sound."""
-    where = ""
-    if isinstance(finite, list):
-        layers = trainer.config.gate.layers
-        where = f" at layers {[layer for layer, good in zip(layers, finite, strict=True) if not good]}"
-    what = f"step {step}: loss or gradient{where} is not finite, records {np.asarray(batch.row_id).tolist()}"
-    in_a_row = int(np.min(trainer.state.skipped))
-    if in_a_row >= trainer.config.train.max_skipped:
-        raise NonFiniteError(
-            f"{trainer.run.path}: {what}; {in_a_row} steps in a row: lower train.learning_rate, or look at these records"
-        )
-    logger.warning("%s; step skipped", what)
+@dataclass(frozen=True)
+class _InFlight:
+    """A step that the devices have, and that nobody has looked at.
+
+    Attributes:
+        told: its metrics on the host, and the moment at which they were there.
+        row_id: of its batch, int32 [B], on the devices.
+        asked: the moment at which its batch was asked for; `got`: at which the batch was there; `given`: at which the step was
+            compiled, if it had to be, and on its way.
+    """
+
+    step: int
+    told: Future[tuple[dict[str, Any], float]]
+    row_id: Any
+    asked: float
+    got: float
+    given: float
 
 
-class _Metrics:
-    """Appends JSON lines; lines after the step that a run resumes from are dropped, since they are computed again."""
+class _Steps:
+    """Takes steps, and looks at each when the next one is on its way, so that the devices need not wait for this process.
 
-    def __init__(self, path: Path, *, after: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= after:
-                        kept.append(line + "\n")
-                except ValueError:
-                    break  # the line that a kill cut short
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+    A thread reads the metrics, since this one may be waiting for data when a step ends, and that moment is to be known.
+    """
 
-    def __enter__(self) -> _Metrics:
+    def __init__(self, trainer: Trainer, log: MetricsLog | None, on_step: OnStep | None):
+        self._trainer, self._log, self._on_step = trainer, log, on_step
+        self._first, total = int(trainer.state.step) + 1, trainer.total_steps
+        # all at once and now: computed between steps, each would queue up behind the step that is in flight
+        schedule = learning_rate(trainer.config.train, total)
+        self._rates = np.asarray(jax.vmap(schedule)(np.arange(self._first - 1, total))).tolist()
+        self._skipped = np.asarray(trainer.state.skipped)  # in a row; the state itself is gone when a step is looked at
+        self._batches = iter(trainer.data)
+        self._reader = ThreadPoolExecutor(1, "metrics")
+        self._in_flight: _InFlight | None = None
+
+    def __enter__(self) -> _Steps:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._file.close()
+        self._reader.shutdown()
 
-    def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_without_nan(entry)) + "\n")
-        self._file.flush()
+    def take(self, step: int) -> None:
+        """Sends the next step to the devices, then looks at the one before."""
+        trainer, asked = self._trainer, time.monotonic()
+        try:
+            batch = next(self._batches)
+        except Exception:
+            self.look()
+            raise
+        batch = sharding.place_rows(batch, trainer.vlm.mesh, trainer.config.train.batch_size)
+        got = time.monotonic()
+        trainer.state, metrics = trainer.step(trainer.state, trainer.vlm.frozen, batch)
+        given = time.monotonic()
+        before = self._in_flight
+        self._in_flight = _InFlight(step, self._reader.submit(_read, metrics), batch.row_id, asked, got, given)
+        if before:
+            self._look_at(before)
+
+    def wait(self) -> None:
+        """Waits until the devices have nothing to do."""
+        if self._in_flight:
+            wait([self._in_flight.told])
+
+    def look(self) -> None:
+        """Looks at the step in flight, if there is one, as soon as it is done.
+
+        Raises:
+            NonFiniteError: it is one too many whose loss or gradient is not finite.
+        """
+        done, self._in_flight = self._in_flight, None
+        if done:
+            self._look_at(done)
+
+    def _look_at(self, done: _InFlight) -> None:
+        config, total = self._trainer.config, self._trainer.total_steps
+        metrics, ready = done.told.result()
+        finite = metrics["finite"]
+        self._skipped = np.where(finite, 0, self._skipped + 1)
+        spent = self._count(done, ready)
+        if done.step % config.train.log_every == 0 or done.step == total or not np.all(finite):
+            metrics |= {"learning_rate": self._rates[done.step - self._first], **spent}
+            positions = config.train.batch_size * config.data.max_length
+            for name, count in {"answer_tokens_per_s": metrics["tokens"], "positions_per_s": positions}.items():
+                metrics[name] = count / max(spent["step_s"], 1e-9)  # the clock may be coarse
+            metrics["goodput"] = self._trainer.goodput.as_metrics()
+            if self._log:
+                self._log.write({"step": done.step, **metrics})
+            if self._on_step and is_primary():
+                self._on_step(done.step, total, metrics | {"loss": float(np.mean(metrics["loss"]))})
+        if not np.all(finite):
+            self._not_finite(done, finite)
+
+    def _count(self, done: _InFlight, ready: float) -> dict[str, float]:
+        """Counts the seconds up to the end of a step; returns those that are its own."""
+        goodput = self._trainer.goodput
+        goodput.until(done.asked, "other")
+        waited = goodput.until(done.got, "data")
+        if done.step == self._first:
+            goodput.until(done.given, "compile")
+        return {"data_wait_s": waited, "step_s": waited + goodput.until(ready, "step")}
+
+    def _not_finite(self, done: _InFlight, finite: bool | list[bool]) -> None:
+        """Warns of a skipped step, or aborts after too many in a row; independent gates go on while one of them is sound."""
+        config, where = self._trainer.config, ""
+        if isinstance(finite, list):
+            layers = [layer for layer, good in zip(config.gate.layers, finite, strict=True) if not good]
+            where = f" at layers {layers}"
+        records = host_array(done.row_id).tolist()
+        what = f"step {done.step}: loss or gradient{where} is not finite, records {records}"
+        in_a_row = int(np.min(self._skipped))
+        if in_a_row >= config.train.max_skipped:
+            remedy = "lower train.learning_rate, or look at these records"
+            raise NonFiniteError(f"{self._trainer.run.path}: {what}; {in_a_row} steps in a row: {remedy}")
+        if self._log:
+            logger.warning("%s; step skipped", what)
 
 
-def _without_nan(value: Any) -> Any:
-    """Plain data with null for every number that is not finite, since NaN is no JSON."""
-    if isinstance(value, dict):
-        return {name: _without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _read(metrics: dict[str, jax.Array]) -> tuple[dict[str, Any], float]:
+    """Metrics as plain data, and the moment at which they were there."""
+    values = jax.device_get(metrics)
+    ready = time.monotonic()
+    return {name: np.asarray(value).tolist() for name, value in values.items()}, ready

@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,8 +57,10 @@ def processor(folder):
 def make(folder, processor):
     made = []
 
-    def build(data=DATA, *, batch_size=3, seed=0, epochs=2):
-        made.append(TrainingData(folder / "records", processor, data, batch_size=batch_size, seed=seed, epochs=epochs))
+    def build(data=DATA, *, batch_size=3, seed=0, epochs=2, **options):
+        made.append(
+            TrainingData(folder / "records", processor, data, batch_size=batch_size, seed=seed, epochs=epochs, **options)
+        )
         return made[-1]
 
     yield build
@@ -207,34 +208,30 @@ def test_digest_identifies_the_records(make, folder):
     assert len(make().digest) == 64
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_processes_share_the_same_global_batches(make, monkeypatch, hosts):
-    """Each process in turn, with JAX telling it its rank; then one process goes on where several stopped."""
+@pytest.mark.parametrize(
+    "parts", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3], [0, 2], [1, 3]], [[3], [0, 1, 2, 3]]]
+)
+def test_parts_of_the_same_global_batches(make, parts):
+    """Each process with its rows, which others may need as well; then one process goes on where several stopped."""
     alone = list(make(batch_size=4))
-    parts, states = [], []
-    for rank in range(hosts):
-        monkeypatch.setattr(jax, "process_count", lambda: hosts)
-        monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
-        data = make(batch_size=4)
-        parts.append([key(next(data)) for _ in range(2)])
-        states.append(data.get_state())
-        parts[-1] += [key(batch) for batch in data]
-    assert all(len(part) == len(alone) == 5 for part in parts)
-    for step, batch in enumerate(alone):
-        assert [example for part in parts for example in part[step]] == key(batch)
+    assert len(alone) == 5
+    states = []
+    for rows in parts:
+        data = make(batch_size=4, rows=rows)
+        for step, batch in enumerate(data):
+            assert key(batch) == [key(alone[step])[row] for row in rows]
+            if step == 1:
+                states.append(data.get_state())
+        assert step == 4
     assert all(state == states[0] for state in states)
-    monkeypatch.setattr(jax, "process_count", lambda: 1)
-    monkeypatch.setattr(jax, "process_index", lambda: 0)
-    resumed = make(batch_size=4)
-    resumed.set_state(states[0])
-    for batch, expected in zip(resumed, alone[2:], strict=True):
-        same(batch, expected)
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(InputError, match="cannot be divided among 3"):
-        make(batch_size=4)
+    for rows in (None, parts[-1]):
+        resumed = make(batch_size=4, rows=rows)
+        resumed.set_state(states[0])
+        for batch, expected in zip(resumed, alone[2:], strict=True):
+            assert key(batch) == [key(expected)[row] for row in rows or range(4)]
 
 
-# Reads everything, and then once more from each position in `states`, one process's and then its own.
+# Reads everything for each mesh, then once more from each position of one process; what lies on the devices must be `alone`.
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -244,35 +241,52 @@ import numpy as np
 from transformers import AutoTokenizer
 sys.path.insert(0, sys.argv[3])
 from test_pipeline import DATA, FIELDS, model_config, walk
+from lsg_jax.config import MeshConfig
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.data.processor import Processor
+from lsg_jax.sharding import local_rows, make_mesh, place_rows
 
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 processor = Processor(AutoTokenizer.from_pretrained(folder / "model", local_files_only=True), model_config())
-data = TrainingData(folder / "records", processor, DATA, batch_size=4, seed=0, epochs=2)
-batches, states = walk(data)
-runs = [batches]
-for state in json.loads((out / "states.json").read_text()):
-    data.set_state(state)
-    runs.append(list(data))
-data.close()
-arrays = {f"{r}/{b}/{f}": getattr(batch, f) for r, run in enumerate(runs) for b, batch in enumerate(run) for f in FIELDS}
-np.savez(out / f"{jax.process_index()}.npz", **arrays)
-(out / f"{jax.process_index()}.json").write_text(json.dumps(states))
+alone = np.load(out / "alone.npz")
+positions = json.loads((out / "states.json").read_text())
+
+def check(batch, step, mesh):
+    placed, compared = place_rows(batch, mesh, 4), 0
+    for field in FIELDS:
+        for shard in getattr(placed, field).addressable_shards:
+            np.testing.assert_array_equal(shard.data, alone[f"{step}/{field}"][shard.index], err_msg=f"{mesh} {step} {field}")
+            compared += 1
+    assert compared == 2 * len(FIELDS)
+
+rows = {}
+for sizes in ((1, 4, 1), (4, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)):
+    mesh = make_mesh(MeshConfig(*sizes))
+    rows[str(sizes)] = local_rows(mesh, 4)
+    data = TrainingData(
+        folder / "records", processor, DATA, batch_size=4, seed=0, epochs=2, rows=local_rows(mesh, 4)
+    )
+    batches, states = walk(data)
+    assert states == positions
+    for step, batch in enumerate(batches):
+        check(batch, step, mesh)
+    for start, state in enumerate(positions if sizes in ((1, 4, 1), (1, 1, 4)) else []):
+        data.set_state(state)
+        again = list(data)
+        assert len(again) == len(positions) - 1 - start
+        for step, batch in enumerate(again, start):
+            check(batch, step, mesh)
+    data.close()
+(out / f"{jax.process_index()}.json").write_text(json.dumps(rows))
 """
 
 
-def test_two_real_processes_share_the_batches_of_one(make, folder, tmp_path):
-    """The same global batches, from the start and from any step of one process, whose positions are also theirs."""
+def test_two_real_processes_hold_the_batches_of_one(make, folder, tmp_path):
+    """On every mesh, from the start and from any step of one process, whose positions are also theirs."""
     alone, states = walk(make(batch_size=4))
     (tmp_path / "states.json").write_text(json.dumps(states))
-    run_processes(WORKER, 2, args=[folder, tmp_path, Path(__file__).parent])
-    parts = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
-    for run, start in enumerate([0, *range(len(alone) + 1)]):
-        assert f"{run}/{len(alone) - start}/row_id" not in parts[0]
-        for number, batch in enumerate(alone[start:]):
-            for field in FIELDS:
-                together = np.concatenate([part[f"{run}/{number}/{field}"] for part in parts])
-                np.testing.assert_array_equal(together, getattr(batch, field), err_msg=f"run {run}, batch {number}, {field}")
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == states
+    np.savez(tmp_path / "alone.npz", **{f"{s}/{field}": getattr(b, field) for s, b in enumerate(alone) for field in FIELDS})
+    run_processes(WORKER, 2, devices_each=2, args=[folder, tmp_path, Path(__file__).parent], timeout=120)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["(1, 4, 1)"] == [0, 1] and second["(1, 4, 1)"] == [2, 3]
+    assert first["(1, 1, 4)"] == second["(1, 1, 4)"] == [0, 1, 2, 3]  # the tensor axis spans both

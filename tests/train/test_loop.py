@@ -11,11 +11,12 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from sinks_for_tests import Wandb, points
 
 from lsg_jax.checkpoint import RunFolder, read_step
 from lsg_jax.config import DataConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
 from lsg_jax.data.pipeline import TrainingData
-from lsg_jax.errors import BusyError, ConfigError, InputError, NonFiniteError
+from lsg_jax.errors import BusyError, ConfigError, InputError, NonFiniteError, Preempted
 from lsg_jax.sharding import place_rows
 from lsg_jax.train.loop import METRICS, _loop, set_up, train
 
@@ -202,19 +203,125 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
 
 
 def test_bad_numbers_are_skipped_and_then_abort(config, tmp_path, monkeypatch):
-    draw, count = TrainingData.__next__, iter(range(100))
+    draw, drawn = TrainingData.__next__, []
 
     def poisoned(self):
         batch = draw(self)
+        drawn.append(batch.row_id.tolist())
         pixels = batch.pixels.astype(np.float32)
-        return batch.replace(pixels=np.full_like(pixels, np.nan) if next(count) >= 3 else pixels)
+        return batch.replace(pixels=np.full_like(pixels, np.nan) if len(drawn) > 2 else pixels)
 
     monkeypatch.setattr(TrainingData, "__next__", poisoned)
-    part = replace(config, output=str(tmp_path / "run"), train=replace(config.train, max_skipped=2, save_every=1))
-    with pytest.raises(NonFiniteError, match=r"step 5: loss or gradient is not finite, records \[\d+, \d+\]; 2 steps in a row"):
+    part = replace(config, output=str(tmp_path / "run"), train=replace(config.train, max_skipped=3))
+    with pytest.raises(
+        NonFiniteError, match=r"step 5: loss or gradient is not finite, records (.*); 3 steps in a row"
+    ) as error:
         train(part)
+    assert len(drawn) == 6 and f"records {drawn[4]};" in str(error.value)  # the sixth was under way already
     lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
-    assert [line["finite"] for line in lines] == [True] * 3 + [False] * 2
+    assert [line["finite"] for line in lines] == [True] * 2 + [False] * 3
     assert lines[3]["loss"] is None  # NaN is no JSON
-    (_, good, _), (_, after, _) = read_step(part.output, 3), read_step(part.output, 4)
+    (_, good, _), (last, after, _) = read_step(part.output, 2), read_step(part.output)
     jax.tree.map(np.testing.assert_array_equal, good["gates"], after["gates"])
+    assert last == 4 and after["skipped"] == 2
+
+
+def test_a_step_is_looked_at_when_the_next_one_is_under_way(config, whole, tmp_path):
+    part, happened = replace(config, output=str(tmp_path / "run")), []
+    run = RunFolder(part.output)
+    with run.lock():
+        trainer = set_up(part, run)
+        step, save = trainer.step, trainer.run.save
+        trainer.step = lambda *arguments: happened.append("start") or step(*arguments)
+        trainer.run.save = lambda number, *rest, **meta: happened.append(f"save {number}") or save(number, *rest, **meta)
+        _loop(trainer, lambda: False, lambda number, total, metrics: happened.append(f"told {number}"))
+    expected = []
+    for last in range(2, STEPS, 2):
+        expected += ["start", "start", f"told {last - 1}", f"told {last}", f"save {last}"]
+    assert happened == [*expected, "start", f"told {STEPS}", f"save {STEPS}"]
+    assert losses(run.path) == losses(whole)
+
+
+def test_a_record_that_cannot_be_read_does_not_hide_the_step_before(config, tmp_path, monkeypatch):
+    draw, count = TrainingData.__next__, iter(range(100))
+
+    def failing(self):
+        if next(count) == 3:
+            raise InputError("row 7: cannot be read")
+        return draw(self)
+
+    monkeypatch.setattr(TrainingData, "__next__", failing)
+    part = replace(config, output=str(tmp_path / "run"))
+    with pytest.raises(InputError, match="row 7"):
+        train(part)
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def watched(config, folder):
+    """The same with everything that looks at a run."""
+    return replace(config, output=str(folder), train=replace(config.train, tensorboard=True, wandb="sinks", profile=(4, 5)))
+
+
+def test_a_run_is_told_once_however_often_it_is_started(config, whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    part, began = watched(config, tmp_path / "run"), time.monotonic()
+    run, stops = RunFolder(part.output), iter([False] * 4 + [True])
+    with run.lock():
+        with pytest.raises(Preempted):
+            _loop(set_up(part, run), lambda: next(stops), None)
+        with pytest.raises(InputError, match="told wrong"):
+            _loop(set_up(part, run), lambda: False, fail_at(7))
+    train(part)
+    elapsed = time.monotonic() - began
+
+    assert losses(run.path) == losses(whole)
+    lines = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()]
+    shown = points(run.path / "tensorboard")
+    assert list(shown) == list(range(1, STEPS + 1))
+    for line in lines:
+        assert shown[line["step"]]["ratios/layer3/rest"] == np.float32(line["ratios"][1][1])
+        assert shown[line["step"]]["loss"] == np.float32(line["loss"])
+    assert [list(told.told) for told in wandb.runs] == [[1, 2, 3, 4, 5], [6, 7], [7, 8, 9]]
+    assert len({told.settings["id"] for told in wandb.runs}) == 1
+    assert len(list((run.path / "profile").rglob("*.xplane.pb"))) == 1
+    assert [start["from_step"] for start in run.read_json("run.json")["starts"]] == [0, 5, 6]
+
+    own, earlier = [line for line in lines if line["step"] > 6], [line for line in lines if line["step"] < 6]
+    for told in (own, earlier):
+        goodput = told[-1]["goodput"]
+        share = goodput.pop("share")
+        assert min(goodput.values()) >= 0 and min(goodput[part] for part in ("init", "compile", "step", "save")) > 0
+        assert 0 < share < 1 and sum(goodput.values()) < elapsed
+        assert sum(line["step_s"] for line in told) == pytest.approx(goodput["data"] + goodput["step"])
+        assert sum(line["data_wait_s"] for line in told) == pytest.approx(goodput["data"])
+    for line in lines:
+        assert line["answer_tokens_per_s"] * line["step_s"] == pytest.approx(line["tokens"])
+        assert line["positions_per_s"] * line["step_s"] == pytest.approx(2 * 256)
+
+
+def fail_at(step):
+    def on_step(number, total, metrics):
+        if number == step:
+            raise InputError("told wrong")
+
+    return on_step
+
+
+def test_no_failure_of_what_looks_at_a_run_stops_it(config, whole, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(log=3))
+    run, told = tmp_path / "run", []
+    (run / METRICS).mkdir(parents=True)
+    for name in ("tensorboard", "profile"):
+        (run / name).write_text("a file where a folder should be")
+    train(watched(config, run), on_step=lambda step, total, metrics: told.append(step))
+    assert told == list(range(1, STEPS + 1))
+    (_, ours, _), (_, reference, _) = read_step(run), read_step(whole)
+    jax.tree.map(np.testing.assert_array_equal, ours, reference)
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    about = [
+        "metrics.jsonl: metrics are",
+        "TensorBoard: metrics are",
+        f"{run}/profile: no trace",
+        "Weights & Biases: metrics are",
+    ]
+    assert len(warnings) == 4 and {line for line in about if any(line in given for given in warnings)} == {*about}, warnings

@@ -25,7 +25,7 @@ def test_the_fastest_policy_that_fits(memory, policy):
 
 
 def test_nothing_fits():
-    with pytest.raises(ConfigError, match="no policy fits .* lower train.batch_size"):
+    with pytest.raises(ConfigError, match=r"no policy fits .* lower train\.batch_size"):
         fastest_that_fits(compiled, 2)
 
 

@@ -1,0 +1,97 @@
+"""A leaf of the backbone in equal shares: each process reads some of the blocks, the interconnect brings them to their places.
+
+So the storage is read once by all processes together, however many of them hold a part of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsg_jax.checkpoint.writer import LeafSpec
+
+SMALL = 1 << 20  # bytes; a smaller leaf is read by every process, which takes less time than a program that moves it
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a leaf is read: the r-th process takes the r-th block of `rows` rows, the last ones less or nothing.
+
+    Attributes:
+        axis: the one that all devices divide. On the way it is split among all of them, so that none ever holds more than a few
+            shares of the leaf, whatever the target is.
+    """
+
+    spec: LeafSpec
+    target: NamedSharding
+    axis: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a share: whole blocks."""
+        return -(-len(self.spec.offsets()) // jax.process_count()) * self.spec.rows
+
+    def offsets(self) -> range:
+        """Where the blocks of this process start along axis 0 of the leaf."""
+        start = jax.process_index() * self.rows
+        return range(start, min(start + self.rows, self.spec.shape[0]), self.spec.rows)
+
+    @property
+    def read(self) -> NamedSharding:
+        """Of the shares of all processes one after the other; the devices of a process split its share."""
+        by_process = sorted(self.target.mesh.devices.flat, key=lambda device: (device.process_index, device.id))
+        mesh = Mesh(np.reshape(by_process, (jax.process_count(), -1)), ("process", "local"))
+        return NamedSharding(mesh, self._at_axis("local", first="process"))
+
+    @property
+    def program(self) -> Any:
+        """Jitted: the shares as they were read -> the leaf in its target sharding."""
+        return _program(self.spec.shape[0], self._stations(), self.target)
+
+    def spread(self, share: np.ndarray) -> jax.Array:
+        """The leaf in its target sharding, from what each process has read: [rows, ...]; a collective."""
+        start = jax.process_index() * self.rows
+
+        def part(index: Any) -> np.ndarray:
+            return share[(slice(index[0].start - start, index[0].stop - start), *index[1:])]
+
+        whole = (self.rows * jax.process_count(), *self.spec.shape[1:])
+        return self.program(jax.make_array_from_callback(whole, self.read, part))
+
+    def _stations(self) -> tuple[NamedSharding, ...]:
+        """Shardings on the way, each one collective from the last; left alone, the compiler may gather the whole leaf."""
+        names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in self.target.spec]
+        here = names[self.axis] if self.axis < len(names) else ()
+        used = (*here, *(name for entry in names for name in entry if name not in here))
+        unused = tuple(name for name in self.target.mesh.axis_names if name not in used)
+        return tuple(NamedSharding(self.target.mesh, self._at_axis(split)) for split in ((*used, *unused), used))
+
+    def _at_axis(self, split: Any, first: Any = None) -> PartitionSpec:
+        return PartitionSpec(first, *[None] * (self.axis - 1), split)
+
+
+def shares_of(spec: LeafSpec, sharding: Any) -> Shares | None:
+    """How several processes share the reading of a leaf; None where each had better read all of it."""
+    spans = jax.process_count() > 1 and isinstance(sharding, NamedSharding) and sharding.mesh.size == jax.device_count()
+    if not spans or spec.block_bytes * len(spec.offsets()) < SMALL:
+        return None
+    targets = [*sharding.spec, *[None] * len(spec.shape)]
+    fits = [axis for axis in range(1, len(spec.shape)) if spec.shape[axis] % jax.device_count() == 0]
+    return Shares(spec, sharding, max(fits, key=lambda axis: (bool(targets[axis]), spec.shape[axis]))) if fits else None
+
+
+@functools.cache
+def _program(length: int, stations: tuple[NamedSharding, ...], target: NamedSharding) -> Any:
+    """Brings an array over `stations` to the target, and cuts it to `length` rows; one program for all leaves of a shape."""
+
+    def move(x: jax.Array) -> jax.Array:
+        for sharding in stations:
+            x = jax.lax.with_sharding_constraint(x, sharding)
+        return x[:length]
+
+    return jax.jit(move, out_shardings=target)

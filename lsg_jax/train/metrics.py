@@ -1,0 +1,235 @@
+"""What is told of each step: `metrics.jsonl`, which is the record, and copies for TensorBoard and Weights & Biases.
+
+A line of metrics.jsonl, and so the record of a step (n gated layers, G token groups):
+
+| name | shape | what |
+|---|---|---|
+| step | | from 1 |
+| loss | | nats a token, mean over the answer tokens of the batch; null where it is not finite |
+| tokens, correct | | answer tokens, and how many of them the model would have chosen |
+| grad_norm | | norm of the whole gradient before clipping |
+| finite | | whether loss and gradient were finite; if not, the step was skipped |
+| gate_norm, gate_grad_norm | n | norm of each layer's gate before the step, and of its gradient |
+| ratios | n, G | gate ratios, mean over the rows with an image |
+| learning_rate | | of this step |
+| step_s | | seconds from the end of the step before; without saves and compilation |
+| data_wait_s | | the part of it in which the devices waited for the batch |
+| answer_tokens_per_s | | tokens / step_s |
+| positions_per_s | | train.batch_size x data.max_length / step_s: sequence positions, of images, prompts and padding too |
+| goodput | | seconds of this process so far by what they went into (goodput.py), and the share of `step` |
+
+Of independent gates loss, correct, grad_norm and finite have the shape n; of baselines there are no gates and ratios. In
+TensorBoard and Weights & Biases each number has a name of its own: `ratios/layer10/v_sink`, `goodput/share`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from lsg_jax.config import RunConfig
+from lsg_jax.gating.keys import GROUPS
+from lsg_jax.train.run_record import RUN
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Where records go. Any method may raise anything."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """All sinks that a configuration asks for. The failure of one is warned of once, in a line, and never stops training.
+
+    metrics.jsonl is tried again at the next step; the others are left alone after a failure.
+
+    Args:
+        folder: the run folder; it holds run.json.
+        after: the step that the run goes on from. What was told of later steps is dropped, since they are computed again.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, *, after: int):
+        self._warned: set[str] = set()
+        self._sinks: dict[str, Sink] = {}
+        names = _Names(config)
+        self._open(METRICS, lambda: JsonLines(folder / METRICS, after=after))
+        if config.train.tensorboard:
+            self._open("TensorBoard", lambda: TensorBoard(folder / "tensorboard", names, after=after))
+        if config.train.wandb:
+            self._open("Weights & Biases", lambda: WeightsAndBiases(folder, config.train.wandb, names))
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for name, sink in self._sinks.items():
+            self._attempt(name, sink.close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Tells all sinks of a step."""
+        for name, sink in list(self._sinks.items()):
+            if not self._attempt(name, functools.partial(sink.write, record)) and name != METRICS:
+                self._attempt(name, self._sinks.pop(name).close)
+
+    def _open(self, name: str, make: Callable[[], Sink]) -> None:
+        def opened() -> None:
+            self._sinks[name] = make()
+
+        self._attempt(name, opened)
+
+    def _attempt(self, name: str, action: Callable[[], None]) -> bool:
+        """Whether it worked; the first time that it did not, a warning says why."""
+        try:
+            action()
+        except Exception as error:
+            if name not in self._warned:
+                self._warned.add(name)
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                remedy = '; pip install "lsg_jax[metrics]"' if isinstance(error, ImportError) else ""
+                logger.warning("%s: metrics are not written (%s)%s; training goes on", name, what, remedy)
+            return False
+        return True
+
+
+class JsonLines:
+    """One record a line; whatever happens, the file ends with a whole line or is cut back to one."""
+
+    def __init__(self, path: Path, *, after: int):
+        self._end = _end_of_step(path, after) if path.exists() else 0
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(self._end)
+
+    def write(self, record: dict[str, Any]) -> None:
+        line = (json.dumps(_without_nan(record)) + "\n").encode()
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            raise
+        self._end += len(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _end_of_step(path: Path, last: int) -> int:
+    """Where the lines of steps up to `last` end, or those before a line that a kill cut short."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > last:
+                    break
+            except (ValueError, TypeError, KeyError):
+                break
+            end += len(line)
+    return end
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain data with null for every number that is not finite, since NaN is no JSON."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoard:
+    """An event file for each start of the run.
+
+    The records are written here and now: the writer that tensorboardX offers for that hands them to a thread, and waits for it
+    for ever once it has failed.
+    """
+
+    def __init__(self, folder: Path, names: _Names, *, after: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import RecordWriter
+
+        self._event, self._summary, self._names = Event, Summary, names
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads the files in the order of their names
+        self._file = RecordWriter(
+            str(folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}")
+        )
+        self._put(file_version="brain.Event:2")
+        self._put(step=after + 1, session_log=SessionLog(status=SessionLog.START))  # hides what it has of this step and later
+
+    def write(self, record: dict[str, Any]) -> None:
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in self._names.flat(record).items()]
+        self._put(step=record["step"], summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _put(self, **fields: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
+
+
+class WeightsAndBiases:
+    """One W&B run for a run folder, however often it is started again; W&B itself ignores steps that it has already."""
+
+    def __init__(self, folder: Path, project: str, names: _Names):
+        import wandb
+
+        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        started = json.dumps(record["starts"][0], sort_keys=True)
+        self._names = names
+        self._run = wandb.init(
+            project=project,
+            id=hashlib.sha256(started.encode()).hexdigest()[:16],
+            resume="allow",
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=record["config"],
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log(self._names.flat(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Names:
+    """One name for each number of a record."""
+
+    def __init__(self, config: RunConfig):
+        gated = config.method == "lsg"
+        self._layers = [f"layer{layer}" for layer in config.gate.layers] if gated else []
+        self._groups = GROUPS[config.gate.grouping]
+
+    def flat(self, record: dict[str, Any]) -> dict[str, float]:
+        """The finite numbers of a record but its step: {"ratios/layer10/v_sink": 0.4, ...}."""
+        found = self._walk({name: value for name, value in record.items() if name != "step"}, ())
+        return {"/".join(path): float(value) for path, value in found if math.isfinite(value)}
+
+    def _walk(self, value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:
+        if isinstance(value, list):
+            value = dict(zip(self._layers if len(path) == 1 else self._groups, value, strict=True))
+        if not isinstance(value, dict):
+            yield path, value
+            return
+        for name, entry in value.items():
+            yield from self._walk(entry, (*path, name))

@@ -1,0 +1,312 @@
+"""What is told of a run: sinks that fail, files that are read back, where the time went, and on what the run was."""
+
+import json
+import math
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sinks_for_tests import Wandb, points
+from tensorboardX import record_writer
+
+from lsg_jax.checkpoint import RunFolder
+from lsg_jax.config import GateConfig, MeshConfig, RunConfig, TrainConfig, to_dict
+from lsg_jax.errors import ConfigError
+from lsg_jax.sharding import make_mesh
+from lsg_jax.train.goodput import PARTS, Goodput, start_of_process
+from lsg_jax.train.metrics import METRICS, JsonLines, MetricsLog
+from lsg_jax.train.profiler import StepProfiler
+from lsg_jax.train.run_record import check_meaning, git_revision, record_start
+
+BEFORE = time.monotonic()
+CONFIG = RunConfig(model="m", output="o", gate=GateConfig(layers=(1, 10)), train=TrainConfig(tensorboard=True))
+
+
+def record(step):
+    """Of a step, as the loop gives it."""
+    return {
+        "step": step,
+        "loss": 1 / step,
+        "finite": True,
+        "gate_norm": [0.5, math.nan],
+        "ratios": [[0.5, 0.5], [0.25, 0.75]],
+        "goodput": {"init": 2.0},
+    }
+
+
+def names_and_values(step):
+    """The same, as TensorBoard and W&B get it."""
+    return {
+        "loss": np.float32(1 / step),
+        "finite": 1.0,
+        "gate_norm/layer1": 0.5,
+        "ratios/layer1/v_sink": 0.5,
+        "ratios/layer1/rest": 0.5,
+        "ratios/layer10/v_sink": 0.25,
+        "ratios/layer10/rest": 0.75,
+        "goodput/init": 2.0,
+    }
+
+
+def steps_told(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_tells_each_step_once(tmp_path):
+    for after, last in ((0, 6), (4, 9), (9, 11)):
+        with MetricsLog(tmp_path, CONFIG, after=after) as log:
+            for step in range(after + 1, last + 1):
+                log.write(record(step))
+    assert steps_told(tmp_path / METRICS) == list(range(1, 12))
+    assert json.loads((tmp_path / METRICS).read_text().splitlines()[0])["gate_norm"] == [0.5, None]  # NaN is no JSON
+    assert points(tmp_path / "tensorboard") == {step: names_and_values(step) for step in range(1, 12)}
+
+
+@pytest.mark.parametrize("broken", [b'{"step": 3, "lo', b'{"step": 3}', b"[3]\n", b"\xff\n", b"{}\n", b'{"step": 4}\n'])
+def test_lines_after_one_that_is_no_record_are_dropped(tmp_path, broken):
+    path = tmp_path / METRICS
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + broken + (b'{"step": 3}\n' if broken.endswith(b"\n") else b""))
+    lines = JsonLines(path, after=3)
+    lines.write({"step": 9})
+    lines.close()
+    assert steps_told(path) == [1, 2, 9]
+
+
+def test_a_full_disk_costs_lines_but_never_half_a_line(tmp_path, caplog):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(tmp_path, replace(CONFIG, train=TrainConfig()), after=0) as log:
+        log.write(record(1))
+        size = (tmp_path / METRICS).stat().st_size
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size + size // 2, limit[1]))  # room for two lines and a half
+            for step in range(2, 6):
+                log.write(record(step))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert steps_told(tmp_path / METRICS) == [1, 2]
+        log.write(record(6))
+    assert steps_told(tmp_path / METRICS) == [1, 2, 6]
+    assert [line.partition(" (")[0] for line in caplog.messages] == ["metrics.jsonl: metrics are not written"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder with run.json."""
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(CONFIG), "starts": [{"time": "2026-01-01"}]}))
+    return tmp_path
+
+
+def test_wandb_goes_on_with_the_same_run(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    for after in (0, 2):
+        with MetricsLog(folder, replace(CONFIG, train=TrainConfig(wandb="sinks")), after=after) as log:
+            log.write(record(after + 1))
+    first, second = wandb.runs
+    assert first.settings == second.settings and first.ended == second.ended == 1
+    assert first.settings["project"] == "sinks" and first.settings["resume"] == "allow" and first.settings["id"]
+    assert first.settings["config"] == json.loads(json.dumps(to_dict(CONFIG)))
+    assert first.told == {1: pytest.approx(names_and_values(1))} and second.told == {3: pytest.approx(names_and_values(3))}
+    assert not (folder / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    "wandb, told",
+    [
+        (None, r'ModuleNotFoundError: .*wandb.*\); pip install "lsg_jax\[metrics\]"; training goes on'),
+        (Wandb(init=0), "ValueError: init failed"),
+        (Wandb(log=2), "ValueError: log failed"),
+        (Wandb(finish=0), "ValueError: finish failed"),
+    ],
+)
+def test_a_sink_that_fails_is_told_once_and_the_others_go_on(folder, monkeypatch, caplog, wandb, told):
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with MetricsLog(folder, replace(CONFIG, train=TrainConfig(wandb="sinks", tensorboard=True)), after=0) as log:
+        for step in (1, 2, 3):
+            log.write(record(step))
+    assert steps_told(folder / METRICS) == list(points(folder / "tensorboard")) == [1, 2, 3]
+    assert len(caplog.messages) == 1 and "\n" not in caplog.text.strip()
+    assert caplog.messages[0].startswith("Weights & Biases: metrics are not written (")
+    assert re.search(told, caplog.text)
+
+
+def test_tensorboard_that_is_missing_or_fails_midway(folder, monkeypatch, caplog):
+    write, count = record_writer.RecordWriter.write, iter(range(100))
+
+    def failing(self, data):
+        if next(count) == 4:  # the version, START, steps 1 and 2
+            raise OSError(28, "No space left on device")
+        write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_writer.RecordWriter, "write", failing)
+        with MetricsLog(folder, CONFIG, after=0) as log:
+            for step in range(1, 6):
+                log.write(record(step))
+    assert list(points(folder / "tensorboard")) == [1, 2] and next(count) == 5  # it is left alone
+    monkeypatch.setitem(sys.modules, "tensorboardX.record_writer", None)
+    with MetricsLog(folder, CONFIG, after=5) as log:
+        log.write(record(6))
+    assert steps_told(folder / METRICS) == [1, 2, 3, 4, 5, 6]
+    assert ["No space left on device" in line for line in caplog.messages] == [True, False]
+
+
+def test_every_second_is_counted_once():
+    rng = random.Random(0)
+    goodput, moments = Goodput(100.0), [100.0]
+    spent = []
+    for _ in range(200):
+        moments.append(moments[-1] + rng.uniform(-2, 3))  # also moments that have passed already
+        spent.append(goodput.until(moments[-1], rng.choice(PARTS)))
+    assert min(spent) == 0 and set(goodput.seconds) == set(PARTS) and min(goodput.seconds.values()) > 0
+    told = goodput.as_metrics()
+    assert sum(spent) == pytest.approx(max(moments) - 100) == pytest.approx(sum(told.values()) - told["share"])
+    assert told["share"] * sum(spent) == pytest.approx(told["step"])
+    assert Goodput().as_metrics() == dict.fromkeys([*PARTS, "share"], 0.0)
+    assert Goodput(0.0).seconds is not goodput.seconds
+    known = Goodput(0.0)
+    known.until(25.0, "init")
+    known.until(100.0, "step")
+    assert known.summary() == "100 s: init 25 %, compile 0 %, data 0 %, step 75 %, save 0 %, other 0 %"
+    assert start_of_process() < BEFORE
+
+
+def test_profiler_traces_its_steps_and_its_failure_stops_nothing(tmp_path, caplog):
+    called = []
+
+    def run(folder, steps, made=range(1, 6)):
+        with StepProfiler(folder, steps, lambda: called.append("settle")) as profiler:
+            for step in made:
+                profiler.before(step)
+                called.append(step)
+                jnp.arange(3).block_until_ready()
+                profiler.after(step)
+
+    run(tmp_path / "none", ())
+    assert called == [1, 2, 3, 4, 5] and not (tmp_path / "none").exists()
+    called.clear()
+    run(tmp_path / "some", (2, 3))
+    assert called == [1, "settle", 2, 3, "settle", 4, 5]
+    run(tmp_path / "resumed", (2, 9), made=range(4, 6))  # and it ends before the range does
+    run(tmp_path / "past", (2, 3), made=range(4, 6))
+    for name, traces in {"some": 1, "resumed": 1, "past": 0}.items():
+        assert len(list((tmp_path / name).rglob("*.xplane.pb"))) == traces
+    assert not caplog.messages
+    jax.profiler.start_trace(tmp_path / "other")
+    try:
+        run(tmp_path / "second", (2, 3))
+    finally:
+        jax.profiler.stop_trace()
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{tmp_path / 'second'}: no trace of steps: ")
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b"]
+    return subprocess.run(
+        ["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_revision_of_the_checkout_that_tracks_the_package(tmp_path, monkeypatch):
+    package, installed = tmp_path / "repo" / "package", tmp_path / "repo" / "site-packages"
+    for folder in (package, installed):
+        folder.mkdir(parents=True)
+        (folder / "module.py").write_text("a = 1\n")
+    assert git_revision(package) is None and git_revision(tmp_path / "missing") is None
+    git(tmp_path / "repo", "init", "-q")
+    assert git_revision(package) is None
+    git(package, "add", ".")
+    assert git_revision(package) is None  # no commit yet
+    git(package, "commit", "-q", "-m", "first")
+    head = git(package, "rev-parse", "HEAD")
+    assert git_revision(package) == {"revision": head, "dirty": False}
+    assert git_revision(installed) is None
+    (package / "module.py").write_text("a = 2\n")
+    assert git_revision(package) == {"revision": head, "dirty": True}
+    monkeypatch.setenv("PATH", "")
+    assert git_revision(package) is None
+
+
+def test_run_json_lists_every_start_and_refuses_another_meaning(tmp_path):
+    run, mesh = RunFolder(tmp_path / "run"), make_mesh(MeshConfig())
+    meaning = {"config": to_dict(CONFIG), "sinks": {"vit_tau": 1.0}, "backbone": "b", "data": "d", "total_steps": 9}
+    check_meaning(run, meaning)
+    for step in (0, 4):
+        record_start(run, meaning, mesh=mesh, step=step)
+        check_meaning(run, meaning)
+    found = run.read_json("run.json")
+    assert found["format"] == "lsg-run-1" and {name: found[name] for name in meaning} == json.loads(json.dumps(meaning))
+    assert found["devices"] == "1 cpu" and found["model_name"] == "m"
+    first, second = found["starts"]
+    assert (first["from_step"], second["from_step"]) == (0, 4) and first["time"] < second["time"]
+    assert first["mesh"] == dict(mesh.shape) and set(first["mesh"].values()) == {1}
+    assert (first["process_count"], first["device_count"], first["device_kind"]) == (1, 1, "cpu")
+    assert first["versions"] == found["versions"] and first["versions"]["jax"] == jax.__version__
+    assert set(first["git"] or {"revision", "dirty"}) == {"revision", "dirty"}
+    moved = replace(CONFIG, model="elsewhere", train=replace(CONFIG.train, log_every=7, profile=(1, 2)))
+    check_meaning(run, meaning | {"config": to_dict(moved)})
+    other = replace(CONFIG, seed=1, gate=replace(CONFIG.gate, width=8))
+    with pytest.raises(ConfigError, match=r"holds a run with another gate\.width, seed, backbone; choose another output"):
+        check_meaning(run, meaning | {"config": to_dict(other), "backbone": "c"})
+
+
+CACHE = """
+import os, pathlib, sys, warnings
+import jax, jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+from lsg_jax.cli.compile_cache import use_compile_cache
+
+warnings.filterwarnings("error", message="Error reading")  # which JAX says of what it cannot read
+home = pathlib.Path(sys.argv[1])
+def use(**environment):
+    os.environ.update(environment)
+    jax.config.update("jax_compilation_cache_dir", None)
+    found = use_compile_cache()
+    compilation_cache.reset_cache()
+    jax.clear_caches()
+    assert jax.jit(lambda x: jnp.sin(x) + 1)(0.0) == 1
+    return found, jax.config.values["jax_compilation_cache_dir"]
+
+folder = home / "lsg_jax" / "compiled"
+entries = lambda: {path.name: path.read_bytes() for path in folder.glob("*-cache")}
+assert use(XDG_CACHE_HOME=str(home), LSG_COMPILE_CACHE="off") == (None, None) and not folder.exists()
+assert use(LSG_COMPILE_CACHE="") == (folder, str(folder))
+whole = entries()
+assert whole
+for damage, index in [
+    (lambda data: data[:-1], "[]"),
+    (lambda data: b"", "{"),
+    (lambda data: bytes(len(data)), "null"),
+    (lambda data: data[:100], "{}"),
+]:
+    use()  # so that all of them are known as sound
+    for name, data in whole.items():
+        (folder / name).write_bytes(damage(data))
+    use()
+    healed = entries()
+    assert healed.keys() == whole.keys() and all(healed[name] != damage(whole[name]) for name in whole)
+    (folder / "checked.json").write_text(index)
+    whole = healed
+untouched = entries()
+use()
+assert entries() == untouched
+(home / "file").write_text("")
+assert use(XDG_CACHE_HOME=str(home / "file")) == (None, None)  # no folder can be made there
+jax.config.update("jax_compilation_cache_dir", str(home / "own"))
+assert use_compile_cache() is None and jax.config.values["jax_compilation_cache_dir"] == str(home / "own")
+"""
+
+
+def test_damaged_compiled_programs_are_compiled_again(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    subprocess.run([sys.executable, "-c", CACHE, tmp_path], env=environment, check=True, timeout=300)
