@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.cli.compile_cache import use_compile_cache
 from lsg_jax.cli.options import Command
 
 UTILISATION = 0.5
@@ -62,6 +63,7 @@ def _plan(options: argparse.Namespace) -> None:
     from lsg_jax.plan.recipe import assume
     from lsg_jax.plan.table import table
 
+    use_compile_cache()
     jax.config.update("jax_platforms", "cpu")  # where there is a TPU, it is left alone
     if not 0 < options.utilisation <= 1:
         raise InputError(f"--utilisation {options.utilisation:g}: give a share above 0, up to 1")

@@ -10,7 +10,8 @@ PARTS = ("init", "compile", "data", "step", "save", "other")
 """What seconds are counted for:
 
 init      from the start to the first batch: finding the other processes, loading the model, looking through the records
-compile   the first call of the step, which is traced and compiled, or read from the compile cache
+compile   the first call of the step, which is traced and compiled, or read from the compile cache; and the policies that
+          train.remat = "auto" tries
 data      the devices had nothing to do, since the batch was not there yet
 step      the devices computed
 save      a checkpoint was written, and read back

@@ -140,11 +140,14 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     step = restored.step if restored else 0
     if step < total or not restored:
         record_start(run, meaning, mesh=mesh, step=step)
+    goodput.now("init")
+    compiled = _step(config, graphdef, total, mesh, state, vlm)
+    goodput.now("compile")
     return Trainer(
         config=config,
         vlm=vlm,
         data=data,
-        step=_step(config, graphdef, total, mesh, state, vlm),
+        step=compiled,
         state=state,
         total_steps=total,
         run=run,

@@ -31,7 +31,7 @@ def config(tiny_model, records, scenes, tmp_path_factory):
         gate=GateConfig(layers=(1,)),
         sinks=SINKS,
         data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
-        train=TrainConfig(batch_size=2, epochs=1, max_steps=2),
+        train=TrainConfig(batch_size=2, epochs=1, max_steps=3),
         eval=EvalConfig(benchmarks={"mine": str(questions)}, batch_size=4, max_new_tokens=4, near_tie=0.0),
     )
 
@@ -111,11 +111,11 @@ def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, cap
 
         return ablation_study(config, ("lora", "three"), out, progress=progress)
 
-    with pytest.raises(Preempted, match="stopped at step 1 of 2, saved"):
+    with pytest.raises(Preempted, match="stopped at step 2 of 3, saved"):
         run(("training lora", 1))
     study = run(None)
     assert told[-3:] == [("mine.base", 4), ("mine.reference", 4), ("mine.lora", 4)]
-    assert told[:-3] == [(f"training {name}", step) for name in ("reference", "lora") for step in (1, 2)]  # each step once
+    assert told[:-3] == [(f"training {name}", step) for name in ("reference", "lora") for step in (1, 2, 3)]  # each step once
 
     assert study["format"] == "lsg-ablate-1" and json.loads((out / "ablate.json").read_text()) == study
     assert [row["variant"] for row in study["skipped"]] == ["three"]
@@ -138,7 +138,7 @@ def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, cap
     toml.write_text(
         f'model = "{config.model}"\noutput = "{tmp_path}"\n[gate]\nlayers = [1]\n[sinks]\ncriterion = "norm"\nvit_tau = 10.0\n'
         f'[data]\nrecords = "{config.data.records}"\nmax_length = 256\nmax_answer_tokens = 8\n'
-        "[train]\nbatch_size = 2\nepochs = 1\nmax_steps = 2\n"
+        "[train]\nbatch_size = 2\nepochs = 1\nmax_steps = 3\n"
         "[eval]\nbatch_size = 4\nmax_new_tokens = 4\nnear_tie = 0.0\n"
     )
     given = [str(toml), "--benchmark", f"mine={config.eval.benchmarks['mine']}"]
