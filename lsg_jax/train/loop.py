@@ -93,9 +93,10 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     goodput = Goodput(began)
     mesh = sharding.make_mesh(config.mesh)
     rows = sharding.batch_rows(mesh)
-    if config.train.batch_size % rows:
+    if config.train.batch_size % (rows * config.train.accumulate):
+        parts = f" times train.accumulate {config.train.accumulate}" if config.train.accumulate > 1 else ""
         raise ConfigError(
-            f"train.batch_size {config.train.batch_size} is no multiple of the {rows} devices along data and fsdp"
+            f"train.batch_size {config.train.batch_size} is no multiple of the {rows} devices along data and fsdp{parts}"
         )
     gate, method = _what_is_trained(config)
     vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=mesh)

@@ -202,6 +202,13 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_parts_of_a_batch_must_fill_the_devices(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("lsg_jax.sharding.batch_rows", lambda mesh: 2)
+    part = replace(config, output=str(tmp_path / "run"), train=replace(config.train, accumulate=2))
+    with pytest.raises(ConfigError, match=r"the 2 devices along data and fsdp times train\.accumulate 2"):
+        train(part)
+
+
 def test_bad_numbers_are_skipped_and_then_abort(config, tmp_path, monkeypatch):
     draw, drawn = TrainingData.__next__, []
 
