@@ -35,13 +35,18 @@ class StepProfiler:
         if self._steps and not self._tracing and self._steps[0] <= step <= self._steps[1]:
             self._settle()
             self._tracing = True
-            self._attempt(lambda: jax.profiler.start_trace(self._folder))
+            self._attempt(self._start)
 
     def after(self, step: int) -> None:
         """To be called when a step is on its way."""
         if self._tracing and step >= self._steps[1]:
             self._settle()
             self._stop()
+
+    def _start(self) -> None:
+        # a trace that ends in a folder that can't be made stays open in JAX, and no other can start in this process
+        self._folder.mkdir(parents=True, exist_ok=True)
+        jax.profiler.start_trace(self._folder)
 
     def _stop(self) -> None:
         if self._tracing:

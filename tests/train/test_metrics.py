@@ -200,13 +200,15 @@ def test_profiler_traces_its_steps_and_its_failure_stops_nothing(tmp_path, caplo
     for name, traces in {"some": 1, "resumed": 1, "past": 0}.items():
         assert len(list((tmp_path / name).rglob("*.xplane.pb"))) == traces
     assert not caplog.messages
-    jax.profiler.start_trace(tmp_path / "other")
+    (tmp_path / "blocked").write_text("a file")
+    run(tmp_path / "blocked", (2, 3))
+    jax.profiler.start_trace(tmp_path / "other")  # nothing is left open
     try:
         run(tmp_path / "second", (2, 3))
     finally:
         jax.profiler.stop_trace()
-    (warning,) = caplog.messages
-    assert warning.startswith(f"{tmp_path / 'second'}: no trace of steps: ")
+    for name, warning in zip(("blocked", "second"), caplog.messages, strict=True):
+        assert warning.startswith(f"{tmp_path / name}: no trace of steps: ")
 
 
 def git(folder, *arguments):
