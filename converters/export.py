@@ -6,11 +6,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from converters.blocks import pieces
@@ -20,10 +21,11 @@ from converters.ops import Shape
 from converters.reader import INDEX, SAFETENSORS, SafetensorsSource
 from converters.rules import Part, layout_of
 from converters.safetensors_writer import SafetensorsWriter
-from lsg_jax.checkpoint import Problem, iter_base, read_manifest
+from lsg_jax.checkpoint import Problem, iter_base, read_manifest, read_step
 from lsg_jax.checkpoint.files import sync_folder
 from lsg_jax.config import ModelConfig, from_dict
-from lsg_jax.errors import CheckpointError
+from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.opening import read_run, trained_method
 
 SHARD_BYTES = 5_000_000_000  # what transformers writes
 
@@ -32,17 +34,20 @@ def export(
     model_dir: str | Path,
     hf_dir: str | Path,
     *,
+    trained: Mapping[str, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a model folder as a checkpoint in Hugging Face format, by the names that its tensors came with.
 
-    Every tensor has the bytes it had, if the model was converted at the dtype of its source. Buffers that the conversion
-    dropped (`ignored` in the manifest) are not given back. Memory stays bounded; the folder appears when it is complete.
+    Every tensor has the bytes it had, if the model was converted at the dtype of its source and nothing was `trained`. Buffers
+    that the conversion dropped (`ignored` in the manifest) are not given back. Memory stays bounded; the folder appears when
+    it is complete.
 
     Args:
         model_dir: made by `convert`.
         hf_dir: the folder to make; must not exist, or be empty.
+        trained: leaves that take the place of the model's, by their paths; rounded to its dtype. `trained_leaves` reads them.
         shard_bytes: the largest size of one weight file.
         progress: called after each block with the bytes written and the bytes in all.
 
@@ -59,13 +64,26 @@ def export(
         for problem in hf_problems(model, manifest):
             raise CheckpointError(f"{model}: damaged: {problem}; convert the model again")
         work.mkdir(parents=True, exist_ok=True)
-        _Export(model, manifest, shard_bytes).write(work, progress)
+        _Export(model, manifest, shard_bytes, trained or {}).write(work, progress)
         os.replace(work, target)
         sync_folder(target.absolute().parent)
     except OSError as error:
         raise CheckpointError(f"{work}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def trained_leaves(model_dir: str | Path, run: str | Path) -> dict[str, np.ndarray]:
+    """The parts of a model that a run of method `full` has trained, by their paths.
+
+    Raises:
+        InputError: no such run. CheckpointError: a run of another model.
+    """
+    record = read_run(run, backbone=read_manifest(model_dir)["digest"])
+    if (held := trained_method(record)) != "full":
+        raise InputError(f"{run}: what was trained there is {held}; only a run of method full changes the model itself")
+    parts = read_step(run)[1]["gates"]
+    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(parts)}
 
 
 def hf_problems(model_dir: str | Path, manifest: dict[str, Any]) -> list[Problem]:
@@ -83,8 +101,11 @@ def hf_problems(model_dir: str | Path, manifest: dict[str, Any]) -> list[Problem
 class _Export:
     """What goes where, from the manifest alone. `tensors`: canonical name -> (shape, dtype name)."""
 
-    def __init__(self, model: Path, manifest: dict[str, Any], shard_bytes: int):
-        self.model, self.manifest = model, manifest
+    def __init__(self, model: Path, manifest: dict[str, Any], shard_bytes: int, trained: Mapping[str, np.ndarray]):
+        self.model, self.manifest, self.trained = model, manifest, trained
+        for name, leaf in trained.items():
+            if (known := manifest["leaves"].get(name, {}).get("shape")) != list(leaf.shape):
+                raise CheckpointError(f"{model}: trained leaf {name} {list(leaf.shape)} does not fit {known}")
         try:
             config = from_dict(ModelConfig, manifest["config"], where=str(model))
             self.names: dict[str, str] = manifest["names"]
@@ -113,6 +134,8 @@ class _Export:
                 writer = stack.enter_context(SafetensorsWriter(folder / file, contents))
                 writers |= dict.fromkeys(members, writer)
             for leaf, offset, block in iter_base(self.model):
+                if leaf in self.trained:
+                    block = self.trained[leaf][offset : offset + len(block)].astype(block.dtype)
                 done += self._put(writers, leaf, offset, block)
                 if progress is not None:
                     progress(done, total)

@@ -45,7 +45,7 @@ _CONFIG: dict[str, Any] = {
     },
 }
 
-_IMAGE_PROCESSOR: dict[str, Any] = {
+IMAGE_PROCESSOR: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
     "do_resize": True,
     "size": {"shortest_edge": 56},
@@ -65,16 +65,21 @@ _ATTENTION = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 1.5}
 
 def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
     """Writes weights, configuration, tokenizer and image processor (about 1.5 MB). Needs no torch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, _CONFIG, seed=seed)
+    (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2), encoding="utf-8")
+    write_byte_tokenizer(folder)
+
+
+def write_weights(folder: Path, raw: dict[str, Any], *, seed: int) -> None:
+    """Writes config.json and random weights for it."""
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model_config(_CONFIG)
+    config = model_config(raw)
     rng = np.random.default_rng(seed)
     tensors = {name: _random(rng, name, shape) for name, shape in layout(config, rules_of(config)).tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_CONFIG, indent=2), encoding="utf-8")
-    (folder / "preprocessor_config.json").write_text(json.dumps(_IMAGE_PROCESSOR, indent=2), encoding="utf-8")
-    write_byte_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -23,7 +23,8 @@ Signal = Literal["last", "mean_all", "mean_visual"]
 Grouping = Literal["v_sink_rest", "l_sink_rest", "three"]
 Aspect = Literal["pad", "crop", "squash"]
 Template = Literal["chat_template", "vicuna_v1", "qwen2", "phi3"]
-Method = Literal["base", "lsg", "var", "sink_front", "diysink", "lora", "fixed"]
+Method = Literal["base", "lsg", "var", "sink_front", "diysink", "lora", "fixed", "full"]
+Part = Literal["vision_tower", "projector", "language_model"]
 Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian"]
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
 Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]
@@ -261,17 +262,36 @@ class LoraConfig:
         _at_least_one("lora", rank=self.rank)
 
 
-MethodConfig = FixedConfig | VarConfig | SinkFrontConfig | DiySinkConfig | LoraConfig
+@dataclass(frozen=True)
+class FullConfig:
+    """Training of the model itself: all parameters of the parts that are named, the others frozen.
+
+    LLaVA is made in two stages, with `["projector"]` on captions and the default on conversations.
+    """
+
+    parts: tuple[Part, ...] = ("projector", "language_model")
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ConfigError(f"full.parts is {list(self.parts)}: name some of {', '.join(typing.get_args(Part))}, each once")
+
+
+MethodConfig = FixedConfig | VarConfig | SinkFrontConfig | DiySinkConfig | LoraConfig | FullConfig
 """What may be done to the model instead of gates."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where training examples come from and the one shape they are padded to."""
+    """Where training examples come from and the one shape they are padded to.
+
+    A conversation of several answers gives an example for each, with the turns before as prompt (`split`), since a gate reads
+    at the end of a prompt. `whole` makes one example of it in which every answer counts, for methods that train no gates.
+    """
 
     records: str = ""  # folder written by `lsg prepare`
     max_length: int = 1024  # tokens per example, image tokens included
     max_answer_tokens: int = 256
+    conversations: Literal["split", "whole"] = "split"
     num_threads: int = 2
     prefetch: int = 4
     image_aspect: Aspect | None = None  # None: as the model folder says
@@ -392,6 +412,7 @@ class RunConfig:
     sink_front: SinkFrontConfig = SinkFrontConfig()
     diysink: DiySinkConfig = DiySinkConfig()
     lora: LoraConfig = LoraConfig()
+    full: FullConfig = FullConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -400,6 +421,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.gate.independent and self.train.remat not in ("full", "auto"):
             raise ConfigError(f'train.remat is "{self.train.remat}": independent gates recompute every layer, choose "full"')
+        if self.method == "lsg" and self.data.conversations == "whole":
+            raise ConfigError('data.conversations = "whole" has no one place for a gate to read at: choose "split"')
 
 
 T = TypeVar("T")

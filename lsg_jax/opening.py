@@ -27,8 +27,8 @@ from lsg_jax.config import (
 )
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
-from lsg_jax.model.llava import abstract_model
-from lsg_jax.sharding import answering_mesh, replicated, shard_params
+from lsg_jax.model.llava import abstract_model, join_trained
+from lsg_jax.sharding import answering_mesh, replicated, shard_params, state_shardings
 from lsg_jax.vlm import VLM
 
 
@@ -102,7 +102,7 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
 
 
 def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: SinkConfig | None = None) -> VLM:
-    """The model with what a run has trained: gates, LoRA or DIYSink.
+    """The model with what a run has trained: gates, LoRA, DIYSink, or parts of the model, which come at its own dtype.
 
     Args:
         source: the run folder; of gates all that `with_gates` takes.
@@ -117,17 +117,21 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
         raise InputError(f"{source}: what was trained there is {held}, not {method}")
     if run is None or held == "lsg":
         return with_gates(vlm, source, sinks=sinks)
-    settings: MethodConfig = from_dict(
-        {"lora": LoraConfig, "diysink": DiySinkConfig}[held], run["config"][held], where=f"{source}/run.json: {held}"
-    )
     sinks = sinks or from_dict(SinkConfig, run["sinks"], where=f"{source}/run.json: sinks")
     config = dataclasses.replace(vlm.config, sinks=sinks)
     parameters = read_step(source)[1]["gates"]
-    if vlm.mesh is not None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_params({"gates": parameters}, vlm.mesh)["gates"])
-        parameters = jax.device_put(parameters, shardings)
-    else:
-        parameters = jax.device_put(parameters)
+    if held == "full":
+        parameters = jax.tree.map(
+            lambda new, old: new.astype(old.dtype), parameters, {part: vlm.frozen[part] for part in parameters}
+        )
+    parameters = jax.device_put(
+        parameters, None if vlm.mesh is None else state_shardings({"gates": parameters}, vlm.mesh)["gates"]
+    )
+    if held == "full":
+        return VLM(config, join_trained(vlm.frozen, parameters), folder=vlm.folder, mesh=vlm.mesh)
+    settings: MethodConfig = from_dict(
+        {"lora": LoraConfig, "diysink": DiySinkConfig}[held], run["config"][held], where=f"{source}/run.json: {held}"
+    )
     return VLM(config, vlm.frozen, method=settings, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
 
 

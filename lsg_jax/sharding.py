@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsg_jax.config import MeshConfig, ModelConfig, TextConfig
+from lsg_jax.config import MeshConfig, ModelConfig, Part, TextConfig
 from lsg_jax.errors import ConfigError
 from lsg_jax.types import Batch
 
@@ -167,8 +168,23 @@ def abstract_batch(model: ModelConfig, mesh: Mesh, rows: int, length: int, *, an
     return dataclasses.replace(batch, answer_index=slots, answer_target=slots, row_id=of(np.int32))
 
 
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Where the leaves of a training state lie: what is trained, and what the optimiser keeps of it, as such parameters do.
+
+    Gates and counters are on every device.
+    """
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        roots = [i for i, name in enumerate(names) if name in ("gates", *typing.get_args(Part))]
+        parameter = "/".join(names[roots[-1] :]) if roots else ""
+        return NamedSharding(mesh, param_spec(parameter, leaf.shape, mesh) if "/" in parameter else PartitionSpec())
+
+    return jax.tree.map_with_path(of, state)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device: gates, optimiser state, metrics."""
+    """On every device: gates, metrics."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -27,7 +27,7 @@ from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
 from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, last_token, read_prompts
-from lsg_jax.model.llava import abstract_model, assemble, check_gate, check_method
+from lsg_jax.model.llava import abstract_model, assemble, check_gate, check_method, join_trained
 from lsg_jax.model.loss import answer_loss, answer_slots
 from lsg_jax.types import IGNORE, Batch, KVCache
 
@@ -97,7 +97,7 @@ class VLM:
     @property
     def params(self) -> dict:
         """All parameters, gates included, a nested dict."""
-        return self.frozen if self.gates is None else {**self.frozen, "gates": self.gates}
+        return join_trained(self.frozen, self.gates)
 
     def plain(self) -> VLM:
         """The same weights without gates or any method."""

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "model": FOUNDATION | {"sinks", "gating", "baselines", "sharding"},
     "data": FOUNDATION,
     "sharding": FOUNDATION,
+    "embedded": FOUNDATION | {"data", "model", "sharding", "checkpoint"},
     "checkpoint": FOUNDATION,
     "vlm": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint"},
     "train": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint", "vlm", "opening"},

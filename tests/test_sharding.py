@@ -38,11 +38,14 @@ def test_every_parameter_has_a_rule():
 
 
 SHARDED = """
-import os, sys
+import dataclasses, os, sys
 import jax, numpy as np
 import lsg_jax
-from lsg_jax.config import MeshConfig
-from lsg_jax.sharding import make_mesh
+from lsg_jax.config import FullConfig, MeshConfig, TrainConfig
+from lsg_jax.model.llava import abstract_model, initial_parameters
+from lsg_jax.model.loss import answer_slots
+from lsg_jax.sharding import make_mesh, state_shardings
+from lsg_jax.train.step import compiled_step, init_state
 sys.path.insert(0, os.environ["TESTS"])
 from test_vlm import SINKS, gates
 
@@ -55,21 +58,52 @@ labels = np.where(np.arange(60) >= 55, ids, -100)
 whole = lsg_jax.load(model, gates())
 logits, (loss, grads) = whole.logits(ids, pixels), whole.loss_and_grads(ids, pixels, labels)
 tokens = whole.generate_ids(ids, pixels, max_new_tokens=4)
-vlm = lsg_jax.load(model, gates(), mesh=make_mesh(MeshConfig(2, 2, 2)))
-kernel = vlm.frozen["language_model"]["layers"]["mlp"]["gate_proj"]["kernel"]
-assert len(kernel.sharding.device_set) == 8
-assert kernel.addressable_shards[0].data.size * 4 == kernel.size
-np.testing.assert_allclose(vlm.logits(ids, pixels), logits, atol=1e-4)
-other, others = vlm.loss_and_grads(ids, pixels, labels)
-np.testing.assert_allclose(other, loss, rtol=1e-5)
-for layer in grads:
-    for name in grads[layer]:
-        np.testing.assert_allclose(others[layer][name], grads[layer][name], atol=1e-4 * np.abs(grads[layer][name]).max())
-np.testing.assert_array_equal(vlm.generate_ids(ids, pixels, max_new_tokens=4), tokens)
+for sizes, parts in {(2, 2, 2): 4, (8, 1, 1): 1, (1, 8, 1): 8, (1, 1, 8): 8}.items():
+    vlm = lsg_jax.load(model, gates(), mesh=make_mesh(MeshConfig(*sizes)))
+    kernel = vlm.frozen["language_model"]["layers"]["mlp"]["gate_proj"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size, sizes
+    np.testing.assert_allclose(vlm.logits(ids, pixels), logits, atol=1e-4)
+    other, others = vlm.loss_and_grads(ids, pixels, labels)
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    for layer in grads:
+        for name in grads[layer]:
+            np.testing.assert_allclose(others[layer][name], grads[layer][name], atol=1e-4 * np.abs(grads[layer][name]).max())
+    np.testing.assert_array_equal(vlm.generate_ids(ids, pixels, max_new_tokens=4), tokens)
+
+
+def trained_in_full(vlm, mesh):
+    # two steps of training the model itself
+    method, config = FullConfig(), TrainConfig(optimizer="sgd", learning_rate=0.1)
+    graphdef, _ = abstract_model(vlm.config, method=method, mesh=mesh)
+    parts = initial_parameters(vlm.config, None, method, vlm.frozen, jax.random.key(0))
+    frozen = {"vision_tower": vlm.frozen["vision_tower"]}
+    state = init_state(parts, frozen, config=config, total_steps=4)
+    state = jax.device_put(state, state_shardings(state, mesh))
+    index, target = answer_slots(labels)
+    batch = dataclasses.replace(vlm.batch(ids, pixels), answer_index=index, answer_target=target)
+    step = compiled_step(graphdef, config, 4, mesh)
+    for _ in range(2):
+        state, metrics = step(state, frozen, batch)
+        same = lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim)
+        assert all(jax.tree.leaves(jax.tree.map(same, state, state_shardings(state, mesh))))
+        assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(metrics))
+    return state, metrics
+
+
+reference, told = trained_in_full(lsg_jax.load(model), make_mesh(MeshConfig(), jax.devices()[:1]))
+for sizes, parts in {(1, 8, 1): 8, (2, 2, 2): 4}.items():
+    mesh = make_mesh(MeshConfig(*sizes))
+    state, metrics = trained_in_full(lsg_jax.load(model, mesh=mesh), mesh)
+    kept = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == kernel.shape]
+    assert len(kept) == 4  # gate_proj and up_proj, and the momentum of each
+    assert all(leaf.addressable_shards[0].data.size * parts == leaf.size for leaf in kept)
+    np.testing.assert_allclose(metrics["loss"], told["loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.device_get(state), jax.device_get(reference))
 """
 
 
-def test_sharded_equals_unsharded_on_eight_devices(tiny_model):
+def test_sharded_equals_unsharded_on_eight_devices_in_every_layout(tiny_model):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "TESTS": os.path.dirname(__file__)}
     done = subprocess.run([sys.executable, "-c", SHARDED, str(tiny_model)], env=environment, capture_output=True, text=True)

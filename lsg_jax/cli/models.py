@@ -22,6 +22,7 @@ def add(command: Command) -> None:
     sub = command("export", _export, "write a model folder back in Hugging Face format")
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    sub.add_argument("--trained", type=Path, metavar="RUN", help='with what a run of method = "full" has trained')
 
     sub = command("inspect", _inspect, "what a model folder, run folder, prepared records or gate file holds")
     sub.add_argument("path", type=Path, metavar="PATH")
@@ -55,10 +56,11 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from converters.export import export
+    from converters.export import export, trained_leaves
 
+    trained = trained_leaves(options.model, options.trained) if options.trained else None
     with progress_bar("export") as progress:
-        export(options.model, options.hf_dir, progress=progress)
+        export(options.model, options.hf_dir, trained=trained, progress=progress)
     print(options.hf_dir)
 
 

@@ -353,22 +353,27 @@ class ChunkTokenizer:
         hidden = self._pattern.sub(lambda m: f"\ue000lsg:t{self._literals.index(m[0])}\ue001", text[len(tag) :])
         return tag + hidden
 
-    def encode(self, prompt: str, answer: str | None, image_ids: Sequence[int]) -> tuple[list[int], int]:
-        """(ids, number of prompt ids). `image_ids` stand in for the tag; BOS comes first, once, if the tokenizer adds one."""
+    def encode(
+        self, prompt: str, answer: str | None, image_ids: Sequence[int], *, beginning: bool = True
+    ) -> tuple[list[int], int]:
+        """(ids, number of prompt ids). `image_ids` stand in for the tag.
+
+        At the `beginning` of a text BOS comes first, once, if the tokenizer adds one.
+        """
         first, *rest = prompt.split(IMAGE_TAG)
         if len(rest) > 1:
             raise ConfigError(f"the template writes {len(rest)} {IMAGE_TAG} tags")
         head: list[int] = []
         if rest:
-            head = [*self._with_bos(self._beginning(first)), *image_ids]
+            head = [*self._with_bos(self._beginning(first), beginning), *image_ids]
         last = rest[0] if rest else first
         prompt_ids = self._chunk(last)
         answer_ids = [] if answer is None else self._continuation(last, prompt_ids, answer)
-        prompt_ids = head + prompt_ids if rest else self._with_bos(prompt_ids)
+        prompt_ids = head + prompt_ids if rest else self._with_bos(prompt_ids, beginning)
         return prompt_ids + answer_ids, len(prompt_ids)
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
+    def _with_bos(self, ids: list[int], beginning: bool) -> list[int]:
+        return [self._bos, *ids] if beginning and self._bos is not None and ids[:1] != [self._bos] else ids
 
     def _chunk(self, text: str) -> list[int]:
         text = self._pattern.sub(lambda m: self._stand_ins.get(m[0], m[0]), text)

@@ -22,9 +22,9 @@ _POSITION = "global_next_index"  # Grain's name for it: examples of all processe
 class TrainingData(Iterator[Batch]):
     """Training batches, or of each the rows that this process needs: each example once an epoch, in an order set by `seed`.
 
-    A row with several answers gives one example per answer. All text is looked at once at construction, and tokenised where its
-    length leaves doubt, so that examples without any answer token after truncation are left out before the first step, the
-    same ones in every run.
+    A row with several answers gives one example per answer, or one in all with `data.conversations = "whole"`. All text is
+    looked at once at construction, and tokenised where its length leaves doubt, so that examples without any answer token after
+    truncation are left out before the first step, the same ones in every run.
 
     The global batch is the same for any number of processes and any mesh; several processes may need the same rows of it.
 
@@ -79,14 +79,15 @@ class TrainingData(Iterator[Batch]):
         self._iterator = self._grain_iterator(epochs)
 
     def _usable_examples(self) -> np.ndarray:
-        """int32 [examples, 2], (row, number of the answer within it), in the order of the records."""
+        """int32 [examples, 2], (row, number of the answer within it, 0 for a whole row), in the order of the records."""
         kept: list[tuple[int, int]] = []
         dropped: Counter[str] = Counter()
         for row in range(len(self._records)):
             record = self._records[row]
-            for number, (prompt, answer) in enumerate(examples(record["turns"])):
+            whole = self._data.conversations == "whole"
+            for number, (prompt, answer) in enumerate(examples(record["turns"])[: 1 if whole else None]):
                 try:
-                    if not self._processor.surely_fits(prompt, answer, **self._limits):
+                    if whole or not self._processor.surely_fits(prompt, answer, **self._limits):
                         self.truncated += self._encode(record, number).cut > 0
                 except RecordError as error:
                     dropped[error.reason] += 1
@@ -96,6 +97,8 @@ class TrainingData(Iterator[Batch]):
         return np.asarray(kept, np.int32).reshape(-1, 2)
 
     def _encode(self, record: dict[str, Any], number: int) -> Encoded:
+        if self._data.conversations == "whole":
+            return self._processor.encode_conversation(record["turns"], **self._limits)
         prompt, answer = examples(record["turns"])[number]
         return self._processor.encode(prompt, answer, **self._limits)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,20 +37,31 @@ class Encoded:
 
     Attributes:
         ids: int32 [T], the image spliced in as one image token per patch.
-        num_prompt: number of leading ids that are the prompt; the rest is the answer with its end marker.
+        num_prompt: number of leading ids before the (first) answer.
         cut: number of answer tokens that truncation removed.
+        answers: (start, stop) of each answer with its end marker; None: one, from `num_prompt` to the end.
     """
 
     ids: np.ndarray
     num_prompt: int
     cut: int = 0
+    answers: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def answered(self) -> np.ndarray:
+        """Places of the answer tokens, ascending: int [A]."""
+        spans = [(self.num_prompt, len(self.ids))] if self.answers is None else self.answers
+        return np.concatenate([np.arange(*span) for span in spans])
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 [T], the ids with -100 on the prompt (not shifted); None without an answer."""
-        if len(self.ids) == self.num_prompt:
+        """int32 [T], the ids with -100 where there is no answer (not shifted); None without any."""
+        places = self.answered
+        if not len(places):
             return None
-        return np.where(np.arange(len(self.ids)) < self.num_prompt, np.int32(IGNORE), self.ids)
+        labels = np.full(len(self.ids), IGNORE, np.int32)
+        labels[places] = self.ids[places]
+        return labels
 
 
 class Processor:
@@ -162,6 +173,50 @@ class Processor:
             raise RecordError("nothing_supervised", f"the prompt has {num_prompt} tokens; no answer fits into {max_length}")
         return Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept))
 
+    def encode_conversation(self, turns: Sequence[Turn], *, max_length: int, max_answer_tokens: int) -> Encoded:
+        """Tokenises a conversation as one example in which every answer counts; cut as `encode` does.
+
+        Raises:
+            RecordError: `image_truncated`, `nothing_supervised`, or `answers_apart`: under this template an answer within
+                is not what a model is taught to say at the end, so that no one sequence serves all answers.
+        """
+        image_ids = [self.model.image_token_id] * self.model.num_image_tokens
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        prompt, ending = self._render(turns[:-1], turns[-1].text)
+        for question, answer in self._exchanges(turns, prompt + (ending or "")):
+            more, start = self._chunks.encode(question, answer, image_ids, beginning=not ids)
+            spans.append((len(ids) + start, len(ids) + len(more)))
+            ids += more
+        if ids != self._chunks.encode(prompt, ending, image_ids)[0]:
+            raise RecordError("answers_apart", "its turns are other tokens together than one by one")
+        whole = Encoded(np.asarray(ids, np.int32), spans[0][0], answers=tuple(spans))
+        places = whole.answered[:max_answer_tokens]
+        length = min(max_length, int(places[-1]) + 1)
+        kept = tuple((start, min(stop, length)) for start, stop in spans if start < length)
+        if (whole.ids[length:] == self.model.image_token_id).any():
+            raise RecordError("image_truncated", f"the image's tokens do not fit into {max_length} tokens")
+        if not kept:
+            raise RecordError("nothing_supervised", f"the prompt has {spans[0][0]} tokens; no answer fits into {max_length}")
+        cut = len(whole.answered) - sum(stop - start for start, stop in kept)
+        return Encoded(whole.ids[:length], spans[0][0], cut, kept)
+
+    def _exchanges(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[str, str]]:
+        """Cuts a rendered conversation: (what stands before an answer, the answer with its marker) one after the other."""
+        _, first = self._render(turns[:1], turns[1].text)
+        lead, found, trail = (first or "").partition(self._chunks.protect(turns[1].text))
+        at = 0
+        for asked, told in zip(turns[::2], turns[1::2], strict=True):
+            answer = lead + self._chunks.protect(told.text) + trail
+            start = text.find(answer, at)
+            question = self._chunks.protect(asked.text, keep_tag=True).removeprefix(IMAGE_TAG).strip()
+            if not found or start < 0 or question not in text[at:start]:
+                raise RecordError("answers_apart", "the template writes earlier answers in another way than the last one")
+            yield text[at:start], answer
+            at = start + len(answer)
+        if at < len(text):
+            raise RecordError("answers_apart", "the template writes something behind the last answer")
+
     def surely_fits(self, prompt_turns: Sequence[Turn], answer: str, *, max_length: int, max_answer_tokens: int) -> bool:
         """Whether `encode` can neither fail nor cut anything, told from the length of the text, which is much faster.
 
@@ -227,7 +282,8 @@ class Processor:
                 tokens are neither none nor as many as the vision tower's features.
         """
         length = len(encoded.ids)
-        targets = encoded.ids[encoded.num_prompt :]
+        answered = encoded.answered
+        targets = encoded.ids[answered]
         if length > max_length or len(targets) > max_answer_tokens:
             raise InputError(
                 f"example of {length} tokens ({len(targets)} of them answer) exceeds {max_length} ({max_answer_tokens})"
@@ -243,14 +299,13 @@ class Processor:
         positions = np.arange(max_length)
         answer_index = np.zeros(max_answer_tokens, np.int32)
         answer_target = np.full(max_answer_tokens, IGNORE, np.int32)
-        last = start + encoded.num_prompt - 1  # its hidden state predicts the first answer token
-        answer_index[: len(targets)] = last + np.arange(len(targets))
+        answer_index[: len(targets)] = start + answered - 1  # whose hidden state predicts it
         answer_target[: len(targets)] = targets
         return {
             "input_ids": input_ids,
             "attention_mask": (positions >= start) & (positions < start + length),
             "pixels": self.blank if pixels is None else pixels,
-            "gate_position": np.asarray(last, np.int32),
+            "gate_position": np.asarray(start + encoded.num_prompt - 1, np.int32),
             "answer_index": answer_index,
             "answer_target": answer_target,
             "row_id": np.asarray(row_id, np.int32),

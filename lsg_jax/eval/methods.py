@@ -12,7 +12,7 @@ from lsg_jax.eval.runner import BASE
 from lsg_jax.opening import open_trained
 from lsg_jax.vlm import VLM
 
-TRAINED = ("lsg", "lora", "diysink")
+TRAINED = ("lsg", "lora", "diysink", "full")
 """Methods that need a run of `lsg train`."""
 
 

@@ -21,15 +21,7 @@ from lsg_jax.types import LayerChange, VisualTokens
 
 
 class GateParam(nnx.Param):
-    """A trainable parameter; everything else in the model is frozen."""
-
-
-def is_gate(path: tuple[str, ...]) -> bool:
-    """True for the parameters that training may change; the one predicate behind gradients and freeze masks.
-
-    What a trained baseline (LoRA, DIYSink) changes lies below `gates` as well.
-    """
-    return path[0] == "gates"
+    """A parameter of a gate or a baseline; it lies below `gates`, and everything else in the model is frozen."""
 
 
 class SinkGate(nnx.Module):

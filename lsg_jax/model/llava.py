@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import flax.struct
 import jax
@@ -20,10 +20,12 @@ from lsg_jax.baselines.var import attention_redistribution, check_var
 from lsg_jax.config import (
     DiySinkConfig,
     FixedConfig,
+    FullConfig,
     GateConfig,
     LoraConfig,
     MethodConfig,
     ModelConfig,
+    Part,
     SinkFrontConfig,
     VarConfig,
 )
@@ -203,7 +205,7 @@ class Llava(nnx.Module):
             merged.x,
             merged.valid,
             self.intervention(batch, merged),
-            differentiate=isinstance(self.method, DiySinkConfig),  # its projectors come before the layers
+            differentiate=isinstance(self.method, DiySinkConfig | FullConfig),  # what comes before the layers is trained
             rows=rows,
             keep_kv=keep_kv,
             room=room,
@@ -244,21 +246,24 @@ def make_baseline(config: ModelConfig, method: LoraConfig | DiySinkConfig, key: 
 
 
 def initial_parameters(
-    config: ModelConfig, gate: GateConfig | None, method: MethodConfig | None, frozen: dict, key: jax.Array
+    config: ModelConfig, gate: GateConfig | None, method: MethodConfig | None, params: dict, key: jax.Array
 ) -> dict:
-    """The subtree "gates" before the first step of training, a nested dict of arrays of its own.
+    """What is trained, before the first step, a nested dict of float32 arrays of its own; `join_trained` says where it belongs.
 
     Args:
         gate, method: one of the two; a method that is trained.
-        frozen: parameters of the backbone; DIYSink's projectors start as copies of its projector.
+        params: of the backbone, from which DIYSink's projectors and the parts of FullConfig start.
     """
     if gate is not None:
         return nnx.to_pure_dict(nnx.state(make_gates(config, gate, key)))
+    copy = functools.partial(jax.tree.map, lambda leaf: jnp.array(leaf, jnp.float32, copy=True))
+    if isinstance(method, FullConfig):
+        return {part: copy(params[part]) for part in method.parts}
     assert isinstance(method, LoraConfig | DiySinkConfig)
     parameters = nnx.to_pure_dict(nnx.state(make_baseline(config, method, key)))
     if isinstance(method, DiySinkConfig):
         for name in ("sink_projector", "other_projector"):
-            parameters[name] = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), frozen["projector"])
+            parameters[name] = copy(params["projector"])
     return parameters
 
 
@@ -282,9 +287,21 @@ def _traced(
     return nnx.split(nnx.eval_shape(lambda: Llava(config, gate, method=method, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)))
 
 
-def assemble(graphdef: Any, frozen: dict, gates: dict | None = None) -> Llava:
-    """The model around given parameters; `gates` is the subtree below "gates" of a model that has them."""
-    return nnx.merge(graphdef, frozen if gates is None else {**frozen, "gates": gates})
+def assemble(graphdef: Any, frozen: dict, trained: dict | None = None) -> Llava:
+    """The model around given parameters; `trained` as in `join_trained`."""
+    return nnx.merge(graphdef, join_trained(frozen, trained))
+
+
+def join_trained(frozen: Any, trained: Any) -> dict:
+    """The model's tree of parameters, or of what there is for each of them.
+
+    Args:
+        trained: the subtree "gates" of gates and baselines, or whole parts of the model (FullConfig), which then take the place
+            of those in `frozen`; None for a model that is not trained.
+    """
+    if trained is None:
+        return frozen
+    return {**frozen, **(trained if trained.keys() <= set(get_args(Part)) else {"gates": trained})}
 
 
 def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> None:

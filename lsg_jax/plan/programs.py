@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
-from lsg_jax.config import GateConfig, MethodConfig, ModelConfig, RunConfig
+from lsg_jax.config import FullConfig, GateConfig, MethodConfig, ModelConfig, RunConfig
 from lsg_jax.model.llava import abstract_model, assemble
 from lsg_jax.model.loss import answer_loss
-from lsg_jax.sharding import abstract_batch, batch_rows, replicated, shard_params
+from lsg_jax.sharding import abstract_batch, batch_rows, replicated, shard_params, state_shardings
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch
 from lsg_jax.vlm import PROMPT_BUCKET, answer_batch, read_batch
@@ -53,16 +53,20 @@ def train_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: A
     """The training step of a configuration; `gate.independent` for gates of many layers in one run."""
     gate, method = trained(config, model)
     graphdef, params = _sharded_model(model, mesh, gate=gate, method=method, dtype=dtype)
-    gates, independent = params.pop("gates"), gate is not None and gate.independent
-    whole = replicated(mesh)
+    if isinstance(method, FullConfig):
+        float32 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        gates = jax.tree.map(float32, {part: params.pop(part) for part in method.parts})
+    else:
+        gates = params.pop("gates")
+    independent = gate is not None and gate.independent
     state = jax.eval_shape(
         lambda gates: init_state(gates, params, config=config.train, total_steps=100, independent=independent), gates
     )
-    state = _placed(state, whole)
+    state = _placed(state, state_shardings(state, mesh))
     batch = training_batch(config, model, mesh)
     return Program(
         name="each" if independent else "train",
-        function=compiled_step(graphdef, config.train, 100, whole, independent=independent),
+        function=compiled_step(graphdef, config.train, 100, mesh, independent=independent),
         arguments=(state, params, batch),
         rows=config.train.batch_size,
         parts={"weights": params, "trained and optimiser": state, "batch": batch},
@@ -170,15 +174,14 @@ def sweep_cells(
 def _results(program: Program, compiled: Any) -> Any:
     """Shapes and shardings of what a compiled program gives."""
     shapes = jax.eval_shape(lambda *arguments: program.function(*arguments, *program.static), *program.arguments)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.tree.map(place, shapes, compiled.output_shardings)
+    return _placed(shapes, compiled.output_shardings)
 
 
 def trained(config: RunConfig, model: ModelConfig) -> tuple[GateConfig | None, MethodConfig | None]:
-    """What a configuration trains, gates or a baseline; (None, None) for a method without training."""
+    """What a configuration trains, gates, a baseline or the model itself; (None, None) for a method without training."""
     if config.method == "lsg":
         return config.gate.for_depth(model.text.num_layers), None
-    methods: dict[str, MethodConfig] = {"lora": config.lora, "diysink": config.diysink}
+    methods: dict[str, MethodConfig] = {"lora": config.lora, "diysink": config.diysink, "full": config.full}
     return None, methods.get(config.method)
 
 
@@ -198,8 +201,9 @@ def prompt_tokens(model: ModelConfig) -> int:
     return -(-(model.num_image_tokens + TEXT_ROOM) // PROMPT_BUCKET) * PROMPT_BUCKET
 
 
-def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def _placed(tree: Any, shardings: Any) -> Any:
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, tree, shardings)
 
 
 def _sharded_model(model: ModelConfig, mesh: Mesh, **settings: Any) -> tuple[Any, dict]:

@@ -17,6 +17,7 @@ METHODS = {
     "sink_front": "Sink-to-the-front",
     "diysink": "DIYSink",
     "lora": "LoRA",
+    "full": "trained model",
     "fixed": "fixed coefficients",
 }
 BAND = "#EFEFEF"

@@ -126,13 +126,15 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     check_meaning(run, meaning)
 
     graphdef, _ = abstract_model(vlm.config, gate, method=method, mesh=mesh)
+    params = vlm.frozen
     key, independent = jax.random.key(config.seed), gate is not None and gate.independent
     if gate is not None and independent:
-        gates = independent_gates(vlm.config, gate, vlm.frozen, key)
+        gates = independent_gates(vlm.config, gate, params, key)
     else:
-        gates = initial_parameters(vlm.config, gate, method, vlm.frozen, key)
+        gates = initial_parameters(vlm.config, gate, method, params, key)
+    vlm.frozen = {part: params[part] for part in params if part not in gates}
     state = init_state(gates, vlm.frozen, config=config.train, total_steps=total, independent=independent)
-    state = jax.device_put(state, sharding.replicated(mesh))
+    state = jax.device_put(state, sharding.state_shardings(state, mesh))
     if restored := run.latest(state):
         state = restored.state
         data.set_state(restored.meta["data"])
@@ -158,7 +160,7 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
 
 def _step(config: RunConfig, graphdef: Any, total_steps: int, mesh: Mesh, state: TrainState, vlm: VLM) -> Any:
     """The jitted step; with `remat = "auto"`, the one that was compiled under the fastest policy that fits."""
-    make = functools.partial(compiled_step, graphdef, total_steps=total_steps, sharding=sharding.replicated(mesh))
+    make = functools.partial(compiled_step, graphdef, total_steps=total_steps, mesh=mesh)
     independent = config.method == "lsg" and config.gate.independent
     if config.train.remat != "auto" or independent:
         return make(config=config.train, independent=independent)
@@ -169,12 +171,15 @@ def _step(config: RunConfig, graphdef: Any, total_steps: int, mesh: Mesh, state:
 
 
 def _what_is_trained(config: RunConfig) -> tuple[GateConfig | None, MethodConfig | None]:
-    """Gates, or one of the baselines that have parameters."""
+    """Gates, the model itself, or one of the baselines that have parameters."""
     if config.method == "lsg":
         return config.gate, None
-    if config.method not in ("lora", "diysink"):
-        raise ConfigError(f'method = "{config.method}" has nothing to train: choose lsg, lora or diysink, or run `lsg eval`')
-    return None, config.lora if config.method == "lora" else config.diysink
+    methods: dict[str, MethodConfig] = {"lora": config.lora, "diysink": config.diysink, "full": config.full}
+    if config.method not in methods:
+        raise ConfigError(
+            f'method = "{config.method}" has nothing to train: choose lsg or {", ".join(methods)}, or run `lsg eval`'
+        )
+    return None, methods[config.method]
 
 
 def _loop(trainer: Trainer, stopped: Callable[[], bool], on_step: OnStep | None) -> None:

@@ -1,4 +1,4 @@
-"""The optimiser, with warm-up, cosine decay and clipping, on gate leaves only."""
+"""The optimiser, with warm-up, cosine decay and clipping, on what is trained only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lsg_jax.config import TrainConfig
-from lsg_jax.gating.gate import is_gate
+from lsg_jax.model.llava import join_trained
 
 
 def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -24,16 +24,16 @@ def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
     )
 
 
-def freeze_mask(params: Any) -> Any:
-    """True for every leaf that is not a gate's; the tree of `params`."""
-    return jax.tree.map_with_path(lambda path, _: not is_gate(tuple(key.key for key in path)), params)
+def freeze_mask(frozen: Any, trained: Any) -> Any:
+    """True for every leaf that is not trained; the tree of all parameters."""
+    return join_trained(jax.tree.map(lambda _: True, frozen), jax.tree.map(lambda _: False, trained))
 
 
-def make_optimizer(config: TrainConfig, total_steps: int, params: Any) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, total_steps: int, frozen: Any, trained: Any) -> optax.GradientTransformation:
     """The optimiser over the full parameter tree; frozen leaves have no slot and an update of zero.
 
     Args:
-        params: the whole model's parameters, abstract or real; only the tree's structure is used.
+        frozen, trained: all parameters, as `join_trained` takes them, abstract or real; only the trees' structure is used.
     """
     rate = learning_rate(config, total_steps)
     if config.optimizer == "adamw":
@@ -41,19 +41,19 @@ def make_optimizer(config: TrainConfig, total_steps: int, params: Any) -> optax.
     else:
         rule = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.beta1))
     inner = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-    return optax.selective_transform(inner, freeze_mask=freeze_mask(params))
+    return optax.selective_transform(inner, freeze_mask=freeze_mask(frozen, trained))
 
 
-def gate_updates(
-    optimizer: optax.GradientTransformation, gradients: Any, opt_state: Any, gates: Any, frozen: Any
+def trained_updates(
+    optimizer: optax.GradientTransformation, gradients: Any, opt_state: Any, frozen: Any, trained: Any
 ) -> tuple[Any, Any]:
-    """Applies the full-tree optimiser when only gate gradients exist.
+    """Applies the full-tree optimiser when only gradients of what is trained exist.
 
     Frozen leaves stand as scalars of zero, since the optimiser never looks at them; so no array of a frozen shape is made.
 
     Returns:
-        updates of the gates, new optimiser state.
+        updates of what is trained, new optimiser state.
     """
     nothing = jax.tree.map(lambda _: jnp.zeros(()), frozen)
-    updates, opt_state = optimizer.update({**nothing, "gates": gradients}, opt_state, {**nothing, "gates": gates})
-    return updates["gates"], opt_state
+    updates, opt_state = optimizer.update(join_trained(nothing, gradients), opt_state, join_trained(nothing, trained))
+    return (updates["gates"] if "gates" in updates else {part: updates[part] for part in trained}), opt_state

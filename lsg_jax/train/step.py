@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from lsg_jax.config import TrainConfig
-from lsg_jax.model.llava import assemble
+from lsg_jax.model.llava import assemble, join_trained
 from lsg_jax.model.loss import answer_loss, has_image
-from lsg_jax.sharding import compiler_options
+from lsg_jax.sharding import compiler_options, replicated, state_shardings
 from lsg_jax.train.independent import losses_and_gradients
-from lsg_jax.train.optimizer import gate_updates, make_optimizer
+from lsg_jax.train.optimizer import make_optimizer, trained_updates
 from lsg_jax.types import IGNORE, Batch, TrainState
 
 
@@ -27,8 +28,7 @@ def init_state(gates: Any, frozen: Any, *, config: TrainConfig, total_steps: int
     """
 
     def init(gates: Any) -> tuple[Any, jax.Array]:
-        params = {**frozen, "gates": gates}
-        return make_optimizer(config, total_steps, params).init(params), jnp.int32(0)
+        return make_optimizer(config, total_steps, frozen, gates).init(join_trained(frozen, gates)), jnp.int32(0)
 
     opt_state, skipped = (jax.vmap(init) if independent else init)(gates)
     return TrainState(gates=gates, opt_state=opt_state, step=jnp.int32(0), skipped=skipped)
@@ -73,7 +73,7 @@ def train_step(
 def _loss_and_gradients(
     graphdef: Any, frozen: Any, gates: Any, batch: Batch, *, remat: str
 ) -> tuple[jax.Array, dict[str, Any], Any]:
-    """The loss of the model with all that is trained, what `answer_loss` tells besides, and the gradient."""
+    """The loss of the model with what is trained, what `answer_loss` tells besides, and the gradient."""
 
     def loss_of(gates: Any) -> tuple[jax.Array, dict[str, Any]]:
         return answer_loss(assemble(graphdef, frozen, gates), batch, remat=remat)
@@ -116,8 +116,8 @@ def _update(
     gates, opt_state, skipped = before
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    optimizer = make_optimizer(config, total_steps, {**frozen, "gates": gates})
-    updates, new_opt_state = gate_updates(optimizer, gradients, opt_state, gates, frozen)
+    optimizer = make_optimizer(config, total_steps, frozen, gates)
+    updates, new_opt_state = trained_updates(optimizer, gradients, opt_state, frozen, gates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     after = (
         keep(optax.apply_updates(gates, updates), gates),
@@ -128,16 +128,18 @@ def _update(
 
 
 @functools.cache
-def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, sharding: Any, *, independent: bool = False) -> Any:
-    """`train_step`, jitted: (state, frozen, batch) -> (state, metrics), the state donated.
+def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, mesh: Mesh, *, independent: bool = False) -> Any:
+    """`train_step`, jitted: (state, frozen, batch) -> (state, metrics), the state donated, the metrics on every device.
 
     One function for equal settings, so that a run resumed in the same process does not compile again.
-
-    Args:
-        sharding: of the new state and the metrics, which says for which devices the step is.
     """
-    step = functools.partial(train_step, graphdef=graphdef, config=config, total_steps=total_steps, independent=independent)
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding, compiler_options=compiler_options(sharding.mesh))
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        options: dict[str, Any] = {"config": config, "total_steps": total_steps, "independent": independent}
+        state, metrics = train_step(state, frozen, batch, graphdef=graphdef, **options)
+        return jax.lax.with_sharding_constraint((state, metrics), (state_shardings(state, mesh), replicated(mesh)))
+
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def _layer_norms(gates: Any) -> jax.Array:

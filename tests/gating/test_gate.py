@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lsg_jax.config import GateConfig, RopeConfig, SinkConfig
-from lsg_jax.gating.gate import GateParam, KeyScaling, SinkGate, gate_signal, is_gate
+from lsg_jax.gating.gate import GateParam, KeyScaling, SinkGate, gate_signal
 from lsg_jax.gating.keys import group_members, key_scale, scale_keys
 from lsg_jax.model.attention import apply_rope, rope_angles
 from lsg_jax.sinks.criteria import group_visual_tokens
@@ -44,11 +44,6 @@ def test_gate_against_a_plain_computation():
     y = np.maximum(y @ np.asarray(gate.fc1_kernel[...]), 0) @ arrays["fc2_kernel"] + arrays["fc2_bias"]
     expected = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
     np.testing.assert_allclose(gate(jnp.asarray(x)), expected, atol=1e-5)
-
-
-def test_only_paths_under_gates_are_trainable():
-    assert is_gate(("gates", "fc1_kernel"))
-    assert not is_gate(("language_model", "gates", "kernel"))
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])

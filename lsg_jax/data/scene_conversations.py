@@ -1,0 +1,179 @@
+"""Scenes with several questions each, for training a model from nothing: all that can be asked about one scene.
+
+The evaluation composes a scene for one question. Here the scene comes first, from the same makers, and gets every kind of
+question that has one right answer in it, and simpler ones that teach what the others take for granted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+from lsg_jax.data.conversation import IMAGE_TAG
+from lsg_jax.data.drawing import draw
+from lsg_jax.data.prompts import WORD_SUFFIX, multiple_choice_prompt
+from lsg_jax.data.scene_questions import LEFT_MARGIN, Split, probe_scene, scene_question
+from lsg_jax.data.shapes import COLOURS, PATTERNS, SHAPES, SIZES, Item, Scene
+
+Exchange = tuple[str, str]
+"""What the user says, and the answer."""
+
+
+def scene_conversation(split: Split, index: int, *, seed: int = 0) -> tuple[Scene, list[Exchange]]:
+    """Scene `index` (from 0) of a split with all its questions in random order; it depends on (seed, split, index) alone."""
+    if index % 4 == 3:
+        scene = probe_scene(split, index // 4, seed=seed)
+    else:
+        scene = scene_question(split, index - index // 4, seed=seed).scene
+    rng = Random(f"conversation {seed} {split} {index}")
+    exchanges = [exchange for ask in _ASK for exchange in ask(rng, scene)]
+    rng.shuffle(exchanges)
+    return scene, exchanges
+
+
+def write_conversations(folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int = 8) -> Path:
+    """Writes `count` scenes as LLaVA records of up to `most` questions, and their images. Returns the path of the JSONL."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    path = folder / "conversations.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(count):
+            scene, exchanges = scene_conversation(split, index, seed=seed)
+            image = f"images/{index:06d}.png"
+            Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
+            file.write(json.dumps(as_record(f"{split}-{index:06d}", image, exchanges[:most])) + "\n")
+    return path
+
+
+def as_record(name: str, image: str, exchanges: list[Exchange]) -> dict[str, object]:
+    """A LLaVA record."""
+    turns = []
+    for number, (question, answer) in enumerate(exchanges):
+        tag = f"{IMAGE_TAG}\n" if number == 0 else ""
+        turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": image, "conversations": turns}
+
+
+# ------------------------------------------------------------------------------------------------------------------ questions
+
+
+def _short(question: str, answer: str) -> Exchange:
+    return question + WORD_SUFFIX, answer
+
+
+def _choice(rng: Random, question: str, answer: str, others: list[str]) -> Exchange:
+    """Two in three as multiple choice, the rest by word, which teaches what the letters stand for."""
+    if rng.random() < 1 / 3:
+        return _short(question, answer)
+    choices = [answer, *others]
+    rng.shuffle(choices)
+    return multiple_choice_prompt(question, choices), "ABCD"[choices.index(answer)]
+
+
+def _some(rng: Random, options: list[str] | tuple[str, ...], answer: str, count: int = 3) -> list[str]:
+    return rng.sample([option for option in options if option != answer], count)
+
+
+def _count(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    yield _short("How many shapes are there?", str(len(scene.items)))
+
+
+def _background(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    pattern = scene.background.pattern
+    yield _choice(rng, "What is the pattern of the background?", pattern, _some(rng, PATTERNS, pattern))
+
+
+def _corner_letters(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    for corner, letter in scene.corners.items():
+        yield _short(f"What is the small letter in the {corner} corner?", letter)
+
+
+def _object_letters(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    with_letters = [item for item in _unique(scene) if item.letter]
+    for item in rng.sample(with_letters, min(2, len(with_letters))):
+        yield _short(f"What is the letter on the {item.name}?", item.letter)
+
+
+def _exists(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    """Where the answer is no, the colour and the shape are both there if they can be."""
+    pairs = {(item.colour, item.shape) for item in scene.items}
+    colours, shapes = ([getattr(item, what) for item in scene.items] for what in ("colour", "shape"))
+    absent = sorted({(colour, shape) for colour in colours for shape in shapes} - pairs)
+    absent = absent or [(rng.choice(list(COLOURS)), rng.choice(SHAPES))]
+    yes = rng.random() < 0.5
+    colour, shape = rng.choice(sorted(pairs) if yes else absent)
+    article = "an" if colour == "orange" else "a"
+    yield _short(f"Is there {article} {colour} {shape}?", "yes" if (colour, shape) in pairs else "no")
+
+
+def _common_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    ranked = Counter(item.colour for item in scene.items).most_common()
+    if len(ranked) > 1 and ranked[0][1] > ranked[1][1]:
+        answer = ranked[0][0]
+        present = [colour for colour, _ in ranked[1:4]]
+        others = present + rng.sample([c for c in COLOURS if c != answer and c not in present], 3 - len(present))
+        yield _choice(rng, "What is the most common colour of the shapes?", answer, others)
+
+
+def _further_left(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    unique = _unique(scene)
+    if len(unique) < 2:
+        return
+    for _ in range(4):
+        left, right = sorted(rng.sample(unique, 2), key=lambda item: item.x)
+        if right.x - left.x >= LEFT_MARGIN + abs(right.radius - left.radius):
+            choices = [left.name, right.name]
+            rng.shuffle(choices)
+            question = multiple_choice_prompt("Which of the two is further left?", choices)
+            yield question, "AB"[choices.index(left.name)]
+            return
+
+
+def _smallest_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    ranked = sorted(scene.items, key=lambda item: item.radius)
+    if len(ranked) > 1 and list(SIZES).index(ranked[0].size) < list(SIZES).index(ranked[1].size):
+        answer = ranked[0].colour
+        present = sorted({item.colour for item in scene.items} - {answer})
+        others = rng.sample(present, min(3, len(present)))
+        others += rng.sample([c for c in COLOURS if c != answer and c not in others], 3 - len(others))
+        yield _choice(rng, "What colour is the smallest shape?", answer, others)
+
+
+def _one_attribute(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    """The colour of the only shape of its kind, and the shape of the only one of its colour."""
+    for asked, told in (("shape", "colour"), ("colour", "shape")):
+        number = Counter(getattr(item, asked) for item in scene.items)
+        single = [item for item in scene.items if number[getattr(item, asked)] == 1]
+        if single:
+            item = rng.choice(single)
+            named = item.shape if asked == "shape" else f"{item.colour} one"
+            yield _short(f"What {told} is the {named}?", getattr(item, told))
+
+
+def _count_of_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    colour = rng.choice([item.colour for item in scene.items])
+    yield _short(f"How many {colour} shapes are there?", str(sum(item.colour == colour for item in scene.items)))
+
+
+def _unique(scene: Scene) -> list[Item]:
+    """Shapes whose colour and shape no other has."""
+    number = Counter(item.name for item in scene.items)
+    return [item for item in scene.items if number[item.name] == 1]
+
+
+_ASK: tuple[Callable[[Random, Scene], Iterator[Exchange]], ...] = (
+    _count,
+    _background,
+    _corner_letters,
+    _object_letters,
+    _exists,
+    _common_colour,
+    _further_left,
+    _smallest_colour,
+    _one_attribute,
+    _count_of_colour,
+)

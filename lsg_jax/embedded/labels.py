@@ -1,0 +1,91 @@
+"""What a vision tower is taught about a scene: what lies in each patch, and what the scene is like as a whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lsg_jax.data.shapes import COLOURS, CORNERS, LETTERS, MAX_ITEMS, PATTERNS, SHAPES, SIZES, Scene
+
+MOST = 4
+"""Shapes of one colour or kind are counted up to this many."""
+
+PATCH = {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "letter": len(LETTERS) + 1}
+"""Classes of what has its centre in a patch; letter 0 is none."""
+
+SCENE = {
+    "count": (1, MAX_ITEMS),
+    "largest": (1, len(SIZES)),
+    "pattern": (1, len(PATTERNS)),
+    "colours": (len(COLOURS), MOST + 1),
+    "shapes": (len(SHAPES), MOST + 1),
+}
+"""What the whole is like: (number of questions, classes of each)."""
+
+_REACH = {"circle": 1.0, "square": 0.82, "triangle": 1.15, "diamond": 1.15, "cross": 1.05, "star": 1.2}
+_CORNER_REACH = 0.05
+
+
+def labels(scenes: Sequence[Scene], grid: int) -> dict[str, np.ndarray]:
+    """Labels of B scenes that are seen as `grid` x `grid` = P patches, row by row.
+
+    Returns:
+        `shape`, `colour`, `size`, `letter`: int8 [B, P], -1 where no shape has its centre. `place`: float32 [B, P, 2], that
+        centre (x, y) within its patch, 0 to 1. `corner`: int8 [B, 4], letter in each of CORNERS, 0 for none. `empty`: bool
+        [B, P], patches that no shape and no letter touches. Each of SCENE: int8 [B, questions].
+    """
+    made = [_labels(scene, grid) for scene in scenes]
+    return {name: np.stack([one[name] for one in made]) for name in made[0]}
+
+
+def _labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
+    found = {name: np.full(grid * grid, -1, np.int8) for name in PATCH}
+    place = np.zeros((grid * grid, 2), np.float32)
+    edges = np.arange(grid) / grid
+    taken = np.zeros((grid, grid), bool)
+
+    def touch(x: float, y: float, reach: float) -> None:
+        across, down = (np.maximum(np.maximum(edges - at, at - edges - 1 / grid), 0) for at in (x, y))
+        taken[...] |= across[None, :] ** 2 + down[:, None] ** 2 < reach**2
+
+    for item in scene.items:
+        column, row = int(item.x * grid), int(item.y * grid)
+        patch = row * grid + column
+        found["shape"][patch] = SHAPES.index(item.shape)
+        found["colour"][patch] = list(COLOURS).index(item.colour)
+        found["size"][patch] = list(SIZES).index(item.size)
+        found["letter"][patch] = _letter(item.letter)
+        place[patch] = item.x * grid - column, item.y * grid - row
+        touch(item.x, item.y, _REACH[item.shape] * item.radius)
+    for corner in scene.corners:
+        touch(*CORNERS[corner], _CORNER_REACH)
+    return {
+        **found,
+        "place": place,
+        "corner": np.array([_letter(scene.corners.get(corner, "")) for corner in CORNERS], np.int8),
+        "empty": ~taken.reshape(-1),
+        **_whole(scene),
+    }
+
+
+def _letter(letter: str) -> int:
+    return LETTERS.index(letter) + 1 if letter else 0
+
+
+def _whole(scene: Scene) -> dict[str, np.ndarray]:
+    def counts(of: Sequence[str], what: str) -> list[int]:
+        number: Counter[Any] = Counter(getattr(item, what) for item in scene.items)
+        return [min(number[name], MOST) for name in of]
+
+    largest = max(scene.items, key=lambda item: item.radius).size
+    values = {
+        "count": [len(scene.items) - 1],
+        "largest": [list(SIZES).index(largest)],
+        "pattern": [PATTERNS.index(scene.background.pattern)],
+        "colours": counts(list(COLOURS), "colour"),
+        "shapes": counts(SHAPES, "shape"),
+    }
+    return {name: np.array(value, np.int8) for name, value in values.items()}
