@@ -1,15 +1,43 @@
-"""The embedded model's checkpoint before training: a small LLaVA in Hugging Face format with a tokenizer of its own."""
+"""Makes the embedded model: a small LLaVA in Hugging Face format, trained from nothing on drawn scenes.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m converters.embedded_model OUT
+
+First the vision tower learns what is in each patch and to keep the whole in V-sinks (`lsg_jax.embedded.tower`), then projector
+and language model learn to answer, with the tower frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept, so
+the same command goes on after a stop. OUT/checkpoint is what the package ships.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
+from converters.convert import convert
+from converters.export import export, trained_leaves
+from converters.hf_config import model_config
 from converters.tiny_checkpoint import IMAGE_PROCESSOR, write_weights
+from lsg_jax.checkpoint import RunFolder
+from lsg_jax.config import load_run_config
 from lsg_jax.data.byte_tokenizer import BOS, EOS, IMAGE, PAD, write_bpe_tokenizer
-from lsg_jax.data.scene_conversations import scene_conversation
+from lsg_jax.data.records import prepare_llava
+from lsg_jax.data.scene_conversations import scene_conversation, write_conversations
+from lsg_jax.embedded.lessons import draw_lessons
+from lsg_jax.embedded.tower import TowerRecipe, train_tower
+from lsg_jax.train.loop import train
+
+logger = logging.getLogger(__name__)
+
+RECIPE = TowerRecipe()
+CONVERSATIONS = 24_000
+SEED = 1  # of the scenes: those of seed 0 are for gates and for tests
+SETTINGS = Path(__file__).parent.parent / "configs" / "embedded.toml"
 
 VOCAB_SIZE = 512
 IMAGE_SIZE, PATCH_SIZE = 112, 14
@@ -22,6 +50,11 @@ CONFIG: dict[str, Any] = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
     "dtype": "float32",
+    "lsg_sinks": {
+        "criterion": "dim_abs",
+        "vit_dims": [RECIPE.sinks.dimension],
+        "vit_tau": (RECIPE.sinks.high + RECIPE.sinks.low) / 2,
+    },
     "vision_config": {
         "model_type": "clip_vision_model",
         "hidden_size": 128,
@@ -56,6 +89,49 @@ CHAT_TEMPLATE = (
 """The generation prompt is part of each question."""
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--scenes", type=int, default=RECIPE.scenes, help="scenes that the tower sees")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps, help="steps of the tower")
+    parser.add_argument("--conversations", type=int, default=CONVERSATIONS)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it, for the second part"
+    )
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    recipe = TowerRecipe(scenes=options.scenes, steps=options.steps)
+    print(make(options.out, recipe, conversations=options.conversations, overrides=options.set))
+
+
+def make(out: Path, recipe: TowerRecipe, *, conversations: int, overrides: list[str]) -> Path:
+    """Makes the model in `out` and returns the folder of its checkpoint."""
+    config = model_config(CONFIG)
+    grid = IMAGE_SIZE // PATCH_SIZE
+    if not (out / "untrained").exists():
+        write_untrained(out / "checkpoint-untrained")
+        convert(out / "checkpoint-untrained", out / "untrained")
+    if not (out / "start").exists():
+        logger.info("drawing %d scenes for the vision tower", recipe.scenes)
+        lessons = draw_lessons("train", recipe.scenes, side=IMAGE_SIZE, grid=grid, seed=SEED)
+        tower = train_tower(config, lessons, RunFolder(out / "tower"), recipe, on_step=_tell)
+        leaves = jax.tree.leaves_with_path({"vision_tower": tower})
+        named = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+        export(out / "untrained", out / "checkpoint-tower", trained=named)
+        convert(out / "checkpoint-tower", out / "start")
+    if not (out / "records").exists():
+        logger.info("writing %d conversations", conversations)
+        source = write_conversations(out / "conversations", "train", conversations, seed=SEED, side=IMAGE_SIZE)
+        prepare_llava(source, out / "conversations", out / "records")
+    paths = [f'model="{out / "start"}"', f'data.records="{out / "records"}"', f'output="{out / "run"}"']
+    train(load_run_config(SETTINGS, [*paths, *overrides]), on_step=_tell)
+    if not (out / "checkpoint").exists():
+        export(out / "start", out / "checkpoint-float32", trained=trained_leaves(out / "start", out / "run"))
+        convert(out / "checkpoint-float32", out / "rounded", dtype="bfloat16")
+        export(out / "rounded", out / "checkpoint")
+    return out / "checkpoint"
+
+
 def write_untrained(folder: Path, *, seed: int = 0) -> None:
     """Writes weights, configuration, tokenizer and image processor."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,5 +143,14 @@ def write_untrained(folder: Path, *, seed: int = 0) -> None:
 
 def _texts(scenes: int = 2000) -> Iterator[str]:
     for index in range(scenes):
-        for question, answer in scene_conversation("train", index, seed=1)[1]:
+        for question, answer in scene_conversation("train", index, seed=SEED)[1]:
             yield f"USER: \n{question} ASSISTANT: {answer}"
+
+
+def _tell(step: int, total: int, told: dict[str, Any]) -> None:
+    if step % 50 == 0 or step == total:
+        logger.info("%d of %d: %s", step, total, ", ".join(f"{k} {v:.3g}" for k, v in told.items() if isinstance(v, float)))
+
+
+if __name__ == "__main__":
+    main()

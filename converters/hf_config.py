@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from converters.hf_fields import GENERIC, LLAVA, ONLY, TEXT, VISION
 from converters.json_file import read_object
-from lsg_jax.config import Activation, ModelConfig, RopeConfig, SinkConfig, TextConfig, VisionConfig
+from lsg_jax.config import Activation, ModelConfig, RopeConfig, SinkConfig, TextConfig, VisionConfig, from_dict
 from lsg_jax.data.images import image_config_from_hf
 from lsg_jax.errors import ConfigError
 
@@ -102,8 +102,15 @@ def model_config(
         image=image_config_from_hf(dict(preprocessor) if preprocessor else None, size=vision.image_size, family=vision.family),
         projector_hidden_act=_activation(full.projector_hidden_act, f"{where}: projector_hidden_act"),
         projector_bias=full.multimodal_projector_bias,
-        sinks=known_sinks(vision, text),
+        sinks=_sinks(config, vision, text, where),
     )
+
+
+def _sinks(config: Mapping[str, Any], vision: VisionConfig, text: TextConfig, where: str) -> SinkConfig:
+    """What the checkpoint itself states in `lsg_sinks`, the fields of SinkConfig; else what is published."""
+    if "lsg_sinks" in config:
+        return from_dict(SinkConfig, config["lsg_sinks"], where=f"{where}: lsg_sinks")
+    return known_sinks(vision, text)
 
 
 def known_sinks(vision: VisionConfig, text: TextConfig) -> SinkConfig:

@@ -73,7 +73,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_shipped_configs_are_read(path):
     config = load_run_config(path)
-    assert config.method in ("lora", "diysink") or config.gate.layers or config.gate.independent
+    assert config.method in ("lora", "diysink", "full") or config.gate.layers or config.gate.independent
 
 
 def test_there_are_shipped_configs():

@@ -25,8 +25,8 @@ SCENE = {
 }
 """What the whole is like: (number of questions, classes of each)."""
 
-_REACH = {"circle": 1.0, "square": 0.82, "triangle": 1.15, "diamond": 1.15, "cross": 1.05, "star": 1.2}
-_CORNER_REACH = 0.05
+_REACH = {"circle": 1.0, "square": 1.16, "triangle": 1.15, "diamond": 1.15, "cross": 1.05, "star": 1.2}
+_CORNER_REACH, _BLUR = 0.065, 0.006
 
 
 def labels(scenes: Sequence[Scene], grid: int) -> dict[str, np.ndarray]:
@@ -59,7 +59,7 @@ def _labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
         found["size"][patch] = list(SIZES).index(item.size)
         found["letter"][patch] = _letter(item.letter)
         place[patch] = item.x * grid - column, item.y * grid - row
-        touch(item.x, item.y, _REACH[item.shape] * item.radius)
+        touch(item.x, item.y, _REACH[item.shape] * item.radius + _BLUR)
     for corner in scene.corners:
         touch(*CORNERS[corner], _CORNER_REACH)
     return {

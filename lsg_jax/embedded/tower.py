@@ -8,7 +8,9 @@ long enough on enough images grow by themselves to keep global information in pa
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,18 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lsg_jax.config import ModelConfig
+from lsg_jax.checkpoint import RunFolder
+from lsg_jax.config import MeshConfig, ModelConfig
 from lsg_jax.data.shapes import CORNERS, LETTERS
 from lsg_jax.embedded.labels import PATCH, SCENE
+from lsg_jax.embedded.lessons import Lessons
 from lsg_jax.model.layers import Linear
 from lsg_jax.model.vision_tower import VisionTower
+from lsg_jax.sharding import make_mesh, place_rows, replicated
 
 CORNER_CLASSES = len(LETTERS) + 1
+
+OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,16 @@ class SinkLesson:
 
 @dataclass(frozen=True)
 class TowerRecipe:
-    """How the tower is trained."""
+    """How the tower is trained: AdamW, with warm-up and cosine decay."""
 
-    steps: int = 2000
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    scenes: int = 40_000
+    steps: int = 4000
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
+    warmup: int = 200
+    save_every: int = 500
+    seed: int = 0
     sinks: SinkLesson = SinkLesson()
 
 
@@ -71,6 +82,59 @@ class Student(nnx.Module):
         pixels = (images.astype(jnp.float32) / 255 - jnp.array(image.mean)) / jnp.array(image.std)
         (features,), _ = self.tower(pixels, self.config.feature_layers)
         return features[:, 1:]
+
+
+def train_tower(
+    config: ModelConfig, lessons: Lessons, run: RunFolder, recipe: TowerRecipe, *, on_step: OnStep | None = None
+) -> dict[str, Any]:
+    """Trains a tower, or goes on where `run` stopped, and returns its parameters.
+
+    Args:
+        on_step: called with (step, all steps, what `losses` gives for the training batch) every 50 steps.
+    """
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
+    graphdef, student = nnx.split(_fresh(config, recipe.seed))
+    params = nnx.to_pure_dict(student)
+    rate = optax.warmup_cosine_decay_schedule(
+        recipe.learning_rate / 20, recipe.learning_rate, recipe.warmup, recipe.steps, recipe.learning_rate / 50
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=recipe.weight_decay))
+    state = jax.device_put((params, optimizer.init(params)), replicated(mesh))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
+    def step(state: Any, images: jax.Array, labels: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+        def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            parts = losses(nnx.merge(graphdef, params), images, labels, recipe.sinks)
+            return total(parts), parts
+
+        params, slots = state
+        gradients, parts = jax.grad(loss, has_aux=True)(params)
+        updates, slots = optimizer.update(gradients, slots, params)
+        return (optax.apply_updates(params, updates), slots), parts
+
+    with run.lock():
+        restored = run.latest(state)
+        state, first = (restored.state, restored.step) if restored else (state, 0)
+        for number in range(first + 1, recipe.steps + 1):
+            batch = place_rows(lessons.batch(number - 1, recipe.batch_size, recipe.seed), mesh, recipe.batch_size)
+            state, parts = step(state, *batch)
+            if on_step and number % 50 == 0:
+                on_step(number, recipe.steps, {name: float(value) for name, value in parts.items()})
+            if number % recipe.save_every == 0 or number == recipe.steps:
+                run.save(number, state, meta={})
+    return jax.device_get(state[0]["tower"])
+
+
+def _fresh(config: ModelConfig, seed: int) -> Student:
+    """Random, but for the positions: waves along both axes, which a small model would take long to find."""
+    student = Student(config, rngs=nnx.Rngs(seed))
+    grid = config.vision.image_size // config.vision.patch_size
+    angles = np.arange(grid)[:, None] / 50 ** (np.arange(quarter := config.vision.hidden_size // 4) / quarter)
+    wave = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    rows, columns = np.repeat(wave, grid, axis=0), np.tile(wave, (grid, 1))
+    positions = np.concatenate([np.zeros((1, 4 * quarter)), np.concatenate([rows, columns], axis=1)])
+    student.tower.position_embedding[...] = jnp.asarray(positions, jnp.float32)
+    return student
 
 
 def losses(student: Student, images: jax.Array, labels: dict[str, jax.Array], lesson: SinkLesson) -> dict[str, jax.Array]:

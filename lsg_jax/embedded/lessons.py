@@ -1,0 +1,46 @@
+"""Scenes drawn and labelled, in memory: what a vision tower is trained on."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from lsg_jax.data.drawing import draw
+from lsg_jax.data.scene_conversations import scene_conversation
+from lsg_jax.data.scene_questions import Split
+from lsg_jax.embedded.labels import labels
+
+SCENES_AT_A_TIME = 250
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Images uint8 [N, side, side, 3] and what `embedded.labels` says of them."""
+
+    images: np.ndarray
+    labels: dict[str, np.ndarray]
+
+    def batch(self, number: int, size: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Batch `number` (from 0) of an endless stream in which each scene comes once an epoch, in a new order."""
+        epoch, place = divmod(number, len(self.images) // size)
+        chosen = np.random.default_rng([seed, epoch]).permutation(len(self.images))[place * size : (place + 1) * size]
+        return self.images[chosen], {name: values[chosen] for name, values in self.labels.items()}
+
+
+def draw_lessons(split: Split, count: int, *, side: int, grid: int, seed: int) -> Lessons:
+    """Draws the first `count` scenes of a split (`scene_conversation`), on all cores."""
+    parts = [range(start, min(start + SCENES_AT_A_TIME, count)) for start in range(0, count, SCENES_AT_A_TIME)]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        drawn = pool.map(partial(_draw, split, side=side, grid=grid, seed=seed), parts)
+    return Lessons(
+        np.concatenate([images for images, _ in drawn]),
+        {name: np.concatenate([known[name] for _, known in drawn]) for name in drawn[0][1]},
+    )
+
+
+def _draw(split: Split, indices: range, *, side: int, grid: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    scenes = [scene_conversation(split, index, seed=seed)[0] for index in indices]
+    return np.stack([draw(scene, side) for scene in scenes]), labels(scenes, grid)

@@ -1,0 +1,92 @@
+"""Every answer in a training conversation is the right one, worked out here from the scene by other means."""
+
+import json
+import re
+import string
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from lsg_jax.data.conversation import parse_record
+from lsg_jax.data.scene_conversations import scene_conversation, write_conversations
+from lsg_jax.data.shapes import COLOURS, SHAPES
+
+
+def right_answers(scene, question):
+    """All answers that are right for a question in words."""
+    named = lambda text: [item for item in scene.items if f"{item.colour} {item.shape}" == text]
+    if question == "How many shapes are there?":
+        return {str(len(scene.items))}
+    if match := re.fullmatch(r"How many (\w+) shapes are there\?", question):
+        return {str(len([item for item in scene.items if item.colour == match[1]]))}
+    if question == "What is the pattern of the background?":
+        return {scene.background.pattern}
+    if match := re.fullmatch(r"What is the small letter in the (.*) corner\?", question):
+        return {scene.corners[match[1]]}
+    if match := re.fullmatch(r"What is the letter on the (.*)\?", question):
+        return {item.letter for item in named(match[1])}
+    if match := re.fullmatch(r"Is there an? (.*)\?", question):
+        return {"yes" if named(match[1]) else "no"}
+    if question == "What is the most common colour of the shapes?":
+        number = Counter(item.colour for item in scene.items)
+        return {colour for colour in number if number[colour] == max(number.values())}
+    if question == "What colour is the smallest shape?":
+        return {item.colour for item in scene.items if item.radius <= 1.2 * min(other.radius for other in scene.items)}
+    if match := re.fullmatch(r"What colour is the (\w+)\?", question):
+        return {item.colour for item in scene.items if item.shape == match[1]}
+    if match := re.fullmatch(r"What shape is the (\w+) one\?", question):
+        return {item.shape for item in scene.items if item.colour == match[1]}
+    raise AssertionError(question)
+
+
+def test_every_answer_is_right_and_the_only_one():
+    kinds = Counter()
+    for index in range(400):
+        scene, exchanges = scene_conversation("train", index, seed=3)
+        assert len({question for question, _ in exchanges}) == len(exchanges)
+        for prompt, answer in exchanges:
+            question, *rest = prompt.split("\n")
+            choices = {line[0]: line[3:] for line in rest if re.match(r"[A-D]\. ", line)}
+            told = choices[answer] if choices else answer
+            if question == "Which of the two is further left?":
+                places = {f"{item.colour} {item.shape}": item.x for item in scene.items}
+                assert places[told] == min(places[name] for name in choices.values())
+            else:
+                assert right_answers(scene, question) == {told}, (index, question)
+            if choices:
+                assert list(choices) == list(string.ascii_uppercase[: len(choices)])
+                assert len(set(choices.values())) == len(choices)
+            kinds[re.sub("|".join([*COLOURS, *SHAPES]), "*", question)] += 1
+    assert len(kinds) >= 14 and min(kinds.values()) >= 10
+
+
+def test_yes_and_no_and_letters_of_choices_are_balanced():
+    answers = Counter()
+    for index in range(600):
+        for prompt, answer in scene_conversation("train", index, seed=4)[1]:
+            if prompt.startswith("Is there") or "\nD. " in prompt:
+                answers[answer] += 1
+    assert answers["yes"] == pytest.approx(300, abs=50)
+    letters = [answers[letter] for letter in "ABCD"]
+    assert max(letters) < 1.35 * min(letters)
+
+
+def test_the_same_in_any_order_and_another_by_seed():
+    assert scene_conversation("train", 7, seed=1) == scene_conversation("train", 7, seed=1)
+    others = [scene_conversation(split, 7, seed=seed) for split, seed in (("train", 2), ("test", 1), ("train", 1))]
+    assert all(one != other for number, one in enumerate(others) for other in others[:number])
+
+
+def test_records_that_lsg_prepare_takes(tmp_path):
+    path = write_conversations(tmp_path, "train", 5, side=56, most=4)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 5
+    for index, line in enumerate(lines):
+        found = parse_record(line, default_id="")
+        assert len(found.turns) == 8 and found.turns[0].text.startswith("<image>\n") and not found.notes
+        assert Image.open(tmp_path / line["image"]).size == (56, 56)
+        _, exchanges = scene_conversation("train", index)
+        assert [turn.text.removeprefix("<image>\n") for turn in found.turns] == [
+            text for pair in exchanges[:4] for text in pair
+        ]
