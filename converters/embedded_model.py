@@ -3,7 +3,7 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m converters.embedded_model OUT
 
 First the vision tower learns what is in each patch and to keep the whole in V-sinks (`lsg_jax.embedded.tower`), then projector
-and language model learn to answer, with the tower frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept, so
+and language model learn to answer, with the tower frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept:
 the same command goes on after a stop. OUT/checkpoint is what the package ships.
 """
 
