@@ -34,8 +34,9 @@ def labels(scenes: Sequence[Scene], grid: int) -> dict[str, np.ndarray]:
 
     Returns:
         `shape`, `colour`, `size`, `letter`: int8 [B, P], -1 where no shape has its centre. `place`: float32 [B, P, 2], that
-        centre (x, y) within its patch, 0 to 1. `corner`: int8 [B, 4], letter in each of CORNERS, 0 for none. `empty`: bool
-        [B, P], patches that no shape and no letter touches. Each of SCENE: int8 [B, questions].
+        centre (x, y) within its patch, 0 to 1. `corner`: int8 [B, 4], letter in each of CORNERS, 0 for none. `room`: float32
+        [B, P], distance from a patch to the nearest shape or letter in units of the image's side, 0 where one touches it.
+        Each of SCENE: int8 [B, questions].
     """
     made = [_labels(scene, grid) for scene in scenes]
     return {name: np.stack([one[name] for one in made]) for name in made[0]}
@@ -45,11 +46,12 @@ def _labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
     found = {name: np.full(grid * grid, -1, np.int8) for name in PATCH}
     place = np.zeros((grid * grid, 2), np.float32)
     edges = np.arange(grid) / grid
-    taken = np.zeros((grid, grid), bool)
+    room = np.full((grid, grid), 2.0)
 
     def touch(x: float, y: float, reach: float) -> None:
         across, down = (np.maximum(np.maximum(edges - at, at - edges - 1 / grid), 0) for at in (x, y))
-        taken[...] |= across[None, :] ** 2 + down[:, None] ** 2 < reach**2
+        distance = np.sqrt(across[None, :] ** 2 + down[:, None] ** 2) - reach
+        room[...] = np.minimum(room, np.maximum(distance, 0))
 
     for item in scene.items:
         column, row = int(item.x * grid), int(item.y * grid)
@@ -66,7 +68,7 @@ def _labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
         **found,
         "place": place,
         "corner": np.array([_letter(scene.corners.get(corner, "")) for corner in CORNERS], np.int8),
-        "empty": ~taken.reshape(-1),
+        "room": room.reshape(-1).astype(np.float32),
         **_whole(scene),
     }
 

@@ -158,9 +158,9 @@ def losses(student: Student, images: jax.Array, labels: dict[str, jax.Array], le
     logits = student.corner(jnp.stack([told[:, patch] for patch in corners], axis=1))
     out["corner"], out["right_corner"] = _classified(logits, labels["corner"], jnp.ones(logits.shape[:2], bool))
 
-    # those of the empty patches that raise it most already; before any does, some places come before others
-    prior = lesson.low * np.random.default_rng(0).permutation(raised.shape[1]) / raised.shape[1]
-    chosen = jax.lax.top_k(jnp.where(labels["empty"], raised + prior, -jnp.inf), lesson.count)[1]
+    # the empty patches that raise it most already; before any does, those with the most room around them
+    empty = jnp.where(labels["room"] > 0, raised + lesson.low * labels["room"], -jnp.inf)
+    chosen = jax.lax.top_k(empty, lesson.count)[1]
     picked = jax.nn.one_hot(chosen, raised.shape[1])  # [B, count, P]
     is_sink = picked.sum(1) > 0
     out["high"] = _mean(jnp.square(jnp.maximum(1 - raised / lesson.high, 0)), is_sink)
