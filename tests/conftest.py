@@ -17,7 +17,7 @@ OWN_CACHE = None
 if "LSG_TEST_CACHE" not in os.environ:
     OWN_CACHE = os.environ["LSG_TEST_CACHE"] = tempfile.mkdtemp(prefix="lsg-jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LSG_TEST_CACHE"]
-os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -234,4 +234,4 @@ def test_quickstart_tells_the_whole_story_and_can_be_run_again(lsg, tmp_path, mo
         report = (tmp_path / "q" / "report.html").resolve()
         assert out == f"{report}\n" and "5/5" in err
     page = report.read_text()
-    assert "random weights" in page and page.count("<img") == 4 and "http://" not in page and "https://" not in page
+    assert "random weights" in page and page.count("<img") == 4 + 2 and "http://" not in page and "https://" not in page

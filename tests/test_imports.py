@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "eval",
         "analysis",
     },
-    "report": FOUNDATION | {"gating", "checkpoint", "data"},
+    "report": FOUNDATION | {"gating", "checkpoint", "data", "eval"},  # of eval the benchmarks: no model
     "opening": FOUNDATION | {"gating", "model", "sharding", "checkpoint", "vlm"},
     "api": FOUNDATION | {"vlm", "opening"},
     "distributed": {"errors"},

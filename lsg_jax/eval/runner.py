@@ -73,8 +73,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answers every question of `config.benchmarks` under every method; a collective.
 
-    Writes into `out`: `result.json`; `<name>.<method>.jsonl`, a line a question with prompt, output and what it was read as;
-    `answers/`, the log by which a stopped run goes on (questions answered under the same settings are not asked again).
+    Writes into `out`: `result.json`; `<name>.<method>.jsonl`, a line a question with prompt, output, what it was read as and
+    how the gates stood; `answers/`, the log by which a stopped run goes on (questions answered under the same settings are not
+    asked again).
 
     Args:
         models: method -> the model under it; `base` is the one that the others are compared with.
@@ -108,7 +109,7 @@ def evaluate(
         if is_primary():
             for method, found in answers.items():
                 _write_outputs(out / f"{name}.{method}.jsonl", test, found, graded[method])
-        result["benchmarks"][name] = summary(test, graded)
+        result["benchmarks"][name] = {"path": config.benchmarks[name], **summary(test, graded)}
         for method, model in models.items():
             if model.gate is not None:
                 result["ratios"] += [{"method": method, **row} for row in ratio_rows(name, test, answers[method], model.gate)]
@@ -288,6 +289,7 @@ def _write_outputs(path: Path, test: Asked, answers: Sequence[Answer], graded: G
                 "parsed": parsed,
                 "answers": item.answers,
                 "score": float(score),
+                **_ratios(answer),
             }
         )
         for item, prompt, answer, parsed, score in zip(
@@ -295,3 +297,8 @@ def _write_outputs(path: Path, test: Asked, answers: Sequence[Answer], graded: G
         )
     ]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _ratios(answer: Answer) -> dict[str, Any]:
+    """The gate ratios of one question by layer and token group; three digits, as more would depend on the batch size."""
+    return {} if answer.ratios is None else {"ratios": np.round(answer.ratios.astype(np.float64), 3).tolist()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from lsg_jax.checkpoint.files import read_json
 from lsg_jax.errors import InputError
@@ -20,20 +19,20 @@ PASSED_OVER = frozenset({"checkpoints", "quarantine", "answers"})
 def read_sections(paths: Sequence[Path]) -> list[Section]:
     """A section for each finished work in the folders and below them, in the order given, then by name.
 
+    A work is named by its folder within the one that holds all of them.
+
     Raises:
         InputError: a folder that is missing or holds nothing of `lsg`, or a file that is broken or of another format.
     """
-    seen: set[Path] = set()
-    sections = []
+    found: dict[Path, Path] = {}
     for path in paths:
         files = list(_files(path))
         if not files:
             raise InputError(f"{path}: nothing to report on: expected a folder with {', '.join(KINDS)}, or one that holds such")
         for file in files:
-            if file.resolve() not in seen:
-                seen.add(file.resolve())
-                sections.append(_section(file))
-    return sections
+            found.setdefault(file.resolve(), file)
+    root = Path(os.path.commonpath([file.parent for file in found]))
+    return [_section(file, str(resolved.parent.relative_to(root))) for resolved, file in found.items()]
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -44,21 +43,17 @@ def _files(path: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in KINDS if name in names)
 
 
-def _section(file: Path) -> Section:
+def _section(file: Path, name: str) -> Section:
+    """Args: name: of the work, "." where there is only one folder."""
     expected, what, make = KINDS[file.name]
     study = read_json(file)
     found = study.get("format") if isinstance(study, dict) else None
     if found != expected:
         raise InputError(f"{file}: format {found}, but this version of lsg reads {expected}; run the study again")
     try:
-        return make(study, file.parent, title=f"{what}: {file.parent}")
+        return make(study, file.parent, title=what if name == "." else f"{what}: {name}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{file}: not as lsg writes it ({type(error).__name__}: {error}); run the study again") from error
-
-
-def _sinks(study: dict[str, Any], folder: Path, *, title: str) -> Section:
-    overlays = {name: folder / f"{Path(name).stem}.png" for name in study["images"]}
-    return sinks_section(study, {name: path.read_bytes() for name, path in overlays.items() if path.is_file()}, title=title)
 
 
 def _alone(section: Callable[..., Section]) -> Callable[..., Section]:
@@ -67,11 +62,11 @@ def _alone(section: Callable[..., Section]) -> Callable[..., Section]:
 
 
 KINDS: dict[str, tuple[str, str, Callable[..., Section]]] = {
-    "sinks.json": ("lsg-sinks-1", "Sinks", _sinks),
+    "sinks.json": ("lsg-sinks-1", "Sinks", sinks_section),
     "probe.json": ("lsg-probe-1", "Probes", _alone(probe_section)),
     "sweep.json": ("lsg-sweep-1", "Oracle sweep", _alone(sweep_section)),
     "run.json": ("lsg-run-1", "Training", run_section),
-    "result.json": ("lsg-eval-3", "Evaluation", _alone(eval_section)),
+    "result.json": ("lsg-eval-3", "Evaluation", eval_section),
     "stack.json": ("lsg-stack-1", "Stack", _alone(stack_section)),
     "ablate.json": ("lsg-ablate-1", "Ablation", _alone(ablate_section)),
 }

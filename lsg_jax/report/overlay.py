@@ -29,7 +29,7 @@ def draw_sinks(pixels: np.ndarray, sinks: dict[str, Any], *, side: int = 672) ->
         row, column = divmod(patch, sinks["grid"])
         left, top = column * cell + inset, row * cell + inset
         box = (left, top, left + cell - 2 * inset, top + cell - 2 * inset)
-        width = max(2, side // 224)
+        width = max(3, round(cell / 20))
         pen.rectangle(box, outline=(0, 0, 0), width=width + 2)  # a dark rim keeps the colour visible on its like
         pen.rectangle(box, outline=colour, width=width)
 

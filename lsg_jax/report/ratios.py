@@ -8,7 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from lsg_jax.report.drawing import GRID, PAGE_WIDTH, Row, check_rows, distinct, key_line, legend_above, look_of, numbers, render
+from lsg_jax.report.drawing import (
+    GRID,
+    PAGE_WIDTH,
+    Row,
+    check_rows,
+    distinct,
+    key_line,
+    legend_above,
+    look_of,
+    numbers,
+    plain,
+    render,
+)
 from lsg_jax.report.heat_map import Lines, draw_bar, draw_map, label_lines, lines_of
 
 COLUMNS = ("benchmark", "task", "layer", "group", "mean", "std", "questions")
@@ -18,10 +30,14 @@ POINT_LAYERS = 6
 COLOURS = "cividis"
 
 
+def drawn_groups(rows: Sequence[Row]) -> list[str]:
+    """The token groups worth showing: of two only the first, since the ratios of one gate have a fixed sum."""
+    groups = distinct(rows, "group")
+    return groups[:1] if len(groups) == 2 else groups
+
+
 def draw_gate_ratios(rows: Sequence[Row], stem: Path) -> list[Path]:
     """Mean ratio over the questions of each task; at few layers as points with standard deviations, else as a heat map.
-
-    Of two groups only the first is drawn: the ratios of one gate have a fixed sum.
 
     Args:
         rows: `ratios` of an evaluation.
@@ -33,14 +49,37 @@ def draw_gate_ratios(rows: Sequence[Row], stem: Path) -> list[Path]:
     check_rows(rows, COLUMNS, study="lsg eval with gates", stem=stem)
     lines = lines_of(distinct(rows, "benchmark", "task"))
     layers = sorted(distinct(rows, "layer"))
-    groups = distinct(rows, "group")
-    shown = groups[:1] if len(groups) == 2 else groups
+    shown = drawn_groups(rows)
     top = max(1.0, *(row["mean"] + (row["std"] or 0.0) for row in rows if row["mean"] is not None))
     if len(layers) <= POINT_LAYERS:
         size = (min(PAGE_WIDTH, 2.0 + 1.6 * len(layers)), lines.height + 1.0)
         return render(stem, rows, COLUMNS, size, lambda figure: _draw_points(figure, rows, lines, layers, shown, top))
     size = (PAGE_WIDTH, -(-len(shown) // 2) * (lines.height + 0.7))
     return render(stem, rows, COLUMNS, size, lambda figure: _draw_maps(figure, rows, lines, layers, shown, top))
+
+
+def table_of_ratios(rows: Sequence[Row], group: str) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table of one group's ratios, mean ± standard deviation over the questions of each task.
+
+    Tasks go down and layers across, or the other way round where there are more layers: a page is longer than wide.
+    """
+    tasks = distinct(rows, "benchmark", "task")
+    layers = sorted(distinct(rows, "layer"))
+    found = {(row["benchmark"], row["task"], row["layer"]): row for row in rows if row["group"] == group}
+    across = [f"layer {layer}" for layer in layers]
+    down = [task if benchmark == task else f"{benchmark}, {task}" for benchmark, task in tasks]
+    cells = [[_text(found.get((*task, layer))) for layer in layers] for task in tasks]
+    if len(layers) > len(tasks):
+        return ["layer", *down], [[name, *column] for name, column in zip(across, zip(*cells, strict=True), strict=True)]
+    counts = [str(max(row["questions"] for row in rows if (row["benchmark"], row["task"]) == task)) for task in tasks]
+    lines = [[name, count, *line] for name, count, line in zip(down, counts, cells, strict=True)]
+    return ["benchmark, task", "questions", *across], lines
+
+
+def _text(row: Row | None) -> str:
+    if row is None or row["mean"] is None:
+        return "-"
+    return plain(row["mean"]) + ("" if row["std"] is None else f" ± {plain(row['std'])}")
 
 
 def _draw_points(

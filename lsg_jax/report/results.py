@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss
 from lsg_jax.report.gains import METHODS, rows_of_gains
-from lsg_jax.report.html import Drawing, Section, details, drawing, note, paragraph, settings, table
+from lsg_jax.report.html import Drawing, Section, details, drawing, heading, note, paragraph, settings, table
+from lsg_jax.report.ratios import drawn_groups, table_of_ratios
+from lsg_jax.report.side_by_side import answer_parts
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,7 +47,8 @@ def run_section(run: Mapping[str, Any], folder: Path, *, title: str) -> Section:
         ratios = [[str(layer), *map(plain, of)] for layer, of in zip(layers, last["ratios"], strict=True)]
         parts.append(table("Gate ratios at the last step, mean over its images", ["layer", *names], ratios))
     parts.append(settings({name: run.get(name) for name in ("config", "sinks", "backbone", "versions", "devices")}))
-    return Section(title, parts)
+    gist = f"{run.get('model_name') or 'a model'}, step {last['step']} of {run['total_steps']}"
+    return Section(title, parts, gist=gist)
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
@@ -67,11 +70,12 @@ def _loss_rows(step: Mapping[str, Any], layers: list[int]) -> list[dict[str, Any
     return [{"step": step["step"], "layer": layer, "loss": of} for layer, of in zip(layers, loss, strict=True)]
 
 
-def eval_section(result: Mapping[str, Any], *, title: str) -> Section:
-    """An evaluation: scores and changes of every method, and how the gates stood.
+def eval_section(result: Mapping[str, Any], folder: Path, *, title: str) -> Section:
+    """An evaluation: scores and changes of every method, how the gates stood, and the answers side by side.
 
     Args:
         result: result.json.
+        folder: where it lies, with the answers.
     """
     parts: list[str | Drawing] = [_scores("Scores, with intervals at 95 %", result)]
     for name, entry in result["benchmarks"].items():
@@ -79,14 +83,38 @@ def eval_section(result: Mapping[str, Any], *, title: str) -> Section:
     rows = rows_of_gains(result)
     if any(row["method"] != "base" for row in rows):
         parts.append(drawing(draw_gains, rows, "gains", "Change over the base model; filled where the interval excludes 0."))
-    ratios = result.get("ratios", [])
-    for method in distinct(ratios, "method"):
-        own = [row for row in ratios if row["method"] == method]
-        caption = f"Gate ratios of {METHODS.get(method, method)} by task, mean and standard deviation over questions."
-        parts.append(drawing(draw_gate_ratios, own, f"ratios_{method}", caption))
     parts.append(details("All metrics", _scores("All metrics", result, every_metric=True)))
+    parts += _ratios(result.get("ratios", []))
+    parts += answer_parts(result, folder)
     parts.append(settings({name: value for name, value in result.items() if name not in ("benchmarks", "ratios")}))
-    return Section(title, parts)
+    asked = ", ".join(f"{entry['questions']} questions of {name}" for name, entry in result["benchmarks"].items())
+    gist = f"{asked}; {', '.join(METHODS.get(method, method) for method in result['methods'])}"
+    return Section(title, parts, gist=gist, scores=_headline(result, rows, title))
+
+
+def _headline(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """One score of each benchmark under every method, for the top of the page."""
+    lines = []
+    for row in rows:
+        entry = result["benchmarks"][row["benchmark"]]
+        change = "" if row["method"] == "base" else interval_text(row["change"], row["low"], row["high"])
+        part = f" ({entry['questions']} of {entry['of']})" if entry.get("partial") else ""
+        measured = f"{row['benchmark']}, {row['metric']}{part}"
+        lines.append([measured, METHODS.get(row["method"], row["method"]), plain(row["value"]), change])
+    return table(f"{title}: scores, and changes with intervals at 95 %", ["benchmark", "method", "score", "change"], lines)
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str | Drawing]:
+    parts: list[str | Drawing] = [heading("Gate ratios by question")] if rows else []
+    for method in distinct(rows, "method"):
+        own = [row for row in rows if row["method"] == method]
+        name = METHODS.get(method, method)
+        caption = f"Gate ratios of {name} by task and layer, mean and standard deviation over questions."
+        parts.append(drawing(draw_gate_ratios, own, f"ratios_{method}", caption))
+        for group in drawn_groups(own):
+            told = f"Gate ratios of {name}, {look_of(group).label}: mean ± standard deviation over questions"
+            parts.append(details(f"As a table: {look_of(group).label}", table(told, *table_of_ratios(own, group))))
+    return parts
 
 
 def _scores(caption: str, result: Mapping[str, Any], *, every_metric: bool = False) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.errors import InputError
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import (
     draw_attention_shares,
@@ -17,7 +19,7 @@ from lsg_jax.report.figures import (
     draw_stack,
 )
 from lsg_jax.report.gains import rows_of_ablation
-from lsg_jax.report.html import Drawing, Section, details, drawing, image, note, paragraph, settings, table
+from lsg_jax.report.html import Drawing, Section, details, drawing, gallery, heading, image, note, paragraph, settings, table
 from lsg_jax.report.oracle import best_cells
 from lsg_jax.report.stacks import rows_of_stack
 
@@ -25,42 +27,69 @@ BULKY = ("rows", "images", "counts", "attention", "overlap", "base", "best", "si
 """What is no setting of a study."""
 
 MAX_OVERLAYS = 12
+MAX_PLACES = 8  # that are spelled out
 
 Study = Mapping[str, Any]
 
 
-def sinks_section(study: Study, overlays: Mapping[str, bytes], *, title: str) -> Section:
+def sinks_section(study: Study, folder: Path, *, title: str) -> Section:
     """Sinks of images.
 
     Args:
         study: sinks.json.
-        overlays: PNGs by image, of as many images as there are.
+        folder: where it lies, with a PNG of each image that its sinks are drawn onto, as far as there is one.
     """
     parts = _warnings(study)
+    parts += _overlays(study["images"], folder)
     if study["counts"]:
         caption = "Visual tokens of each group at each layer: mean and standard deviation over images."
         parts.append(drawing(draw_sinks_by_layer, study["counts"], "sinks_by_layer", caption))
     if study["attention"]:
         caption = "Whose keys the attention falls on at each layer, mean over heads and images."
         parts.append(drawing(draw_attention_shares, study["attention"], "attention_shares", caption))
-    parts += _overlays(study["images"], overlays)
     doubts = [f"{name}: {warning}" for name, entry in study["images"].items() for warning in entry["warnings"]]
     if doubts:
         parts.append(details(f"Warnings about single images: {len(doubts)}", "".join(map(paragraph, doubts))))
-    return Section(title, [*parts, _settings(study)])
+    return Section(title, [*parts, _settings(study)], gist=f"{len(study['images'])} images")
 
 
-def _overlays(images: Mapping[str, Any], overlays: Mapping[str, bytes]) -> list[str]:
-    shown = [name for name in images if name in overlays][:MAX_OVERLAYS]
+def _overlays(images: Mapping[str, Any], folder: Path) -> list[str]:
+    """The first images of which there is a PNG; one that is broken is left out."""
+    shown: list[str] = []
+    for name, entry in images.items():
+        path = folder / f"{Path(name).stem}.png"
+        if len(shown) < MAX_OVERLAYS and path.is_file():
+            told = f"{Path(name).name}: {_found(entry)}"
+            with contextlib.suppress(InputError):
+                shown.append(image(told, path.read_bytes(), alt=f"{told}{_places(entry)}"))
     if not shown:
         return []
-    few = f" {len(shown)} of {len(images)} images." if len(shown) < len(images) else ""
-    parts = [paragraph(f"Orange: V-sinks, decided before the projector. Blue: L-sinks in some layer.{few}")]
-    for name in shown:
-        v_sinks = images[name]["v_sinks"]
-        found = "V-sinks unknown" if v_sinks is None else f"{len(v_sinks)} V-sinks"
-        parts.append(image(f"{Path(name).name}: {found}", overlays[name]))
-    return parts
+    told = "Large orange frames: V-sinks, decided before the projector."
+    if any(map(_l_sinks, images.values())):
+        told += " Small blue frames: L-sinks in some layer."
+    if len(shown) < len(images):
+        told += f" {len(shown)} of {len(images)} images."
+    return [heading("Where the sinks are"), paragraph(told), gallery(shown)]
+
+
+def _l_sinks(entry: Mapping[str, Any]) -> set[int]:
+    """Patches that are an L-sink in some layer."""
+    return {patch for layer in entry["l_sinks"] or [] for patch in layer}
+
+
+def _found(entry: Mapping[str, Any]) -> str:
+    count = lambda number, what: f"{number} {what}" + ("" if number == 1 else "s")
+    told = "V-sinks unknown" if entry["v_sinks"] is None else count(len(entry["v_sinks"]), "V-sink")
+    found = _l_sinks(entry)
+    return f"{told}, {count(len(found), 'L-sink')}" if found else told
+
+
+def _places(entry: Mapping[str, Any]) -> str:
+    """Where the V-sinks are, for those who do not see the frames."""
+    places = [divmod(patch, entry["grid"]) for patch in (entry["v_sinks"] or [])]
+    told = ", ".join(f"row {row + 1} column {column + 1}" for row, column in places[:MAX_PLACES])
+    more = len(places) - MAX_PLACES
+    return f" at {told}{f' and {more} more' if more > 0 else ''}, of {entry['grid']} rows and columns" if told else ""
 
 
 def probe_section(study: Study, *, title: str) -> Section:
@@ -84,7 +113,7 @@ def probe_section(study: Study, *, title: str) -> Section:
     parts.append(
         table("The best layer of each group, in percent", ["attribute", "tokens", "layer", "held out", "chance"], lines)
     )
-    return Section(title, [*parts, _settings(study)])
+    return Section(title, [*parts, _settings(study)], gist=", ".join(distinct(rows, "attribute")))
 
 
 def sweep_section(study: Study, *, title: str) -> Section:
@@ -107,7 +136,8 @@ def sweep_section(study: Study, *, title: str) -> Section:
         lines.append([f"{benchmark}, {task}", _change(best), *where])
     named = "coefficients" + (f" ({', '.join(look_of(group).label for group in groups)})" if groups else "")
     parts.append(table("The best cell of each task", ["task", "change", "layer", named], lines))
-    return Section(title, [*parts, _settings(study)])
+    gist = f"{len(lines)} tasks, {len(distinct(cells, 'layer'))} layers"
+    return Section(title, [*parts, _settings(study)], gist=gist)
 
 
 def stack_section(study: Study, *, title: str) -> Section:

@@ -132,8 +132,11 @@ def test_processes_change_nothing_and_share_the_images(tiny_model, outputs, tmp_
         assert sum(row["mean"] for row in result["ratios"] if row["layer"] == layer) == pytest.approx(1, abs=2e-3)
     rows = [json.loads(line) for line in (tmp_path / "eval" / "scenes.base.jsonl").read_text().splitlines()]
     assert [row["output"] for row in rows] == outputs
-    gated = [json.loads(line)["output"] for line in (tmp_path / "eval" / "scenes.lsg.jsonl").read_text().splitlines()]
-    assert sum(a != b for a, b in zip(gated, outputs, strict=True)) > 3
+    gated = [json.loads(line) for line in (tmp_path / "eval" / "scenes.lsg.jsonl").read_text().splitlines()]
+    assert sum(a["output"] != b for a, b in zip(gated, outputs, strict=True)) > 3
+    means = np.mean([row["ratios"] for row in gated], axis=0).ravel()  # layers x groups, as the rows of the result
+    np.testing.assert_allclose(means, [row["mean"] for row in result["ratios"]], atol=2e-3)
+    assert "ratios" not in rows[0] and result["benchmarks"]["scenes"]["path"] == ""
     # 12 questions a batch, 6 for each process: the second has 8 and repeats its first one four times, in the other process
     everything = {item.id for item in questions()[0]}
     assert {*first["read"], *second["read"]} == everything

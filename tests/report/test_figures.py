@@ -13,6 +13,7 @@ import study_rows
 from lsg_jax.errors import InputError
 from lsg_jax.report import figures
 from lsg_jax.report.gains import rows_of_ablation, rows_of_gains
+from lsg_jax.report.ratios import table_of_ratios
 from lsg_jax.report.stacks import rows_of_stack
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -164,3 +165,14 @@ def test_gains_of_an_evaluation_and_of_an_ablation():
     assert {row["metric"] for row in rows_of_gains(official)} == {"2D"}
     variant = {"variant": "mean_all", **{name: value for name, value in lsg.items() if name != "method"}}
     assert rows_of_ablation([variant]) == [lsg | {"method": "mean_all"}]
+
+
+def test_the_longer_side_of_a_table_of_ratios_goes_down():
+    rows = study_rows.ratios()
+    rows[0] = rows[0] | {"mean": None}  # Count, layer 0, V-sinks
+    header, lines = table_of_ratios(rows, "v_sink")
+    assert header == ["benchmark, task", "questions", "layer 0", "layer 1", "layer 2"]
+    assert lines[0] == ["cv_bench, Count", "7", "-", "0.20 ± 0.05", "0.20 ± 0.05"] and len(lines) == 3
+    header, lines = table_of_ratios(study_rows.ratios(range(32)), "rest")
+    assert header == ["layer", "cv_bench, Count", "cv_bench, Depth $ & <b>", "mmstar, math"]
+    assert len(lines) == 32 and lines[31] == ["layer 31", *["0.70 ± 0.05"] * 3]

@@ -1,0 +1,146 @@
+"""The report as a reader meets it, in headless Chromium: what it loads, on a phone, by keyboard, without scripts, printed."""
+
+import os
+import shutil
+import subprocess
+
+import chromium
+import pytest
+from pages import write_work
+
+from lsg_jax.cli import main
+
+NEEDS = {"chromium": chromium.find, "poppler-utils": lambda: shutil.which("pdftotext")}
+PHONE = {"width": 360, "height": 800}
+COMPLAINTS = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A page of one of each kind of work."""
+    folder = tmp_path_factory.mktemp("report")
+    assert main(["report", str(write_work(folder / "work")), "--out", str(folder / "report.html")]) == 0
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium, started once. Without it these tests fail, unless it is left out on purpose: a page is tried, or it is not."""
+    if os.environ.get("LSG_NO_BROWSER") == "1":
+        pytest.skip("LSG_NO_BROWSER=1: the report is not tried in a browser")
+    missing = " ".join(package for package, find in NEEDS.items() if not find())
+    assert not missing, f"apt-get install {missing}; or set LSG_NO_BROWSER=1 to leave out the tests in a browser"
+    page = chromium.Page(tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
+
+
+def told(browser):
+    """(addresses that were asked for, complaints) since the page was opened."""
+    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    return asked, [event["params"] for event in browser.events if event["method"] in COMPLAINTS]
+
+
+def test_nothing_is_fetched_and_nothing_is_complained_about(browser, report):
+    for view in ({}, {**PHONE, "dark": True}, {"script": False}):
+        browser.open(report, **view)
+        assert browser.probe("imagesAreThere")
+        asked, complaints = told(browser)
+        assert asked[0] == report.as_uri() and all(url.startswith("data:") for url in asked[1:])
+        assert len(asked) > 10 and not complaints
+
+
+def test_what_got_into_the_page_does_not_run(browser, report, tmp_path):
+    """The policy of the page holds where escaping might not; and the test above can fail."""
+    evil = '<script>window.ran = 1</script><img src="x" onerror="window.ran = 2"><img src="https://example.com/x.png">'
+    (tmp_path / "evil.html").write_text(report.read_text().replace("<h1>", evil + "<h1>"))
+    browser.open(tmp_path / "evil.html")
+    assert browser.evaluate("window.ran ?? null") is None
+    assert browser.probe("filtersSeen") == 2  # the page's own script does run
+    _, complaints = told(browser)
+    assert sum("Content Security Policy" in str(complaint) for complaint in complaints) >= 3
+
+
+def test_a_phone_scrolls_down_only(browser, report):
+    for script in (True, False):
+        browser.open(report, **PHONE, script=script)
+        browser.probe("unfold")
+        assert browser.probe("width") == [360, 360] and browser.probe("tooWide") == []
+    assert browser.probe("scrolled") > 3 and browser.probe("smallestLabel") > 6  # figures keep a size that can be read
+    browser.probe("widen")
+    assert browser.probe("width")[1] > 360 and browser.probe("tooWide")
+
+
+def test_contrast(browser, report):
+    for dark in (False, True):
+        browser.open(report, dark=dark)
+        browser.probe("unfold")
+        worst = browser.probe("faintest")
+        assert worst[0][0] >= 4.5, worst
+        paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (paper == "rgb(255, 255, 255)") != dark
+
+
+def test_everything_is_reached_by_keyboard(browser, report):
+    browser.open(report)
+    stops = []
+    for _ in range(browser.probe("stops")):
+        browser.press("Tab")
+        stops.append(browser.probe("focus"))
+    assert "Skip to the results" in stops[0]["what"] and len(stops) > 40
+    assert [stop for stop in stops if not (stop["outlined"] and stop["seen"])] == []
+    browser.press("Tab")
+    assert browser.probe("focus")["what"].startswith("BODY")  # that was all
+    browser.press("Tab")
+    browser.press("Enter")
+    assert browser.evaluate("location.hash") == "#main"
+
+
+@pytest.mark.parametrize("view", [{}, PHONE], ids=["wide", "phone"])
+def test_rows_are_chosen_by_keyboard(browser, report, view):
+    browser.open(report, **view)
+    assert [len(rows) for rows in browser.probe("rows")] == [8, 6]
+    browser.evaluate("document.querySelector('.filter input').focus()")
+    for key, outcome in zip(["ArrowRight"] * 4, ["gained", "lost", "both right", "both wrong"], strict=True):
+        browser.press(key)
+        assert browser.probe("focus")["value"] == outcome
+        rows, others = browser.probe("rows")
+        assert [seen for seen, _, _ in rows] == [outcomes[0] == outcome for _, outcomes, _ in rows]
+        assert all(seen for seen, _, _ in others)  # the other table is left alone
+        assert browser.probe("status") == "2 of 8 rows shown"
+    browser.press("Tab")
+    browser.press("ArrowDown")
+    assert browser.probe("focus")["what"].startswith("SELECT  method")
+    browser.press("Tab")
+    browser.press("End")
+    category = browser.probe("focus")["value"]
+    rows, _ = browser.probe("rows")
+    expected = [outcomes[1] == "both wrong" and own == category for _, outcomes, own in rows]
+    assert [seen for seen, _, _ in rows] == expected and category
+
+
+def test_without_scripts_all_is_listed(browser, report):
+    browser.open(report, script=False)
+    assert all(seen for rows in browser.probe("rows") for seen, _, _ in rows) and browser.probe("filtersSeen") == 0
+    browser.evaluate("document.querySelector('details:not([open]) summary').focus()")
+    browser.press("Enter")
+    assert browser.evaluate("document.activeElement.parentElement.open")
+
+
+def test_it_prints(browser, report, tmp_path):
+    browser.open(report, width=680, media="print")  # as wide as A4 between its margins
+    figures, headings = browser.probe("figures"), browser.probe("headings")
+    (tmp_path / "report.pdf").write_bytes(browser.pdf())
+    subprocess.run(["pdftotext", "report.pdf", "report.txt"], cwd=tmp_path, check=True, timeout=60)
+    pages = (tmp_path / "report.txt").read_text().split("\f")
+    assert pages.pop() == "" and 4 < len(pages) < 30 and all(len(page.split()) > 5 for page in pages)
+    words = {word for page in pages for word in page.split()}
+    assert {word for heading in headings for word in heading.split()} <= words
+    whole = " ".join(" ".join(pages).split())
+    assert '"seed": 5' in whole and "every patch is flagged" in whole  # what is folded on the screen
+    assert "numbers (CSV)" not in whole and "rows shown" not in whole and "Skip to" not in whole
+    drawn = [figure for figure in figures if figure["words"]]
+    for figure in drawn:  # each on one page
+        number = figure["caption"].split(". ")[0] + "."
+        assert any(set(figure["words"]) <= set(page.split()) for page in pages if number in page), number
+    assert len(drawn) == 9 and max(figure["height"] for figure in figures) < 1000  # of 1008 pixels
