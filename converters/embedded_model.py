@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def make(out: Path, recipe: TowerRecipe, *, conversations: int, overrides: list[
         convert(out / "checkpoint-tower", out / "start")
     if not (out / "records").exists():
         logger.info("writing %d conversations", conversations)
-        source = write_conversations(out / "conversations", "train", conversations, seed=SEED, side=IMAGE_SIZE)
+        scenes = {"seed": SEED, "side": IMAGE_SIZE, "processes": os.cpu_count() or 1}
+        source = write_conversations(out / "conversations", "train", conversations, **scenes)
         prepare_llava(source, out / "conversations", out / "records")
     paths = [f'model="{out / "start"}"', f'data.records="{out / "records"}"', f'output="{out / "run"}"']
     train(load_run_config(SETTINGS, [*paths, *overrides]), on_step=_tell)

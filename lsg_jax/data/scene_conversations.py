@@ -7,8 +7,10 @@ question that has one right answer in it, and simpler ones that teach what the o
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -36,17 +38,28 @@ def scene_conversation(split: Split, index: int, *, seed: int = 0) -> tuple[Scen
     return scene, exchanges
 
 
-def write_conversations(folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int = 8) -> Path:
+def write_conversations(
+    folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int = 8, processes: int = 1
+) -> Path:
     """Writes `count` scenes as LLaVA records of up to `most` questions, and their images. Returns the path of the JSONL."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / "conversations.jsonl"
+    write = partial(_write_one, folder, split, seed=seed, side=side, most=most)
     with path.open("w", encoding="utf-8") as file:
-        for index in range(count):
-            scene, exchanges = scene_conversation(split, index, seed=seed)
-            image = f"images/{index:06d}.png"
-            Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
-            file.write(json.dumps(as_record(f"{split}-{index:06d}", image, exchanges[:most])) + "\n")
+        if processes == 1:
+            file.writelines(map(write, range(count)))
+        else:
+            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+                file.writelines(pool.imap(write, range(count), chunksize=100))
     return path
+
+
+def _write_one(folder: Path, split: Split, index: int, *, seed: int, side: int, most: int) -> str:
+    """Writes a scene's image; returns its line."""
+    scene, exchanges = scene_conversation(split, index, seed=seed)
+    image = f"images/{index:06d}.png"
+    Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
+    return json.dumps(as_record(f"{split}-{index:06d}", image, exchanges[:most])) + "\n"
 
 
 def as_record(name: str, image: str, exchanges: list[Exchange]) -> dict[str, object]:

@@ -82,6 +82,8 @@ def test_records_that_lsg_prepare_takes(tmp_path):
     path = write_conversations(tmp_path, "train", 5, side=56, most=4)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 5
+    again = write_conversations(tmp_path / "two", "train", 5, side=56, most=4, processes=2)
+    assert again.read_bytes() == path.read_bytes()
     for index, line in enumerate(lines):
         found = parse_record(line, default_id="")
         assert len(found.turns) == 8 and found.turns[0].text.startswith("<image>\n") and not found.notes
