@@ -163,6 +163,13 @@ def test_hostile_json(tmp_path: Path, content: bytes, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_checkpoint_may_state_its_sinks() -> None:
+    stated = changed(lsg_sinks={"criterion": "dim_abs", "vit_dims": [40], "vit_tau": 33.0})
+    assert model_config(stated).sinks == SinkConfig(vit_dims=(40,), vit_tau=33.0)
+    with pytest.raises(ConfigError, match="lsg_sinks: unknown field vit_dim; did you mean vit_dims"):
+        model_config(changed(lsg_sinks={"vit_dim": [40]}))
+
+
 def test_missing_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_object(tmp_path / "config.json")
