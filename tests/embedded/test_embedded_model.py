@@ -1,0 +1,61 @@
+"""The script that makes the embedded model, from nothing to a checkpoint, with hardly any training."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import lsg_jax
+from converters.convert import convert
+from converters.embedded_model import make
+from lsg_jax.checkpoint import read_step
+from lsg_jax.config import SinkConfig
+from lsg_jax.data.drawing import draw
+from lsg_jax.data.scene_questions import scene_question
+from lsg_jax.embedded.tower import TowerRecipe
+from lsg_jax.opening import load_backbone
+
+RECIPE = TowerRecipe(scenes=8, steps=2, batch_size=4, warmup=1, save_every=1)
+SHORT = ["train.batch_size=2", "train.max_steps=2", "train.save_every=1", "data.num_threads=1"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("embedded")
+    return make(out, RECIPE, conversations=4, overrides=SHORT)
+
+
+def test_the_checkpoint_is_what_was_trained(made, tmp_path):
+    out = made.parent
+    weights = {file.name: file.stat().st_size for file in made.glob("*.safetensors")}
+    assert sum(weights.values()) < 8e6 and json.loads((made / "config.json").read_text())["lsg_sinks"]["vit_dims"] == [40]
+    convert(made, tmp_path / "model", dtype="float32")
+    vlm = load_backbone(tmp_path / "model")
+    assert vlm.config.sinks == SinkConfig(vit_dims=(40,), vit_tau=33.0)
+    rounded = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, jax.numpy.bfloat16).astype(np.float32), tree)
+    trained = read_step(out / "run")[1]["gates"]
+    assert set(trained) == {"projector", "language_model"}
+    for part, leaves in trained.items():
+        jax.tree.map(np.testing.assert_array_equal, vlm.frozen[part], rounded(leaves))
+    start, untrained = load_backbone(out / "start").frozen, load_backbone(out / "untrained").frozen
+    jax.tree.map(np.testing.assert_array_equal, vlm.frozen["vision_tower"], rounded(start["vision_tower"]))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start["vision_tower"], untrained["vision_tower"])
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_it_answers_and_its_prompts_are_short(made, tmp_path):
+    convert(made, tmp_path / "model")
+    vlm = lsg_jax.load(tmp_path / "model")
+    asked = scene_question("test", 0)
+    encoded = vlm.processor.encode_question(asked.prompt)
+    assert vlm.processor.template == "chat_template" and len(encoded.ids) < 64 + 40
+    (answer,) = vlm.generate([Image.fromarray(draw(asked.scene, 112))], [asked.prompt], max_new_tokens=2)
+    assert isinstance(answer, str)
+
+
+def test_again_nothing_is_made_twice(made):
+    before = {path: path.stat().st_mtime_ns for path in made.parent.rglob("*.safetensors")}
+    assert make(made.parent, RECIPE, conversations=4, overrides=SHORT) == made
+    assert {path: path.stat().st_mtime_ns for path in made.parent.rglob("*.safetensors")} == before
