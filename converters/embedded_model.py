@@ -100,7 +100,9 @@ def main() -> None:
         "--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it, for the second part"
     )
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    for name in (__name__, "lsg_jax"):
+        logging.getLogger(name).setLevel(logging.INFO)
     recipe = TowerRecipe(scenes=options.scenes, steps=options.steps)
     print(make(options.out, recipe, conversations=options.conversations, overrides=options.set))
 
