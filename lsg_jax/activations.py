@@ -1,14 +1,25 @@
 """Activation functions by the names of config.Activation, and the core of layer norm."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+
+def gelu_exact(x: jax.Array) -> jax.Array:
+    """x Phi(x), in float32, as PyTorch has it.
+
+    jax.nn.gelu goes by erfc, whose branches a TPU's compiler unrolls into the products around it: a tenth of its time.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),  # the tanh form
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_exact": gelu_exact,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
