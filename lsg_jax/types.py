@@ -99,7 +99,10 @@ class Intervention(Protocol):
     def first_layer(self) -> int: ...
 
     def per_layer(self, start: int, stop: int) -> Any:
-        """What a scan over the layers from `start` to `stop` walks along: a pytree of arrays with a leading layer axis."""
+        """What a scan over the layers from `start` to `stop` walks along: a pytree of arrays with a leading layer axis.
+
+        What is trained reaches the layers through it alone.
+        """
 
     def layer(self, walked: Any, hidden: Array) -> LayerChange:
         """The change of the layer that `hidden` [B, T, D] enters; `walked` is its part of `per_layer`."""

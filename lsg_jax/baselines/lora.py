@@ -60,13 +60,15 @@ class LowRankChange:
     scale: jax.Array
     first_layer: int = flax.struct.field(pytree_node=False)
 
-    def per_layer(self, start: int, stop: int) -> jax.Array:
+    def per_layer(self, start: int, stop: int) -> tuple[Any, jax.Array]:
         """What a scan over the layers from `start` to `stop` walks along."""
-        return self.scale[start:stop]
+        copies = jax.tree.map(lambda factor: jnp.broadcast_to(factor, (stop - start, *factor.shape)), self.factors)
+        return copies, self.scale[start:stop]
 
-    def layer(self, walked: jax.Array, hidden: jax.Array) -> LayerChange:
-        """The updates of one layer; `walked` is its factor."""
-        return LayerChange(low_rank={name: functools.partial(_update, pair, walked) for name, pair in self.factors.items()})
+    def layer(self, walked: tuple[Any, jax.Array], hidden: jax.Array) -> LayerChange:
+        """The updates of one layer; `walked` is its part of `per_layer`."""
+        factors, scale = walked
+        return LayerChange(low_rank={name: functools.partial(_update, pair, scale) for name, pair in factors.items()})
 
 
 def check_lora(method: LoraConfig, *, num_layers: int) -> None:

@@ -16,6 +16,7 @@ from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import TextConfig
 from lsg_jax.errors import InputError
 from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles, take_rows
+from lsg_jax.model.layer_scan import differentiated_from
 from lsg_jax.model.layers import Linear, RMSNorm, layer_at, stack_layers
 from lsg_jax.model.splash_attention import SAVED
 from lsg_jax.sharding import ROWS, constrain
@@ -147,14 +148,16 @@ class LanguageModel(nnx.Module):
     ) -> DecoderOutput:
         """Runs all layers over whole sequences, causally; padding may be on either side.
 
-        Layers below the first that the intervention changes run in a scan of their own that is not differentiated. With `rows`,
-        the last layer computes nothing but keys and values elsewhere, unless that would not pay (`_last_layer_apart`).
+        Layers below the first that the intervention changes are not differentiated (`layer_scan`), and without a gradient run
+        in a scan of their own. With `rows`, the last layer computes nothing but keys and values elsewhere, unless that would
+        not pay (`_last_layer_apart`).
 
         Args:
             x: merged embeddings [B, T, D].
             valid: bool [B, T], unpadded tokens.
             intervention: what is done in the layers, if anything.
-            differentiate: `x` depends on what is trained, so that no layer may be left out of the backward pass.
+            differentiate: `x` or weights are trained: no layer is left out of the backward pass. Otherwise only what the
+                intervention hands to the layers (`per_layer`) gets a gradient.
             rows: int32 [B, A], positions whose output is wanted; None for all.
             room: empty positions behind the keys and values that are kept.
             remat: what of a layer is kept for the backward pass (TrainConfig).
@@ -162,6 +165,9 @@ class LanguageModel(nnx.Module):
         """
         self.check_length(x.shape[1])
         num_layers = self.config.num_layers
+        first = num_layers if intervention is None else intervention.first_layer
+        apart = rows is not None and _last_layer_apart(num_layers, rows.shape[1])
+        scanned = num_layers - 1 if apart else num_layers
         run_layer = self.over(valid)
 
         def body(carry: tuple[jax.Array, Any], index: jax.Array, walked: Any, rows: jax.Array | None = None) -> tuple[Any, Any]:
@@ -174,23 +180,31 @@ class LanguageModel(nnx.Module):
                 kv = _write_layer(kv, index, new)
             return (y, kv), (change.ratios, seen, change.sinks if keep_kv else None)
 
+        # a scan already keeps the recomputation apart from the forward pass
+        step = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+
         def run(carry: tuple[jax.Array, Any], start: int, stop: int, walked: Any) -> tuple[Any, Any]:
-            # a scan already keeps the recomputation apart from the forward pass
-            step = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
             return jax.lax.scan(lambda c, xs: step(c, *xs), carry, (jnp.arange(start, stop), walked))
 
-        first = num_layers if intervention is None else intervention.first_layer
-        apart = rows is not None and _last_layer_apart(num_layers, rows.shape[1])
-        scanned = num_layers - 1 if apart else num_layers
+        def run_split(walked: Any, carry: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+            carry, _ = run(carry, 0, first, None)
+            return run(carry, first, scanned, jax.tree.map(lambda leaf: leaf[first:], walked))
+
         carry, parts = (x, self._empty_kv(x, room) if keep_kv else None), []
-        if first > 0:
-            if scanned > 0:
-                carry, part = run(carry, 0, min(first, scanned), None)
-                parts.append(part)
-            carry = carry if differentiate else jax.lax.stop_gradient(carry)
-        if intervention is not None and first < scanned:
-            carry, part = run(carry, first, scanned, intervention.per_layer(first, scanned))
+        one_body = 0 < first < scanned and not (differentiate or keep_kv or observe or remat == "offload")
+        if intervention is not None and one_body:
+            walked = intervention.per_layer(0, scanned)
+            carry, part = differentiated_from(first, run_split, lambda w, c, index: step(c, index, w), walked, carry)
             parts.append(part)
+        else:
+            if first > 0:
+                if scanned > 0:
+                    carry, part = run(carry, 0, min(first, scanned), None)
+                    parts.append(part)
+                carry = carry if differentiate else jax.lax.stop_gradient(carry)
+            if intervention is not None and first < scanned:
+                carry, part = run(carry, first, scanned, intervention.per_layer(first, scanned))
+                parts.append(part)
         if apart:
             last = None if intervention is None else jax.tree.map(lambda v: v[0], intervention.per_layer(scanned, num_layers))
             carry, part = body(carry, jnp.int32(scanned), last, rows)
