@@ -11,7 +11,7 @@ import jax.numpy as jnp
 def gelu_exact(x: jax.Array) -> jax.Array:
     """x Phi(x), in float32, as PyTorch has it.
 
-    jax.nn.gelu goes by erfc, whose branches a TPU's compiler unrolls into the products around it: a tenth of its time.
+    jax.nn.gelu goes by erfc, whose branches a TPU's compiler unrolls into the products around it, which takes it long.
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)

@@ -159,7 +159,7 @@ def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _put_rows(rows_and_length: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
     rows, positions = rows_and_length
-    # a small product: the scatter that JAX would make of it takes a TPU's compiler three times as long
+    # a small product: the scatter that JAX would make of it takes a TPU's compiler far longer
     chosen = (rows[:, :, None] == positions).astype(gradient.dtype)
     return jnp.einsum("BAT,BA...->BT...", chosen, gradient), None
 
