@@ -2,8 +2,9 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m converters.embedded_model OUT
 
-First the vision tower learns what is in each patch and to keep the whole in V-sinks (`lsg_jax.embedded.tower`), then projector
-and language model learn to answer, with the tower frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept:
+First the vision tower learns what is in each patch and to keep the whole in V-sinks (`lsg_jax.embedded.tower`), then the
+projector is aligned with the language model's words (`lsg_jax.embedded.alignment`), then both learn to answer, with the tower
+frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept:
 the same command goes on after a stop. OUT/checkpoint is what the package ships.
 """
 
@@ -28,14 +29,18 @@ from lsg_jax.checkpoint import RunFolder
 from lsg_jax.config import load_run_config
 from lsg_jax.data.byte_tokenizer import BOS, EOS, IMAGE, PAD, write_bpe_tokenizer
 from lsg_jax.data.records import prepare_llava
-from lsg_jax.data.scene_conversations import scene_conversation, write_conversations
-from lsg_jax.embedded.lessons import draw_lessons
+from lsg_jax.data.scene_conversations import listing, scene_conversation, write_conversations
+from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, targets
+from lsg_jax.embedded.lessons import Lessons, draw_lessons
 from lsg_jax.embedded.tower import TowerRecipe, train_tower
+from lsg_jax.model.llava import assemble
+from lsg_jax.opening import load_backbone
 from lsg_jax.train.loop import train
+from lsg_jax.vlm import VLM
 
 logger = logging.getLogger(__name__)
 
-RECIPE = TowerRecipe()
+RECIPE, ALIGNMENT = TowerRecipe(), AlignmentRecipe()
 CONVERSATIONS = 24_000
 SEED = 1  # of the scenes: those of seed 0 are for gates and for tests
 SETTINGS = Path(__file__).parent.parent / "configs" / "embedded.toml"
@@ -118,7 +123,9 @@ def make(out: Path, recipe: TowerRecipe, *, conversations: int, overrides: list[
         logger.info("drawing %d scenes for the vision tower", recipe.scenes)
         lessons = draw_lessons("train", recipe.scenes, side=IMAGE_SIZE, grid=grid, seed=SEED)
         tower = train_tower(config, lessons, RunFolder(out / "tower"), recipe, on_step=_tell)
-        leaves = jax.tree.leaves_with_path({"vision_tower": tower})
+        vlm = load_backbone(out / "untrained")
+        vlm = VLM(vlm.config, {**vlm.frozen, "vision_tower": tower}, folder=vlm.folder)
+        leaves = jax.tree.leaves_with_path({"vision_tower": tower, "projector": _aligned(vlm, lessons)})
         named = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
         export(out / "untrained", out / "checkpoint-tower", trained=named)
         convert(out / "checkpoint-tower", out / "start")
@@ -136,10 +143,28 @@ def make(out: Path, recipe: TowerRecipe, *, conversations: int, overrides: list[
     return out / "checkpoint"
 
 
+def _aligned(vlm: VLM, lessons: Lessons) -> dict[str, Any]:
+    """The projector, aligned with the embeddings of the words."""
+    seen = jax.jit(lambda params, images: assemble(vlm.graphdef, params).image_features(images))
+    images = lessons.images[: ALIGNMENT.scenes]
+    pairs = [seen(vlm.params, images[start : start + 250]) for start in range(0, len(images), 250)]
+    features, v_sinks = (np.concatenate([np.asarray(pair[part]) for pair in pairs]) for part in (0, 1))
+    embeddings, encode = np.asarray(vlm.frozen["language_model"]["embed_tokens"]), vlm.processor.tokenizer.encode
+    words = {word: embeddings[encode(f" {word}", add_special_tokens=False)].sum(0) for word in WORDS}
+    labels = {name: values[: ALIGNMENT.scenes] for name, values in lessons.labels.items()}
+    wanted, known = targets(labels, v_sinks, words)
+    kinds = np.select([labels["shape"] >= 0, v_sinks, labels["room"] > 0], [0, 1, 2], 3)[known]
+    projector, explained = align_projector(
+        vlm.config, vlm.frozen["projector"], features[known], wanted[known], kinds, ALIGNMENT
+    )
+    logger.info("the aligned projector explains %.0f %% of the variance", 100 * explained)
+    return projector
+
+
 def write_untrained(folder: Path, *, seed: int = 0) -> None:
     """Writes weights, configuration, tokenizer and image processor."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, CONFIG, seed=seed)
+    write_weights(folder, CONFIG, seed=seed, sharp=False)
     size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
     (folder / "preprocessor_config.json").write_text(json.dumps({**IMAGE_PROCESSOR, **size}, indent=2), encoding="utf-8")
     write_bpe_tokenizer(folder, _texts(), vocab_size=VOCAB_SIZE, chat_template=CHAT_TEMPLATE)
@@ -147,7 +172,8 @@ def write_untrained(folder: Path, *, seed: int = 0) -> None:
 
 def _texts(scenes: int = 2000) -> Iterator[str]:
     for index in range(scenes):
-        for question, answer in scene_conversation("train", index, seed=SEED)[1]:
+        scene, exchanges = scene_conversation("train", index, seed=SEED)
+        for question, answer in [*exchanges, listing(scene)]:
             yield f"USER: \n{question} ASSISTANT: {answer}"
 
 

@@ -71,25 +71,27 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
     write_byte_tokenizer(folder)
 
 
-def write_weights(folder: Path, raw: dict[str, Any], *, seed: int) -> None:
-    """Writes config.json and random weights for it."""
+def write_weights(folder: Path, raw: dict[str, Any], *, seed: int, sharp: bool = True) -> None:
+    """Writes config.json and random weights for it.
+
+    Args:
+        sharp: whether the language model's attention is sharper and louder, so that what it says depends on the question and
+            the image; a model that is to be trained learns faster without.
+    """
     from safetensors.numpy import save_file
 
     config = model_config(raw)
     rng = np.random.default_rng(seed)
-    tensors = {name: _random(rng, name, shape) for name, shape in layout(config, rules_of(config)).tensors.items()}
+    tensors = {name: _random(rng, name, shape, sharp) for name, shape in layout(config, rules_of(config)).tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
-def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Matrices of variance 1 / fan-in, norm scales of one, small biases and embeddings of order one.
-
-    The language model's attention is sharper and louder, so that what it says depends on the question and the image.
-    """
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...], sharp: bool) -> np.ndarray:
+    """Matrices of variance 1 / fan-in, norm scales of one, small biases and embeddings of order one."""
     if "norm" in name:
         return np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float32)
     scale = 1.0 if "embed" in name else 0.02 if len(shape) == 1 else float(np.prod(shape[1:])) ** -0.5
-    if name.startswith("language_model"):
+    if sharp and name.startswith("language_model"):
         scale *= next((factor for part, factor in _ATTENTION.items() if part in name), 1.0)
     return (scale * rng.standard_normal(shape)).astype(np.float32)

@@ -11,7 +11,7 @@ from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("quickstart", _quickstart, "the whole story on a tiny random model, on CPU")
+    sub = command("quickstart", _quickstart, "the whole story on the embedded model, on CPU, in minutes")
     sub.add_argument("--out", type=Path, default=Path("lsg-quickstart"), metavar="DIR")
 
     sub = command("convert", _convert, "convert a Hugging Face LLaVA checkpoint into a model folder")
@@ -41,10 +41,9 @@ def add(command: Command) -> None:
 
 def _quickstart(options: argparse.Namespace) -> None:
     from converters.convert import convert
-    from converters.tiny_checkpoint import write_tiny_checkpoint
     from lsg_jax.quickstart import quickstart
 
-    print(quickstart(options.out, write_checkpoint=write_tiny_checkpoint, convert=convert))
+    print(quickstart(options.out, convert=convert, progress=progress_bar))
 
 
 def _convert(options: argparse.Namespace) -> None:

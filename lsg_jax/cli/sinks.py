@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
 from lsg_jax.errors import InputError
@@ -39,13 +38,12 @@ def add(command: Command) -> None:
 
 def _sinks(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.sinks import find_sinks
-    from lsg_jax.checkpoint.files import write_json
-    from lsg_jax.report.overlay import draw_sinks
+    from lsg_jax.report.sink_files import write_sinks
 
-    vlm = load_model(options)
     names = [path.stem for path in options.images]
     if options.out is not None and len(set(names)) < len(names):
         raise InputError("--images: two files have the same name, their overlays would overwrite each other")
+    vlm = load_model(options)
     pixels = {str(path): vlm.processor.pixels(path) for path in options.images}
     with progress_bar("sinks") as progress:
         found = find_sinks(vlm, pixels, options.prompt, max_new_tokens=options.max_new_tokens, progress=progress)
@@ -55,19 +53,8 @@ def _sinks(options: argparse.Namespace) -> None:
         for warning in entry["warnings"]:
             logger.warning("%s: %s", path, warning)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "sinks.json", found, sort_keys=False)
-        for name, image, entry in zip(names, pixels.values(), found["images"].values(), strict=True):
-            draw_sinks(image, entry).save(options.out / f"{name}.png")
-        _draw_figures(found, options.out)
+        write_sinks(found, pixels, options.out)
     print(json.dumps(found, allow_nan=False))
-
-
-def _draw_figures(found: dict[str, Any], out: Path) -> None:
-    from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
-
-    draw_sinks_by_layer(found["counts"], out / "sinks_by_layer")
-    draw_attention_shares(found["attention"], out / "attention_shares")
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -25,9 +25,14 @@ from lsg_jax.data.shapes import COLOURS, PATTERNS, SHAPES, SIZES, Item, Scene
 Exchange = tuple[str, str]
 """What the user says, and the answer."""
 
+LISTING = "List all shapes from left to right, then the letters in the corners."
+
 
 def scene_conversation(split: Split, index: int, *, seed: int = 0) -> tuple[Scene, list[Exchange]]:
-    """Scene `index` (from 0) of a split with all its questions in random order; it depends on (seed, split, index) alone."""
+    """Scene `index` (from 0) of a split with all its questions in random order; it depends on (seed, split, index) alone.
+
+    What `listing` says is not among them.
+    """
     if index % 4 == 3:
         scene = probe_scene(split, index // 4, seed=seed)
     else:
@@ -39,9 +44,12 @@ def scene_conversation(split: Split, index: int, *, seed: int = 0) -> tuple[Scen
 
 
 def write_conversations(
-    folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int = 8, processes: int = 1
+    folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int = 4, processes: int = 1
 ) -> Path:
-    """Writes `count` scenes as LLaVA records of up to `most` questions, and their images. Returns the path of the JSONL."""
+    """Writes `count` scenes as LLaVA records, and their images. Returns the path of the JSONL.
+
+    A record has up to `most` questions and at its end, where no question can be answered from it, the listing.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / "conversations.jsonl"
     write = partial(_write_one, folder, split, seed=seed, side=side, most=most)
@@ -59,7 +67,14 @@ def _write_one(folder: Path, split: Split, index: int, *, seed: int, side: int, 
     scene, exchanges = scene_conversation(split, index, seed=seed)
     image = f"images/{index:06d}.png"
     Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
-    return json.dumps(as_record(f"{split}-{index:06d}", image, exchanges[:most])) + "\n"
+    return json.dumps(as_record(f"{split}-{index:06d}", image, [*exchanges[:most], listing(scene)])) + "\n"
+
+
+def listing(scene: Scene) -> Exchange:
+    """All that there is in one answer, as captions do for LLaVA: many more words to learn from than in answers of one word."""
+    items = sorted(scene.items, key=lambda item: item.x)
+    shapes = [f"{item.size} {item.name}" + (f" {item.letter}" if item.letter else "") for item in items]
+    return LISTING, "; ".join([*shapes, *(f"{corner} {letter}" for corner, letter in scene.corners.items())])
 
 
 def as_record(name: str, image: str, exchanges: list[Exchange]) -> dict[str, object]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lsg_jax.data.conversation import parse_record
-from lsg_jax.data.scene_conversations import scene_conversation, write_conversations
+from lsg_jax.data.scene_conversations import listing, scene_conversation, write_conversations
 from lsg_jax.data.shapes import COLOURS, SHAPES
 
 
@@ -61,6 +61,15 @@ def test_every_answer_is_right_and_the_only_one():
     assert len(kinds) >= 14 and min(kinds.values()) >= 10
 
 
+def test_the_listing_says_all_from_left_to_right():
+    for index in range(100):
+        scene, _ = scene_conversation("train", index, seed=5)
+        told = [part.split() for part in listing(scene)[1].split("; ")]
+        corners = [[*corner.split(), letter] for corner, letter in scene.corners.items()]
+        by_place = {item.x: [item.size, item.colour, item.shape, *item.letter] for item in scene.items}
+        assert told == [by_place[x] for x in sorted(by_place)] + corners
+
+
 def test_yes_and_no_and_letters_of_choices_are_balanced():
     answers = Counter()
     for index in range(600):
@@ -86,9 +95,9 @@ def test_records_that_lsg_prepare_takes(tmp_path):
     assert again.read_bytes() == path.read_bytes()
     for index, line in enumerate(lines):
         found = parse_record(line, default_id="")
-        assert len(found.turns) == 8 and found.turns[0].text.startswith("<image>\n") and not found.notes
+        assert len(found.turns) == 10 and found.turns[0].text.startswith("<image>\n") and not found.notes
         assert Image.open(tmp_path / line["image"]).size == (56, 56)
-        _, exchanges = scene_conversation("train", index)
+        scene, exchanges = scene_conversation("train", index)
         assert [turn.text.removeprefix("<image>\n") for turn in found.turns] == [
-            text for pair in exchanges[:4] for text in pair
+            text for pair in [*exchanges[:4], listing(scene)] for text in pair
         ]

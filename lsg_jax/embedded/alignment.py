@@ -1,0 +1,118 @@
+"""Aligns the projector with the words of the language model before anything reads it, as LLaVA's first stage does.
+
+What the vision tower sees in a patch is known here, so the target is plain: the sum of the embeddings of the words for it. The
+language model then finds a patch by the words of a question, and need not learn first what each feature is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from lsg_jax.config import ModelConfig
+from lsg_jax.data.shapes import COLOURS, CORNERS, LETTERS, MAX_ITEMS, PATTERNS, SHAPES, SIZES
+from lsg_jax.embedded.labels import MOST
+from lsg_jax.model.projector import Projector
+
+PATCH_WORDS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "letter": ("", *LETTERS)}
+NUMBERS = tuple(str(number) for number in range(1, MAX_ITEMS + 1))
+
+WORDS = frozenset(
+    (*COLOURS, *SHAPES, *SIZES, *LETTERS, *PATTERNS, *NUMBERS, "background", "corner", *" ".join(CORNERS).split())
+)
+"""All words that `targets` uses."""
+
+
+@dataclass(frozen=True)
+class AlignmentRecipe:
+    """How the projector is trained: Adam with cosine decay, on patches drawn at random."""
+
+    scenes: int = 4000
+    steps: int = 2000
+    patches: int = 2048
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def targets(
+    labels: Mapping[str, np.ndarray], v_sinks: np.ndarray, words: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the projector shall make of the patches of B scenes.
+
+    A patch with the centre of a shape: its colour, shape, size and letter. A V-sink: count, pattern, and each colour and kind
+    of shape as often as it is there, in units of MOST. A corner's patch with a letter: letter, corner and its name. A patch
+    that nothing touches: background. All others are left to themselves.
+
+    Args:
+        labels: of embedded.labels. v_sinks: bool [B, P]. words: embedding float32 [D] of each of WORDS.
+
+    Returns:
+        float32 [B, P, D], and which patches have a target, bool [B, P].
+    """
+    words = {"": np.zeros_like(next(iter(words.values()))), **words}
+    table = lambda names: np.stack([words[name] for name in names])
+    wanted = np.zeros((*v_sinks.shape, table([""]).shape[-1]), np.float32)
+    grid = round(v_sinks.shape[1] ** 0.5)
+
+    empty = (labels["room"] > 0) & ~v_sinks
+    wanted[empty] = words["background"]
+    letters = table(PATCH_WORDS["letter"])
+    known = empty | v_sinks
+    for number, name in enumerate(CORNERS):
+        row, column = ((grid - 1) * name.startswith("bottom"), (grid - 1) * name.endswith("right"))
+        there = labels["corner"][:, number] > 0
+        place = words["corner"] + table(name.split()).sum(0)
+        wanted[there, row * grid + column] = letters[labels["corner"][there, number]] + place
+        known[there, row * grid + column] = True
+    whole = table(NUMBERS)[labels["count"][:, 0]] + table(PATTERNS)[labels["pattern"][:, 0]]
+    whole = whole + (labels["colours"] @ table(COLOURS) + labels["shapes"] @ table(SHAPES)) / MOST
+    wanted[v_sinks] = np.broadcast_to(whole[:, None], wanted.shape)[v_sinks]
+    centre = labels["shape"] >= 0
+    wanted[centre] = sum(table(names)[labels[what][centre]] for what, names in PATCH_WORDS.items())
+    return wanted, known | centre
+
+
+def align_projector(
+    config: ModelConfig,
+    projector: dict[str, Any],
+    features: np.ndarray,
+    wanted: np.ndarray,
+    kinds: np.ndarray,
+    recipe: AlignmentRecipe,
+) -> tuple[dict[str, Any], float]:
+    """Trains a projector to give `wanted` for `features`, by mean squared error.
+
+    Args:
+        features: float32 [N, F], before the projector. wanted: float32 [N, D].
+        kinds: int [N]; the kinds of patches count alike, however many there are.
+
+    Returns:
+        Its parameters, and the share of the variance of `wanted` that it explains in the last tenth of the steps.
+    """
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Projector(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
+    optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps))
+    chance = 1 / np.bincount(kinds)[kinds]
+    rng = np.random.default_rng(recipe.seed)
+    drawn = rng.choice(len(kinds), (recipe.steps, recipe.patches), p=chance / chance.sum())
+
+    @jax.jit
+    def step(state: Any, inputs: jax.Array, targets: jax.Array) -> tuple[Any, jax.Array]:
+        params, slots = state
+        error = lambda params: jnp.mean(jnp.square(nnx.merge(graphdef, params)(inputs) - targets))
+        value, gradients = jax.value_and_grad(error)(params)
+        updates, slots = optimizer.update(gradients, slots, params)
+        return (optax.apply_updates(params, updates), slots), value / jnp.var(targets)
+
+    state = (projector, optimizer.init(projector))
+    left = []
+    for chosen in drawn:
+        state, value = step(state, features[chosen], wanted[chosen])
+        left.append(value)
+    return jax.device_get(state[0]), 1 - float(np.mean(jax.device_get(left[-max(1, recipe.steps // 10) :])))

@@ -1,0 +1,23 @@
+"""What `lsg sinks` leaves in a folder: sinks.json, each image with its sinks marked, and two figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsg_jax.checkpoint.files import write_json
+from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
+from lsg_jax.report.overlay import draw_sinks
+
+
+def write_sinks(found: dict[str, Any], images: Mapping[str, np.ndarray], out: Path) -> None:
+    """Writes what `analysis.sinks.find_sinks` found in `images` into the folder `out`; sinks.json comes last."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, entry in found["images"].items():
+        draw_sinks(images[name], entry).save(out / f"{Path(name).stem}.png")
+    draw_sinks_by_layer(found["counts"], out / "sinks_by_layer")
+    draw_attention_shares(found["attention"], out / "attention_shares")
+    write_json(out / "sinks.json", found, sort_keys=False)
