@@ -3,8 +3,8 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m converters.embedded_model OUT
 
 First the vision tower learns what is in each patch and to keep the whole in V-sinks (`lsg_jax.embedded.tower`), then the
-projector is aligned with the language model's words (`lsg_jax.embedded.alignment`), then both learn to answer, with the tower
-frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept:
+projector is aligned with the language model's words (`lsg_jax.embedded.alignment`), then both learn to
+describe and to answer, with the tower frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept:
 the same command goes on after a stop. OUT/checkpoint is what the package ships.
 """
 
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,28 @@ from lsg_jax.vlm import VLM
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the language model is taught in a run.
+
+    Attributes:
+        questions: most of them to a scene, before the listing of all that is in it.
+        settings: what differs from SETTINGS.
+    """
+
+    name: str
+    conversations: int
+    questions: int
+    settings: tuple[str, ...] = ()
+
+
 RECIPE, ALIGNMENT = TowerRecipe(), AlignmentRecipe()
-CONVERSATIONS = 24_000
+LESSONS = (
+    # many words to an image teach to look; then a question's few words suffice
+    Lesson("captions", 16_000, 0, ("data.max_length=128", "train.max_steps=1000")),
+    Lesson("questions", 24_000, 6),
+)
 SEED = 1  # of the scenes: those of seed 0 are for gates and for tests
 SETTINGS = Path(__file__).parent.parent / "configs" / "embedded.toml"
 
@@ -100,9 +121,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--scenes", type=int, default=RECIPE.scenes, help="scenes that the tower sees")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="steps of the tower")
-    parser.add_argument("--conversations", type=int, default=CONVERSATIONS)
+    parser.add_argument("--conversations", type=int, default=24_000, help="at most, of each lesson of the language model")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it, for the second part"
+        "--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it, for these lessons"
     )
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
@@ -129,18 +150,31 @@ def make(out: Path, recipe: TowerRecipe, *, conversations: int, overrides: list[
         named = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
         export(out / "untrained", out / "checkpoint-tower", trained=named)
         convert(out / "checkpoint-tower", out / "start")
-    if not (out / "records").exists():
-        logger.info("writing %d conversations", conversations)
-        scenes = {"seed": SEED, "side": IMAGE_SIZE, "processes": os.cpu_count() or 1}
-        source = write_conversations(out / "conversations", "train", conversations, **scenes)
-        prepare_llava(source, out / "conversations", out / "records")
-    paths = [f'model="{out / "start"}"', f'data.records="{out / "records"}"', f'output="{out / "run"}"']
-    train(load_run_config(SETTINGS, [*paths, *overrides]), on_step=_tell)
+    model = out / "start"
+    for lesson in LESSONS:
+        model = _taught(out / lesson.name, model, lesson, min(conversations, lesson.conversations), overrides)
+    if not (out / "rounded").exists():
+        convert(out / LESSONS[-1].name / "checkpoint", out / "rounded", dtype="bfloat16")
     if not (out / "checkpoint").exists():
-        export(out / "start", out / "checkpoint-float32", trained=trained_leaves(out / "start", out / "run"))
-        convert(out / "checkpoint-float32", out / "rounded", dtype="bfloat16")
         export(out / "rounded", out / "checkpoint")
     return out / "checkpoint"
+
+
+def _taught(folder: Path, model: Path, lesson: Lesson, conversations: int, overrides: list[str]) -> Path:
+    """Teaches a model a lesson in `folder` and returns the folder of the model that has learned it."""
+    records, run, checkpoint = folder / "records", folder / "run", folder / "checkpoint"
+    if not records.exists():
+        logger.info("writing %d %s", conversations, lesson.name)
+        scenes = {"seed": SEED, "side": IMAGE_SIZE, "most": lesson.questions, "processes": os.cpu_count() or 1}
+        source = write_conversations(folder / "conversations", "train", conversations, **scenes)
+        prepare_llava(source, folder / "conversations", records)
+    paths = [f'model="{model}"', f'data.records="{records}"', f'output="{run}"']
+    train(load_run_config(SETTINGS, [*paths, *lesson.settings, *overrides]), on_step=_tell)
+    if not checkpoint.exists():
+        export(model, checkpoint, trained=trained_leaves(model, run))
+    if not (folder / "model").exists():
+        convert(checkpoint, folder / "model")
+    return folder / "model"
 
 
 def _aligned(vlm: VLM, lessons: Lessons) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from lsg_jax.data.shapes import COLOURS, PATTERNS, SHAPES, SIZES, Item, Scene
 Exchange = tuple[str, str]
 """What the user says, and the answer."""
 
-LISTING = "List all shapes from left to right, then the letters in the corners."
+LISTING = "List all shapes row by row, then the letters in the corners."
+ROWS = 8  # shapes whose centres lie in the same eighth of the height are in one row
 
 
 def scene_conversation(split: Split, index: int, *, seed: int = 0) -> tuple[Scene, list[Exchange]]:
@@ -44,7 +45,7 @@ def scene_conversation(split: Split, index: int, *, seed: int = 0) -> tuple[Scen
 
 
 def write_conversations(
-    folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int = 4, processes: int = 1
+    folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int, processes: int = 1
 ) -> Path:
     """Writes `count` scenes as LLaVA records, and their images. Returns the path of the JSONL.
 
@@ -72,7 +73,7 @@ def _write_one(folder: Path, split: Split, index: int, *, seed: int, side: int, 
 
 def listing(scene: Scene) -> Exchange:
     """All that there is in one answer, as captions do for LLaVA: many more words to learn from than in answers of one word."""
-    items = sorted(scene.items, key=lambda item: item.x)
+    items = sorted(scene.items, key=lambda item: (int(item.y * ROWS), item.x))
     shapes = [f"{item.size} {item.name}" + (f" {item.letter}" if item.letter else "") for item in items]
     return LISTING, "; ".join([*shapes, *(f"{corner} {letter}" for corner, letter in scene.corners.items())])
 

@@ -1,0 +1,82 @@
+"""What gates and their rivals do to the embedded model: oracle map, a gate at each layer, stacks, baselines, ablations, probes.
+
+    python benchmarks/embedded.py OUT [--only sweep each stack ...]
+
+Gates are trained on scenes of the split `train`, the layers of a stack chosen on `validation`, and all are measured on the 2,000
+questions of `test`. It is a list of `lsg` commands, which are printed; what is finished is kept. OUT/report.html shows all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from converters.convert import convert
+from lsg_jax.data.records import prepare_llava
+from lsg_jax.data.scene_questions import write_questions
+from lsg_jax.quickstart import CHECKPOINT
+
+CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
+TRAIN, VALIDATION, SIDE = 4096, 800, 112
+BEST = 3  # the layer of the baselines and ablations: the best single gate on `validation`
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STUDY")
+    options = parser.parse_args()
+    prepare(options.out)
+    studies = commands(options.out)
+    for name in options.only or studies:
+        for arguments in studies[name]:
+            print("lsg", shlex.join(arguments), flush=True)
+            subprocess.run([sys.executable, "-m", "lsg_jax", *arguments], check=True)
+
+
+def prepare(out: Path) -> None:
+    """The model, the training records and the validation questions."""
+    if not (out / "model").exists():
+        convert(CHECKPOINT, out / "model", dtype="float32")
+    if not (out / "records").exists():
+        questions = write_questions(out / "train", "train", TRAIN, side=SIDE)
+        prepare_llava(questions.with_name("llava.jsonl"), out / "train", out / "records")
+    if not (out / "validation").exists():
+        write_questions(out / "validation", "validation", VALIDATION, side=SIDE)
+
+
+def commands(out: Path) -> dict[str, list[list[str]]]:
+    """Study -> the arguments of its `lsg` commands."""
+    validation, test = f"validation={out / 'validation' / 'questions.jsonl'}", "scenes"
+
+    def run(name: str, *overrides: str) -> list[str]:
+        paths = [f"model={out / 'model'}", f"data.records={out / 'records'}", f"output={out / name}"]
+        return [str(CONFIG), "--set", *paths, *overrides]
+
+    train = lambda name, *overrides: ["train", *run(name, *overrides)]
+    only = f"gate.layers=[{BEST}]"
+    return {
+        "probe": [["probe", str(out / "model"), "--data", "scenes", "--images", "2000", "--out", str(out / "probe")]],
+        "sweep": [["sweep", *run("sweep"), "--benchmark", validation, "--step", "0.25", "--out", str(out / "sweep")]],
+        "each": [train("each", "gate.layers=each", "train.remat=full")],
+        "stack": [
+            ["stack", *run("stack"), "--gates", str(out / "each"), "--benchmark", validation, test, "--select", "validation"]
+            + ["--out", str(out / "stack")]
+        ],
+        "baselines": [
+            train("lora", "method=lora", f"lora.layer={BEST}"),
+            train("diysink", "method=diysink", "diysink.routing=mlp"),
+            ["eval", *run("baselines", only), "--gates", f"{out / 'each'}@{BEST}", "--benchmark", test]
+            + ["--method", "lsg", "sink_front", f"lora={out / 'lora'}", f"diysink={out / 'diysink'}"]
+            + ["--out", str(out / "baselines")],
+        ],
+        "ablate": [["ablate", *run("ablate", only), "--benchmark", test, "--out", str(out / "ablate")]],
+        "report": [["report", str(out), "--out", str(out / "report.html")]],
+    }
+
+
+if __name__ == "__main__":
+    main()
