@@ -1,9 +1,9 @@
 """What gates and their rivals do to the embedded model: oracle map, a gate at each layer, stacks, baselines, ablations, probes.
 
-    python benchmarks/embedded.py OUT [--only sweep each stack ...]
+    python benchmarks/embedded.py OUT [--only STUDY ...]
 
-Gates are trained on scenes of the split `train`, the layers of a stack chosen on `validation`, and all are measured on the 2,000
-questions of `test`. It is a list of `lsg` commands, which are printed; what is finished is kept. OUT/report.html shows all of it.
+Gates are trained on scenes of the split `train`, the layers of a stack are chosen on `validation`, and all are measured on the
+2,000 questions of `test`. It is a list of `lsg` commands, which are printed; what is finished is kept.
 """
 
 from __future__ import annotations
@@ -63,15 +63,19 @@ def commands(out: Path) -> dict[str, list[list[str]]]:
         "sweep": [["sweep", *run("sweep"), "--benchmark", validation, "--step", "0.25", "--out", str(out / "sweep")]],
         "each": [train("each", "gate.layers=each", "train.remat=full")],
         "stack": [
-            ["stack", *run("stack"), "--gates", str(out / "each"), "--benchmark", validation, test, "--select", "validation"]
-            + ["--out", str(out / "stack")]
+            [
+                *("stack", *run("stack"), "--gates", str(out / "each"), "--benchmark", validation, test),
+                *("--select", "validation", "--out", str(out / "stack")),
+            ]
         ],
         "baselines": [
             train("lora", "method=lora", f"lora.layer={BEST}"),
             train("diysink", "method=diysink", "diysink.routing=mlp"),
-            ["eval", *run("baselines", only), "--gates", f"{out / 'each'}@{BEST}", "--benchmark", test]
-            + ["--method", "lsg", "sink_front", f"lora={out / 'lora'}", f"diysink={out / 'diysink'}"]
-            + ["--out", str(out / "baselines")],
+            [
+                *("eval", *run("baselines", only), "--gates", f"{out / 'each'}@{BEST}", "--benchmark", test),
+                *("--method", "lsg", "sink_front", f"lora={out / 'lora'}", f"diysink={out / 'diysink'}"),
+                *("--out", str(out / "baselines")),
+            ],
         ],
         "ablate": [["ablate", *run("ablate", only), "--benchmark", test, "--out", str(out / "ablate")]],
         "report": [["report", str(out), "--out", str(out / "report.html")]],
