@@ -29,6 +29,7 @@ from converters.tiny_checkpoint import IMAGE_PROCESSOR, write_weights
 from lsg_jax.checkpoint import RunFolder
 from lsg_jax.config import load_run_config
 from lsg_jax.data.byte_tokenizer import BOS, EOS, IMAGE, PAD, write_bpe_tokenizer
+from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_conversations import listing, scene_conversation, write_conversations
 from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, targets
@@ -60,8 +61,8 @@ class Lesson:
 RECIPE, ALIGNMENT = TowerRecipe(), AlignmentRecipe()
 LESSONS = (
     # many words to an image teach to look; then a question's few words suffice
-    Lesson("captions", 16_000, 0, ("data.max_length=128", "train.max_steps=1000")),
-    Lesson("questions", 24_000, 6),
+    Lesson("captions", 16_000, 0, ("data.max_length=136", "train.max_steps=1000")),
+    Lesson("questions", 32_000, 9),
 )
 SEED = 1  # of the scenes: those of seed 0 are for gates and for tests
 SETTINGS = Path(__file__).parent.parent / "configs" / "embedded.toml"
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--scenes", type=int, default=RECIPE.scenes, help="scenes that the tower sees")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="steps of the tower")
-    parser.add_argument("--conversations", type=int, default=24_000, help="at most, of each lesson of the language model")
+    parser.add_argument("--conversations", type=int, default=32_000, help="at most, of each lesson of the language model")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it, for these lessons"
     )
@@ -201,6 +202,9 @@ def write_untrained(folder: Path, *, seed: int = 0) -> None:
     write_weights(folder, CONFIG, seed=seed, sharp=False)
     size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
     (folder / "preprocessor_config.json").write_text(json.dumps({**IMAGE_PROCESSOR, **size}, indent=2), encoding="utf-8")
+    processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TAG, "num_additional_image_tokens": 1}
+    processor |= {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": CONFIG["vision_feature_select_strategy"]}
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
     write_bpe_tokenizer(folder, _texts(), vocab_size=VOCAB_SIZE, chat_template=CHAT_TEMPLATE)
 
 

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
 """The embedded model in Hugging Face format; its README.md is the model card."""
 
+GATES = CHECKPOINT.parent / "gates.safetensors"
+"""Gates for it, as the model card measures them."""
+
 LAYER = 3
 TRAIN_SCENES, TEST_QUESTIONS, ORACLE_QUESTIONS, SHOWN_SCENES = 1024, 400, 80, 6
 NOTES = [
@@ -69,7 +72,7 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress: Progress)
     config = RunConfig(
         model=str(model),
         output=str(run),
-        gate=GateConfig(layers=(LAYER,)),
+        gate=GateConfig(layers=(LAYER,), key_scale=2.0),
         data=DataConfig(records=str(records), max_length=160, max_answer_tokens=4),
         train=TrainConfig(batch_size=32, epochs=2, learning_rate=1e-3, save_every=16),
     )

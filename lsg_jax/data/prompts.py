@@ -11,5 +11,10 @@ WORD_SUFFIX = "\nAnswer the question using a single word or phrase."
 
 def multiple_choice_prompt(question: str, choices: Sequence[str]) -> str:
     """The question, a line `A. first choice` for each of at most 26 choices, and the letter suffix."""
+    return question_with_options(question, choices) + LETTER_SUFFIX
+
+
+def question_with_options(question: str, choices: Sequence[str]) -> str:
+    """`multiple_choice_prompt` without its suffix."""
     options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False))
-    return question + options + LETTER_SUFFIX
+    return question + options

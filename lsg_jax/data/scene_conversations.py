@@ -10,6 +10,7 @@ import json
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -18,14 +19,24 @@ from PIL import Image
 
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.data.drawing import draw
-from lsg_jax.data.prompts import WORD_SUFFIX, multiple_choice_prompt
+from lsg_jax.data.prompts import LETTER_SUFFIX, WORD_SUFFIX, question_with_options
 from lsg_jax.data.scene_questions import LEFT_MARGIN, Split, probe_scene, scene_question
 from lsg_jax.data.shapes import COLOURS, PATTERNS, SHAPES, SIZES, Item, Scene
 
 Exchange = tuple[str, str]
 """What the user says, and the answer."""
 
-LISTING = "List all shapes row by row, then the letters in the corners."
+
+class Form(StrEnum):
+    """What comes after a question. Without any of it more questions fit into a record."""
+
+    PLAIN = ""
+    WORD = WORD_SUFFIX
+    LETTER = LETTER_SUFFIX
+    PHRASE = "\nAnswer in a phrase."
+
+
+LISTING = "Describe the image."
 ROWS = 8  # shapes whose centres lie in the same eighth of the height are in one row
 
 
@@ -72,10 +83,16 @@ def _write_one(folder: Path, split: Split, index: int, *, seed: int, side: int, 
 
 
 def listing(scene: Scene) -> Exchange:
-    """All that there is in one answer, as captions do for LLaVA: many more words to learn from than in answers of one word."""
+    """All that there is in one answer, as captions do for LLaVA: many more words to learn from than in answers of one word.
+
+    First the whole, then the shapes row by row, then the letters in the corners.
+    """
+    ranked = Counter(item.colour for item in scene.items).most_common()
+    mostly = [f"mostly {ranked[0][0]}"] if len(ranked) > 1 and ranked[0][1] > ranked[1][1] else []
+    whole = [f"{len(scene.items)} on {scene.background.pattern}", *mostly]
     items = sorted(scene.items, key=lambda item: (int(item.y * ROWS), item.x))
     shapes = [f"{item.size} {item.name}" + (f" {item.letter}" if item.letter else "") for item in items]
-    return LISTING, "; ".join([*shapes, *(f"{corner} {letter}" for corner, letter in scene.corners.items())])
+    return LISTING, "; ".join([*whole, *shapes, *(f"{corner} {letter}" for corner, letter in scene.corners.items())])
 
 
 def as_record(name: str, image: str, exchanges: list[Exchange]) -> dict[str, object]:
@@ -90,17 +107,27 @@ def as_record(name: str, image: str, exchanges: list[Exchange]) -> dict[str, obj
 # ------------------------------------------------------------------------------------------------------------------ questions
 
 
-def _short(question: str, answer: str) -> Exchange:
-    return question + WORD_SUFFIX, answer
+def _short(rng: Random, question: str, answer: str, about: str = "") -> Exchange:
+    """Half as it is, a quarter as the benchmark asks, a quarter for a phrase that begins with what the question is about.
+
+    To say so the model has to find it in the question, from where it finds it in the image.
+    """
+    form = rng.choice((Form.PLAIN, Form.PLAIN, Form.WORD, Form.PHRASE))
+    return question + form, f"{about} {answer}".strip() if form is Form.PHRASE else answer
 
 
 def _choice(rng: Random, question: str, answer: str, others: list[str]) -> Exchange:
-    """Two in three as multiple choice, the rest by word, which teaches what the letters stand for."""
-    if rng.random() < 1 / 3:
-        return _short(question, answer)
+    """Half by word, half by letter."""
+    return _short(rng, question, answer) if rng.random() < 1 / 2 else _letter(rng, question, answer, others)
+
+
+def _letter(rng: Random, question: str, answer: str, others: list[str]) -> Exchange:
+    """A third each as it is, as the benchmark asks, and for a phrase, which teaches what the letters stand for."""
     choices = [answer, *others]
     rng.shuffle(choices)
-    return multiple_choice_prompt(question, choices), "ABCD"[choices.index(answer)]
+    question, letter = question_with_options(question, choices), "ABCD"[choices.index(answer)]
+    form = rng.choice((Form.PLAIN, Form.LETTER, Form.PHRASE))
+    return question + form, f"{answer} {letter}" if form is Form.PHRASE else letter
 
 
 def _some(rng: Random, options: list[str] | tuple[str, ...], answer: str, count: int = 3) -> list[str]:
@@ -108,7 +135,7 @@ def _some(rng: Random, options: list[str] | tuple[str, ...], answer: str, count:
 
 
 def _count(rng: Random, scene: Scene) -> Iterator[Exchange]:
-    yield _short("How many shapes are there?", str(len(scene.items)))
+    yield _short(rng, "How many shapes are there?", str(len(scene.items)))
 
 
 def _background(rng: Random, scene: Scene) -> Iterator[Exchange]:
@@ -118,13 +145,13 @@ def _background(rng: Random, scene: Scene) -> Iterator[Exchange]:
 
 def _corner_letters(rng: Random, scene: Scene) -> Iterator[Exchange]:
     for corner, letter in scene.corners.items():
-        yield _short(f"What is the small letter in the {corner} corner?", letter)
+        yield _short(rng, f"What is the small letter in the {corner} corner?", letter, corner)
 
 
 def _object_letters(rng: Random, scene: Scene) -> Iterator[Exchange]:
     with_letters = [item for item in _unique(scene) if item.letter]
-    for item in rng.sample(with_letters, min(2, len(with_letters))):
-        yield _short(f"What is the letter on the {item.name}?", item.letter)
+    for item in rng.sample(with_letters, min(4, len(with_letters))):
+        yield _short(rng, f"What is the letter on the {item.name}?", item.letter, item.name)
 
 
 def _exists(rng: Random, scene: Scene) -> Iterator[Exchange]:
@@ -136,7 +163,7 @@ def _exists(rng: Random, scene: Scene) -> Iterator[Exchange]:
     yes = rng.random() < 0.5
     colour, shape = rng.choice(sorted(pairs) if yes else absent)
     article = "an" if colour == "orange" else "a"
-    yield _short(f"Is there {article} {colour} {shape}?", "yes" if (colour, shape) in pairs else "no")
+    yield _short(rng, f"Is there {article} {colour} {shape}?", "yes" if (colour, shape) in pairs else "no", f"{colour} {shape}")
 
 
 def _common_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
@@ -155,10 +182,7 @@ def _further_left(rng: Random, scene: Scene) -> Iterator[Exchange]:
     for _ in range(4):
         left, right = sorted(rng.sample(unique, 2), key=lambda item: item.x)
         if right.x - left.x >= LEFT_MARGIN + abs(right.radius - left.radius):
-            choices = [left.name, right.name]
-            rng.shuffle(choices)
-            question = multiple_choice_prompt("Which of the two is further left?", choices)
-            yield question, "AB"[choices.index(left.name)]
+            yield _letter(rng, "Which of the two is further left?", left.name, [right.name])
             return
 
 
@@ -173,19 +197,18 @@ def _smallest_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
 
 
 def _one_attribute(rng: Random, scene: Scene) -> Iterator[Exchange]:
-    """The colour of the only shape of its kind, and the shape of the only one of its colour."""
+    """Of up to three shapes: the colour of the only one of its kind, the shape of the only one of its colour."""
     for asked, told in (("shape", "colour"), ("colour", "shape")):
         number = Counter(getattr(item, asked) for item in scene.items)
         single = [item for item in scene.items if number[getattr(item, asked)] == 1]
-        if single:
-            item = rng.choice(single)
+        for item in rng.sample(single, min(3, len(single))):
             named = item.shape if asked == "shape" else f"{item.colour} one"
-            yield _short(f"What {told} is the {named}?", getattr(item, told))
+            yield _short(rng, f"What {told} is the {named}?", getattr(item, told), getattr(item, asked))
 
 
 def _count_of_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
     colour = rng.choice([item.colour for item in scene.items])
-    yield _short(f"How many {colour} shapes are there?", str(sum(item.colour == colour for item in scene.items)))
+    yield _short(rng, f"How many {colour} shapes are there?", str(sum(item.colour == colour for item in scene.items)), colour)
 
 
 def _unique(scene: Scene) -> list[Item]:

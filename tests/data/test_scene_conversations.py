@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lsg_jax.data.conversation import parse_record
-from lsg_jax.data.scene_conversations import listing, scene_conversation, write_conversations
+from lsg_jax.data.scene_conversations import Form, listing, scene_conversation, write_conversations
 from lsg_jax.data.shapes import COLOURS, SHAPES
 
 
@@ -41,14 +41,20 @@ def right_answers(scene, question):
 
 
 def test_every_answer_is_right_and_the_only_one():
-    kinds = Counter()
+    kinds, forms = Counter(), Counter()
     for index in range(400):
         scene, exchanges = scene_conversation("train", index, seed=3)
         assert len({question for question, _ in exchanges}) == len(exchanges)
         for prompt, answer in exchanges:
             question, *rest = prompt.split("\n")
             choices = {line[0]: line[3:] for line in rest if re.match(r"[A-D]\. ", line)}
-            told = choices[answer] if choices else answer
+            *about, told = answer.split()
+            form = next(form for form in (Form.WORD, Form.LETTER, Form.PHRASE, Form.PLAIN) if prompt.endswith(form))
+            assert " ".join(about) in prompt and (form is Form.PHRASE or not about)
+            if choices:
+                told = choices[told]
+                assert form is not Form.PHRASE or about == told.split()
+            forms[bool(choices), form] += 1
             if question == "Which of the two is further left?":
                 places = {f"{item.colour} {item.shape}": item.x for item in scene.items}
                 assert places[told] == min(places[name] for name in choices.values())
@@ -59,14 +65,19 @@ def test_every_answer_is_right_and_the_only_one():
                 assert len(set(choices.values())) == len(choices)
             kinds[re.sub("|".join([*COLOURS, *SHAPES]), "*", question)] += 1
     assert len(kinds) >= 14 and min(kinds.values()) >= 10
+    assert len(forms) == 6 and min(forms.values()) > 0.04 * forms.total()
 
 
-def test_the_listing_says_all_row_by_row():
+def test_the_listing_says_the_whole_and_then_all_row_by_row():
     for index in range(100):
         scene, _ = scene_conversation("train", index, seed=5)
         told = [part.split() for part in listing(scene)[1].split("; ")]
         corners = [[*corner.split(), letter] for corner, letter in scene.corners.items()]
         by_place = {(int(item.y * 8), item.x): [item.size, item.colour, item.shape, *item.letter] for item in scene.items}
+        assert told.pop(0) == [str(len(scene.items)), "on", scene.background.pattern]
+        ranked = Counter(item.colour for item in scene.items).most_common(2)
+        if len(ranked) == 2 and ranked[0][1] > ranked[1][1]:
+            assert told.pop(0) == ["mostly", ranked[0][0]]
         assert told == [by_place[place] for place in sorted(by_place)] + corners
 
 
@@ -75,7 +86,7 @@ def test_yes_and_no_and_letters_of_choices_are_balanced():
     for index in range(600):
         for prompt, answer in scene_conversation("train", index, seed=4)[1]:
             if prompt.startswith("Is there") or "\nD. " in prompt:
-                answers[answer] += 1
+                answers[answer.split()[-1]] += 1
     assert answers["yes"] == pytest.approx(300, abs=50)
     letters = [answers[letter] for letter in "ABCD"]
     assert max(letters) < 1.35 * min(letters)
