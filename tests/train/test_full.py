@@ -123,7 +123,7 @@ def records(tmp_path_factory):
     from lsg_jax.data.scene_conversations import write_conversations
 
     folder = tmp_path_factory.mktemp("conversations")
-    prepare_llava(write_conversations(folder / "raw", "train", 6, side=56, most=3), folder / "raw", folder / "records")
+    prepare_llava(write_conversations(folder / "raw", "train", 6, side=56, most=2), folder / "raw", folder / "records")
     return folder / "records"
 
 
