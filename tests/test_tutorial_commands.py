@@ -34,7 +34,7 @@ exit 1
 
 
 @pytest.mark.parametrize(
-    ("said", "right"), [("one\n20.0", True), ("one\n20.9", True), ("one\n22", False), ("two\n20.0", False), ("one", False)]
+    ("said", "right"), [("one\n20.0", True), ("one\n20.9", True), ("one\n29", False), ("two\n20.0", False), ("one", False)]
 )
 def test_what_differs_is_found_and_mended(said, right, tmp_path):
     text, wrong = run_commands.run(TEXT.format(said), tmp_path)

@@ -134,7 +134,7 @@ def config(model, records, tmp_path_factory):
         output=str(tmp_path_factory.mktemp("runs") / "full"),
         method="full",
         sinks=SinkConfig(criterion="norm", vit_tau=10.0),
-        data=DataConfig(records=str(records), max_length=900, max_answer_tokens=24, conversations="whole"),
+        data=DataConfig(records=str(records), max_length=1200, max_answer_tokens=400, conversations="whole"),
         train=TrainConfig(batch_size=2, epochs=2, learning_rate=0.01, save_every=3),
     )
 
