@@ -4,7 +4,8 @@
 
 Each block marked `sh` is run by bash, all in one folder (default: a temporary one). A block marked `text` right behind it says
 what it prints to stdout; --update writes that block anew. Words must be the same, and numbers close (within 5 %, or 8), since
-another CPU rounds otherwise, and one answer of fifty is two points and moves an interval's end by up to seven. Blocks with another mark, such as `sh not-run`, are left alone.
+another CPU rounds otherwise, and one answer of fifty is two points and moves an interval's end by up to seven. Blocks with
+another mark, such as `sh not-run`, are left alone.
 """
 
 from __future__ import annotations
