@@ -21,7 +21,7 @@ from lsg_jax.quickstart import CHECKPOINT
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
 TRAIN, VALIDATION, SIDE = 4096, 800, 112
-BEST = 3  # the layer of the baselines and ablations: the best single gate on `validation`
+LAYER = 3  # of the baselines and ablations; not chosen yet by what `stack` finds on `validation`
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def commands(out: Path) -> dict[str, list[list[str]]]:
         return [str(CONFIG), "--set", *paths, *overrides]
 
     train = lambda name, *overrides: ["train", *run(name, *overrides)]
-    only = f"gate.layers=[{BEST}]"
+    only = f"gate.layers=[{LAYER}]"
     return {
         "probe": [["probe", str(out / "model"), "--data", "scenes", "--images", "2000", "--out", str(out / "probe")]],
         "sweep": [["sweep", *run("sweep"), "--benchmark", validation, "--step", "0.25", "--out", str(out / "sweep")]],
@@ -69,10 +69,10 @@ def commands(out: Path) -> dict[str, list[list[str]]]:
             ]
         ],
         "baselines": [
-            train("lora", "method=lora", f"lora.layer={BEST}"),
+            train("lora", "method=lora", f"lora.layer={LAYER}"),
             train("diysink", "method=diysink", "diysink.routing=mlp"),
             [
-                *("eval", *run("baselines", only), "--gates", f"{out / 'each'}@{BEST}", "--benchmark", test),
+                *("eval", *run("baselines", only), "--gates", f"{out / 'each'}@{LAYER}", "--benchmark", test),
                 *("--method", "lsg", "sink_front", f"lora={out / 'lora'}", f"diysink={out / 'diysink'}"),
                 *("--out", str(out / "baselines")),
             ],
