@@ -2,13 +2,15 @@
 
     python benchmarks/embedded.py OUT [--only STUDY ...]
 
-Gates are trained on scenes of the split `train`, the layers of a stack are chosen on `validation`, and all are measured on the
-2,000 questions of `test`. It is a list of `lsg` commands, which are printed; what is finished is kept.
+Gates are trained on scenes of the split `train`, layers are chosen on `validation`, and all are measured on the
+2,000 questions of `test`. It is a list of `lsg` commands, which are printed; what is finished is kept. Baselines and
+ablations take the layer whose gate alone gains most on `validation`, so `stack` comes before them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from lsg_jax.quickstart import CHECKPOINT
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
 TRAIN, VALIDATION, SIDE = 4096, 800, 112
-LAYER = 3  # of the baselines and ablations; not chosen yet by what `stack` finds on `validation`
+STUDIES = ("probe", "sweep", "each", "stack", "baselines", "ablate", "report")
 
 
 def main() -> None:
@@ -30,9 +32,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="STUDY")
     options = parser.parse_args()
     prepare(options.out)
-    studies = commands(options.out)
-    for name in options.only or studies:
-        for arguments in studies[name]:
+    for name in options.only or STUDIES:
+        for arguments in commands(name, options.out):
             print("lsg", shlex.join(arguments), flush=True)
             subprocess.run([sys.executable, "-m", "lsg_jax", *arguments], check=True)
 
@@ -48,8 +49,14 @@ def prepare(out: Path) -> None:
         write_questions(out / "validation", "validation", VALIDATION, side=SIDE)
 
 
-def commands(out: Path) -> dict[str, list[list[str]]]:
-    """Study -> the arguments of its `lsg` commands."""
+def best_layer(out: Path) -> int:
+    """The layer that `stack` chose first."""
+    study = json.loads((out / "stack" / "stack.json").read_text(encoding="utf-8"))
+    return study["steps"][0]["layers"][0]
+
+
+def commands(study: str, out: Path) -> list[list[str]]:
+    """The arguments of a study's `lsg` commands."""
     validation, test = f"validation={out / 'validation' / 'questions.jsonl'}", "scenes"
 
     def run(name: str, *overrides: str) -> list[str]:
@@ -57,7 +64,21 @@ def commands(out: Path) -> dict[str, list[list[str]]]:
         return [str(CONFIG), "--set", *paths, *overrides]
 
     train = lambda name, *overrides: ["train", *run(name, *overrides)]
-    only = f"gate.layers=[{LAYER}]"
+    if study in ("baselines", "ablate"):
+        layer = best_layer(out)
+        only = f"gate.layers=[{layer}]"
+    if study == "baselines":
+        return [
+            train("lora", "method=lora", f"lora.layer={layer}"),
+            train("diysink", "method=diysink", "diysink.routing=mlp"),
+            [
+                *("eval", *run("baselines", only), "--gates", f"{out / 'each'}@{layer}", "--benchmark", test),
+                *("--method", "lsg", "sink_front", f"lora={out / 'lora'}", f"diysink={out / 'diysink'}"),
+                *("--out", str(out / "baselines")),
+            ],
+        ]
+    if study == "ablate":
+        return [["ablate", *run("ablate", only), "--benchmark", test, "--out", str(out / "ablate")]]
     return {
         "probe": [["probe", str(out / "model"), "--data", "scenes", "--images", "2000", "--out", str(out / "probe")]],
         "sweep": [["sweep", *run("sweep"), "--benchmark", validation, "--step", "0.25", "--out", str(out / "sweep")]],
@@ -68,18 +89,8 @@ def commands(out: Path) -> dict[str, list[list[str]]]:
                 *("--select", "validation", "--out", str(out / "stack")),
             ]
         ],
-        "baselines": [
-            train("lora", "method=lora", f"lora.layer={LAYER}"),
-            train("diysink", "method=diysink", "diysink.routing=mlp"),
-            [
-                *("eval", *run("baselines", only), "--gates", f"{out / 'each'}@{LAYER}", "--benchmark", test),
-                *("--method", "lsg", "sink_front", f"lora={out / 'lora'}", f"diysink={out / 'diysink'}"),
-                *("--out", str(out / "baselines")),
-            ],
-        ],
-        "ablate": [["ablate", *run("ablate", only), "--benchmark", test, "--out", str(out / "ablate")]],
         "report": [["report", str(out), "--out", str(out / "report.html")]],
-    }
+    }[study]
 
 
 if __name__ == "__main__":
