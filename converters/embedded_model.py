@@ -4,8 +4,9 @@
 
 First the vision tower learns what is in each patch and to keep the whole in V-sinks (`lsg_jax.embedded.tower`), then the
 projector is aligned with the language model's words (`lsg_jax.embedded.alignment`), then both learn to
-describe and to answer, with the tower frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept:
-the same command goes on after a stop. OUT/checkpoint is what the package ships.
+answer and to describe, with the tower frozen, as `lsg train configs/embedded.toml` does. Finished parts are kept:
+the same command goes on after a stop. OUT/checkpoint is what the package ships. `--from CHECKPOINT` takes tower and
+tokenizer of a model that was made before.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from converters.convert import convert
@@ -31,8 +33,8 @@ from lsg_jax.config import load_run_config
 from lsg_jax.data.byte_tokenizer import BOS, EOS, IMAGE, PAD, write_bpe_tokenizer
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.data.records import prepare_llava
-from lsg_jax.data.scene_conversations import listing, scene_conversation, write_conversations
-from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, targets
+from lsg_jax.data.scene_conversations import Lesson, listing, scene_conversation, write_conversations
+from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, kinds_of_patches, targets
 from lsg_jax.embedded.lessons import Lessons, draw_lessons
 from lsg_jax.embedded.tower import TowerRecipe, train_tower
 from lsg_jax.model.llava import assemble
@@ -43,49 +45,36 @@ from lsg_jax.vlm import VLM
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What the language model is taught in a run.
-
-    Attributes:
-        questions: most of them to a scene, before the listing of all that is in it.
-        settings: what differs from SETTINGS.
-    """
-
-    name: str
-    conversations: int
-    questions: int
-    settings: tuple[str, ...] = ()
-
-
 RECIPE, ALIGNMENT = TowerRecipe(), AlignmentRecipe()
-LESSONS = (
-    # many words to an image teach to look; then a question's few words suffice
-    Lesson("captions", 16_000, 0, ("data.max_length=136", "train.max_steps=1000")),
-    Lesson("questions", 32_000, 9),
-)
+LESSONS: dict[Lesson, tuple[int, tuple[str, ...]]] = {
+    "options": (6_400, ("data.max_length=208", "train.max_steps=800", "train.final_lr_fraction=0.5")),
+    "finding": (16_000, ("data.max_length=240", "train.max_steps=2000", "train.final_lr_fraction=0.5")),
+    "answering": (48_000, ()),
+}
+"""Of projector and language model: conversations, and settings that differ from SETTINGS."""
 SEED = 1  # of the scenes: those of seed 0 are for gates and for tests
 SETTINGS = Path(__file__).parent.parent / "configs" / "embedded.toml"
 
 VOCAB_SIZE = 512
-IMAGE_SIZE, PATCH_SIZE = 112, 14
+IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH = 112, 14, 128
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
     "image_token_index": IMAGE,
     "projector_hidden_act": "gelu",
-    "vision_feature_layer": -1,
+    "vision_feature_layer": [0, -1],  # where a patch is, which the last layer hardly tells; what is in it
     "vision_feature_select_strategy": "default",
+    "tie_word_embeddings": True,
     "dtype": "float32",
     "lsg_sinks": {
         "criterion": "dim_abs",
-        "vit_dims": [RECIPE.sinks.dimension],
+        "vit_dims": [VISION_WIDTH + RECIPE.sinks.dimension],  # of the last layer, which comes behind the first
         "vit_tau": (RECIPE.sinks.high + RECIPE.sinks.low) / 2,
     },
     "vision_config": {
         "model_type": "clip_vision_model",
-        "hidden_size": 128,
+        "hidden_size": VISION_WIDTH,
         "intermediate_size": 512,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -98,8 +87,9 @@ CONFIG: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 352,
         "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
         "max_position_embeddings": 2048,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
@@ -122,55 +112,76 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--scenes", type=int, default=RECIPE.scenes, help="scenes that the tower sees")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="steps of the tower")
-    parser.add_argument("--conversations", type=int, default=32_000, help="at most, of each lesson of the language model")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it, for these lessons"
-    )
+    parser.add_argument("--conversations", type=int, default=48_000, help="at most, of each lesson of the language model")
+    parser.add_argument("--from", type=Path, metavar="CHECKPOINT", dest="given", help="take its vision tower and tokenizer")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it")
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
     for name in (__name__, "lsg_jax"):
         logging.getLogger(name).setLevel(logging.INFO)
     recipe = TowerRecipe(scenes=options.scenes, steps=options.steps)
-    print(make(options.out, recipe, conversations=options.conversations, overrides=options.set))
+    keywords = {"given": options.given, "conversations": options.conversations, "overrides": options.set}
+    print(make(options.out, recipe, **keywords))
 
 
-def make(out: Path, recipe: TowerRecipe, *, conversations: int, overrides: list[str]) -> Path:
-    """Makes the model in `out` and returns the folder of its checkpoint."""
-    config = model_config(CONFIG)
-    grid = IMAGE_SIZE // PATCH_SIZE
+def make(
+    out: Path, recipe: TowerRecipe, *, given: Path | None = None, conversations: int, overrides: Sequence[str] = ()
+) -> Path:
+    """Makes the model in `out` and returns the folder of its checkpoint.
+
+    Args:
+        given: a checkpoint whose vision tower and tokenizer are taken; None to make them.
+        overrides: settings that differ from configs/embedded.toml.
+    """
     if not (out / "untrained").exists():
-        write_untrained(out / "checkpoint-untrained")
+        write_untrained(out / "checkpoint-untrained", given)
         convert(out / "checkpoint-untrained", out / "untrained")
     if not (out / "start").exists():
-        logger.info("drawing %d scenes for the vision tower", recipe.scenes)
-        lessons = draw_lessons("train", recipe.scenes, side=IMAGE_SIZE, grid=grid, seed=SEED)
-        tower = train_tower(config, lessons, RunFolder(out / "tower"), recipe, on_step=_tell)
-        vlm = load_backbone(out / "untrained")
-        vlm = VLM(vlm.config, {**vlm.frozen, "vision_tower": tower}, folder=vlm.folder)
-        leaves = jax.tree.leaves_with_path({"vision_tower": tower, "projector": _aligned(vlm, lessons)})
-        named = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
-        export(out / "untrained", out / "checkpoint-tower", trained=named)
-        convert(out / "checkpoint-tower", out / "start")
+        _write_start(out, recipe, given)
     model = out / "start"
     for lesson in LESSONS:
-        model = _taught(out / lesson.name, model, lesson, min(conversations, lesson.conversations), overrides)
+        model = _taught(out / lesson, model, lesson, conversations, overrides)
     if not (out / "rounded").exists():
-        convert(out / LESSONS[-1].name / "checkpoint", out / "rounded", dtype="bfloat16")
+        convert(model.parent / "checkpoint", out / "rounded", dtype="bfloat16")
     if not (out / "checkpoint").exists():
         export(out / "rounded", out / "checkpoint")
     return out / "checkpoint"
 
 
-def _taught(folder: Path, model: Path, lesson: Lesson, conversations: int, overrides: list[str]) -> Path:
+def _write_start(out: Path, recipe: TowerRecipe, given: Path | None) -> None:
+    """The model with its vision tower and a projector for it, which the language model begins with."""
+    config, grid = model_config(CONFIG), IMAGE_SIZE // PATCH_SIZE
+    scenes = min(ALIGNMENT.scenes, recipe.scenes) if given else recipe.scenes
+    logger.info("drawing %d scenes", scenes)
+    lessons = draw_lessons("train", scenes, side=IMAGE_SIZE, grid=grid, seed=SEED)
+    if given:
+        if not (out / "given").exists():
+            convert(given, out / "given", dtype="float32")
+        tower = load_backbone(out / "given").frozen["vision_tower"]
+    else:
+        tower = train_tower(config, lessons, RunFolder(out / "tower"), recipe, on_step=_tell)
+    # what reads the tower learns from the one that is shipped
+    tower = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16).astype(np.float32), tower)
+    vlm = load_backbone(out / "untrained")
+    vlm = VLM(vlm.config, {**vlm.frozen, "vision_tower": tower}, folder=vlm.folder)
+    leaves = jax.tree.leaves_with_path({"vision_tower": tower, "projector": _aligned(vlm, lessons)})
+    named = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+    export(out / "untrained", out / "checkpoint-start", trained=named)
+    convert(out / "checkpoint-start", out / "start")
+
+
+def _taught(folder: Path, model: Path, lesson: Lesson, conversations: int, overrides: Sequence[str]) -> Path:
     """Teaches a model a lesson in `folder` and returns the folder of the model that has learned it."""
     records, run, checkpoint = folder / "records", folder / "run", folder / "checkpoint"
+    most, settings = LESSONS[lesson]
     if not records.exists():
-        logger.info("writing %d %s", conversations, lesson.name)
-        scenes = {"seed": SEED, "side": IMAGE_SIZE, "most": lesson.questions, "processes": os.cpu_count() or 1}
-        source = write_conversations(folder / "conversations", "train", conversations, **scenes)
-        prepare_llava(source, folder / "conversations", records)
+        count, drawn = min(most, conversations), folder / "conversations"
+        logger.info("%s: writing %d conversations", lesson, count)
+        processes = os.cpu_count() or 1
+        source = write_conversations(drawn, "train", count, lesson=lesson, seed=SEED, side=IMAGE_SIZE, processes=processes)
+        prepare_llava(source, drawn, records)
     paths = [f'model="{model}"', f'data.records="{records}"', f'output="{run}"']
-    train(load_run_config(SETTINGS, [*paths, *lesson.settings, *overrides]), on_step=_tell)
+    train(load_run_config(SETTINGS, [*paths, *settings, *overrides]), on_step=_tell)
     if not checkpoint.exists():
         export(model, checkpoint, trained=trained_leaves(model, run))
     if not (folder / "model").exists():
@@ -187,25 +198,27 @@ def _aligned(vlm: VLM, lessons: Lessons) -> dict[str, Any]:
     embeddings, encode = np.asarray(vlm.frozen["language_model"]["embed_tokens"]), vlm.processor.tokenizer.encode
     words = {word: embeddings[encode(f" {word}", add_special_tokens=False)].sum(0) for word in WORDS}
     labels = {name: values[: ALIGNMENT.scenes] for name, values in lessons.labels.items()}
-    wanted, known = targets(labels, v_sinks, words)
-    kinds = np.select([labels["shape"] >= 0, v_sinks, labels["room"] > 0], [0, 1, 2], 3)[known]
-    projector, explained = align_projector(
-        vlm.config, vlm.frozen["projector"], features[known], wanted[known], kinds, ALIGNMENT
-    )
+    flat = lambda of_patches: of_patches.reshape(-1, *of_patches.shape[2:])
+    wanted, kinds = flat(targets(labels, v_sinks, words)), flat(kinds_of_patches(labels, v_sinks))
+    projector, explained = align_projector(vlm.config, vlm.frozen["projector"], flat(features), wanted, kinds, ALIGNMENT)
     logger.info("the aligned projector explains %.0f %% of the variance", 100 * explained)
     return projector
 
 
-def write_untrained(folder: Path, *, seed: int = 0) -> None:
-    """Writes weights, configuration, tokenizer and image processor."""
+def write_untrained(folder: Path, given: Path | None = None, *, seed: int = 0) -> None:
+    """Writes weights, configuration, image processor, and a tokenizer, that of the checkpoint `given` if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, CONFIG, seed=seed, sharp=False)
+    write_weights(folder, CONFIG, seed=seed, attention="matching")
     size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
     (folder / "preprocessor_config.json").write_text(json.dumps({**IMAGE_PROCESSOR, **size}, indent=2), encoding="utf-8")
     processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TAG, "num_additional_image_tokens": 1}
     processor |= {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": CONFIG["vision_feature_select_strategy"]}
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
-    write_bpe_tokenizer(folder, _texts(), vocab_size=VOCAB_SIZE, chat_template=CHAT_TEMPLATE)
+    if given:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(given / name, folder)
+    else:
+        write_bpe_tokenizer(folder, _texts(), vocab_size=VOCAB_SIZE, chat_template=CHAT_TEMPLATE)
 
 
 def _texts(scenes: int = 2000) -> Iterator[str]:

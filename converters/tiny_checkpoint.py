@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -71,20 +71,37 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
     write_byte_tokenizer(folder)
 
 
-def write_weights(folder: Path, raw: dict[str, Any], *, seed: int, sharp: bool = True) -> None:
+def write_weights(folder: Path, raw: dict[str, Any], *, seed: int, attention: Literal["sharp", "matching"] = "sharp") -> None:
     """Writes config.json and random weights for it.
 
     Args:
-        sharp: whether the language model's attention is sharper and louder, so that what it says depends on the question and
-            the image; a model that is to be trained learns faster without.
+        attention: how tokens attend in the language model. `sharp`: at random, and loudly, so that what the model says depends
+            on the question and the image. `matching`: to what is like themselves (`_matching`).
     """
     from safetensors.numpy import save_file
 
     config = model_config(raw)
     rng = np.random.default_rng(seed)
+    sharp = attention == "sharp"
     tensors = {name: _random(rng, name, shape, sharp) for name, shape in layout(config, rules_of(config)).tensors.items()}
+    if attention == "matching":
+        _matching(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+
+
+def _matching(tensors: dict[str, np.ndarray]) -> None:
+    """Makes a start from which a small model soon finds in an image what the question names.
+
+    Each layer's queries are its keys, so that a token attends to its likes, and its output projection is the transpose of that
+    of its values, so that it gets a likeness of what they hold. Every head has keys of its own, and the output head is tied to
+    the embeddings: the final norm makes the first logits of order one.
+    """
+    for name, tensor in list(tensors.items()):
+        if name.startswith("language_model") and name.endswith("k_proj.weight"):
+            tensors[name.replace("k_proj", "q_proj")] = tensor.copy()
+            tensors[name.replace("k_proj", "o_proj")] = np.ascontiguousarray(tensors[name.replace("k_proj", "v_proj")].T)
+    tensors["language_model.model.norm.weight"] *= tensors["language_model.model.norm.weight"].size ** -0.5
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...], sharp: bool) -> np.ndarray:

@@ -14,6 +14,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 from PIL import Image
 
@@ -25,6 +26,13 @@ from lsg_jax.data.shapes import COLOURS, PATTERNS, SHAPES, SIZES, Item, Scene
 
 Exchange = tuple[str, str]
 """What the user says, and the answer."""
+
+_Ask = Callable[[Random, Scene], Iterator[Exchange]]
+
+
+Lesson = Literal["options", "finding", "answering"]
+"""To be learned in this order: what the letters of choices stand for; questions that name what they ask for; all questions.
+A few hundred steps teach a skill alone that many more do not teach beside all others."""
 
 
 class Form(StrEnum):
@@ -40,31 +48,52 @@ LISTING = "Describe the image."
 ROWS = 8  # shapes whose centres lie in the same eighth of the height are in one row
 
 
-def scene_conversation(split: Split, index: int, *, seed: int = 0) -> tuple[Scene, list[Exchange]]:
-    """Scene `index` (from 0) of a split with all its questions in random order; it depends on (seed, split, index) alone.
+def scene_conversation(
+    split: Split, index: int, *, seed: int = 0, lesson: Lesson = "answering"
+) -> tuple[Scene, list[Exchange]]:
+    """Scene `index` (from 0) of a split with the questions of a lesson in random order; it depends on these alone.
 
-    What `listing` says is not among them.
+    What `listing` says is not among them. The scene is the same in each lesson.
     """
     if index % 4 == 3:
         scene = probe_scene(split, index // 4, seed=seed)
     else:
         scene = scene_question(split, index - index // 4, seed=seed).scene
     rng = Random(f"conversation {seed} {split} {index}")
-    exchanges = [exchange for ask in _ASK for exchange in ask(rng, scene)]
+
+    def some(asks: tuple[_Ask, ...], most: int | None = None) -> list[Exchange]:
+        asked = [exchange for ask in asks for exchange in ask(rng, scene)]
+        rng.shuffle(asked)
+        return asked[:most]
+
+    if lesson == "options":
+        exchanges = list(_options(rng))
+    elif lesson == "finding":
+        exchanges = [*some((*_LETTERS, _exists, *_NAMED), 7), *rng.sample(list(_options(rng)), 1)]
+    else:
+        exchanges = [*some(_LETTERS, 2), *some(_NAMED, 1), *some(_OTHERS), *rng.sample(list(_options(rng)), 1)]
     rng.shuffle(exchanges)
     return scene, exchanges
 
 
 def write_conversations(
-    folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 112, most: int, processes: int = 1
+    folder: Path,
+    split: Split,
+    count: int,
+    *,
+    lesson: Lesson = "answering",
+    seed: int = 0,
+    side: int = 112,
+    processes: int = 1,
 ) -> Path:
     """Writes `count` scenes as LLaVA records, and their images. Returns the path of the JSONL.
 
-    A record has up to `most` questions and at its end, where no question can be answered from it, the listing.
+    A record has all questions of its scene, but every fifth of `answering` has three, and the listing at its end, where no
+    question can be answered from it.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / "conversations.jsonl"
-    write = partial(_write_one, folder, split, seed=seed, side=side, most=most)
+    write = partial(_write_one, folder, split, lesson=lesson, seed=seed, side=side)
     with path.open("w", encoding="utf-8") as file:
         if processes == 1:
             file.writelines(map(write, range(count)))
@@ -74,12 +103,14 @@ def write_conversations(
     return path
 
 
-def _write_one(folder: Path, split: Split, index: int, *, seed: int, side: int, most: int) -> str:
+def _write_one(folder: Path, split: Split, index: int, *, lesson: Lesson, seed: int, side: int) -> str:
     """Writes a scene's image; returns its line."""
-    scene, exchanges = scene_conversation(split, index, seed=seed)
+    scene, exchanges = scene_conversation(split, index, seed=seed, lesson=lesson)
     image = f"images/{index:06d}.png"
     Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
-    return json.dumps(as_record(f"{split}-{index:06d}", image, [*exchanges[:most], listing(scene)])) + "\n"
+    described = lesson == "answering" and index % 5 == 4
+    told = [*exchanges[:3], listing(scene)] if described else exchanges
+    return json.dumps(as_record(f"{split}-{index:06d}", image, told)) + "\n"
 
 
 def listing(scene: Scene) -> Exchange:
@@ -108,17 +139,17 @@ def as_record(name: str, image: str, exchanges: list[Exchange]) -> dict[str, obj
 
 
 def _short(rng: Random, question: str, answer: str, about: str = "") -> Exchange:
-    """Half as it is, a quarter as the benchmark asks, a quarter for a phrase that begins with what the question is about.
+    """Two fifths as it is, a fifth as the benchmark asks, two fifths for a phrase that begins with what the question is about.
 
     To say so the model has to find it in the question, from where it finds it in the image.
     """
-    form = rng.choice((Form.PLAIN, Form.PLAIN, Form.WORD, Form.PHRASE))
+    form = rng.choice((Form.PLAIN, Form.PLAIN, Form.WORD, Form.PHRASE, Form.PHRASE))
     return question + form, f"{about} {answer}".strip() if form is Form.PHRASE else answer
 
 
 def _choice(rng: Random, question: str, answer: str, others: list[str]) -> Exchange:
-    """Half by word, half by letter."""
-    return _short(rng, question, answer) if rng.random() < 1 / 2 else _letter(rng, question, answer, others)
+    """A third by word, the others by letter."""
+    return _short(rng, question, answer) if rng.random() < 1 / 3 else _letter(rng, question, answer, others)
 
 
 def _letter(rng: Random, question: str, answer: str, others: list[str]) -> Exchange:
@@ -206,9 +237,33 @@ def _one_attribute(rng: Random, scene: Scene) -> Iterator[Exchange]:
             yield _short(rng, f"What {told} is the {named}?", getattr(item, told), getattr(item, asked))
 
 
+def _of_unique(rng: Random, scene: Scene) -> Iterator[Exchange]:
+    """The size of up to two shapes, and the side on which up to two are: found by colour and shape together."""
+    unique = _unique(scene)
+    for item in rng.sample(unique, min(2, len(unique))):
+        yield _short(rng, f"What size is the {item.name}?", item.size, item.name)
+    aside = [item for item in unique if abs(item.x - 0.5) > LEFT_MARGIN]
+    for item in rng.sample(aside, min(2, len(aside))):
+        side = "left" if item.x < 0.5 else "right"
+        yield _short(rng, f"On which side is the {item.name}?", side, item.name)
+
+
 def _count_of_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
     colour = rng.choice([item.colour for item in scene.items])
     yield _short(rng, f"How many {colour} shapes are there?", str(sum(item.colour == colour for item in scene.items)), colour)
+
+
+def _options(rng: Random) -> Iterator[Exchange]:
+    """What the letters of choices stand for, which no image tells: once all of them in random order, twice one."""
+    for all_of_them in (True, False, False):
+        names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+        options = rng.sample(*rng.choice(((list(COLOURS), 4), (list(PATTERNS), 4), (names, 2))))
+        letters = dict(zip(options, "ABCD", strict=False))
+        asked = rng.sample(options, len(options) if all_of_them else 1)
+        question = "Which letter is which?" if all_of_them else f"Which letter is {asked[0]}?"
+        answer = "; ".join(f"{option} {letters[option]}" for option in asked) if all_of_them else letters[asked[0]]
+        form = Form.PLAIN if all_of_them else rng.choice((Form.PLAIN, Form.LETTER))
+        yield question_with_options(question, options) + form, answer
 
 
 def _unique(scene: Scene) -> list[Item]:
@@ -217,15 +272,6 @@ def _unique(scene: Scene) -> list[Item]:
     return [item for item in scene.items if number[item.name] == 1]
 
 
-_ASK: tuple[Callable[[Random, Scene], Iterator[Exchange]], ...] = (
-    _count,
-    _background,
-    _corner_letters,
-    _object_letters,
-    _exists,
-    _common_colour,
-    _further_left,
-    _smallest_colour,
-    _one_attribute,
-    _count_of_colour,
-)
+_LETTERS: tuple[_Ask, ...] = (_corner_letters, _object_letters)
+_NAMED: tuple[_Ask, ...] = (_one_attribute, _of_unique, _count_of_colour)
+_OTHERS: tuple[_Ask, ...] = (_count, _background, _common_colour, _exists, _further_left, _smallest_colour)

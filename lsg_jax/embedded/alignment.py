@@ -41,20 +41,19 @@ class AlignmentRecipe:
     seed: int = 0
 
 
-def targets(
-    labels: Mapping[str, np.ndarray], v_sinks: np.ndarray, words: Mapping[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def targets(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray, words: Mapping[str, np.ndarray]) -> np.ndarray:
     """What the projector shall make of the patches of B scenes.
 
     A patch with the centre of a shape: its colour, shape, size and letter. A V-sink: count, pattern, and each colour and kind
     of shape as often as it is there, in units of MOST. A corner's patch with a letter: letter, corner and its name. A patch
-    that nothing touches: background. All others are left to themselves.
+    that nothing touches: background. All others, with parts of shapes: nothing. And all tell their place, the difference of
+    right and left in proportion to x, that of bottom and top to y, the centre of a shape exactly.
 
     Args:
         labels: of embedded.labels. v_sinks: bool [B, P]. words: embedding float32 [D] of each of WORDS.
 
     Returns:
-        float32 [B, P, D], and which patches have a target, bool [B, P].
+        float32 [B, P, D].
     """
     words = {"": np.zeros_like(next(iter(words.values()))), **words}
     table = lambda names: np.stack([words[name] for name in names])
@@ -64,19 +63,40 @@ def targets(
     empty = (labels["room"] > 0) & ~v_sinks
     wanted[empty] = words["background"]
     letters = table(PATCH_WORDS["letter"])
-    known = empty | v_sinks
-    for number, name in enumerate(CORNERS):
-        row, column = ((grid - 1) * name.startswith("bottom"), (grid - 1) * name.endswith("right"))
+    for number, (name, (row, column)) in enumerate(zip(CORNERS, _corner_patches(grid), strict=True)):
         there = labels["corner"][:, number] > 0
         place = words["corner"] + table(name.split()).sum(0)
         wanted[there, row * grid + column] = letters[labels["corner"][there, number]] + place
-        known[there, row * grid + column] = True
     whole = table(NUMBERS)[labels["count"][:, 0]] + table(PATTERNS)[labels["pattern"][:, 0]]
     whole = whole + (labels["colours"] @ table(COLOURS) + labels["shapes"] @ table(SHAPES)) / MOST
     wanted[v_sinks] = np.broadcast_to(whole[:, None], wanted.shape)[v_sinks]
     centre = labels["shape"] >= 0
     wanted[centre] = sum(table(names)[labels[what][centre]] for what, names in PATCH_WORDS.items())
-    return wanted, known | centre
+    x, y = np.moveaxis(places(labels), -1, 0)
+    wanted += x[..., None] * (words["right"] - words["left"]) + y[..., None] * (words["bottom"] - words["top"])
+    return wanted
+
+
+def kinds_of_patches(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray) -> np.ndarray:
+    """int [B, P]: 0 the centre of a shape, 1 V-sink, 2 empty, 3 a letter in a corner, 4 part of a shape."""
+    grid = round(v_sinks.shape[1] ** 0.5)
+    letter = np.zeros_like(v_sinks)
+    for number, (row, column) in enumerate(_corner_patches(grid)):
+        letter[:, row * grid + column] = labels["corner"][:, number] > 0
+    return np.select([labels["shape"] >= 0, v_sinks, labels["room"] > 0, letter], [0, 1, 2, 3], 4)
+
+
+def _corner_patches(grid: int) -> list[tuple[int, int]]:
+    """(row, column) of the patch of each of CORNERS."""
+    return [((grid - 1) * name.startswith("bottom"), (grid - 1) * name.endswith("right")) for name in CORNERS]
+
+
+def places(labels: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(x, y) of patches, or of the shapes' centres in them, -1/2 to 1/2 across the image: float32 [B, P, 2]."""
+    grid = round(labels["shape"].shape[1] ** 0.5)
+    corner = np.stack(np.meshgrid(np.arange(grid), np.arange(grid)), axis=-1).reshape(-1, 2)
+    within = np.where(labels["shape"][..., None] >= 0, labels["place"], 0.5)
+    return ((corner + within) / grid - 0.5).astype(np.float32)
 
 
 def align_projector(

@@ -77,10 +77,10 @@ class Student(nnx.Module):
         self.scene = nnx.Dict({name: make(shape) for name, shape in SCENE.items()})
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """uint8 [B, H, W, 3] -> features [B, P, D]."""
+        """uint8 [B, H, W, 3] -> features [B, P, D] of the last layer."""
         image = self.config.image
         pixels = (images.astype(jnp.float32) / 255 - jnp.array(image.mean)) / jnp.array(image.std)
-        (features,), _ = self.tower(pixels, self.config.feature_layers)
+        (*_, features), _ = self.tower(pixels, self.config.feature_layers)
         return features[:, 1:]
 
 

@@ -37,6 +37,10 @@ def right_answers(scene, question):
         return {item.colour for item in scene.items if item.shape == match[1]}
     if match := re.fullmatch(r"What shape is the (\w+) one\?", question):
         return {item.shape for item in scene.items if item.colour == match[1]}
+    if match := re.fullmatch(r"What size is the (.*)\?", question):
+        return {item.size for item in named(match[1])}
+    if match := re.fullmatch(r"On which side is the (.*)\?", question):
+        return {"left" if item.x < 0.5 else "right" for item in named(match[1])}
     raise AssertionError(question)
 
 
@@ -46,6 +50,8 @@ def test_every_answer_is_right_and_the_only_one():
         scene, exchanges = scene_conversation("train", index, seed=3)
         assert len({question for question, _ in exchanges}) == len(exchanges)
         for prompt, answer in exchanges:
+            if prompt.startswith("Which letter is"):
+                continue
             question, *rest = prompt.split("\n")
             choices = {line[0]: line[3:] for line in rest if re.match(r"[A-D]\. ", line)}
             *about, told = answer.split()
@@ -64,8 +70,25 @@ def test_every_answer_is_right_and_the_only_one():
                 assert list(choices) == list(string.ascii_uppercase[: len(choices)])
                 assert len(set(choices.values())) == len(choices)
             kinds[re.sub("|".join([*COLOURS, *SHAPES]), "*", question)] += 1
-    assert len(kinds) >= 14 and min(kinds.values()) >= 10
-    assert len(forms) == 6 and min(forms.values()) > 0.04 * forms.total()
+    assert len(kinds) == 17 and min(kinds.values()) >= 10
+    assert len(forms) == 6 and min(forms.values()) > 0.08 * forms.total()
+
+
+def test_letters_stand_for_the_choices_behind_them():
+    forms = Counter()
+    for index in range(200):
+        for prompt, answer in scene_conversation("train", index, seed=3, lesson="options")[1]:
+            question, *lines = prompt.split("\n")
+            match = re.fullmatch(r"Which letter is (.*)\?", question)
+            lines = [line for line in lines if line[1:3] == ". "]
+            letters = {line[3:]: line[0] for line in lines}
+            assert list(letters.values()) == list("ABCD"[: len(lines)])
+            if match[1] == "which":
+                assert dict(pair.rsplit(" ", 1) for pair in answer.split("; ")) == letters
+            else:
+                assert answer == letters[match[1]]
+            forms[match[1] == "which", len(lines)] += 1
+    assert len(forms) == 4 and min(forms.values()) > 40 and forms.total() == 600
 
 
 def test_the_listing_says_the_whole_and_then_all_row_by_row():
@@ -98,17 +121,27 @@ def test_the_same_in_any_order_and_another_by_seed():
     assert all(one != other for number, one in enumerate(others) for other in others[:number])
 
 
-def test_records_that_lsg_prepare_takes(tmp_path):
-    path = write_conversations(tmp_path, "train", 5, side=56, most=4)
+def test_finding_asks_by_name_about_the_same_scenes():
+    for index in range(40):
+        scene, exchanges = scene_conversation("train", index, seed=3, lesson="finding")
+        assert scene == scene_conversation("train", index, seed=3)[0] and exchanges
+        for prompt, _ in exchanges:
+            question = prompt.split("\n")[0]
+            assert re.search("|".join([*COLOURS, *SHAPES, "corner", "Which letter is"]), question)
+            assert "\nA. " not in prompt or question.startswith("Which letter is")
+
+
+@pytest.mark.parametrize("lesson", ["options", "finding", "answering"])
+def test_records_that_lsg_prepare_takes(lesson, tmp_path):
+    path = write_conversations(tmp_path, "train", 10, lesson=lesson, side=56)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(lines) == 5
-    again = write_conversations(tmp_path / "two", "train", 5, side=56, most=4, processes=2)
+    assert len(lines) == 10
+    again = write_conversations(tmp_path / "two", "train", 10, lesson=lesson, side=56, processes=2)
     assert again.read_bytes() == path.read_bytes()
     for index, line in enumerate(lines):
         found = parse_record(line, default_id="")
-        assert len(found.turns) == 10 and found.turns[0].text.startswith("<image>\n") and not found.notes
+        assert found.turns[0].text.startswith("<image>\n") and not found.notes
         assert Image.open(tmp_path / line["image"]).size == (56, 56)
-        scene, exchanges = scene_conversation("train", index)
-        assert [turn.text.removeprefix("<image>\n") for turn in found.turns] == [
-            text for pair in [*exchanges[:4], listing(scene)] for text in pair
-        ]
+        scene, exchanges = scene_conversation("train", index, lesson=lesson)
+        told = [*exchanges[:3], listing(scene)] if lesson == "answering" and index % 5 == 4 else exchanges
+        assert [turn.text.removeprefix("<image>\n") for turn in found.turns] == [text for pair in told for text in pair]

@@ -8,7 +8,7 @@ from converters.embedded_model import CONFIG
 from converters.hf_config import model_config
 from lsg_jax.data.scene_conversations import scene_conversation
 from lsg_jax.data.shapes import CORNERS, Background, Item, Scene
-from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, targets
+from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, kinds_of_patches, places, targets
 from lsg_jax.embedded.labels import labels
 from lsg_jax.model.projector import Projector
 
@@ -31,7 +31,7 @@ def test_patches_become_the_words_for_them():
     known = labels([Scene(items, background, {"top right": "T"})], GRID)
     v_sinks = np.zeros((1, GRID * GRID), bool)
     v_sinks[0, 10] = True  # nothing is there
-    (wanted,), (has_target,) = targets(known, v_sinks, EMBEDDINGS)
+    (wanted,), (kinds,) = targets(known, v_sinks, EMBEDDINGS), kinds_of_patches(known, v_sinks)
     at = {
         5 * GRID + 2: of("red", "circle", "large", "K"),
         3 * GRID + 7: of("blue", "star", "small"),
@@ -40,16 +40,23 @@ def test_patches_become_the_words_for_them():
         10: of("3", "dots") + (2 * of("red") + of("blue", "circle", "star", "cross")) / 4,
         0: of("background"),
     }
-    for patch, value in at.items():
-        assert has_target[patch]
-        np.testing.assert_allclose(wanted[patch], value, rtol=1e-5, atol=1e-5)
+    where = {5 * GRID + 2: (0.3, 0.7), 3 * GRID + 7: (0.9, 0.4), 3 * GRID + 5: (0.7, 0.45)}
+    for patch in range(GRID * GRID):
+        x, y = where.get(patch, ((patch % GRID + 0.5) / GRID, (patch // GRID + 0.5) / GRID))
+        place = (x - 0.5) * (of("right") - of("left")) + (y - 0.5) * (of("bottom") - of("top"))
+        value = at.get(patch, of("background") if known["room"][0, patch] > 0 else np.zeros(WIDTH))
+        np.testing.assert_allclose(wanted[patch], value + place, rtol=1e-5, atol=1e-5)
+    assert [kinds[patch] for patch in at] == [0, 0, 0, 3, 1, 2]
     touched = (known["room"][0] == 0) & ~np.isin(np.arange(GRID * GRID), list(at))
-    assert touched.any() and not has_target[touched].any() and (wanted[~has_target] == 0).all()
+    assert touched.any() and (kinds[touched] == 4).all()
 
 
 def test_every_corner_has_its_patch():
     scenes = [scene_conversation("train", index, seed=5)[0] for index in range(20)]
-    wanted, _ = targets(labels(scenes, GRID), np.zeros((20, GRID * GRID), bool), EMBEDDINGS)
+    known = labels(scenes, GRID)
+    x, y = np.moveaxis(places(known), -1, 0)[..., None]
+    place = x * (of("right") - of("left")) + y * (of("bottom") - of("top"))
+    wanted = targets(known, np.zeros((20, GRID * GRID), bool), EMBEDDINGS) - place
     patches = dict(zip(CORNERS, (0, GRID - 1, GRID * (GRID - 1), GRID * GRID - 1), strict=True))
     for scene, row in zip(scenes, wanted, strict=True):
         for corner, letter in scene.corners.items():
@@ -60,7 +67,8 @@ def test_the_projector_learns_what_a_linear_map_could_tell():
     """Rare kinds count as much as common ones: the one in a hundred is learned as well."""
     config = model_config(CONFIG)
     kinds = np.repeat([0, 1], [990, 10])
-    features = RNG.standard_normal((1000, config.vision.hidden_size)).astype(np.float32) + 3 * kinds[:, None].astype(np.float32)
+    width = config.vision.hidden_size * len(config.feature_layers)
+    features = RNG.standard_normal((1000, width)).astype(np.float32) + 3 * kinds[:, None].astype(np.float32)
     wanted = np.where(kinds[:, None] == 1, of("red"), of("background")).astype(np.float32)
     start = nnx.to_pure_dict(nnx.state(Projector(config, rngs=nnx.Rngs(0), dtype=np.float32)))
     recipe = AlignmentRecipe(steps=800, patches=256)
