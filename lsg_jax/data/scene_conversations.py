@@ -29,10 +29,8 @@ Exchange = tuple[str, str]
 
 _Ask = Callable[[Random, Scene], Iterator[Exchange]]
 
-
 Lesson = Literal["options", "finding", "answering"]
-"""To be learned in this order: what the letters of choices stand for; questions that name what they ask for; all questions.
-A few hundred steps teach a skill alone that many more do not teach beside all others."""
+"""To be learned in this order: what the letters of choices stand for; questions that name what they ask for; all kinds."""
 
 
 class Form(StrEnum):
@@ -88,8 +86,8 @@ def write_conversations(
 ) -> Path:
     """Writes `count` scenes as LLaVA records, and their images. Returns the path of the JSONL.
 
-    A record has all questions of its scene, but every fifth of `answering` has three, and the listing at its end, where no
-    question can be answered from it.
+    A record has what `scene_conversation` gives, but every fifth of `answering` has three questions of it, and the listing at
+    its end, where no question can be answered from it.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / "conversations.jsonl"
