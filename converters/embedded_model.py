@@ -46,10 +46,15 @@ logger = logging.getLogger(__name__)
 
 
 RECIPE, ALIGNMENT = TowerRecipe(), AlignmentRecipe()
+GOES_ON = ("train.final_lr_fraction=0.5",)
+TEXT = (*GOES_ON, 'full.parts=["language_model"]', "train.learning_rate=1e-3")
 LESSONS: dict[Lesson, tuple[int, tuple[str, ...]]] = {
-    "options": (6_400, ("data.max_length=208", "train.max_steps=800", "train.final_lr_fraction=0.5")),
-    "finding": (16_000, ("data.max_length=240", "train.max_steps=2000", "train.final_lr_fraction=0.5")),
-    "answering": (48_000, ()),
+    "finding": (16_000, (*GOES_ON, "data.max_length=240", "train.max_steps=2000")),
+    "pairs": (4_000, (*TEXT, "data.max_length=128", "train.max_steps=400")),
+    "letters": (8_000, (*TEXT, "data.max_length=160", "train.max_steps=700")),
+    "choosing": (8_000, (*GOES_ON, "data.max_length=272", "train.max_steps=1000")),
+    "answering": (12_800, ()),
+    "reading": (6_400, ("data.max_length=224", "train.max_steps=800", "train.learning_rate=1e-3")),
 }
 """Of projector and language model: conversations, and settings that differ from SETTINGS."""
 SEED = 1  # of the scenes: those of seed 0 are for gates and for tests
@@ -112,7 +117,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--scenes", type=int, default=RECIPE.scenes, help="scenes that the tower sees")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="steps of the tower")
-    parser.add_argument("--conversations", type=int, default=48_000, help="at most, of each lesson of the language model")
+    parser.add_argument("--conversations", type=int, default=16_000, help="at most, of each lesson of the language model")
     parser.add_argument("--from", type=Path, metavar="CHECKPOINT", dest="given", help="take its vision tower and tokenizer")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="as `lsg train` takes it")
     options = parser.parse_args()

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -22,15 +23,19 @@ from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.data.drawing import draw
 from lsg_jax.data.prompts import LETTER_SUFFIX, WORD_SUFFIX, question_with_options
 from lsg_jax.data.scene_questions import LEFT_MARGIN, Split, probe_scene, scene_question
-from lsg_jax.data.shapes import COLOURS, PATTERNS, SHAPES, SIZES, Item, Scene
+from lsg_jax.data.shapes import COLOURS, LETTERS, PATTERNS, SHAPES, SIZES, Item, Scene, has_room
 
 Exchange = tuple[str, str]
 """What the user says, and the answer."""
 
 _Ask = Callable[[Random, Scene], Iterator[Exchange]]
 
-Lesson = Literal["options", "finding", "answering"]
-"""To be learned in this order: what the letters of choices stand for; questions that name what they ask for; all kinds."""
+Lesson = Literal["finding", "pairs", "letters", "choosing", "answering", "reading"]
+"""To be learned in this order: questions that name what they ask for; which of two words has a letter; what the letters of all
+choices stand for; choices; all kinds; letters in corners and on all shapes that have room for one."""
+
+TEXT_ONLY: tuple[Lesson, ...] = ("pairs", "letters")
+"""An image would only distract."""
 
 
 class Form(StrEnum):
@@ -51,25 +56,33 @@ def scene_conversation(
 ) -> tuple[Scene, list[Exchange]]:
     """Scene `index` (from 0) of a split with the questions of a lesson in random order; it depends on these alone.
 
-    What `listing` says is not among them. The scene is the same in each lesson.
+    What `listing` says is not among them. The scene is the same in each lesson, but for the letters of `reading`.
     """
     if index % 4 == 3:
         scene = probe_scene(split, index // 4, seed=seed)
     else:
         scene = scene_question(split, index - index // 4, seed=seed).scene
     rng = Random(f"conversation {seed} {split} {index}")
+    if lesson == "reading":
+        scene = replace(scene, items=tuple(_lettered(rng, item) for item in scene.items))
 
     def some(asks: tuple[_Ask, ...], most: int | None = None) -> list[Exchange]:
         asked = [exchange for ask in asks for exchange in ask(rng, scene)]
         rng.shuffle(asked)
         return asked[:most]
 
-    if lesson == "options":
-        exchanges = list(_options(rng))
+    if lesson == "pairs":
+        exchanges = [_which_letter(rng, rng.sample(rng.choice(_WORDS), 2), Form.PLAIN) for _ in range(6)]
+    elif lesson == "letters":
+        exchanges = [_one_option(rng) for _ in range(4)]
     elif lesson == "finding":
-        exchanges = [*some((*_LETTERS, _exists, *_NAMED), 7), *rng.sample(list(_options(rng)), 1)]
+        exchanges = [*some(_READ), *some((_exists, *_NAMED), 6)]
+    elif lesson == "choosing":
+        exchanges = [*some((*_CHOICES, *_CHOICES), 4), *some((*_READ, _exists, *_NAMED), 2), _one_option(rng)]
+    elif lesson == "reading":
+        exchanges = [*some(_READ, 5), *some(_NAMED, 1), *some(_OTHERS, 2)]
     else:
-        exchanges = [*some(_LETTERS, 2), *some(_NAMED, 1), *some(_OTHERS), *rng.sample(list(_options(rng)), 1)]
+        exchanges = [*some(_READ, 2), *some(_NAMED, 2), *some(_OTHERS)]
     rng.shuffle(exchanges)
     return scene, exchanges
 
@@ -102,10 +115,11 @@ def write_conversations(
 
 
 def _write_one(folder: Path, split: Split, index: int, *, lesson: Lesson, seed: int, side: int) -> str:
-    """Writes a scene's image; returns its line."""
+    """Writes a scene's image, if the lesson shows it; returns its line."""
     scene, exchanges = scene_conversation(split, index, seed=seed, lesson=lesson)
-    image = f"images/{index:06d}.png"
-    Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
+    image = None if lesson in TEXT_ONLY else f"images/{index:06d}.png"
+    if image:
+        Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
     described = lesson == "answering" and index % 5 == 4
     told = [*exchanges[:3], listing(scene)] if described else exchanges
     return json.dumps(as_record(f"{split}-{index:06d}", image, told)) + "\n"
@@ -124,13 +138,13 @@ def listing(scene: Scene) -> Exchange:
     return LISTING, "; ".join([*whole, *shapes, *(f"{corner} {letter}" for corner, letter in scene.corners.items())])
 
 
-def as_record(name: str, image: str, exchanges: list[Exchange]) -> dict[str, object]:
-    """A LLaVA record."""
+def as_record(name: str, image: str | None, exchanges: list[Exchange]) -> dict[str, object]:
+    """A LLaVA record, of text only without an image."""
     turns = []
     for number, (question, answer) in enumerate(exchanges):
-        tag = f"{IMAGE_TAG}\n" if number == 0 else ""
+        tag = f"{IMAGE_TAG}\n" if image and number == 0 else ""
         turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": image, "conversations": turns}
+    return {"id": name, **({"image": image} if image else {}), "conversations": turns}
 
 
 # ------------------------------------------------------------------------------------------------------------------ questions
@@ -251,17 +265,20 @@ def _count_of_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
     yield _short(rng, f"How many {colour} shapes are there?", str(sum(item.colour == colour for item in scene.items)), colour)
 
 
-def _options(rng: Random) -> Iterator[Exchange]:
-    """What the letters of choices stand for, which no image tells: once all of them in random order, twice one."""
-    for all_of_them in (True, False, False):
-        names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-        options = rng.sample(*rng.choice(((list(COLOURS), 4), (list(PATTERNS), 4), (names, 2))))
-        letters = dict(zip(options, "ABCD", strict=False))
-        asked = rng.sample(options, len(options) if all_of_them else 1)
-        question = "Which letter is which?" if all_of_them else f"Which letter is {asked[0]}?"
-        answer = "; ".join(f"{option} {letters[option]}" for option in asked) if all_of_them else letters[asked[0]]
-        form = Form.PLAIN if all_of_them else rng.choice((Form.PLAIN, Form.LETTER))
-        yield question_with_options(question, options) + form, answer
+def _one_option(rng: Random) -> Exchange:
+    """What the letter of one of the choices is, which no image tells."""
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    options = rng.sample(*rng.choice((*((words, 4) for words in _WORDS), (names, 2))))
+    return _which_letter(rng, options, rng.choice((Form.PLAIN, Form.LETTER)))
+
+
+def _which_letter(rng: Random, options: list[str], form: Form) -> Exchange:
+    asked = rng.randrange(len(options))
+    return question_with_options(f"Which letter is {options[asked]}?", options) + form, "ABCD"[asked]
+
+
+def _lettered(rng: Random, item: Item) -> Item:
+    return replace(item, letter=rng.choice(LETTERS)) if has_room(item) else item
 
 
 def _unique(scene: Scene) -> list[Item]:
@@ -270,6 +287,8 @@ def _unique(scene: Scene) -> list[Item]:
     return [item for item in scene.items if number[item.name] == 1]
 
 
-_LETTERS: tuple[_Ask, ...] = (_corner_letters, _object_letters)
+_WORDS = (list(COLOURS), list(PATTERNS))
+_READ: tuple[_Ask, ...] = (_corner_letters, _object_letters)
 _NAMED: tuple[_Ask, ...] = (_one_attribute, _of_unique, _count_of_colour)
-_OTHERS: tuple[_Ask, ...] = (_count, _background, _common_colour, _exists, _further_left, _smallest_colour)
+_CHOICES: tuple[_Ask, ...] = (_background, _common_colour, _further_left, _smallest_colour)
+_OTHERS: tuple[_Ask, ...] = (_count, _exists, *_CHOICES)

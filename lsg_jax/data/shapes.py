@@ -156,7 +156,7 @@ def compose(
     if corners is None:
         corners = {rng.choice(list(CORNERS)): rng.choice(LETTERS)} if rng.random() < 0.5 else {}
     radii = [round(SIZES[look.size] * rng.uniform(0.95, 1.05), 4) for look in looks]
-    letters = [look.letter or (rng.choice(LETTERS) if _has_room(look) and rng.random() < 0.3 else "") for look in looks]
+    letters = [look.letter or (rng.choice(LETTERS) if has_room(look) and rng.random() < 0.3 else "") for look in looks]
     items = tuple(
         Item(look.colour, look.shape, look.size, letter, x=x, y=y, radius=radius)
         for look, letter, radius, (x, y) in zip(looks, letters, radii, _places(rng, radii, corners), strict=True)
@@ -172,7 +172,7 @@ def compose(
     return Scene(items, background, corners)
 
 
-def _has_room(look: Look) -> bool:
+def has_room(look: Look) -> bool:
     """Whether a letter on it can be read in an image of 112 pixels."""
     return look.size == "large" or (look.size == "medium" and look.shape != "star")
 

@@ -44,10 +44,10 @@ class AlignmentRecipe:
 def targets(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray, words: Mapping[str, np.ndarray]) -> np.ndarray:
     """What the projector shall make of the patches of B scenes.
 
-    A patch with the centre of a shape: its colour, shape, size and letter. A V-sink: count, pattern, and each colour and kind
-    of shape as often as it is there, in units of MOST. A corner's patch with a letter: letter, corner and its name. A patch
-    that nothing touches: background. All others, with parts of shapes: nothing. And all tell their place, the difference of
-    right and left in proportion to x, that of bottom and top to y, the centre of a shape exactly.
+    A patch with the centre of a shape: its colour, shape, size and letter, and its place, the difference of right and left in
+    proportion to x, that of bottom and top to y. A V-sink: count, pattern, and each colour and kind of shape as often as it is
+    there, in units of MOST. A corner's patch with a letter: letter, corner and its name. A patch that nothing touches:
+    background. All others, with parts of shapes: nothing.
 
     Args:
         labels: of embedded.labels. v_sinks: bool [B, P]. words: embedding float32 [D] of each of WORDS.
@@ -72,8 +72,10 @@ def targets(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray, words: Mappin
     wanted[v_sinks] = np.broadcast_to(whole[:, None], wanted.shape)[v_sinks]
     centre = labels["shape"] >= 0
     wanted[centre] = sum(table(names)[labels[what][centre]] for what, names in PATCH_WORDS.items())
-    x, y = np.moveaxis(places(labels), -1, 0)
-    wanted += x[..., None] * (words["right"] - words["left"]) + y[..., None] * (words["bottom"] - words["top"])
+    patch = np.nonzero(centre)[1]
+    place = (np.stack([patch % grid, patch // grid], axis=-1) + labels["place"][centre]) / grid - 0.5  # (x, y), -1/2 to 1/2
+    axes = np.stack([words["right"] - words["left"], words["bottom"] - words["top"]])
+    wanted[centre] += place.astype(np.float32) @ axes
     return wanted
 
 
@@ -89,14 +91,6 @@ def kinds_of_patches(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray) -> n
 def _corner_patches(grid: int) -> list[tuple[int, int]]:
     """(row, column) of the patch of each of CORNERS."""
     return [((grid - 1) * name.startswith("bottom"), (grid - 1) * name.endswith("right")) for name in CORNERS]
-
-
-def places(labels: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(x, y) of patches, or of the shapes' centres in them, -1/2 to 1/2 across the image: float32 [B, P, 2]."""
-    grid = round(labels["shape"].shape[1] ** 0.5)
-    corner = np.stack(np.meshgrid(np.arange(grid), np.arange(grid)), axis=-1).reshape(-1, 2)
-    within = np.where(labels["shape"][..., None] >= 0, labels["place"], 0.5)
-    return ((corner + within) / grid - 0.5).astype(np.float32)
 
 
 def align_projector(

@@ -4,13 +4,15 @@ import json
 import re
 import string
 from collections import Counter
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 from PIL import Image
 
 from lsg_jax.data.conversation import parse_record
-from lsg_jax.data.scene_conversations import Form, listing, scene_conversation, write_conversations
-from lsg_jax.data.shapes import COLOURS, SHAPES
+from lsg_jax.data.scene_conversations import TEXT_ONLY, Form, Lesson, listing, scene_conversation, write_conversations
+from lsg_jax.data.shapes import COLOURS, SHAPES, has_room
 
 
 def right_answers(scene, question):
@@ -50,8 +52,6 @@ def test_every_answer_is_right_and_the_only_one():
         scene, exchanges = scene_conversation("train", index, seed=3)
         assert len({question for question, _ in exchanges}) == len(exchanges)
         for prompt, answer in exchanges:
-            if prompt.startswith("Which letter is"):
-                continue
             question, *rest = prompt.split("\n")
             choices = {line[0]: line[3:] for line in rest if re.match(r"[A-D]\. ", line)}
             *about, told = answer.split()
@@ -75,20 +75,19 @@ def test_every_answer_is_right_and_the_only_one():
 
 
 def test_letters_stand_for_the_choices_behind_them():
-    forms = Counter()
-    for index in range(200):
-        for prompt, answer in scene_conversation("train", index, seed=3, lesson="options")[1]:
-            question, *lines = prompt.split("\n")
-            match = re.fullmatch(r"Which letter is (.*)\?", question)
-            lines = [line for line in lines if line[1:3] == ". "]
-            letters = {line[3:]: line[0] for line in lines}
-            assert list(letters.values()) == list("ABCD"[: len(lines)])
-            if match[1] == "which":
-                assert dict(pair.rsplit(" ", 1) for pair in answer.split("; ")) == letters
-            else:
-                assert answer == letters[match[1]]
-            forms[match[1] == "which", len(lines)] += 1
-    assert len(forms) == 4 and min(forms.values()) > 40 and forms.total() == 600
+    sizes, answers = Counter(), Counter()
+    for lesson in ("pairs", "letters"):
+        for index in range(100):
+            for prompt, answer in scene_conversation("train", index, seed=3, lesson=lesson)[1]:
+                question, *lines = prompt.split("\n")
+                asked = re.fullmatch(r"Which letter is (.*)\?", question)[1]
+                lines = [line for line in lines if line[1:3] == ". "]
+                assert [line[0] for line in lines] == list("ABCD"[: len(lines)])
+                assert [line[0] for line in lines if line[3:] == asked] == [answer]
+                sizes[lesson, len(lines), " " in asked] += 1
+                answers[lesson, len(lines), answer] += 1
+    assert set(sizes) == {("pairs", 2, False), ("letters", 4, False), ("letters", 2, True)} and min(sizes.values()) > 100
+    assert len(answers) == 8 and all(answers["pairs", 2, letter] == pytest.approx(300, abs=50) for letter in "AB")
 
 
 def test_the_listing_says_the_whole_and_then_all_row_by_row():
@@ -127,11 +126,32 @@ def test_finding_asks_by_name_about_the_same_scenes():
         assert scene == scene_conversation("train", index, seed=3)[0] and exchanges
         for prompt, _ in exchanges:
             question = prompt.split("\n")[0]
-            assert re.search("|".join([*COLOURS, *SHAPES, "corner", "Which letter is"]), question)
-            assert "\nA. " not in prompt or question.startswith("Which letter is")
+            assert re.search("|".join([*COLOURS, *SHAPES, "corner"]), question) and "\nA. " not in prompt
 
 
-@pytest.mark.parametrize("lesson", ["options", "finding", "answering"])
+def test_reading_asks_for_the_letters_of_all_shapes_that_have_room_for_one():
+    asked = 0
+    for index in range(100):
+        scene, exchanges = scene_conversation("train", index, seed=3, lesson="reading")
+        plain, _ = scene_conversation("train", index, seed=3)
+        assert [replace(item, letter="") for item in scene.items] == [replace(item, letter="") for item in plain.items]
+        assert [bool(item.letter) for item in scene.items] == [has_room(item) for item in scene.items]
+        for prompt, answer in exchanges:
+            question = prompt.split("\n")[0]
+            if re.match("What is the (small )?letter ", question):
+                assert right_answers(scene, question) == {answer.split()[-1]}
+                asked += 1
+    assert asked > 150
+
+
+def test_most_of_choosing_is_choices_among_what_the_image_shows():
+    asked = [scene_conversation("train", index, seed=3, lesson="choosing")[1] for index in range(40)]
+    image = [("\nA. " in prompt, answer in "ABCD") for one in asked for prompt, answer in one if "Which letter" not in prompt]
+    assert sum(choice for choice, _ in image) > len(image) / 2
+    assert sum(choice and letter for choice, letter in image) > sum(choice for choice, _ in image) / 2
+
+
+@pytest.mark.parametrize("lesson", get_args(Lesson))
 def test_records_that_lsg_prepare_takes(lesson, tmp_path):
     path = write_conversations(tmp_path, "train", 10, lesson=lesson, side=56)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -140,8 +160,8 @@ def test_records_that_lsg_prepare_takes(lesson, tmp_path):
     assert again.read_bytes() == path.read_bytes()
     for index, line in enumerate(lines):
         found = parse_record(line, default_id="")
-        assert found.turns[0].text.startswith("<image>\n") and not found.notes
-        assert Image.open(tmp_path / line["image"]).size == (56, 56)
+        assert found.turns[0].text.startswith("<image>\n") == (lesson not in TEXT_ONLY) and not found.notes
+        assert lesson in TEXT_ONLY or Image.open(tmp_path / line["image"]).size == (56, 56)
         scene, exchanges = scene_conversation("train", index, lesson=lesson)
         told = [*exchanges[:3], listing(scene)] if lesson == "answering" and index % 5 == 4 else exchanges
         assert [turn.text.removeprefix("<image>\n") for turn in found.turns] == [text for pair in told for text in pair]

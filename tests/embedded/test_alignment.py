@@ -8,7 +8,7 @@ from converters.embedded_model import CONFIG
 from converters.hf_config import model_config
 from lsg_jax.data.scene_conversations import scene_conversation
 from lsg_jax.data.shapes import CORNERS, Background, Item, Scene
-from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, kinds_of_patches, places, targets
+from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, kinds_of_patches, targets
 from lsg_jax.embedded.labels import labels
 from lsg_jax.model.projector import Projector
 
@@ -42,7 +42,7 @@ def test_patches_become_the_words_for_them():
     }
     where = {5 * GRID + 2: (0.3, 0.7), 3 * GRID + 7: (0.9, 0.4), 3 * GRID + 5: (0.7, 0.45)}
     for patch in range(GRID * GRID):
-        x, y = where.get(patch, ((patch % GRID + 0.5) / GRID, (patch // GRID + 0.5) / GRID))
+        x, y = where.get(patch, (0.5, 0.5))
         place = (x - 0.5) * (of("right") - of("left")) + (y - 0.5) * (of("bottom") - of("top"))
         value = at.get(patch, of("background") if known["room"][0, patch] > 0 else np.zeros(WIDTH))
         np.testing.assert_allclose(wanted[patch], value + place, rtol=1e-5, atol=1e-5)
@@ -54,9 +54,7 @@ def test_patches_become_the_words_for_them():
 def test_every_corner_has_its_patch():
     scenes = [scene_conversation("train", index, seed=5)[0] for index in range(20)]
     known = labels(scenes, GRID)
-    x, y = np.moveaxis(places(known), -1, 0)[..., None]
-    place = x * (of("right") - of("left")) + y * (of("bottom") - of("top"))
-    wanted = targets(known, np.zeros((20, GRID * GRID), bool), EMBEDDINGS) - place
+    wanted = targets(known, np.zeros((20, GRID * GRID), bool), EMBEDDINGS)
     patches = dict(zip(CORNERS, (0, GRID - 1, GRID * (GRID - 1), GRID * GRID - 1), strict=True))
     for scene, row in zip(scenes, wanted, strict=True):
         for corner, letter in scene.corners.items():
