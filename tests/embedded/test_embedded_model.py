@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import lsg_jax
 from converters.convert import convert
-from converters.embedded_model import make
+from converters.embedded_model import LESSONS, make
 from lsg_jax.checkpoint import read_step
 from lsg_jax.config import SinkConfig
 from lsg_jax.data.drawing import draw
@@ -36,7 +36,7 @@ def test_the_checkpoint_is_what_was_trained(made, tmp_path):
     vlm = load_backbone(tmp_path / "model")
     assert vlm.config.sinks == SinkConfig(vit_dims=(168,), vit_tau=33.0)
     rounded = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, jax.numpy.bfloat16).astype(np.float32), tree)
-    trained = read_step(out / "answering" / "run")[1]["gates"]
+    trained = read_step(out / list(LESSONS)[-1] / "run")[1]["gates"]
     assert set(trained) == {"projector", "language_model"}
     for part, leaves in trained.items():
         jax.tree.map(np.testing.assert_array_equal, vlm.frozen[part], rounded(leaves))
