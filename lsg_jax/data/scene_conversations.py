@@ -35,7 +35,7 @@ Lesson = Literal["finding", "pairs", "letters", "choosing", "answering", "readin
 choices stand for; choices; all kinds; letters in corners and on all shapes that have room for one."""
 
 TEXT_ONLY: tuple[Lesson, ...] = ("pairs", "letters")
-"""An image would only distract."""
+"""Lessons whose questions no image answers; their records have none."""
 
 
 class Form(StrEnum):
@@ -97,7 +97,7 @@ def write_conversations(
     side: int = 112,
     processes: int = 1,
 ) -> Path:
-    """Writes `count` scenes as LLaVA records, and their images. Returns the path of the JSONL.
+    """Writes `count` scenes as LLaVA records, and their images but for TEXT_ONLY. Returns the path of the JSONL.
 
     A record has what `scene_conversation` gives, but every fifth of `answering` has three questions of it, and the listing at
     its end, where no question can be answered from it.
