@@ -22,7 +22,7 @@ from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.quickstart import CHECKPOINT
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
-TRAIN, VALIDATION, SIDE = 4096, 800, 112
+TRAIN, VALIDATION, SIDE = 4096, 2400, 112
 STUDIES = ("probe", "sweep", "each", "stack", "baselines", "ablate", "report")
 
 
