@@ -1,16 +1,16 @@
-"""Proposes sink dimensions and thresholds for a model from a sample of images, and says how sure it is.
+"""Proposes sink dimensions and thresholds for a model from a sample of images, with a confidence.
 
-Two passes over the images: the first counts the sizes of all dimensions, the second those of the dimensions found. Of a batch
-nothing is kept but counts, whatever the number of images: on the host 2 x E x (Dv + D) and histograms by layer (6 MB for a 7B
-model), on the device [L, E, D] int32 (30 MB), beside what the model itself takes; and one number an image. The result:
+There are two passes over the images. The first counts how often each dimension reaches each size; the second makes histograms
+of the dimensions found. Memory does not grow with the sample, except by one number an image: on the host are 2 x E x (Dv + D)
+counts and histograms by layer (6 MB for a 7B model), on the device [L, E, D] int32 (30 MB). The result:
 
-    format, model, backbone, prompt, images (their number), skipped (unreadable ones), layers (the ones looked at), warnings
+    format, model, backbone, prompt, images (their number), skipped (unreadable ones), layers (those examined), warnings
     vit, llm    null where nothing was found, else {
-        dims        largest first; sizes: what they reach in as many tokens as half the images (times layers)
-        typical     the usual |h[d]|; lead: how many times larger the dimensions are than the next one
-        tau         the threshold; gap: [low, high], where no tokens are, or few
-        sinks       tokens that reach tau, and their share; images_with_sinks, text_sinks
-        flagged     share of the visual tokens over tau in each layer
+        dims        largest first; sizes: the |h[d]| that they reach in as many tokens as half the images (times layers)
+        typical     the usual |h[d]|; lead: ratio of the smallest of these dimensions to the next largest one
+        tau         the threshold; gap: [low, high], the range with no or few tokens
+        sinks       number of tokens that reach tau; share: of all tokens; images_with_sinks, text_sinks
+        flagged     share of the visual tokens that reach tau, in each layer
         confidence  high | medium | low | none; reasons
         norm        `vit` only: {tau, gap, share}, null where norms have one mode}
     sinks       the fields proposed for SinkConfig
@@ -55,7 +55,7 @@ Progress = Callable[..., None]
 
 @dataclass
 class Sample:
-    """The images, read anew in each pass; one that cannot be read is left out and named in `skipped`."""
+    """The images, read again in each pass; unreadable ones are left out and named in `skipped`."""
 
     vlm: VLM
     paths: list[Path]
@@ -67,10 +67,10 @@ class Sample:
         self.size = min(BATCH, -(-len(self.paths) // 2))  # two halves, however few images there are
 
     def batches(self, what: str) -> Iterator[tuple[int, Batch, np.ndarray]]:
-        """(which half of the sample, batch of one shape, which rows count)."""
+        """Yields (half of the sample, 0 or 1; batch of fixed shape; bool [B], the rows that are not padding)."""
         size = self.size
         question = self.vlm.processor.encode_question(self.prompt, has_image=True)
-        # a first pass goes by all paths and keeps the readable ones, so that a second one takes the same batches
+        # the first pass keeps only the readable paths, so that the second one makes the same batches
         pending, read = [], []
         for done, path in enumerate(self.paths, 1):
             try:
@@ -92,15 +92,16 @@ class Sample:
 
 @dataclass
 class Site:
-    """Counts at one place: the features before the projector (one "layer"), or the residual stream of the language model.
+    """Counts of one stage: the features before the projector (one "layer"), or the residual stream of the language model.
 
     Attributes:
-        looked: the layers that count.
-        sizes: int64 [2, E, D], tokens that reach each of SIZES, by half of the sample; `tokens` int64 [2] are behind them.
-        peaks: int64 [2, L, F], visual tokens by max |h[d]| over the dimensions found.
+        looked: the layers that are examined.
+        sizes: int64 [2, E, D], number of tokens that reach each of SIZES, by half of the sample.
+        tokens: int64 [2], number of tokens counted in `sizes`.
+        peaks: int64 [2, L, F], histogram of max |h[d]| over the dimensions found, of visual tokens.
         text: int64 [L, F], the same of text tokens.
-        norms: int64 [F], visual tokens by their norm.
-        largest: the largest of each image's peaks.
+        norms: int64 [F], histogram of the norms of visual tokens.
+        largest: the largest peak of each image.
     """
 
     looked: slice
@@ -119,23 +120,22 @@ class Site:
 
     @property
     def depth(self) -> int:
-        """Number of layers that count."""
+        """Number of layers examined."""
         return self.looked.stop - self.looked.start
 
 
 def calibrate(vlm: VLM, images: Sequence[Path], prompt: str, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Sink dimensions and thresholds for `dim_abs`, of the features and of the residual stream.
+    """Finds sink dimensions and thresholds for `dim_abs`, for the features and the residual stream.
 
-    The language model is looked at where its sinks are fully grown, in the layers from a quarter to three quarters of its
-    depth: dimensions are sought among visual and text tokens (the first one shows them as well), the threshold among the
-    visual ones.
+    In the language model the layers from a quarter to three quarters of its depth are examined, where sinks are fully grown.
+    Dimensions are sought in visual and text tokens, since the first token is a sink as well; the threshold in visual tokens.
 
     Args:
         images: image files, at least one of them readable.
-        progress: called with (done, total, what), in each of two passes.
+        progress: called with (done, total, what) in each of the two passes.
 
     Returns:
-        Plain data, see the head of this file.
+        Plain data; the module docstring describes it.
 
     Raises:
         InputError: no image can be read.
@@ -180,7 +180,11 @@ def _count_sizes(sample: Sample, sites: dict[str, Site]) -> None:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens of the rows `counted` [B] that reach each of SIZES: features int32 [E, Dv], streams [L, E, D]; norms [B, P]."""
+    """Counts of tokens that reach each of SIZES, in the rows `counted` bool [B].
+
+    Returns:
+        Counts of the features int32 [E, Dv], of the residual stream int32 [L, E, D]; norms of the features float32 [B, P].
+    """
     model: Llava = assemble(graphdef, params)
     features, _ = model.image_features(jnp.asarray(batch.pixels))
     everywhere = jnp.broadcast_to(counted[:, None], features.shape[:2])
@@ -190,8 +194,8 @@ def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tup
 
 
 def _dims(site: Site, images: int) -> tuple[SinkDims, list[SinkDims]]:
-    """The dimensions found in the whole sample, and in each half if both have images."""
-    # a sink in every second image is enough; one glitch in one image is not
+    """The dimensions found in the whole sample, and in each half unless one is empty."""
+    # a sink in every second image suffices, an outlier in a single image does not
     least = lambda share: max(1, round(share * images * site.depth / 2))
     whole = find_dims(site.sizes.sum(0), int(site.tokens.sum()), least(1.0))
     if not site.tokens.all():
@@ -218,7 +222,7 @@ def _count_peaks(sample: Sample, sites: dict[str, Site], dims: dict[str, tuple[i
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _peaks(params: dict, batch: Batch, graphdef: Any, vit_dims: tuple, llm_dims: tuple) -> tuple[jax.Array, jax.Array]:
-    """max |h[d]| over the dimensions: features float32 [B, P], streams [L, B, T]; 0 without dimensions."""
+    """max |h[d]| over the dimensions: of the features float32 [B, P], of the stream [L, B, T]; 0 without dimensions."""
     model: Llava = assemble(graphdef, params)
     peak = lambda states, dims: jnp.abs(states[..., jnp.array(dims, int)].astype(jnp.float32)).max(-1, initial=0.0)
     features, _ = model.image_features(jnp.asarray(batch.pixels))
@@ -264,7 +268,7 @@ def _norm_gap(site: Site, images: int) -> dict[str, Any] | None:
 
 
 def _proposal(vlm: VLM, results: dict[str, Any]) -> dict[str, Any]:
-    """Fields for SinkConfig: what was found, and where nothing was what the model folder already knows."""
+    """Fields of SinkConfig: those found, else those of the model folder."""
     known = to_dict(vlm.config.sinks)
     vit, llm = results["vit"], results["llm"]
     fields: dict[str, Any] = {}
@@ -298,7 +302,7 @@ def _warnings(results: dict[str, Any]) -> list[str]:
 
 
 def as_toml(result: dict[str, Any]) -> str:
-    """The proposal as a [sinks] table for a configuration, its evidence as comments; nothing but comments without any."""
+    """The proposal as a TOML [sinks] table with the evidence as comments; only comments if there is nothing to propose."""
     lines = [
         f"# Sink settings from {result['images']} images, backbone {result['backbone'][:12] or 'unknown'} (lsg calibrate).",
         *(f"# {warning}" for warning in result["warnings"]),

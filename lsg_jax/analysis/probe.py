@@ -1,17 +1,17 @@
-"""What the hidden states of sinks and of ordinary tokens tell about an image, layer by layer: study 1 of paper.md.
+"""Linear probes on the hidden states of sinks and ordinary tokens, layer by layer: study 1 of paper.md.
 
-States are those that enter a decoder layer (HF `hidden_states[l]`, l from 0 to L - 1), pooled over the V-sinks of an image,
-over its L-sinks at that layer, and over a few ordinary tokens. Ordinary are visual tokens that are a sink at no layer;
-`ProbeSettings.tokens` of them are drawn at random, anew for each draw, and averaged. An image without a sink at a layer, or
-with too few ordinary tokens, is left out of that group there, and the rows say how many images were left.
+Probed are the states that enter a decoder layer (HF `hidden_states[l]`, l from 0 to L - 1), averaged over the V-sinks of an
+image, over its L-sinks at that layer, and over a few ordinary tokens. A visual token is ordinary if it is a sink at no layer.
+Each draw averages `ProbeSettings.tokens` ordinary tokens chosen at random. An image without a sink at a layer, or with too few
+ordinary tokens, is left out of that group at that layer; the rows give the number of images used.
 
-Each draw also divides the training images anew into those that are fitted and those that choose the shrinkage. So the
-deviation over draws has one source for the sinks, all of which are pooled, and two for ordinary tokens.
+Each draw also splits the training images again, into those that fit the probe and those that choose its shrinkage. So for sinks
+the standard deviation over draws comes from the split alone, for ordinary tokens from the split and from the tokens drawn.
 
-Which tokens are ordinary is known only after the last layer, when the states of the first are gone, and all of them would be
-too many to keep (150 MB an image in a 7B model). So twice the tokens needed are picked beforehand, in random order, and the
-first that turn out ordinary are the draw. Where they do not suffice the batch is run again with tokens that do: the result is
-as if the sinks had been known before, and a second run is rare as long as they are few.
+Which tokens are ordinary is known only after the last layer. Keeping all states until then would take too much memory (150 MB
+an image in a 7B model). So twice the tokens needed are picked in advance, in random order, and the first ordinary ones among
+them are used. If they do not suffice, the batch is run again with tokens known to be ordinary. The result is the same as with
+the sinks known in advance, and a second run is rare where sinks are few.
 """
 
 from __future__ import annotations
@@ -45,21 +45,22 @@ from lsg_jax.vlm import VLM
 FORMAT = "lsg-probe-1"
 GROUPS = ("v_sink", "l_sink", "ordinary")
 SPARE = 2
-"""Tokens that are picked for each one that is needed, since some turn out to be sinks."""
+"""Tokens picked for each one needed, since some turn out to be sinks."""
 
 IMPLAUSIBLE_SHARE = 0.5
-"""With more of the visual tokens a sink somewhere, the criterion says little."""
+"""If a larger share of the visual tokens is a sink at some layer, the thresholds are implausibly low."""
 
 Progress = Callable[[int, int | None, str], None]
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How to probe.
+    """Settings of the study.
 
     Attributes:
-        prompt: asked about each image. Visual tokens come before it, so without gates it hardly matters.
-        draws, tokens: how often ordinary tokens are drawn, and how many at a time.
+        prompt: asked about each image. It follows the visual tokens, so without gates it hardly matters.
+        draws: number of draws of ordinary tokens and of splits.
+        tokens: ordinary tokens in each draw.
         seed: of the tokens, the splits and the scenes.
         layers: decoder layers to probe, None for all.
         batch_size: images at a time on each device along data and fsdp.
@@ -82,7 +83,7 @@ class ProbeSettings:
             raise ConfigError(f"seed is {self.seed}: it must not be negative")
 
     def chosen_layers(self, count: int) -> list[int]:
-        """The layers, ascending. Raises ConfigError for one that the model does not have."""
+        """The layers, ascending; `count` is the model's number of layers. Raises ConfigError for one that does not exist."""
         chosen = list(range(count)) if self.layers is None else sorted(set(self.layers))
         if bad := [layer for layer in chosen if not 0 <= layer < count]:
             raise ConfigError(f"layer {bad[0]} does not exist, the model has layers 0 to {count - 1}")
@@ -94,11 +95,11 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class PooledStates:
-    """What was collected.
+    """Averaged hidden states of all images at the chosen layers.
 
     Attributes:
-        features: float32 [L, N, 2 + R, D] of the chosen layers, on disk: V-sinks, L-sinks and each draw of ordinary ones.
-        present: bool [L, N, 3], whether an image has the group at the layer.
+        features: float32 [L, N, 2 + R, D], on disk: means over V-sinks, over L-sinks, and over each draw of ordinary tokens.
+        present: bool [L, N, 3], whether the image has the group at the layer.
         values: the attributes of each image.
         flagged: share of the visual tokens that are a sink at some layer.
     """
@@ -110,13 +111,13 @@ class PooledStates:
 
 
 def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, progress: Progress) -> PooledStates:
-    """Runs the model over all images; a collective of all processes.
+    """Runs the model over all images; every process must call it.
 
     Args:
-        scratch: folder for a temporary file, 4 (2 + R) D bytes a layer and image; it vanishes with the result.
+        scratch: folder for a temporary file of 4 (2 + R) D bytes a layer and image; the file is gone with the result.
 
     Raises:
-        InputError: an image that cannot be read, too little room on the disk, or hidden states that are not finite.
+        InputError: an image cannot be read, the disk has too little room, or hidden states are not finite.
     """
     layers, tokens = settings.chosen_layers(vlm.config.text.num_layers), settings.tokens
     count, patches, size = data.train + data.test, vlm.config.num_image_tokens, settings.batch_size * batch_rows(vlm.mesh)
@@ -126,7 +127,7 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
     present, flagged, values = np.zeros((len(layers), count, 3), bool), 0.0, []
 
     def read(index: int) -> tuple[np.ndarray, dict[str, Any]]:
-        image, found = data.read(min(index, count - 1))  # the last image fills the last batch
+        image, found = data.read(min(index, count - 1))  # the last batch is filled up with the last image
         return vlm.processor.pixels(image), {name: found[name] for name in data.vocabularies}
 
     stream = in_order(read, range(-(-count // size) * size), thread_count(None))
@@ -151,9 +152,9 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
 
 
 def _on_disk(shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    """float32 zeros in a file without a name."""
+    """float32 zeros in an unnamed temporary file."""
     needed, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
-    if needed > free:  # found out later, it would end the process
+    if needed > free:  # a write to a memory map on a full disk would kill the process
         raise InputError(
             f"{folder}: the states take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; lower --images or --draws"
         )
@@ -162,14 +163,14 @@ def _on_disk(shape: tuple[int, ...], folder: Path) -> np.ndarray:
 
 
 def token_orders(settings: ProbeSettings, image: int, patches: int) -> np.ndarray:
-    """The order in which patches of an image are considered in each draw: int [R, P]. No other image has a part in it."""
+    """int [R, P]: a random order of an image's patches for each draw. It depends on the seed and the image's index only."""
     return np.stack(
         [np.random.default_rng([settings.seed, image, draw]).permutation(patches) for draw in range(settings.draws)]
     )
 
 
 def ordinary_first(orders: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
-    """int [B, R, P], patches in some order, and bool [B, P] -> the ordinary ones in the same order, then the others."""
+    """Stable sort of `orders` int [B, R, P], patches with `ordinary` bool [B, P] first."""
     is_sink = ~np.take_along_axis(ordinary[:, None], orders, axis=-1)
     return np.take_along_axis(orders, np.argsort(is_sink, axis=-1, kind="stable"), axis=-1)
 
@@ -177,7 +178,14 @@ def ordinary_first(orders: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
 def _pool(
     vlm: VLM, encoded: Any, pixels: Sequence[np.ndarray], orders: np.ndarray, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """States float32 [L, B, 2 + R, D] and sinks bool [L + 1, B, P], the V-sinks last; `orders` are [B, R, P]."""
+    """Averaged states of one batch.
+
+    Args:
+        orders: int [B, R, P], see `token_orders`.
+
+    Returns:
+        States float32 [L, B, 2 + R, D]; sinks bool [L + 1, B, P], L-sinks of each layer, then V-sinks.
+    """
     size, rows = len(pixels), local_rows(vlm.mesh, len(pixels))
     batch = vlm.pad_questions([encoded] * len(rows), [pixels[row] for row in rows])
 
@@ -191,7 +199,7 @@ def _pool(
     ordinary = np.logical_not(sinks.any(0))
     ordered = ordinary_first(orders, ordinary)
     drawn = ordered[..., :tokens]
-    real = np.take_along_axis(ordinary[:, None], drawn, axis=-1)  # false where an image has too few ordinary tokens
+    real = np.take_along_axis(ordinary[:, None], drawn, axis=-1)  # false if an image has too few ordinary tokens
     inside = lambda picked: ((picked[..., None] == drawn[..., None, :]) & real[..., None, :]).any(-1)
     if (inside(picked).sum(-1) < real.sum(-1)).any():
         picked = ordered[..., : SPARE * tokens]
@@ -203,7 +211,12 @@ def _pool(
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l: bool) -> tuple[jax.Array, ...]:
-    """One run: pooled V- and L-sinks [L, B, 2, D], the states of the patches picked [L, B, R, X, D], sinks [L + 1, B, P]."""
+    """One forward pass. X is the number of patches picked in each draw.
+
+    Returns:
+        Means over V-sinks and over L-sinks [L, B, 2, D]; states of the patches picked [L, B, R, X, D]; sinks bool [L + 1, B, P],
+        see `_pool`.
+    """
     model: Llava = assemble(graphdef, params)
     merged, sinks, valid = model.merge(batch), model.config.sinks, jnp.asarray(batch.attention_mask)
     visual = merged.visual
@@ -246,7 +259,7 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
 
 @jax.jit
 def _average(states: jax.Array, weights: jax.Array) -> jax.Array:
-    """[L, B, R, X, D] over X with weights float32 [B, R, X]."""
+    """Weighted sum over X: states [L, B, R, X, D], weights float32 [B, R, X]."""
     return jnp.einsum("LBRXD,BRX->LBRD", states.astype(jnp.float32), weights, precision="highest")
 
 
@@ -254,13 +267,13 @@ def _average(states: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def probe_study(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, progress: Progress) -> dict[str, Any]:
-    """Collects states, fits the probes and returns what probe.json holds; a collective of all processes.
+    """Collects states, fits the probes and returns the content of probe.json; every process must call it.
 
-    Where one kind of sink has no criterion, its rows have a reason instead of a mean, and ordinary tokens are those that are no
-    sink of the other kind.
+    If one kind of sink has no criterion, its rows have a reason instead of a mean, and ordinary tokens are those that are no sink
+    of the other kind.
 
     Raises:
-        ConfigError: neither kind of sink has a criterion, or a layer that does not exist. Also see `collect`.
+        ConfigError: neither kind of sink has a criterion, or a layer does not exist. Also see `collect`.
     """
     unknown = {}
     if not vlm.config.sinks.knows_v_sinks:
@@ -310,10 +323,12 @@ def probe_study(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Pat
 def probe_layer(
     features: np.ndarray, present: np.ndarray, labels: dict[Attribute, np.ndarray], splits: Splits
 ) -> list[dict[str, Any]]:
-    """Rows with `attribute`, `group` and what `score` says: every attribute, group and metric of one layer.
+    """Rows of one layer for every attribute, group and metric: `attribute`, `group` and the columns of `score`.
 
     Args:
-        features: float32 [N, 2 + R, D]. present: bool [N, 3]. labels: int32 [N, J] each.
+        features: float32 [N, 2 + R, D].
+        present: bool [N, 3].
+        labels: int32 [N, J] of each attribute.
     """
     draws = np.arange(len(splits.fit))
     groups = len(GROUPS)

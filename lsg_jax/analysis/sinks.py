@@ -1,8 +1,8 @@
-"""Where the sinks of given images are, what each criterion says of them, and how much attention they draw.
+"""Sinks of given images under every criterion, and the attention that they receive.
 
-V-sinks are decided before the projector, L-sinks as they enter each decoder layer (HF `hidden_states[l]`). A group whose
-criterion lacks its dimensions is left out everywhere, and its tokens count as ordinary. No value is NaN. What `find_sinks`
-returns and sinks.json holds:
+V-sinks are decided on the features before the projector, L-sinks on the hidden states that enter each decoder layer (HF
+`hidden_states[l]`). A group whose criterion lacks its dimensions is left out everywhere, and its tokens count as ordinary. No
+value is NaN. `find_sinks` returns, and sinks.json holds:
 
     format, model, backbone, gated_layers, prompt, sinks (the settings in force), warnings (about all images)
     criteria    {stage `vit` | `llm`: {name: {tau, in_force, published, unknown}}}; `unknown`: why it cannot be applied, or null
@@ -10,15 +10,15 @@ returns and sinks.json holds:
         grid        patches a side
         v_sinks     patch indices, row-major; null where unknown
         l_sinks, ordinary   the same for each layer
-        criteria    {stage: {name: the same}}, before V-sinks are taken out of the L-sinks
-        norms       of the features, one a patch
-        values      rows {stage, layer, quantity `norm` | `dim 650`, group, tokens, mean, max} of norms and of |h[dim]|
+        criteria    {stage: {name: the same}}; here L-sinks still include V-sinks
+        norms       of the features, one for each patch
+        values      rows {stage, layer, quantity `norm` | `dim 650`, group, tokens, mean, max}: norms, and |h[dim]|
         answer, answer_tokens (without the end marker), warnings}}
     counts      rows {layer, group, mean, std} of tokens over images
-    attention   rows {layer, head, queries, group, share}: the queries of `prompt` are the prompt's tokens after the last image
-                token, those of `answer` the answer's tokens; means over images, the shares of a (layer, head, queries) sum to 1
+    attention   rows {layer, head, queries, group, share}: queries `prompt` are the prompt's tokens after the last image token,
+                `answer` the answer's tokens; mean over images; the shares of each (layer, head, queries) sum to 1
     overlap     {criteria: names, vit: [C, C], llm: [L, C, C]}, Jaccard indices pooled over images; null where neither criterion
-                flags a token or one is unknown
+                flags a token, or one of them is unknown
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lsg_jax.vlm import VLM
 FORMAT = "lsg-sinks-1"
 
 IMPLAUSIBLE_SHARE = 0.25
-"""Above this share of an image's patches a criterion says little: sinks are few by nature (paper.md, known failures)."""
+"""A criterion that flags a larger share of an image's patches is implausible: sinks are few (paper.md, known failures)."""
 
 QUERIES = ("prompt", "answer")
 GROUPS = ("text", "v_sink", "l_sink", "ordinary")
@@ -60,18 +60,18 @@ def find_sinks(
     max_new_tokens: int = 16,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """The sinks of each image under one prompt, and the attention of the prompt and of the model's greedy answer.
+    """Finds the sinks of each image, and measures the attention of the prompt and of the model's greedy answer.
 
     Args:
-        images: name -> uint8 [H, W, 3], as the processor prepares them.
-        max_new_tokens: longest answer whose attention is measured; 0 for the prompt alone.
+        images: name -> uint8 [H, W, 3], prepared by the processor.
+        max_new_tokens: maximum length of the answer; 0 measures the prompt alone.
         progress: called with (done, total).
 
     Returns:
-        Plain data, see the head of this file.
+        Plain data; the module docstring describes it.
 
     Raises:
-        InputError: no images, or a negative `max_new_tokens`.
+        InputError: there are no images, or `max_new_tokens` is negative.
     """
     if not images or max_new_tokens < 0:
         raise InputError("there is no image to look at" if not images else f"max_new_tokens is {max_new_tokens}, below 0")
@@ -121,9 +121,12 @@ def _settings(reading: Reading) -> dict[str, Any]:
 
 
 def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """One left-padded question with its greedy answer behind it, which of its tokens are the prompt's, and the answer's ids.
+    """Appends the greedy answer to one left-padded question.
 
-    Whatever the answer's length, the batch has room for `max_new_tokens`, so that all images share one compiled program.
+    The batch is padded to `max_new_tokens` whatever the answer's length, so that all images share one compiled program.
+
+    Returns:
+        The batch [1, T + max_new_tokens], bool mask of the prompt's tokens, and the answer's ids without the end marker.
     """
     room = ((0, 0), (0, max_new_tokens))
     prompt = np.pad(batch.attention_mask, room)
@@ -142,11 +145,11 @@ def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: Readings, llm: Readings) -> dict[str, Any]:
-    """What is to be known of one image; attention weights are reduced layer by layer, never kept.
+    """Masks, sizes and attention mass of one image; attention weights are reduced within each layer and never stored.
 
     Returns:
-        {"vit": {masks bool [C, P], norms [P], dims [P, d]}, "llm": the same with a leading L, and mass float32 [L, 2, N, 4]: of
-        QUERIES, on GROUPS}.
+        {"vit": {masks bool [C, P], norms [P], dims [P, d]}, "llm": the same with leading L, and mass float32 [L, 2, N, 4]: the
+        attention of QUERIES on GROUPS}.
     """
     model: Llava = assemble(graphdef, params)
     merged = model.merge(batch)
@@ -164,7 +167,7 @@ def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: 
         return {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, **_sizes(view.hidden[0, patches], llm)}
 
     seen = model(batch, merged=merged, observe=observe, observe_attention=True).observed
-    # the tower gives attention weights only to a model that is set to that criterion
+    # the tower returns attention weights only if the criterion in force is `attention`
     attention = next(r for r in vit if r.criterion == "attention")
     if not attention.unknown:
         sinks = dataclasses.replace(model.config.sinks, criterion="attention", vit_tau=attention.tau)
@@ -183,7 +186,7 @@ def _sizes(states: jax.Array, readings: Readings) -> dict[str, jax.Array]:
 
 
 Seen = Mapping[str, Any]
-"""What `_observe` returns of one image, on the host."""
+"""Output of `_observe` for one image, on the host."""
 
 
 def _in_force(readings: Readings) -> int:
@@ -196,7 +199,7 @@ def _known_groups(vit: Readings, llm: Readings) -> list[str]:
 
 
 def _groups(seen: Seen, vit: Readings, llm: Readings) -> dict[str, np.ndarray]:
-    """Which patches are in each known group at each layer: bool [L, P]."""
+    """{known group: bool [L, P]}, the patches in it at each layer."""
     raised = seen["llm"]["masks"][:, _in_force(llm)]
     v_sink = np.broadcast_to(seen["vit"]["masks"][_in_force(vit)], raised.shape)
     masks = {"v_sink": v_sink, "l_sink": raised & ~v_sink, "ordinary": ~raised & ~v_sink}
@@ -204,7 +207,7 @@ def _groups(seen: Seen, vit: Readings, llm: Readings) -> dict[str, np.ndarray]:
 
 
 def _indices(mask: np.ndarray) -> list[Any]:
-    """Where a mask [P] holds; a list of such lists for [L, P]."""
+    """Indices at which a mask [P] is true; for [L, P] a list of such lists."""
     return np.flatnonzero(mask).tolist() if mask.ndim == 1 else [_indices(row) for row in mask]
 
 
@@ -218,7 +221,7 @@ def _entry(seen: Seen, vit: Readings, llm: Readings) -> dict[str, Any]:
         for stage, readings in (("vit", vit), ("llm", llm))
     }
     v_sink = {group: mask[0] for group, mask in groups.items() if group == "v_sink"}
-    # before the language model there are V-sinks and other tokens only
+    # L-sinks exist in the language model only: before it all other tokens are ordinary
     others = ~v_sink["v_sink"] if v_sink else np.ones(len(seen["vit"]["norms"]), bool)
     values = _values("vit", None, seen["vit"], v_sink | {"ordinary": others}, vit)
     for layer in range(len(seen["llm"]["norms"])):
@@ -237,7 +240,7 @@ def _entry(seen: Seen, vit: Readings, llm: Readings) -> dict[str, Any]:
 
 
 def _values(stage: str, layer: int | None, sizes: Seen, groups: Mapping[str, np.ndarray], readings: Readings) -> list[dict]:
-    """Rows of norms and of sink dimensions by group."""
+    """Rows of norms and sink dimensions, by group."""
     columns = {"norm": sizes["norms"]}
     columns |= {f"dim {dim}": sizes["dims"][:, place] for place, dim in enumerate(readings[0].dims)}
     return [
@@ -284,11 +287,11 @@ def _counts(groups: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
 
 def _attention(seen: Sequence[Seen], known: Sequence[str]) -> list[dict[str, Any]]:
     mass = np.stack([s["llm"]["mass"] for s in seen])  # [images, L, 2, N, 4]
-    # an unknown group has no tokens and no share
+    # an unknown group has no tokens, so its share is left out
     columns = [(group, GROUPS.index(group)) for group in known]
     rows = []
     for index, queries in enumerate(QUERIES):
-        kept = [each for each in mass[:, :, index] if each.any()]  # without queries there is no attention
+        kept = [each for each in mass[:, :, index] if each.any()]  # all zeros: the image has no such queries
         if not kept:
             continue
         mean = np.stack(kept).mean(0, dtype=np.float64)
@@ -312,7 +315,7 @@ def _overlap(seen: Sequence[Seen], vit: Readings, llm: Readings) -> dict[str, An
 
 
 def _jaccard(masks: np.ndarray, readings: Readings) -> list[list[float | None]]:
-    """Both / either for each two of the masks bool [C, N]; null where neither flags a token, or one is unknown."""
+    """Intersection over union of each pair of masks bool [C, N]; null if both are empty, or one is unknown."""
     flagged = masks.astype(np.int64)
     both = flagged @ flagged.T
     either = flagged.sum(1)[:, None] + flagged.sum(1) - both
@@ -324,7 +327,7 @@ def _jaccard(masks: np.ndarray, readings: Readings) -> list[list[float | None]]:
 
 
 def _warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str]:
-    """About the run: what is unknown, and which of the other criteria flag too much to mean anything here."""
+    """Warnings about the run: unknown criteria, and criteria not in force that flag implausibly many patches."""
     warnings = []
     for kind, stage, readings in (("V-sink", "vit", vit), ("L-sink", "llm", llm)):
         if readings[_in_force(readings)].unknown:

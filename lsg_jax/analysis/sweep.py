@@ -1,8 +1,8 @@
-"""`lsg sweep`: the oracle map of the paper. What fixed coefficients in one decoder layer do to each task, over all layers.
+"""`lsg sweep`: the oracle map of the paper. The effect on each task of fixed coefficients in a single decoder layer.
 
-Every cell (layer, coefficients) has the answers that a separate run with these coefficients in this layer would give, at about
-half of its work (`sweep_cells`) and in one compiled program for all layers. As in `lsg eval`, an answer that rounding errors
-might have decided is computed again alone on its device, by a pass of its own.
+Every cell (layer, coefficients) has the answers of a separate run with these coefficients in this layer, at about half the
+compute (`sweep_cells`) and with one compiled program for all layers. As in `lsg eval`, an answer that rounding errors might
+decide (a near tie) is computed again with batch size 1 on its device.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Which cells are computed.
+    """The cells to compute.
 
     Attributes:
         layers: decoder layers, ascending; empty for all.
-        coefficients: one for each group of `grouping`.
-        batch_size: questions at a time on each device; each of them is run under all coefficients at once.
+        coefficients: tuples with one coefficient for each group of `grouping`.
+        batch_size: questions at a time on each device; each question runs under all coefficients at once.
     """
 
     layers: tuple[int, ...]
@@ -79,10 +79,10 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Cells:
-    """One question's answers in one layer, an output for each of the coefficients (or the base model's one).
+    """One question's answers in one layer: an output for each coefficient tuple, or the base model's single output.
 
     Attributes:
-        alone: how many of them came near a tie and were answered again.
+        alone: number of near ties, which were computed again.
     """
 
     outputs: tuple[str, ...]
@@ -90,7 +90,7 @@ class Cells:
 
 
 def coefficient_grid(groups: int, step: float) -> tuple[tuple[float, ...], ...]:
-    """All coefficients >= 0 that sum to 1, on a grid: for two groups and 0.1 from (0, 1) to (1, 0), as in the paper.
+    """All grid points >= 0 that sum to 1: for two groups and step 0.1 from (0, 1) to (1, 0), as in the paper.
 
     Raises:
         ConfigError: `step` does not divide 1.
@@ -111,23 +111,23 @@ def sweep(
     asked: dict[str, Asked] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Asks every question of `config.benchmarks` ungated and under every cell; a collective of all processes.
+    """Answers every question of `config.benchmarks` without gates and under every cell; every process must call it.
 
-    Writes into `out`: `sweep.json`, and `answers/`, the logs by which a stopped run goes on: a layer of a batch that is done is
-    never computed again, and the result is that of a run without a stop.
+    Writes into `out`: `sweep.json`, and `answers/`, the logs from which an interrupted run resumes. A finished layer of a batch is
+    not computed again, and the result equals that of an uninterrupted run.
 
     Args:
-        vlm: gates or a method that it has play no part.
-        asked: what `ask_all(config)` gave, for a caller who looked at the files before loading the model.
-        progress: called with (what, done, total), counted in questions and layers.
+        vlm: its gates or method are ignored.
+        asked: result of `ask_all(config)`, if the caller has read the files before loading the model.
+        progress: called with (what, done, total); the unit is one question in one layer.
 
     Returns:
-        What sweep.json holds.
+        The content of sweep.json.
 
     Raises:
-        ConfigError: a layer that does not exist, or no sink dimensions that the grouping needs.
+        ConfigError: a layer does not exist, or the grouping needs sink dimensions that are not known.
         InputError: no benchmarks, or a file that is none; raised before anything is computed.
-        Preempted: SIGTERM or SIGINT came; what was answered is kept.
+        Preempted: SIGTERM or SIGINT was received; finished answers are kept.
     """
     vlm, num_layers = vlm.plain(), vlm.config.text.num_layers
     settings = dataclasses.replace(settings, layers=settings.layers or tuple(range(num_layers)))
@@ -175,9 +175,9 @@ def sweep(
 
 
 def work(answers: Mapping[int, Sequence[Cells]], settings: SweepConfig, num_layers: int) -> dict[str, Any]:
-    """Decoder layers of prompt passes, times questions: as they were run, and by a separate run for each cell.
+    """Decoder layers run in prompt passes, summed over questions: as computed here, and if each cell were a separate run.
 
-    Answers that were computed again alone (`answered_alone`) count in both.
+    Near ties that were computed again (`answered_alone`) count in both.
     """
     questions, cells = len(answers[NO_LAYER]), len(settings.coefficients)
     alone = sum(found.alone for of_layer in answers.values() for found in of_layer)
@@ -188,7 +188,7 @@ def work(answers: Mapping[int, Sequence[Cells]], settings: SweepConfig, num_laye
 
 
 class _Answering:
-    """The answers to one benchmark: base model and all cells, batch by batch, layer by layer."""
+    """Answers one benchmark under the base model and all cells, batch by batch and layer by layer."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class _Answering:
         self.warned = settings.grouping == "l_sink_rest"
 
     def run(self) -> dict[int, list[Cells]]:
-        """{layer: the cells of every question}; the base model under NO_LAYER."""
+        """{layer: cells of every question}; the base model is at NO_LAYER."""
         questions = zip(self.test.items, self.test.prompts, strict=True)
         encoded = {i: encode_item(self.processor, item, prompt, self.config) for i, (item, prompt) in enumerate(questions)}
         size = self.settings.batch_size * batch_rows(self.vlm.mesh)
@@ -246,8 +246,13 @@ class _Answering:
     def _settle(
         self, layer: int, members: list[int], encoded: Mapping[int, Any], tokens: np.ndarray, lead: np.ndarray
     ) -> dict[int, Cells]:
-        """The cells of a batch, those near a tie answered again alone: tokens [B, C, N], lead [B, C]."""
-        own = {i: row for row, i in reversed(list(enumerate(members)))}  # the last batch of a length repeats a question
+        """The cells of a batch, near ties computed again.
+
+        Args:
+            tokens: int32 [B, C, N].
+            lead: float32 [B, C], the smallest gap between the two highest logits of each answer.
+        """
+        own = {i: row for row, i in reversed(list(enumerate(members)))}  # the last batch of a length may repeat a question
         tokens = tokens.copy()
         near = [(i, c) for i, row in own.items() for c in np.flatnonzero(lead[row] < near_tie_of(self.vlm, self.config))]
         coefficients = self.coefficients if layer != NO_LAYER else np.ones_like(self.coefficients[:1])
@@ -264,7 +269,7 @@ class _Answering:
         return {i: Cells(tuple(map(self.processor.decode, tokens[row])), alone[i]) for i, row in own.items()}
 
     def _place(self, members: Sequence[int], encoded: Mapping[int, Any], *more: np.ndarray) -> tuple[Any, ...]:
-        """The batch of these questions, and arrays of a row for each of them, on the devices."""
+        """The batch of these questions and the arrays `more`, one row a question, on the devices."""
         rows = local_rows(self.vlm.mesh, len(members))
         here = [members[row] for row in rows]
         with ThreadPoolExecutor(self.config.num_threads) as pool:
@@ -299,7 +304,7 @@ class _Answering:
         return AnswerLog(self.out / "answers", name, meaning, test.items, test.prompts)
 
     def _check_sinks(self, shared: PromptPass) -> None:
-        """Warns once, by the first batch, where the criterion tells nothing apart."""
+        """Warns once, on the first batch, if no patch or implausibly many patches are V-sinks."""
         if self.warned:
             return
         self.warned = True
@@ -313,6 +318,6 @@ class _Answering:
 
 
 def _read(log: AnswerLog) -> dict[int, Cells]:
-    """The cells of earlier runs by position; a collective."""
+    """{question: cells} of earlier runs; every process must call it."""
     found = {i: json.loads(answer.text) for i, answer in log.known().items()}
     return {i: Cells(tuple(line["outputs"]), line["alone"]) for i, line in found.items()}

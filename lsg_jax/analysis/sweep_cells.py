@@ -1,10 +1,10 @@
-"""The device work of a sweep: the ungated prompt pass of a batch, then one layer at a time under all coefficients at once.
+"""Compiled programs of a sweep: the ungated prompt pass of a batch, then one layer at a time under all coefficients at once.
 
-Key scales in layer l change nothing below it. So the layers below l are run once, for all layers and coefficients, and a cell
-(layer l, coefficients c) runs only the layers from l on, and decodes from a cache whose lower part is that of the first pass.
+Key scales in layer l change nothing below l. So the layers below l are run once for all cells, and a cell (layer l,
+coefficients c) runs only the layers from l on; its KV cache below l is that of the ungated pass.
 
-Memory, for one question of LLaVA-1.5-7B (704 tokens, bfloat16): 0.55 GB for all its cells (0.18 of boundaries, 0.37 of keys and
-values), and 0.37 GB for each of the coefficients that are run at once, 4.6 GB with eleven; activations come on top.
+Memory for one question of LLaVA-1.5-7B (704 tokens, bfloat16): 0.55 GB shared by all its cells (0.18 residual stream, 0.37 keys
+and values), and 0.37 GB for each coefficient tuple that is run at once, 4.6 GB with eleven; activations come on top.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from lsg_jax.model.llava import Llava, assemble
 from lsg_jax.types import Array, Batch, KVCache, VisualTokens
 
 NO_LAYER = -1
-"""In the place of a layer: nothing is scaled."""
+"""Stands for a layer where no key is scaled: the base model."""
 
 
 @flax.struct.dataclass
 class PromptPass:
-    """What the ungated prompt pass of a batch leaves for its cells.
+    """Result of the ungated prompt pass of a batch, shared by its cells.
 
     Attributes:
         batch: the questions, without pixels.
         visual: their visual tokens.
-        boundaries: [L, B, T, D], the residual stream that enters each layer.
+        boundaries: [L, B, T, D], the residual stream entering each layer.
         cache: keys and values of all layers, S = T.
     """
 
@@ -46,13 +46,13 @@ class PromptPass:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def run_prompts(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> tuple[PromptPass, jax.Array, jax.Array]:
-    """The ungated pass over a batch with images, and the base model's answers.
+    """The ungated prompt pass over a batch with images, and the base model's answers.
 
     Args:
         graphdef: of the model without gates or method.
 
     Returns:
-        The pass; tokens int32 [B, max_new_tokens] and their smallest leads float32 [B], as `generate` has them.
+        The pass; tokens int32 [B, max_new_tokens]; smallest lead of each answer float32 [B], as `generate` returns it.
     """
     model: Llava = assemble(graphdef, params)
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
@@ -77,14 +77,14 @@ def answer_cells(
     grouping: Grouping,
     max_new_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Answers under every coefficient of one layer; one compiled program for all layers.
+    """Answers under all coefficients in one layer; one compiled program serves all layers.
 
     Args:
         layer: int32 [].
         coefficients: float32 [C, G].
 
     Returns:
-        tokens int32 [B, C, max_new_tokens], and their smallest leads float32 [B, C].
+        tokens int32 [B, C, max_new_tokens]; smallest lead of each answer float32 [B, C].
     """
     model: Llava = assemble(graphdef, params)
     hidden, cache = resume_cells(model, shared, layer, coefficients, grouping, room=max_new_tokens)
@@ -96,15 +96,15 @@ def answer_cells(
 def resume_cells(
     model: Llava, shared: PromptPass, layer: jax.Array, coefficients: jax.Array, grouping: Grouping, *, room: int
 ) -> tuple[jax.Array, KVCache]:
-    """The prompt passes of one layer's cells from that layer on; row b C + c is question b under coefficients c.
+    """The prompt passes of one layer's cells, from that layer on; row b C + c is question b under coefficients c.
 
     Args:
-        room: empty slots of the cache that is returned.
+        room: empty slots appended to the cache.
 
     Returns:
         hidden [B C, D] at the last token of each prompt, before the final norm; cache of B C rows.
     """
-    # a question's cells follow each other, so that they stay on its device
+    # the cells of a question are adjacent rows, so that they stay on its device
     repeat = functools.partial(jnp.repeat, repeats=len(coefficients))
     batch, visual = jax.tree.map(functools.partial(repeat, axis=0), (shared.batch, shared.visual))
     count = batch.input_ids.shape[0]
@@ -135,7 +135,7 @@ def answer_alone(
     grouping: Grouping,
     max_new_tokens: int,
 ) -> jax.Array:
-    """Answers of one cell a row, each from a pass of its own, as a separate run with fixed coefficients computes them.
+    """Answers of one cell in each row, from a full prompt pass, as a separate run with fixed coefficients computes them.
 
     Args:
         layer: int32 [B], NO_LAYER for the base model.
@@ -157,7 +157,7 @@ def answer_alone(
 def scale_layer(
     model: Llava, batch: Batch, visual: VisualTokens, layer: jax.Array, coefficients: jax.Array, grouping: Grouping
 ) -> KeyScaling:
-    """Key scales that are other than 1 in a single layer of each row.
+    """Key scales that differ from 1 in a single layer of each row.
 
     Args:
         layer: int32 [B].
@@ -165,5 +165,5 @@ def scale_layer(
     """
     layers = jnp.arange(model.config.text.num_layers)
     by_layer = jnp.where((layers[:, None] == layer)[..., None], coefficients, 1.0)
-    everywhere = jnp.ones(layers.shape, bool)  # a factor of 1 changes nothing, to the bit
+    everywhere = jnp.ones(layers.shape, bool)  # multiplying by 1 is exact
     return model.fixed_scaling(batch, visual, by_layer, everywhere, GateConfig(layers=(0,), grouping=grouping))
