@@ -214,8 +214,8 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
     """One forward pass. X is the number of patches picked in each draw.
 
     Returns:
-        Means over V-sinks and over L-sinks [L, B, 2, D]; states of the patches picked [L, B, R, X, D]; sinks bool [L + 1, B, P],
-        see `_pool`.
+        Means over V-sinks and over L-sinks [L, B, 2, D]; states of the patches picked [L, B, R, X, D]; sinks bool
+        [L + 1, B, P], see `_pool`.
     """
     model: Llava = assemble(graphdef, params)
     merged, sinks, valid = model.merge(batch), model.config.sinks, jnp.asarray(batch.attention_mask)
@@ -269,8 +269,8 @@ def _average(states: jax.Array, weights: jax.Array) -> jax.Array:
 def probe_study(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, progress: Progress) -> dict[str, Any]:
     """Collects states, fits the probes and returns the content of probe.json; every process must call it.
 
-    If one kind of sink has no criterion, its rows have a reason instead of a mean, and ordinary tokens are those that are no sink
-    of the other kind.
+    If one kind of sink has no criterion, its rows have a reason instead of a mean, and ordinary tokens are those that are no
+    sink of the other kind.
 
     Raises:
         ConfigError: neither kind of sink has a criterion, or a layer does not exist. Also see `collect`.

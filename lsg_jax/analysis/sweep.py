@@ -113,8 +113,8 @@ def sweep(
 ) -> dict[str, Any]:
     """Answers every question of `config.benchmarks` without gates and under every cell; every process must call it.
 
-    Writes into `out`: `sweep.json`, and `answers/`, the logs from which an interrupted run resumes. A finished layer of a batch is
-    not computed again, and the result equals that of an uninterrupted run.
+    Writes into `out`: `sweep.json`, and `answers/`, the logs from which an interrupted run resumes. A finished layer of a batch
+    is not computed again, and the result equals that of an uninterrupted run.
 
     Args:
         vlm: its gates or method are ignored.
