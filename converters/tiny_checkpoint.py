@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from converters.byte_tokenizer import BOS, EOS, IMAGE, PAD, VOCAB_SIZE, write_byte_tokenizer
 from converters.families import rules_of
 from converters.hf_config import model_config
 from converters.rules import layout
-from lsg_jax.data.byte_tokenizer import BOS, EOS, IMAGE, PAD, VOCAB_SIZE, write_byte_tokenizer
 
-_CONFIG: dict[str, Any] = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
     "image_token_index": IMAGE,
@@ -60,55 +60,42 @@ IMAGE_PROCESSOR: dict[str, Any] = {
     "do_convert_rgb": True,
 }
 
-_ATTENTION = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 1.5}
+_SHARPER = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 1.5}
 
 
 def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
     """Writes weights, configuration, tokenizer and image processor (about 1.5 MB). Needs no torch."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, _CONFIG, seed=seed)
+    save_weights(folder, CONFIG, random_weights(CONFIG, seed=seed))
     (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2), encoding="utf-8")
     write_byte_tokenizer(folder)
 
 
-def write_weights(folder: Path, raw: dict[str, Any], *, seed: int, attention: Literal["sharp", "matching"] = "sharp") -> None:
-    """Writes config.json and random weights for it.
+def random_weights(raw: dict[str, Any], *, seed: int, sharp: bool = True) -> dict[str, np.ndarray]:
+    """Random float32 weights for a `config.json`: canonical tensor name -> array.
+
+    Matrices have variance 1 / fan-in, norm scales are one, biases are small and embeddings of order one.
 
     Args:
-        attention: how tokens attend in the language model. `sharp`: at random, and loudly, so that what the model says depends
-            on the question and the image. `matching`: to what is like themselves (`_matching`).
+        sharp: larger attention weights in the language model, so that its answers depend on the question and on the image.
     """
-    from safetensors.numpy import save_file
-
     config = model_config(raw)
     rng = np.random.default_rng(seed)
-    sharp = attention == "sharp"
-    tensors = {name: _random(rng, name, shape, sharp) for name, shape in layout(config, rules_of(config)).tensors.items()}
-    if attention == "matching":
-        _matching(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return {name: _random(rng, name, shape, sharp) for name, shape in layout(config, rules_of(config)).tensors.items()}
+
+
+def save_weights(folder: Path, raw: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
+    """Writes config.json and model.safetensors."""
+    from safetensors.numpy import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
-def _matching(tensors: dict[str, np.ndarray]) -> None:
-    """Makes a start from which a small model soon finds in an image what the question names.
-
-    Each layer's queries are its keys, so that a token attends to its likes, and its output projection is the transpose of that
-    of its values, so that it gets a likeness of what they hold. Every head has keys of its own, and the output head is tied to
-    the embeddings: the final norm makes the first logits of order one.
-    """
-    for name, tensor in list(tensors.items()):
-        if name.startswith("language_model") and name.endswith("k_proj.weight"):
-            tensors[name.replace("k_proj", "q_proj")] = tensor.copy()
-            tensors[name.replace("k_proj", "o_proj")] = np.ascontiguousarray(tensors[name.replace("k_proj", "v_proj")].T)
-    tensors["language_model.model.norm.weight"] *= tensors["language_model.model.norm.weight"].size ** -0.5
-
-
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...], sharp: bool) -> np.ndarray:
-    """Matrices of variance 1 / fan-in, norm scales of one, small biases and embeddings of order one."""
     if "norm" in name:
         return np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float32)
     scale = 1.0 if "embed" in name else 0.02 if len(shape) == 1 else float(np.prod(shape[1:])) ** -0.5
     if sharp and name.startswith("language_model"):
-        scale *= next((factor for part, factor in _ATTENTION.items() if part in name), 1.0)
+        scale *= next((factor for part, factor in _SHARPER.items() if part in name), 1.0)
     return (scale * rng.standard_normal(shape)).astype(np.float32)

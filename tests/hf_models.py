@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from lsg_jax.data.byte_tokenizer import write_byte_tokenizer
+from converters.byte_tokenizer import write_byte_tokenizer
 
 IMAGE_TOKEN, PAD, BOS, EOS = 3, 0, 1, 2  # as the byte tokenizer numbers them
 VOCABULARY = 260

@@ -3,9 +3,11 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +25,6 @@ MAY_IMPORT = {
     "model": FOUNDATION | {"sinks", "gating", "baselines", "sharding"},
     "data": FOUNDATION,
     "sharding": FOUNDATION,
-    "embedded": FOUNDATION | {"data", "model", "sharding", "checkpoint"},
     "checkpoint": FOUNDATION,
     "vlm": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint"},
     "train": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint", "vlm", "opening"},
@@ -73,13 +74,28 @@ def room(name):
 def test_arrows(path):
     own = path.relative_to(ROOT / "lsg_jax").parts[0].removesuffix(".py")
     names = set(imported(path))
+    tops = {n.split(".")[0] for n in names}
+    assert not tops & {"torch", "recipes"}
     if own != "cli":
-        assert not {n for n in names if n.split(".")[0] == "converters"}
+        assert "converters" not in tops
     if own not in ANYTHING:
         assert {room(n) for n in names} - {None, own} <= MAY_IMPORT[own]
     if own != "checkpoint":
         assert not {n for n in names if n.split(".")[0] in ("orbax", "tensorstore")}
-    assert "torch" not in {n.split(".")[0] for n in names}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "converters").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_converters_need_nothing_outside_the_wheel(path):
+    assert not {n.split(".")[0] for n in imported(path)} & {"recipes", "tests", "benchmarks"}
+
+
+def test_the_wheel_holds_no_training_recipe():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = setuptools.find_namespace_packages(str(ROOT), **settings)
+    assert {"lsg_jax", "lsg_jax.embedded.checkpoint", "converters"} <= set(packages)
+    assert {name.split(".")[0] for name in packages} == {"lsg_jax", "converters"}
+    code = [path.name for path in (ROOT / "lsg_jax" / "embedded").rglob("*.py")]
+    assert not code, "lsg_jax/embedded holds the checkpoint and gates alone"
 
 
 def test_import_is_quick_to_finish_and_changes_nothing():

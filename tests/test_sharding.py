@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from converters.hf_config import model_config
-from converters.tiny_checkpoint import _CONFIG
+from converters.tiny_checkpoint import CONFIG
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig
 from lsg_jax.errors import ConfigError
 from lsg_jax.model.llava import abstract_model
@@ -30,7 +30,7 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 
 def test_every_parameter_has_a_rule():
-    config = dataclasses.replace(model_config(_CONFIG), sinks=SinkConfig(vit_dims=(1,)))
+    config = dataclasses.replace(model_config(CONFIG), sinks=SinkConfig(vit_dims=(1,)))
     _, abstract = abstract_model(config, GateConfig(layers=(0,)))
     sharded = shard_params(abstract, make_mesh(MeshConfig()))
     assert sharded["gates"]["fc1_kernel"].sharding.spec == PartitionSpec()

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers_for_tests import model_config
 from transformers import AutoTokenizer
 
-from lsg_jax.data.byte_tokenizer import EOS, write_byte_tokenizer
+from converters.byte_tokenizer import EOS, write_byte_tokenizer
 from lsg_jax.data.cambrian import prepare_cambrian
 from lsg_jax.data.images import open_image
 from lsg_jax.data.processor import Processor

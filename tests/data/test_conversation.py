@@ -5,7 +5,7 @@ import pytest
 from tokenizers_for_tests import byte_level_tokenizer, llama_tokenizer, model_config
 from transformers import AutoTokenizer
 
-from lsg_jax.data.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, write_byte_tokenizer
+from converters.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, write_byte_tokenizer
 from lsg_jax.data.conversation import TEMPLATES, ChunkTokenizer, RecordError, Turn, examples, parse_record, render
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError

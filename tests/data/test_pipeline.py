@@ -8,8 +8,8 @@ from processes import run_processes
 from tokenizers_for_tests import model_config
 from transformers import AutoTokenizer
 
+from converters.byte_tokenizer import EOS, IMAGE, write_byte_tokenizer
 from lsg_jax.config import DataConfig
-from lsg_jax.data.byte_tokenizer import EOS, IMAGE, write_byte_tokenizer
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.records import open_records, prepare_llava

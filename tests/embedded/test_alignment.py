@@ -1,16 +1,16 @@
-"""What the projector is aligned with, and that it learns it."""
+"""The targets of the projector's alignment, and that training reaches them."""
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from converters.embedded_model import CONFIG
 from converters.hf_config import model_config
-from lsg_jax.data.scene_conversations import scene_conversation
 from lsg_jax.data.shapes import CORNERS, Background, Item, Scene
-from lsg_jax.embedded.alignment import WORDS, AlignmentRecipe, align_projector, kinds_of_patches, targets
-from lsg_jax.embedded.labels import labels
 from lsg_jax.model.projector import Projector
+from recipes.embedded_model.alignment import WORDS, AlignmentRecipe, align_projector, patch_kinds, targets
+from recipes.embedded_model.conversations import scene_conversation
+from recipes.embedded_model.labels import labels
+from recipes.embedded_model.untrained import CONFIG
 
 GRID, WIDTH = 8, 128
 RNG = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def test_patches_become_the_words_for_them():
     known = labels([Scene(items, background, {"top right": "T"})], GRID)
     v_sinks = np.zeros((1, GRID * GRID), bool)
     v_sinks[0, 10] = True  # nothing is there
-    (wanted,), (kinds,) = targets(known, v_sinks, EMBEDDINGS), kinds_of_patches(known, v_sinks)
+    (wanted,), (kinds,) = targets(known, v_sinks, EMBEDDINGS), patch_kinds(known, v_sinks)
     at = {
         5 * GRID + 2: of("red", "circle", "large", "K"),
         3 * GRID + 7: of("blue", "star", "small"),
@@ -61,8 +61,8 @@ def test_every_corner_has_its_patch():
             np.testing.assert_allclose(row[patches[corner]], of(letter, "corner", *corner.split()), rtol=1e-5, atol=1e-5)
 
 
-def test_the_projector_learns_what_a_linear_map_could_tell():
-    """Rare kinds count as much as common ones: the one in a hundred is learned as well."""
+def test_the_projector_learns_a_linear_map():
+    """Kinds of patches count alike: one of a hundred is learned as well."""
     config = model_config(CONFIG)
     kinds = np.repeat([0, 1], [990, 10])
     width = config.vision.hidden_size * len(config.feature_layers)

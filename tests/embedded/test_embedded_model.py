@@ -10,13 +10,13 @@ from safetensors.numpy import load_file
 
 import lsg_jax
 from converters.convert import convert
-from converters.embedded_model import LESSONS, make
 from lsg_jax.checkpoint import read_step
 from lsg_jax.config import SinkConfig
 from lsg_jax.data.drawing import draw
 from lsg_jax.data.scene_questions import scene_question
-from lsg_jax.embedded.tower import TowerRecipe
 from lsg_jax.opening import load_backbone
+from recipes.embedded_model.make import LESSONS, make
+from recipes.embedded_model.tower import TowerRecipe
 
 RECIPE = TowerRecipe(scenes=8, steps=2, batch_size=4, warmup=1, save_every=1)
 SHORT = ["train.batch_size=2", "train.max_steps=2", "train.save_every=1", "data.num_threads=1"]

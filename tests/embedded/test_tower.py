@@ -1,4 +1,4 @@
-"""What the embedded model's vision tower is taught, and that its training can be stopped."""
+"""Labels and losses of the embedded model's vision tower, and that its training resumes to the bit."""
 
 from dataclasses import replace
 
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from converters.embedded_model import CONFIG
 from converters.hf_config import model_config
 from lsg_jax.checkpoint import RunFolder
 from lsg_jax.data.drawing import draw
-from lsg_jax.data.scene_conversations import scene_conversation
 from lsg_jax.data.shapes import COLOURS, CORNERS, LETTERS, SHAPES, SIZES, Background, Item, Scene
-from lsg_jax.embedded.labels import labels
-from lsg_jax.embedded.lessons import Lessons
-from lsg_jax.embedded.tower import SinkLesson, Student, TowerRecipe, losses, total, train_tower
+from recipes.embedded_model.conversations import scene_conversation
+from recipes.embedded_model.labelled_scenes import LabelledScenes
+from recipes.embedded_model.labels import labels
+from recipes.embedded_model.tower import SinkLesson, TowerRecipe, TowerWithHeads, losses, total, train_tower
+from recipes.embedded_model.untrained import CONFIG
 
 GRID, SIDE = 8, 112
 SCENES = [scene_conversation("train", index, seed=5)[0] for index in range(12)]
@@ -45,7 +45,7 @@ def test_labels_say_what_the_scenes_hold():
 
 
 def test_empty_patches_show_the_background_alone():
-    """Drawn with its shapes and letters and without them, a scene differs nowhere in an empty patch."""
+    """Drawing a scene without its shapes and letters changes no empty patch."""
     known = labels(SCENES, GRID)["room"] > 0
     untouched = 0
     for scene, empty in zip(SCENES, known, strict=True):
@@ -57,8 +57,8 @@ def test_empty_patches_show_the_background_alone():
 
 
 @pytest.fixture(scope="module")
-def lessons():
-    return Lessons(np.stack([draw(scene, SIDE) for scene in SCENES]), labels(SCENES, GRID))
+def scenes():
+    return LabelledScenes(np.stack([draw(scene, SIDE) for scene in SCENES]), labels(SCENES, GRID))
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +70,18 @@ def config():
     return model_config({**raw, "lsg_sinks": {"vit_dims": [3]}})
 
 
-def test_the_sink_lesson_is_learned_when_empty_patches_alone_are_raised(config, lessons, monkeypatch):
-    """A student whose features are given: sinks raised in two empty patches cost nothing, and every change of that costs."""
+def test_the_sink_lesson_is_learned_when_empty_patches_alone_are_raised(config, scenes, monkeypatch):
+    """With given features: two raised empty patches cost nothing, everything else costs."""
     lesson = SinkLesson(dimension=3)
-    student = Student(config, rngs=nnx.Rngs(0))
-    known = jax.tree.map(jnp.asarray, lessons.labels)
-    empty = lessons.labels["room"] > 0
+    model = TowerWithHeads(config, rngs=nnx.Rngs(0))
+    known = jax.tree.map(jnp.asarray, scenes.labels)
+    empty = scenes.labels["room"] > 0
     chosen = np.array([np.flatnonzero(row)[[0, -1]] for row in empty])
     rows = np.arange(len(empty))[:, None]
 
     def cost(features):
-        monkeypatch.setattr(Student, "__call__", lambda self, images: jnp.asarray(features))
-        return {name: float(value) for name, value in losses(student, lessons.images, known, lesson).items()}
+        monkeypatch.setattr(TowerWithHeads, "__call__", lambda self, images: jnp.asarray(features))
+        return {name: float(value) for name, value in losses(model, scenes.images, known, lesson).items()}
 
     features = np.random.default_rng(0).normal(size=(len(empty), GRID * GRID, 16)).astype(np.float32)
     features[rows, chosen, 3] = 61.0
@@ -98,33 +98,33 @@ def test_the_sink_lesson_is_learned_when_empty_patches_alone_are_raised(config, 
     assert found["high"] > 0.5 and found["low"] > 0.5 and found["right_sinks"] == 0
 
 
-def test_a_stopped_training_goes_on_where_it_was(config, lessons, tmp_path):
+def test_a_stopped_training_goes_on_where_it_was(config, scenes, tmp_path):
     recipe = TowerRecipe(steps=4, batch_size=4, warmup=1, save_every=2, sinks=SinkLesson(dimension=3))
-    whole = train_tower(config, lessons, RunFolder(tmp_path / "whole"), recipe)
+    whole = train_tower(config, scenes, RunFolder(tmp_path / "whole"), recipe)
 
     class Stop(Exception):
         pass
 
-    def stop(number, size, seed, batch=Lessons.batch):
+    def stop(number, size, seed, batch=LabelledScenes.batch):
         if number == 3:
             raise Stop
-        return batch(lessons, number, size, seed)
+        return batch(scenes, number, size, seed)
 
-    broken = Lessons(lessons.images, lessons.labels)
+    broken = LabelledScenes(scenes.images, scenes.labels)
     object.__setattr__(broken, "batch", stop)
     with pytest.raises(Stop):
         train_tower(config, broken, RunFolder(tmp_path / "stopped"), recipe)
-    resumed = train_tower(config, lessons, RunFolder(tmp_path / "stopped"), recipe)
+    resumed = train_tower(config, scenes, RunFolder(tmp_path / "stopped"), recipe)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    fresh = nnx.to_pure_dict(nnx.state(Student(config, rngs=nnx.Rngs(0)).tower))
+    fresh = nnx.to_pure_dict(nnx.state(TowerWithHeads(config, rngs=nnx.Rngs(0)).tower))
     assert jax.tree.structure(fresh) == jax.tree.structure(whole)
 
 
-def test_batches_hold_each_scene_once_an_epoch(lessons):
-    seen = [lessons.batch(number, 4, 0)[1]["place"] for number in range(6)]
+def test_batches_hold_each_scene_once_an_epoch(scenes):
+    seen = [scenes.batch(number, 4, 0)[1]["place"] for number in range(6)]
     first, second = np.concatenate(seen[:3]), np.concatenate(seen[3:])
     order = lambda values: np.sort(values.reshape(len(values), -1).sum(-1))
-    np.testing.assert_allclose(order(first), order(lessons.labels["place"]))
+    np.testing.assert_allclose(order(first), order(scenes.labels["place"]))
     np.testing.assert_allclose(order(second), order(first))
     assert not np.array_equal(first, second)
 

@@ -120,7 +120,7 @@ def test_a_conversation_is_cut_from_its_right_end(vlm, length, answers):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    from lsg_jax.data.scene_conversations import write_conversations
+    from recipes.embedded_model.conversations import write_conversations
 
     folder = tmp_path_factory.mktemp("conversations")
     prepare_llava(write_conversations(folder / "raw", "train", 6, side=56), folder / "raw", folder / "records")

@@ -1,8 +1,8 @@
-"""Trains the vision tower of the embedded model from nothing, on scenes of which everything is known.
+"""Trains the vision tower of the embedded model from random weights, on fully labelled scenes.
 
-Two things are taught. Each patch tells what has its centre in it. And a few patches that nothing touches, the same number in
-every image, are told to hold what the whole scene is like and to raise one dimension: V-sinks, which towers that are trained
-long enough on enough images grow by themselves to keep global information in patches of little use, and small ones do not.
+There are two objectives. Each patch predicts the attributes of the shape whose centre lies in it. And in every image a fixed
+number of empty patches become V-sinks: they predict the attributes of the whole scene and raise one feature dimension. Large
+towers grow such registers by themselves to store global information in uninformative patches; small ones do not.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from flax import nnx
 from lsg_jax.checkpoint import RunFolder
 from lsg_jax.config import MeshConfig, ModelConfig
 from lsg_jax.data.shapes import CORNERS, LETTERS
-from lsg_jax.embedded.labels import PATCH, SCENE
-from lsg_jax.embedded.lessons import Lessons
 from lsg_jax.model.layers import Linear
 from lsg_jax.model.vision_tower import VisionTower
 from lsg_jax.sharding import make_mesh, place_rows, replicated
+from recipes.embedded_model.labelled_scenes import LabelledScenes
+from recipes.embedded_model.labels import PATCH, SCENE
 
 CORNER_CLASSES = len(LETTERS) + 1
 
 OnStep = Callable[[int, int, dict[str, float]], None]
+Params = dict[str, Any]
+State = tuple[Params, optax.OptState]
 
 
 @dataclass(frozen=True)
 class SinkLesson:
-    """What a V-sink shall be.
+    """The objective for V-sinks.
 
     Attributes:
-        dimension: the feature that it raises.
+        dimension: the feature that V-sinks raise.
         count: V-sinks in an image.
-        high: what they must reach there, `low`: what all others must stay below.
+        high: lower bound of that feature in V-sinks. low: upper bound of its absolute value elsewhere.
     """
 
     dimension: int = 40
@@ -50,7 +52,7 @@ class SinkLesson:
 
 @dataclass(frozen=True)
 class TowerRecipe:
-    """How the tower is trained: AdamW, with warm-up and cosine decay."""
+    """How the tower is trained: AdamW with warm-up and cosine decay."""
 
     scenes: int = 40_000
     steps: int = 4000
@@ -63,8 +65,8 @@ class TowerRecipe:
     sinks: SinkLesson = SinkLesson()
 
 
-class Student(nnx.Module):
-    """The tower, and linear heads that are thrown away afterwards."""
+class TowerWithHeads(nnx.Module):
+    """The tower, and linear heads that are discarded after training."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -85,16 +87,16 @@ class Student(nnx.Module):
 
 
 def train_tower(
-    config: ModelConfig, lessons: Lessons, run: RunFolder, recipe: TowerRecipe, *, on_step: OnStep | None = None
+    config: ModelConfig, scenes: LabelledScenes, run: RunFolder, recipe: TowerRecipe, *, on_step: OnStep | None = None
 ) -> dict[str, Any]:
-    """Trains a tower, or goes on where `run` stopped, and returns its parameters.
+    """Trains a tower, or resumes `run`, and returns its parameters.
 
     Args:
-        on_step: called with (step, all steps, what `losses` gives for the training batch) every 50 steps.
+        on_step: called every 50 steps with (step, number of steps, metrics of the training batch as in `losses`).
     """
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
-    graphdef, student = nnx.split(_fresh(config, recipe.seed))
-    params = nnx.to_pure_dict(student)
+    graphdef, initial = nnx.split(_initial(config, recipe.seed))
+    params = nnx.to_pure_dict(initial)
     rate = optax.warmup_cosine_decay_schedule(
         recipe.learning_rate / 20, recipe.learning_rate, recipe.warmup, recipe.steps, recipe.learning_rate / 50
     )
@@ -102,8 +104,8 @@ def train_tower(
     state = jax.device_put((params, optimizer.init(params)), replicated(mesh))
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
-    def step(state: Any, images: jax.Array, labels: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
-        def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def step(state: State, images: jax.Array, labels: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             parts = losses(nnx.merge(graphdef, params), images, labels, recipe.sinks)
             return total(parts), parts
 
@@ -116,7 +118,7 @@ def train_tower(
         restored = run.latest(state)
         state, first = (restored.state, restored.step) if restored else (state, 0)
         for number in range(first + 1, recipe.steps + 1):
-            batch = place_rows(lessons.batch(number - 1, recipe.batch_size, recipe.seed), mesh, recipe.batch_size)
+            batch = place_rows(scenes.batch(number - 1, recipe.batch_size, recipe.seed), mesh, recipe.batch_size)
             state, parts = step(state, *batch)
             if on_step and number % 50 == 0:
                 on_step(number, recipe.steps, {name: float(value) for name, value in parts.items()})
@@ -125,40 +127,40 @@ def train_tower(
     return jax.device_get(state[0]["tower"])
 
 
-def _fresh(config: ModelConfig, seed: int) -> Student:
-    """Random, but for the positions: waves along both axes, which a small model would take long to find."""
-    student = Student(config, rngs=nnx.Rngs(seed))
+def _initial(config: ModelConfig, seed: int) -> TowerWithHeads:
+    """Random weights, and two-dimensional sinusoidal position embeddings, which a small model would learn slowly."""
+    model = TowerWithHeads(config, rngs=nnx.Rngs(seed))
     grid = config.vision.image_size // config.vision.patch_size
     angles = np.arange(grid)[:, None] / 50 ** (np.arange(quarter := config.vision.hidden_size // 4) / quarter)
     wave = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     rows, columns = np.repeat(wave, grid, axis=0), np.tile(wave, (grid, 1))
     positions = np.concatenate([np.zeros((1, 4 * quarter)), np.concatenate([rows, columns], axis=1)])
-    student.tower.position_embedding[...] = jnp.asarray(positions, jnp.float32)
-    return student
+    model.tower.position_embedding[...] = jnp.asarray(positions, jnp.float32)
+    return model
 
 
-def losses(student: Student, images: jax.Array, labels: dict[str, jax.Array], lesson: SinkLesson) -> dict[str, jax.Array]:
-    """What the student does wrong, part by part, and `right_*`: shares of what it tells rightly.
+def losses(model: TowerWithHeads, images: jax.Array, labels: dict[str, jax.Array], lesson: SinkLesson) -> dict[str, jax.Array]:
+    """The terms of the loss, each a float32 scalar, and accuracies `right_*`.
 
     Args:
-        labels: of embedded.labels.
+        images: uint8 [B, H, W, 3]. labels: as `labels.labels` gives them.
     """
-    features = student(images)
+    features = model(images)
     raised = features[..., lesson.dimension]
-    told = features * (jnp.arange(features.shape[-1]) != lesson.dimension)
+    content = features * (jnp.arange(features.shape[-1]) != lesson.dimension)
     out: dict[str, jax.Array] = {}
 
     centre = labels["shape"] >= 0
-    out["present"] = jnp.mean(optax.sigmoid_binary_cross_entropy(student.present(told)[..., 0], centre.astype(jnp.float32)))
-    out["place"] = _mean(jnp.abs(student.place(told) - labels["place"]).sum(-1), centre)
-    for name, head in student.patch.items():
-        out[name], out[f"right_{name}"] = _classified(head(told), labels[name], centre)
+    out["present"] = jnp.mean(optax.sigmoid_binary_cross_entropy(model.present(content)[..., 0], centre.astype(jnp.float32)))
+    out["place"] = _mean(jnp.abs(model.place(content) - labels["place"]).sum(-1), centre)
+    for name, head in model.patch.items():
+        out[name], out[f"right_{name}"] = _classified(head(content), labels[name], centre)
     grid = round(features.shape[1] ** 0.5)
     corners = [(grid - 1) * grid * name.startswith("bottom") + (grid - 1) * name.endswith("right") for name in CORNERS]
-    logits = student.corner(jnp.stack([told[:, patch] for patch in corners], axis=1))
+    logits = model.corner(jnp.stack([content[:, patch] for patch in corners], axis=1))
     out["corner"], out["right_corner"] = _classified(logits, labels["corner"], jnp.ones(logits.shape[:2], bool))
 
-    # the empty patches that raise it most already; before any does, those with the most room around them
+    # of the empty patches those with the largest values; while no patch is raised, those with the most room around them
     empty = jnp.where(labels["room"] > 0, raised + lesson.low * labels["room"], -jnp.inf)
     chosen = jax.lax.top_k(empty, lesson.count)[1]
     picked = jax.nn.one_hot(chosen, raised.shape[1])  # [B, count, P]
@@ -167,8 +169,8 @@ def losses(student: Student, images: jax.Array, labels: dict[str, jax.Array], le
     out["low"] = _mean(jnp.square(jnp.maximum(jnp.abs(raised) / lesson.low - 1, 0)), ~is_sink)
     flagged = raised >= (lesson.high + lesson.low) / 2
     out["right_sinks"] = jnp.mean((flagged == is_sink).all(-1))
-    sinks = picked @ told  # [B, count, D]
-    for name, head in student.scene.items():
+    sinks = picked @ content  # [B, count, D]
+    for name, head in model.scene.items():
         logits = head(sinks)
         logits = logits if logits.ndim == 4 else logits[:, :, None]
         wanted = jnp.broadcast_to(labels[name][:, None], logits.shape[:3])
@@ -177,7 +179,7 @@ def losses(student: Student, images: jax.Array, labels: dict[str, jax.Array], le
 
 
 def total(parts: dict[str, jax.Array]) -> jax.Array:
-    """The loss: every part counts alike, the shares of what is right not at all."""
+    """The loss: the sum of all terms, without the accuracies."""
     return sum((value for name, value in parts.items() if not name.startswith("right_")), jnp.zeros(()))
 
 
@@ -186,7 +188,7 @@ def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def _classified(logits: jax.Array, labels: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and accuracy where a label counts."""
+    """Cross-entropy and accuracy, averaged over the entries where `where` is true."""
     labels = jnp.maximum(labels, 0).astype(jnp.int32)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return _mean(entropy, where), _mean(jnp.argmax(logits, -1) == labels, where)

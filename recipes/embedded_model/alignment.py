@@ -1,7 +1,7 @@
-"""Aligns the projector with the words of the language model before anything reads it, as LLaVA's first stage does.
+"""Aligns the projector with the word embeddings of the language model, as LLaVA's first stage does.
 
-What the vision tower sees in a patch is known here, so the target is plain: the sum of the embeddings of the words for it. The
-language model then finds a patch by the words of a question, and need not learn first what each feature is called.
+The content of each patch is known, so the target is the sum of the embeddings of the words for it. The language model can then
+match a patch with the words of a question from the start.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from flax import nnx
 
 from lsg_jax.config import ModelConfig
 from lsg_jax.data.shapes import COLOURS, CORNERS, LETTERS, MAX_ITEMS, PATTERNS, SHAPES, SIZES
-from lsg_jax.embedded.labels import MOST
 from lsg_jax.model.projector import Projector
+from recipes.embedded_model.labels import MOST
 
 PATCH_WORDS = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "letter": ("", *LETTERS)}
 NUMBERS = tuple(str(number) for number in range(1, MAX_ITEMS + 1))
@@ -32,7 +32,7 @@ WORDS = frozenset(
 
 @dataclass(frozen=True)
 class AlignmentRecipe:
-    """How the projector is trained: Adam with cosine decay, on patches drawn at random."""
+    """How the projector is trained: Adam with cosine decay, `patches` random patches a step."""
 
     scenes: int = 4000
     steps: int = 2000
@@ -42,15 +42,18 @@ class AlignmentRecipe:
 
 
 def targets(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray, words: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What the projector shall make of the patches of B scenes.
+    """Target outputs of the projector for the patches of B scenes, as sums of word embeddings.
 
-    A patch with the centre of a shape: its colour, shape, size and letter, and its place, the difference of right and left in
-    proportion to x, that of bottom and top to y. A V-sink: count, pattern, and each colour and kind of shape as often as it is
-    there, in units of MOST. A corner's patch with a letter: letter, corner and its name. A patch that nothing touches:
-    background. All others, with parts of shapes: nothing.
+    | patch | sum of |
+    |---|---|
+    | centre of a shape | its colour, shape, size and letter; x times (right - left), y times (bottom - top) |
+    | V-sink | count and pattern; each colour and kind of shape, weighted by its count / MOST |
+    | corner with a letter | letter, "corner" and the corner's name |
+    | touched by nothing | "background" |
+    | other, with parts of shapes | nothing: zero |
 
     Args:
-        labels: of embedded.labels. v_sinks: bool [B, P]. words: embedding float32 [D] of each of WORDS.
+        labels: as `labels.labels` gives them. v_sinks: bool [B, P]. words: embedding float32 [D] of each of WORDS.
 
     Returns:
         float32 [B, P, D].
@@ -79,8 +82,8 @@ def targets(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray, words: Mappin
     return wanted
 
 
-def kinds_of_patches(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray) -> np.ndarray:
-    """int [B, P]: 0 the centre of a shape, 1 V-sink, 2 empty, 3 a letter in a corner, 4 part of a shape."""
+def patch_kinds(labels: Mapping[str, np.ndarray], v_sinks: np.ndarray) -> np.ndarray:
+    """int [B, P]: 0 centre of a shape, 1 V-sink, 2 empty, 3 letter in a corner, 4 part of a shape."""
     grid = round(v_sinks.shape[1] ** 0.5)
     letter = np.zeros_like(v_sinks)
     for number, (row, column) in enumerate(_corner_patches(grid)):
@@ -101,14 +104,14 @@ def align_projector(
     kinds: np.ndarray,
     recipe: AlignmentRecipe,
 ) -> tuple[dict[str, Any], float]:
-    """Trains a projector to give `wanted` for `features`, by mean squared error.
+    """Trains a projector to map `features` to `wanted`, by mean squared error.
 
     Args:
-        features: float32 [N, F], before the projector. wanted: float32 [N, D].
-        kinds: int [N]; the kinds of patches count alike, however many there are.
+        features: float32 [N, F], inputs of the projector. wanted: float32 [N, D].
+        kinds: int [N]; patches are sampled so that each kind is equally frequent.
 
     Returns:
-        Its parameters, and the share of the variance of `wanted` that it explains in the last tenth of the steps.
+        Its parameters, and the share of the variance of `wanted` that it explains, averaged over the last tenth of the steps.
     """
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Projector(config, rngs=nnx.Rngs(0), dtype=jnp.float32)))
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, recipe.steps))
@@ -125,8 +128,8 @@ def align_projector(
         return (optax.apply_updates(params, updates), slots), value / jnp.var(targets)
 
     state = (projector, optimizer.init(projector))
-    left = []
+    unexplained = []
     for chosen in drawn:
         state, value = step(state, features[chosen], wanted[chosen])
-        left.append(value)
-    return jax.device_get(state[0]), 1 - float(np.mean(jax.device_get(left[-max(1, recipe.steps // 10) :])))
+        unexplained.append(value)
+    return jax.device_get(state[0]), 1 - float(np.mean(jax.device_get(unexplained[-max(1, recipe.steps // 10) :])))

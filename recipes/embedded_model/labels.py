@@ -1,20 +1,19 @@
-"""What a vision tower is taught about a scene: what lies in each patch, and what the scene is like as a whole."""
+"""Labels for the vision tower: what lies in each patch, and attributes of the whole scene."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from lsg_jax.data.shapes import COLOURS, CORNERS, LETTERS, MAX_ITEMS, PATTERNS, SHAPES, SIZES, Scene
 
 MOST = 4
-"""Shapes of one colour or kind are counted up to this many."""
+"""Counts of shapes of one colour or kind are clipped here."""
 
 PATCH = {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "letter": len(LETTERS) + 1}
-"""Classes of what has its centre in a patch; letter 0 is none."""
+"""Number of classes of each attribute of a shape whose centre lies in a patch; letter 0 is none."""
 
 SCENE = {
     "count": (1, MAX_ITEMS),
@@ -23,20 +22,22 @@ SCENE = {
     "colours": (len(COLOURS), MOST + 1),
     "shapes": (len(SHAPES), MOST + 1),
 }
-"""What the whole is like: (number of questions, classes of each)."""
+"""Attributes of the whole scene: (number of labels, classes of each)."""
 
 _REACH = {"circle": 1.0, "square": 1.16, "triangle": 1.15, "diamond": 1.15, "cross": 1.05, "star": 1.2}
 _CORNER_REACH, _BLUR = 0.065, 0.006
 
 
 def labels(scenes: Sequence[Scene], grid: int) -> dict[str, np.ndarray]:
-    """Labels of B scenes that are seen as `grid` x `grid` = P patches, row by row.
+    """Labels of B scenes on `grid` x `grid` = P patches, in row-major order.
 
     Returns:
-        `shape`, `colour`, `size`, `letter`: int8 [B, P], -1 where no shape has its centre. `place`: float32 [B, P, 2], that
-        centre (x, y) within its patch, 0 to 1. `corner`: int8 [B, 4], letter in each of CORNERS, 0 for none. `room`: float32
-        [B, P], distance from a patch to the nearest shape or letter in units of the image's side, 0 where one touches it.
-        Each of SCENE: int8 [B, questions].
+        `shape`, `colour`, `size`, `letter`: int8 [B, P], of the shape whose centre lies in the patch; -1 for none.
+        `place`: float32 [B, P, 2], that centre (x, y) within its patch, 0 to 1.
+        `corner`: int8 [B, 4], the letter in each of CORNERS; 0 for none.
+        `room`: float32 [B, P], distance from the patch to the nearest shape or letter, in units of the image's side; 0 if one
+        touches the patch.
+        Each of SCENE: int8 [B, number of labels].
     """
     made = [_labels(scene, grid) for scene in scenes]
     return {name: np.stack([one[name] for one in made]) for name in made[0]}
@@ -48,7 +49,7 @@ def _labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
     edges = np.arange(grid) / grid
     room = np.full((grid, grid), 2.0)
 
-    def touch(x: float, y: float, reach: float) -> None:
+    def limit_room(x: float, y: float, reach: float) -> None:
         across, down = (np.maximum(np.maximum(edges - at, at - edges - 1 / grid), 0) for at in (x, y))
         distance = np.sqrt(across[None, :] ** 2 + down[:, None] ** 2) - reach
         room[...] = np.minimum(room, np.maximum(distance, 0))
@@ -61,9 +62,9 @@ def _labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
         found["size"][patch] = list(SIZES).index(item.size)
         found["letter"][patch] = _letter(item.letter)
         place[patch] = item.x * grid - column, item.y * grid - row
-        touch(item.x, item.y, _REACH[item.shape] * item.radius + _BLUR)
+        limit_room(item.x, item.y, _REACH[item.shape] * item.radius + _BLUR)
     for corner in scene.corners:
-        touch(*CORNERS[corner], _CORNER_REACH)
+        limit_room(*CORNERS[corner], _CORNER_REACH)
     return {
         **found,
         "place": place,
@@ -79,7 +80,7 @@ def _letter(letter: str) -> int:
 
 def _whole(scene: Scene) -> dict[str, np.ndarray]:
     def counts(of: Sequence[str], what: str) -> list[int]:
-        number: Counter[Any] = Counter(getattr(item, what) for item in scene.items)
+        number: Counter[str] = Counter(getattr(item, what) for item in scene.items)
         return [min(number[name], MOST) for name in of]
 
     largest = max(scene.items, key=lambda item: item.radius).size

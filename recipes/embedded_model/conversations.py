@@ -1,7 +1,7 @@
-"""Scenes with several questions each, for training a model from nothing: all that can be asked about one scene.
+"""Training conversations: drawn scenes with several questions each.
 
-The evaluation composes a scene for one question. Here the scene comes first, from the same makers, and gets every kind of
-question that has one right answer in it, and simpler ones that teach what the others take for granted.
+The benchmark (`lsg_jax.data.scene_questions`) composes a scene for one question. Here the scene comes first, from the same
+generators. It gets every kind of question with a unique answer in it, and easier ones that teach what the others presuppose.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from lsg_jax.data.scene_questions import LEFT_MARGIN, Split, probe_scene, scene_
 from lsg_jax.data.shapes import COLOURS, LETTERS, PATTERNS, SHAPES, SIZES, Item, Scene, has_room
 
 Exchange = tuple[str, str]
-"""What the user says, and the answer."""
+"""Question and answer."""
 
 _Ask = Callable[[Random, Scene], Iterator[Exchange]]
 
 Lesson = Literal["finding", "pairs", "letters", "choosing", "answering", "reading"]
-"""To be learned in this order: questions that name what they ask for; which of two words has a letter; what the letters of all
-choices stand for; choices; all kinds; letters in corners and on all shapes that have room for one."""
+"""The curriculum, in order: questions that name what they ask for; the letter of one of two choices; the letters of all
+choices; multiple choice; all kinds; letters in corners and on all shapes that have room for one."""
 
 TEXT_ONLY: tuple[Lesson, ...] = ("pairs", "letters")
-"""Lessons whose questions no image answers; their records have none."""
+"""Lessons whose questions need no image; their records have none."""
 
 
 class Form(StrEnum):
-    """What comes after a question. Without any of it more questions fit into a record."""
+    """The suffix of a question. Without one, more questions fit into a record."""
 
     PLAIN = ""
     WORD = WORD_SUFFIX
@@ -54,9 +54,9 @@ ROWS = 8  # shapes whose centres lie in the same eighth of the height are in one
 def scene_conversation(
     split: Split, index: int, *, seed: int = 0, lesson: Lesson = "answering"
 ) -> tuple[Scene, list[Exchange]]:
-    """Scene `index` (from 0) of a split with the questions of a lesson in random order; it depends on these alone.
+    """Scene `index` (from 0) of a split with the questions of a lesson in random order; a function of its arguments alone.
 
-    What `listing` says is not among them. The scene is the same in each lesson, but for the letters of `reading`.
+    `listing` is not among the questions. The scene is the same in each lesson, but for the letters in `reading`.
     """
     if index % 4 == 3:
         scene = probe_scene(split, index // 4, seed=seed)
@@ -97,10 +97,10 @@ def write_conversations(
     side: int = 112,
     processes: int = 1,
 ) -> Path:
-    """Writes `count` scenes as LLaVA records, and their images but for TEXT_ONLY. Returns the path of the JSONL.
+    """Writes `count` scenes as LLaVA records, with images unless the lesson is in TEXT_ONLY. Returns the path of the JSONL.
 
-    A record has what `scene_conversation` gives, but every fifth of `answering` has three questions of it, and the listing at
-    its end, where no question can be answered from it.
+    A record holds the exchanges of `scene_conversation`. Every fifth record of `answering` holds three of them and then the
+    listing; it comes last, so that no question can be answered from it.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / "conversations.jsonl"
@@ -115,18 +115,18 @@ def write_conversations(
 
 
 def _write_one(folder: Path, split: Split, index: int, *, lesson: Lesson, seed: int, side: int) -> str:
-    """Writes a scene's image, if the lesson shows it; returns its line."""
+    """Writes the image of a scene, if the lesson has images, and returns its line of the JSONL."""
     scene, exchanges = scene_conversation(split, index, seed=seed, lesson=lesson)
     image = None if lesson in TEXT_ONLY else f"images/{index:06d}.png"
     if image:
         Image.fromarray(draw(scene, side)).save(folder / image, compress_level=1)
     described = lesson == "answering" and index % 5 == 4
-    told = [*exchanges[:3], listing(scene)] if described else exchanges
-    return json.dumps(as_record(f"{split}-{index:06d}", image, told)) + "\n"
+    turns = [*exchanges[:3], listing(scene)] if described else exchanges
+    return json.dumps(as_record(f"{split}-{index:06d}", image, turns)) + "\n"
 
 
 def listing(scene: Scene) -> Exchange:
-    """All that there is in one answer, as captions do for LLaVA: many more words to learn from than in answers of one word.
+    """A description of everything in the scene, as captions are for LLaVA: many more target tokens than in short answers.
 
     First the whole, then the shapes row by row, then the letters in the corners.
     """
@@ -139,7 +139,7 @@ def listing(scene: Scene) -> Exchange:
 
 
 def as_record(name: str, image: str | None, exchanges: list[Exchange]) -> dict[str, object]:
-    """A LLaVA record, of text only without an image."""
+    """A LLaVA record; without an image it is text only."""
     turns = []
     for number, (question, answer) in enumerate(exchanges):
         tag = f"{IMAGE_TAG}\n" if image and number == 0 else ""
@@ -151,21 +151,22 @@ def as_record(name: str, image: str | None, exchanges: list[Exchange]) -> dict[s
 
 
 def _short(rng: Random, question: str, answer: str, about: str = "") -> Exchange:
-    """Two fifths as it is, a fifth as the benchmark asks, two fifths for a phrase that begins with what the question is about.
+    """A question without options. Two fifths have no suffix, one fifth the benchmark's, two fifths ask for a phrase.
 
-    To say so the model has to find it in the question, from where it finds it in the image.
+    The phrase begins with the subject of the question: to name it, the model has to find it in the question, from where it
+    can find it in the image.
     """
     form = rng.choice((Form.PLAIN, Form.PLAIN, Form.WORD, Form.PHRASE, Form.PHRASE))
     return question + form, f"{about} {answer}".strip() if form is Form.PHRASE else answer
 
 
 def _choice(rng: Random, question: str, answer: str, others: list[str]) -> Exchange:
-    """A third by word, the others by letter."""
+    """One third of these questions are answered by word, the others by letter."""
     return _short(rng, question, answer) if rng.random() < 1 / 3 else _letter(rng, question, answer, others)
 
 
 def _letter(rng: Random, question: str, answer: str, others: list[str]) -> Exchange:
-    """A third each as it is, as the benchmark asks, and for a phrase, which teaches what the letters stand for."""
+    """Multiple choice. A third each have no suffix, the benchmark's, or ask for a phrase with the option and its letter."""
     choices = [answer, *others]
     rng.shuffle(choices)
     question, letter = question_with_options(question, choices), "ABCD"[choices.index(answer)]
@@ -198,7 +199,7 @@ def _object_letters(rng: Random, scene: Scene) -> Iterator[Exchange]:
 
 
 def _exists(rng: Random, scene: Scene) -> Iterator[Exchange]:
-    """Where the answer is no, the colour and the shape are both there if they can be."""
+    """For the answer "no" the scene contains both the colour and the shape, in different items, where possible."""
     pairs = {(item.colour, item.shape) for item in scene.items}
     colours, shapes = ([getattr(item, what) for item in scene.items] for what in ("colour", "shape"))
     absent = sorted({(colour, shape) for colour in colours for shape in shapes} - pairs)
@@ -240,17 +241,17 @@ def _smallest_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
 
 
 def _one_attribute(rng: Random, scene: Scene) -> Iterator[Exchange]:
-    """Of up to three shapes: the colour of the only one of its kind, the shape of the only one of its colour."""
-    for asked, told in (("shape", "colour"), ("colour", "shape")):
-        number = Counter(getattr(item, asked) for item in scene.items)
-        single = [item for item in scene.items if number[getattr(item, asked)] == 1]
+    """Up to three times the colour of the only shape of its kind, and the shape of the only item of its colour."""
+    for given, wanted in (("shape", "colour"), ("colour", "shape")):
+        number = Counter(getattr(item, given) for item in scene.items)
+        single = [item for item in scene.items if number[getattr(item, given)] == 1]
         for item in rng.sample(single, min(3, len(single))):
-            named = item.shape if asked == "shape" else f"{item.colour} one"
-            yield _short(rng, f"What {told} is the {named}?", getattr(item, told), getattr(item, asked))
+            named = item.shape if given == "shape" else f"{item.colour} one"
+            yield _short(rng, f"What {wanted} is the {named}?", getattr(item, wanted), getattr(item, given))
 
 
 def _of_unique(rng: Random, scene: Scene) -> Iterator[Exchange]:
-    """The size of up to two shapes, and the side on which up to two are: found by colour and shape together."""
+    """The sizes of up to two items and the sides of up to two, each named by colour and shape."""
     unique = _unique(scene)
     for item in rng.sample(unique, min(2, len(unique))):
         yield _short(rng, f"What size is the {item.name}?", item.size, item.name)
@@ -266,7 +267,7 @@ def _count_of_colour(rng: Random, scene: Scene) -> Iterator[Exchange]:
 
 
 def _one_option(rng: Random) -> Exchange:
-    """What the letter of one of the choices is, which no image tells."""
+    """The letter of one of the choices; needs no image."""
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     options = rng.sample(*rng.choice((*((words, 4) for words in _WORDS), (names, 2))))
     return _which_letter(rng, options, rng.choice((Form.PLAIN, Form.LETTER)))
@@ -282,7 +283,7 @@ def _lettered(rng: Random, item: Item) -> Item:
 
 
 def _unique(scene: Scene) -> list[Item]:
-    """Shapes whose colour and shape no other has."""
+    """Items whose combination of colour and shape is unique in the scene."""
     number = Counter(item.name for item in scene.items)
     return [item for item in scene.items if number[item.name] == 1]
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lsg_jax.data.conversation import parse_record
-from lsg_jax.data.scene_conversations import TEXT_ONLY, Form, Lesson, listing, scene_conversation, write_conversations
 from lsg_jax.data.shapes import COLOURS, SHAPES, has_room
+from recipes.embedded_model.conversations import TEXT_ONLY, Form, Lesson, listing, scene_conversation, write_conversations
 
 
 def right_answers(scene, question):
