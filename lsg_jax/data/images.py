@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig
+from lsg_jax.data.layout import resized_to_cover
 from lsg_jax.errors import ConfigError, InputError
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -128,14 +129,21 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> I
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shortest edge to `size`, then cuts out the middle, rounding as CLIP's processor does."""
-    width, height = image.size
-    # In this order: size * long / short, truncated; scaling by a rounded factor would differ by a pixel at times.
-    new_width = size if width <= height else int(size * width / height)
-    new_height = size if height <= width else int(size * height / width)
+    """Resizes the shortest edge to `size`, then crops the centre, rounding as CLIP's processor does."""
+    new_width, new_height = resized_to_cover(image.size, size)
     resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
     left, top = (new_width - size) // 2, (new_height - size) // 2
     return resized.crop((left, top, left + size, top + size))
+
+
+def to_patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
+    """uint8 [H, W, C] -> [P, h * w * C], the patches row by row.
+
+    Within a patch the order is row, column, channel. A remainder at the right and lower edge is dropped.
+    """
+    rows, columns, channels = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size, pixels.shape[2]
+    grid = pixels[: rows * patch_size, : columns * patch_size].reshape(rows, patch_size, columns, patch_size, channels)
+    return grid.swapaxes(1, 2).reshape(rows * columns, patch_size * patch_size * channels)
 
 
 def normalise(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
