@@ -255,7 +255,7 @@ def test_text_alone_is_the_base_model():
         ({"rho": 1.5}, r"var.rho is 1.5: it must lie in \[0, 1\]"),
         ({"p": -0.1}, "var.p is -0.1"),
         ({"min_visual": float("nan")}, "var.min_visual is nan"),
-        ({"tau": 0.0}, "var.tau is 0.0: it must be a number above 0"),
+        ({"tau": 0.0}, r"var.tau is 0.0: it must lie in \(0, 1e6\]"),
         ({"tau": float("inf")}, "var.tau is inf"),
         ({"first_layer": 4}, "var.first_layer is 4: it must be one of the layers before the last, 0 to 3"),
         ({"first_layer": -1}, "var.first_layer is -1"),

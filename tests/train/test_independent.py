@@ -186,7 +186,7 @@ def test_each_in_a_configuration(config, tmp_path):
     assert read("gate.layers=[3]", "gate.layers=each") == read()
     with pytest.raises(ConfigError, match='layers = "each" trains independent gates'):
         read("gate.independent=false")
-    with pytest.raises(ConfigError, match="gate: layers: expected a list, got 'all'"):
+    with pytest.raises(ConfigError, match=r"gate\.layers: expected a list, got 'all'"):
         read("gate.layers=all")
     assert read().for_depth(4).layers == (0, 1, 2, 3) and GateConfig().for_depth(4).layers == ()
     run = RunFolder(tmp_path / "run")

@@ -1,0 +1,132 @@
+"""Reads configurations: strict TOML, dotted overrides, plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from lsg_jax.config.ranges import field_types, range_of, without_none
+from lsg_jax.config.run import RunConfig
+from lsg_jax.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_run_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Reads a TOML file and applies `a.b=value` overrides (values in TOML syntax; a bare word is a string).
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a field is unknown, missing, of another type or out of range.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, or a number of thousands of digits
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(tree, override, where="--set")
+    return from_dict(RunConfig, _spell_out_each(tree, where=str(path)), where=str(path))
+
+
+def _spell_out_each(tree: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """Replaces `gate.layers = "each"` by the fields of GateConfig that it stands for."""
+    gate = tree.get("gate")
+    if not isinstance(gate, dict) or gate.get("layers") != "each":
+        return tree
+    if gate.get("independent", True) is not True:
+        raise ConfigError(f'{where}: gate: layers = "each" trains independent gates: name the layers, or drop independent')
+    return {**tree, "gate": {**gate, "layers": [], "independent": True}}
+
+
+def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:
+    """Sets one field of plain data from text such as `a.b=1e-4`. `where` names the source in errors."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"{where} {override}: write it as a.b=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except ValueError:
+        value = text.strip()
+    *parents, leaf = name.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{where} {override}: {parent} is not a table")
+    tree[leaf] = value
+
+
+def from_dict(cls: type[T], tree: Any, *, where: str) -> T:
+    """Builds a dataclass of the configuration from plain data, strictly.
+
+    Args:
+        where: the source, which starts every error.
+
+    Raises:
+        ConfigError: a field is unknown, missing, of another type or out of range, or fields contradict each other.
+    """
+    try:
+        return _build(cls, tree, "")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _build(cls: type[T], tree: Any, table: str) -> T:
+    """`from_dict` of the table of this dotted name, "" for the outermost."""
+    start = f"{table}: " if table else ""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{start}expected a table, got {tree!r}")
+    types = field_types(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in tree:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(fields)}"
+            raise ConfigError(f"{start}unknown field {name}; {hint}")
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing := [n for n in required if n not in tree]:
+        raise ConfigError(f"{start}missing field {', '.join(missing)}")
+    prefix = f"{table}." if table else ""
+    return cls(**{name: _coerce(types[name], value, prefix + name) for name, value in tree.items()})
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    """Checks the value of a field against its type and range. Integers pass as floats, lists as tuples."""
+    inner = without_none(hint)
+    if value is None and inner is not hint:
+        return None
+    origin, args = typing.get_origin(inner), typing.get_args(inner)
+    if origin is Annotated:
+        kind, limits = range_of(inner)
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+        limits.check(value, name)  # before the conversion: a huge integer has no float
+        return kind(value)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name}: expected a list, got {value!r}")
+        return tuple(_coerce(args[0], entry, f"{name}[{i}]") for i, entry in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}: expected a table, got {value!r}")
+        return {key: _coerce(args[1], entry, f"{name}.{key}") for key, entry in value.items()}
+    if dataclasses.is_dataclass(inner):
+        return _build(inner, value, name)  # type: ignore[arg-type]
+    if not isinstance(value, inner):
+        raise ConfigError(f"{name}: expected {inner.__name__}, got {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data of a configuration, fit for JSON: tuples as lists, None kept."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

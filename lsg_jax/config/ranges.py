@@ -1,0 +1,111 @@
+"""The range of every number of the configuration, and the base class that checks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from lsg_jax.errors import ConfigError
+
+_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may take, as in `epochs: Annotated[int, Range("[1, 1e6]")] = 2`.
+
+    Upper bounds of sizes only catch slips: they lie far above any real run. NaN and infinity lie in no range.
+
+    Attributes:
+        interval: in mathematical notation; "(0, 1]" excludes 0 and includes 1. Both ends are finite.
+        also: one value outside the interval with a meaning of its own.
+    """
+
+    interval: str
+    also: int | None = None
+
+    @functools.cached_property
+    def ends(self) -> tuple[float, float]:
+        match = _INTERVAL.fullmatch(self.interval)
+        if not match:
+            raise ValueError(f"not an interval: {self.interval}")
+        return float(match[2]), float(match[3])
+
+    def __contains__(self, value: float) -> bool:
+        low, high = self.ends
+        above = value > low if self.interval[0] == "(" else value >= low
+        below = value < high if self.interval[-1] == ")" else value <= high
+        return (above and below) or value == self.also
+
+    def check(self, value: float, name: str) -> None:
+        """Raises ConfigError for a value outside the range."""
+        if value not in self:
+            also = "" if self.also is None else f", or be {self.also}"
+            raise ConfigError(f"{name} is {value}: it must lie in {self.interval}{also}")
+
+
+class Table:
+    """Base class of the dataclasses of a configuration: construction checks every number against its range.
+
+    A subclass names its TOML table, which starts the names of its fields in errors: `class TrainConfig(Table, name="train")`.
+    A subclass with a `__post_init__` of its own calls this one first.
+    """
+
+    table: ClassVar[str] = ""
+
+    def __init_subclass__(cls, name: str = "") -> None:
+        cls.table = name
+
+    def __post_init__(self) -> None:
+        prefix = f"{self.table}." if self.table else ""
+        for name, hint in field_types(type(self)).items():
+            _check(hint, getattr(self, name), prefix + name)
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, `Annotated` kept."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def without_none(hint: Any) -> Any:
+    """`X` of the type `X | None`; every other type as it is."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return inner
+
+
+def range_of(hint: Any) -> tuple[type, Range]:
+    """Type and range of `Annotated[int, Range(...)]`."""
+    kind, limits = typing.get_args(hint)
+    return kind, limits
+
+
+def _check(hint: Any, value: Any, name: str) -> None:
+    """Checks numbers, alone and in tuples, against their ranges. No text may hold a NUL byte, which no path can."""
+    inner = without_none(hint)
+    if value is None and inner is not hint:
+        return
+    if typing.get_origin(inner) is Annotated:
+        kind, limits = range_of(inner)
+        number = numbers.Integral if kind is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, number):
+            raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+        limits.check(value, name)
+    elif isinstance(value, (tuple, list)):
+        for index, entry in enumerate(value):
+            _check(typing.get_args(inner)[0], entry, f"{name}[{index}]")
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _check(str, key, name)
+            _check(str, entry, f"{name}.{key}")
+    elif isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{name} is {value!r}: it must not hold a NUL byte")
