@@ -42,7 +42,7 @@ config = EvalConfig(benchmarks={"scenes": ""}, batch_size=batch, max_new_tokens=
 class Stop(Exception):
     pass
 
-def half(what, done, total):
+def half(done, total, what):
     if 2 * done >= total:
         raise Stop
 

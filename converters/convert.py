@@ -26,6 +26,7 @@ from lsg_jax.checkpoint.files import sync_folder
 from lsg_jax.checkpoint.tree import nest
 from lsg_jax.config import ModelConfig, to_dict
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
+from lsg_jax.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,8 @@ CARRIED = "carried.safetensors"
 DTYPES = ("bfloat16", "float32")
 _OURS = {"base", "base.journal", "hf", "lock", "lsg_manifest.json"}  # what an interrupted conversion may leave
 
-Progress = Callable[[int, int], None]
 
-
-def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = None, progress: Progress | None = None) -> None:
+def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = None, progress: Progress = silent) -> None:
     """Converts a LLaVA checkpoint in Hugging Face format into a model folder.
 
     Memory stays bounded whatever the size of the model. Everything is written to `MODEL.tmp`, which becomes `MODEL` when
@@ -46,7 +45,7 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
         source: local folder or Hub id.
         model_dir: the folder to make; must not exist, or be empty.
         dtype: bfloat16 or float32; None keeps that of the checkpoint.
-        progress: called after each block with the bytes written and the bytes in all.
+        progress: counts bytes, after each block.
 
     Raises:
         InputError: the checkpoint is missing, damaged, does not fit its configuration or holds NaN; or MODEL is in the way.
@@ -134,7 +133,7 @@ def _into_folder(
     config: ModelConfig,
     planned: Plan,
     dtype: str,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     work = target.with_name(f"{target.name}.tmp")
     if work.exists() and not (work.is_dir() and {p.name for p in work.iterdir()} <= _OURS):
@@ -172,7 +171,7 @@ def _into_folder(
 
 
 def _write_base(
-    folder: Path, weights: Source, names: dict[str, str], planned: Plan, dtype: str, progress: Progress | None
+    folder: Path, weights: Source, names: dict[str, str], planned: Plan, dtype: str, progress: Progress
 ) -> dict[str, Any]:
     stacked = {part.leaf for part in planned.layout.parts if part.layer is not None}
     specs = {name: LeafSpec(shape, dtype, stacked=name in stacked) for name, shape in planned.layout.leaves.items()}
@@ -187,8 +186,7 @@ def _write_base(
             writer.put(part.leaf, part.layer, block[None])
         done += block.nbytes
         logger.debug("%s: %d of %d MiB", part.source, done >> 20, total >> 20)
-        if progress is not None:
-            progress(done, total)
+        progress(done, total, "bytes")
     return writer.finish()
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lsg_jax.checkpoint.files import sync_folder
 from lsg_jax.config import ModelConfig, from_dict
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.opening import read_run, trained_method
+from lsg_jax.progress import Progress, silent
 
 SHARD_BYTES = 5_000_000_000  # what transformers writes
 
@@ -36,7 +37,7 @@ def export(
     *,
     trained: Mapping[str, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Writes a model folder as a checkpoint in Hugging Face format, by the names that its tensors came with.
 
@@ -49,7 +50,7 @@ def export(
         hf_dir: the folder to make; must not exist, or be empty.
         trained: leaves that take the place of the model's, by their paths; rounded to its dtype. `trained_leaves` reads them.
         shard_bytes: the largest size of one weight file.
-        progress: called after each block with the bytes written and the bytes in all.
+        progress: counts bytes, after each block.
 
     Raises:
         InputError: no model at `model_dir`, or `hf_dir` is in the way.
@@ -125,7 +126,7 @@ class _Export:
             raise CheckpointError(f"{model}: its manifest has no original name for {', '.join(absent[:8])}")
         self.shards = self._shards(shard_bytes)
 
-    def write(self, folder: Path, progress: Callable[[int, int], None] | None) -> None:
+    def write(self, folder: Path, progress: Progress) -> None:
         total, done = sum(map(_nbytes, self.tensors.values())), 0
         with ExitStack() as stack:
             writers: dict[str, SafetensorsWriter] = {}
@@ -137,8 +138,7 @@ class _Export:
                 if leaf in self.trained:
                     block = self.trained[leaf][offset : offset + len(block)].astype(block.dtype)
                 done += self._put(writers, leaf, offset, block)
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total, "bytes")
             if self.carried:
                 for name in self.carried_source.tensors:
                     for row, values in pieces(self.carried_source, name):

@@ -19,6 +19,7 @@ from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
 from lsg_jax.opening import load_backbone, with_gates
+from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.finished import read_sections
 from lsg_jax.report.html import write_report
 from lsg_jax.report.sink_files import write_sinks
@@ -39,11 +40,11 @@ NOTES = [
     "The embedded model was taught to have V-sinks (see its model card). Scores are of a part of the test questions.",
 ]
 
-Progress = Callable[[str], AbstractContextManager[Callable[..., None]]]
-"""Name of what is done -> a block in which calls with (done, total, text) tell how far it is."""
+ProgressBar = Callable[[str], AbstractContextManager[Progress]]
+"""Title -> a context that shows the progress reported to it."""
 
 
-def quickstart(out: Path, *, convert: Callable[..., object], progress: Progress) -> Path:
+def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: ProgressBar) -> Path:
     """Runs the story in `out` and returns the path of its HTML report. What is finished is kept when it is run again.
 
     Args:
@@ -60,8 +61,8 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress: Progress)
     logger.info("2/6 finding sinks in %d images", SHOWN_SCENES)
     validation = write_questions(out / "validation", "validation", ORACLE_QUESTIONS, side=side)
     if not (out / "sinks" / "sinks.json").exists():
-        with progress("sinks") as tell:
-            _find_sinks(vlm, out, tell)
+        with progress_bar("sinks") as progress:
+            _find_sinks(vlm, out, progress)
 
     logger.info("3/6 drawing %d scenes with a question each, and preparing them as training records", TRAIN_SCENES)
     if not records.exists():
@@ -76,20 +77,19 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress: Progress)
         data=DataConfig(records=str(records), max_length=160, max_answer_tokens=4),
         train=TrainConfig(batch_size=32, epochs=2, learning_rate=1e-3, save_every=16),
     )
-    with progress("train") as tell:
-        train(config, on_step=lambda step, total, metrics: tell(step, total, f"loss {metrics['loss']:.3f}"))
+    with progress_bar("train") as progress:
+        train(config, on_step=training_progress(progress))
 
     logger.info("5/6 asking %d test questions, base and gated", TEST_QUESTIONS)
     settings = EvalConfig(benchmarks={"scenes": ""}, limit=TEST_QUESTIONS, batch_size=40, max_new_tokens=4)
-    with progress("eval") as tell:
-        told = lambda what, done, total: tell(done, total, what)
-        result = evaluate({"base": vlm, "lsg": with_gates(vlm, run)}, settings, out / "eval", progress=told)
+    with progress_bar("eval") as progress:
+        result = evaluate({"base": vlm, "lsg": with_gates(vlm, run)}, settings, out / "eval", progress=progress)
 
     logger.info("6/6 what fixed coefficients do in each layer, on %d validation questions", ORACLE_QUESTIONS)
     cells = SweepConfig(layers=(), coefficients=coefficient_grid(2, 0.25), batch_size=8)
     settings = EvalConfig(benchmarks={"validation": str(validation)}, max_new_tokens=4)
-    with progress("oracle map") as tell:
-        sweep(vlm, cells, settings, out / "sweep", progress=lambda what, done, total: tell(done, total, what))
+    with progress_bar("oracle map") as progress:
+        sweep(vlm, cells, settings, out / "sweep", progress=progress)
 
     report = out / "report.html"
     sections = read_sections([out / "eval", out / "sinks", out / "sweep", run])
@@ -98,7 +98,7 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress: Progress)
     return report.resolve()
 
 
-def _find_sinks(vlm: VLM, out: Path, tell: Callable[..., None]) -> None:
+def _find_sinks(vlm: VLM, out: Path, progress: Progress) -> None:
     paths = sorted((out / "validation" / "images").iterdir())[:SHOWN_SCENES]
     pixels = {path.name: vlm.processor.pixels(path) for path in paths}
-    write_sinks(find_sinks(vlm, pixels, "How many shapes are there?", progress=tell), pixels, out / "sinks")
+    write_sinks(find_sinks(vlm, pixels, "How many shapes are there?", progress=progress), pixels, out / "sinks")

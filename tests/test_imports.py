@@ -12,12 +12,13 @@ import setuptools
 ROOT = Path(__file__).parent.parent
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
-FOUNDATION = {"errors", "types", "config", "activations", "stopping"}
+FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "activations": set(),
     "stopping": set(),
+    "progress": set(),
     "config": {"errors"},
     "sinks": FOUNDATION,
     "gating": FOUNDATION | {"sinks"},

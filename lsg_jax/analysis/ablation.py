@@ -16,8 +16,9 @@ from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, from_dict, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.eval.runner import BASE, Progress, ask_all, evaluate
+from lsg_jax.eval.runner import BASE, ask_all, evaluate
 from lsg_jax.opening import open_to_answer, open_trained
+from lsg_jax.progress import Progress, silent, training_progress
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import check_gate_input, check_method_input
 
@@ -90,7 +91,7 @@ def _variant(config: RunConfig, name: str, model: ModelConfig) -> RunConfig:
     return changed
 
 
-def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progress: Progress = silent) -> dict[str, Any]:
     """Trains the reference and every variant of it in a run of its own, then asks all of them; a collective of all processes.
 
     Writes into `out`: a run folder a variant, `ablate.json`, and what `evaluate` writes. A study that was stopped goes on where
@@ -99,7 +100,7 @@ def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progr
     Args:
         config: the reference; data, training, seed and questions are the same for all.
         wanted: see `plan_variants`.
-        progress: called with (what, done, total).
+        progress: counts the steps of each training run, then the questions of each benchmark and method.
 
     Returns:
         What ablate.json holds.
@@ -135,12 +136,8 @@ def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progr
     return study
 
 
-def _train(name: str, config: RunConfig, out: Path, progress: Progress | None) -> Path:
-    tell = progress or (lambda what, done, total: None)
-    return train(
-        replace(config, output=str(out / name)),
-        on_step=lambda step, total, metrics: tell(f"training {name}", step, total),
-    )
+def _train(name: str, config: RunConfig, out: Path, progress: Progress) -> Path:
+    return train(replace(config, output=str(out / name)), on_step=training_progress(progress, f"training {name}"))
 
 
 def _variant_row(row: Mapping[str, Any]) -> dict[str, Any]:

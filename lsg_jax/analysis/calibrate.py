@@ -19,7 +19,7 @@ counts and histograms by layer (6 MB for a 7B model), on the device [L, E, D] in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from lsg_jax.analysis.sinks import IMPLAUSIBLE_SHARE
 from lsg_jax.config import to_dict
 from lsg_jax.errors import InputError
 from lsg_jax.model.llava import Llava, assemble
+from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.calibrate import (
     FINE,
     SIZES,
@@ -50,8 +51,6 @@ from lsg_jax.vlm import VLM
 FORMAT = "lsg-calibrate-1"
 BATCH = 4  # images at a time
 
-Progress = Callable[..., None]
-
 
 @dataclass
 class Sample:
@@ -60,7 +59,7 @@ class Sample:
     vlm: VLM
     paths: list[Path]
     prompt: str
-    progress: Progress | None
+    progress: Progress
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -78,8 +77,7 @@ class Sample:
                 read.append(path)
             except InputError as error:
                 self.skipped.append(str(error))
-            if self.progress:
-                self.progress(done, len(self.paths), what)
+            self.progress(done, len(self.paths), what)
             if len(pending) == size or (pending and done == len(self.paths)):
                 rows = pending + [self.vlm.processor.blank] * (size - len(pending))
                 batch = self.vlm.pad_questions([question] * size, rows)
@@ -124,7 +122,7 @@ class Site:
         return self.looked.stop - self.looked.start
 
 
-def calibrate(vlm: VLM, images: Sequence[Path], prompt: str, *, progress: Progress | None = None) -> dict[str, Any]:
+def calibrate(vlm: VLM, images: Sequence[Path], prompt: str, *, progress: Progress = silent) -> dict[str, Any]:
     """Finds sink dimensions and thresholds for `dim_abs`, for the features and the residual stream.
 
     In the language model the layers from a quarter to three quarters of its depth are examined, where sinks are fully grown.
@@ -132,7 +130,7 @@ def calibrate(vlm: VLM, images: Sequence[Path], prompt: str, *, progress: Progre
 
     Args:
         images: image files, at least one of them readable.
-        progress: called with (done, total, what) in each of the two passes.
+        progress: counts images, in each of the two passes.
 
     Returns:
         Plain data; the module docstring describes it.

@@ -20,7 +20,7 @@ import functools
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lsg_jax.config import to_dict
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.model.llava import Llava, assemble
+from lsg_jax.progress import Progress
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
@@ -49,8 +50,6 @@ SPARE = 2
 
 IMPLAUSIBLE_SHARE = 0.5
 """If a larger share of the visual tokens is a sink at some layer, the thresholds are implausibly low."""
-
-Progress = Callable[[int, int | None, str], None]
 
 
 @dataclass(frozen=True)

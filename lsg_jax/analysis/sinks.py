@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ import numpy as np
 from lsg_jax.config import to_dict
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.model.llava import Llava, assemble
+from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, side_by_side
 from lsg_jax.types import Batch, LayerView
@@ -58,14 +59,14 @@ def find_sinks(
     prompt: str,
     *,
     max_new_tokens: int = 16,
-    progress: Callable[..., None] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Finds the sinks of each image, and measures the attention of the prompt and of the model's greedy answer.
 
     Args:
         images: name -> uint8 [H, W, 3], prepared by the processor.
         max_new_tokens: maximum length of the answer; 0 measures the prompt alone.
-        progress: called with (done, total).
+        progress: counts images.
 
     Returns:
         Plain data; the module docstring describes it.
@@ -85,8 +86,7 @@ def find_sinks(
         entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
         if max_new_tokens and not len(answer):
             entries[name]["warnings"].append("the answer ends at once: there is no attention of answer tokens")
-        if progress:
-            progress(done, len(images))
+        progress(done, len(images), "images")
     return {
         "format": FORMAT,
         "model": str(vlm.folder),

@@ -15,9 +15,10 @@ from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.config import ModelConfig, RunConfig, SinkConfig, from_dict, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.eval.runner import BASE, Asked, Progress, ask_all, evaluate
+from lsg_jax.eval.runner import BASE, Asked, ask_all, evaluate
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
 from lsg_jax.opening import open_gates, open_to_answer, with_gates
+from lsg_jax.progress import Progress, silent, training_progress
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import VLM
 
@@ -112,7 +113,7 @@ def stack_study(
     settings: StackConfig,
     out: Path,
     *,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluates every gate alone, then the greedy stack at every size, and keeps the best size; a collective of all processes.
 
@@ -125,7 +126,7 @@ def stack_study(
     Args:
         config: model, benchmarks (`eval`) and, for joint training, `data` and `train`.
         sources: run folders and gate files, one gate for each layer that is to be considered.
-        progress: called with (what, done, total).
+        progress: counts the questions of each benchmark and method, and the steps of joint training.
 
     Returns:
         What stack.json holds.
@@ -174,7 +175,7 @@ class _Study:
         result: of the last evaluation, which is of all gates so far: what was answered before is in the log of answers.
     """
 
-    def __init__(self, config: RunConfig, out: Path, asked: dict[str, Asked], decides: Selection, progress: Progress | None):
+    def __init__(self, config: RunConfig, out: Path, asked: dict[str, Asked], decides: Selection, progress: Progress):
         self.config, self.out, self.asked, self.decides, self.progress = config, out, asked, decides, progress
         self.gates: dict[str, PortableGates] = {}
         self.result: dict[str, Any] = {}
@@ -201,8 +202,7 @@ class _Study:
             gate=replace(stack.gate, biases=self.config.gate.biases),  # a gate file does not say whether there are biases
             sinks=stack.sinks,
         )
-        tell = self.progress or (lambda what, done, total: None)
-        run = train(config, on_step=lambda step, total, metrics: tell(f"training {JOINT}", step, total))
+        run = train(config, on_step=training_progress(self.progress, f"training {JOINT}"))
         self._ask({BASE: self._open()}, {JOINT: open_gates(run)})
         return {"layers": chosen, **self._score(JOINT)}
 

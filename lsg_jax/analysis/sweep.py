@@ -31,9 +31,10 @@ from lsg_jax.config import EvalConfig, GateConfig, Grouping, to_dict
 from lsg_jax.errors import ConfigError, Preempted
 from lsg_jax.eval.answering import Answer, encode_item, item_pixels, near_tie_of, plan
 from lsg_jax.eval.answers import AnswerLog, sha256
-from lsg_jax.eval.runner import Asked, Progress, ask_all
+from lsg_jax.eval.runner import Asked, ask_all
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.model.llava import check_gate
+from lsg_jax.progress import Progress, silent
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.stopping import stop_signals
 from lsg_jax.types import Batch
@@ -109,7 +110,7 @@ def sweep(
     out: Path,
     *,
     asked: dict[str, Asked] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Answers every question of `config.benchmarks` without gates and under every cell; every process must call it.
 
@@ -119,7 +120,7 @@ def sweep(
     Args:
         vlm: its gates or method are ignored.
         asked: result of `ask_all(config)`, if the caller has read the files before loading the model.
-        progress: called with (what, done, total); the unit is one question in one layer.
+        progress: counts questions times layers.
 
     Returns:
         The content of sweep.json.
@@ -198,7 +199,7 @@ class _Answering:
         settings: SweepConfig,
         config: EvalConfig,
         out: Path,
-        progress: Progress | None,
+        progress: Progress,
     ):
         self.vlm, self.name, self.test, self.settings, self.config = vlm, name, test, settings, config
         self.out, self.progress = out, progress
@@ -282,9 +283,8 @@ class _Answering:
         new = {i: found for i, found in cells.items() if i not in self.known[layer]}
         self.logs[layer].add({i: Answer(json.dumps(dataclasses.asdict(found))) for i, found in new.items()})
         self.known[layer] |= new
-        if self.progress:
-            what = "base" if layer == NO_LAYER else f"layer {layer}"
-            self.progress(f"{self.name} {what}", sum(map(len, self.known.values())), self.total)
+        what = "base" if layer == NO_LAYER else f"layer {layer}"
+        self.progress(sum(map(len, self.known.values())), self.total, f"{self.name} {what}")
 
     def _log(self, layer: int) -> AnswerLog:
         test, config = self.test, self.config

@@ -43,7 +43,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     from converters.convert import convert
     from lsg_jax.quickstart import quickstart
 
-    print(quickstart(options.out, convert=convert, progress=progress_bar))
+    print(quickstart(options.out, convert=convert, progress_bar=progress_bar))
 
 
 def _convert(options: argparse.Namespace) -> None:

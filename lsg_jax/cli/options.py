@@ -12,6 +12,7 @@ from typing import Any
 
 from lsg_jax import distributed
 from lsg_jax.errors import ConfigError
+from lsg_jax.progress import Progress, silent
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -102,30 +103,31 @@ def _run_joined(run: Callable[[argparse.Namespace], None], options: argparse.Nam
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, or a line now and then where that is no terminal: call with (done, total or None, text)."""
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Shows progress as a bar on stderr, or as a line every 30 seconds where stderr is no terminal. Process 0 only."""
     if not distributed.is_first():
-        yield lambda *progress: None
+        yield silent
         return
     if not sys.stderr.isatty():
         last = time.monotonic()
 
-        def tell(done: int, total: int | None = None, text: str = "") -> None:
+        def print_line(done: int, total: int | None, what: str) -> None:
             nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                print(f"{what} {done}{f'/{total}' if total else ''} {text}".rstrip(), file=sys.stderr, flush=True)
+                print(f"{title} {done}{f'/{total}' if total else ''} {what}", file=sys.stderr, flush=True)
 
-        yield tell
+        yield print_line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
 
-        def show(done: int, total: int | None = None, text: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{what} {text}".strip())
+        def show(done: int, total: int | None, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{title} {what}")
 
         yield show

@@ -59,8 +59,7 @@ def _stack(options: argparse.Namespace) -> None:
     settings = StackConfig(options.select, options.max_gates, options.joint)
     config, out = _open(options, "stack")
     with progress_bar("stack") as progress:
-        tell = lambda what, done, total: progress(done, total, what)
-        study = stack_study(config, options.gates, settings, out, progress=tell)
+        study = stack_study(config, options.gates, settings, out, progress=progress)
     if jax.process_index() == 0:
         draw_stack(rows_of_stack(study), out / "stack")
         draw_gains(study["by_benchmark"], out / "gains")
@@ -76,8 +75,7 @@ def _ablate(options: argparse.Namespace) -> None:
 
     config, out = _open(options, "ablate")
     with progress_bar("ablate") as progress:
-        tell = lambda what, done, total: progress(done, total, what)
-        study = ablation_study(config, options.variants, out, progress=tell)
+        study = ablation_study(config, options.variants, out, progress=progress)
     if jax.process_index() == 0:
         draw_gains(rows_of_ablation(study["rows"]), out / "gains")
         print(json.dumps(study, indent=2) if options.json else _ablation_table(study))

@@ -75,8 +75,7 @@ def _sweep(options: argparse.Namespace) -> None:
     vlm = open_to_answer(config, sinks=config.sinks)
     out = options.out or Path(config.output) / "sweep"
     with progress_bar("sweep") as progress:
-        tell = lambda what, done, total: progress(done, total, what)
-        result = sweep(vlm, settings, questions, out, asked=asked, progress=tell)
+        result = sweep(vlm, settings, questions, out, asked=asked, progress=progress)
     if jax.process_index() != 0:
         return
     for name, entry in result["benchmarks"].items():

@@ -81,14 +81,14 @@ def _train(options: argparse.Namespace) -> None:
     import jax
 
     from lsg_jax.config import load_run_config
+    from lsg_jax.progress import training_progress
     from lsg_jax.train.goodput import start_of_process
     from lsg_jax.train.loop import train
 
     config = load_run_config(options.config, options.overrides)
     use_compile_cache()
     with progress_bar("train") as progress:
-        tell = lambda step, total, metrics: progress(step, total, f"loss {metrics['loss']:.4f}")
-        folder = train(config, on_step=tell, began=start_of_process())
+        folder = train(config, on_step=training_progress(progress), began=start_of_process())
     if jax.process_index() == 0:
         print(folder)
 
@@ -116,8 +116,7 @@ def _eval(options: argparse.Namespace) -> None:
     base = open_to_answer(config)
     models = open_methods(base, config, options.method, gates)
     with progress_bar("eval") as progress:
-        tell = lambda what, done, total: progress(done, total, what)
-        result = evaluate(models, settings, out, asked=asked, progress=tell)
+        result = evaluate(models, settings, out, asked=asked, progress=progress)
     if jax.process_index() == 0:
         if len(models) > 1:
             draw_gains(rows_of_gains(result), out / "gains")

@@ -16,7 +16,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,8 +28,7 @@ from lsg_jax.data.prepared import file_sha256, new_folder, write_manifest
 from lsg_jax.data.records import LAYOUT, REJECTS, Report, Validation, write_records
 from lsg_jax.data.sources import ImageFolder, first_bracket, numbered_lines, parse_line, thread_count
 from lsg_jax.errors import ConfigError, InputError
-
-Progress = Callable[[int, int | None, str], None]
+from lsg_jax.progress import Progress, silent
 
 SAMPLE_FILE = "sample.jsonl"
 OVERSAMPLING = 1.2
@@ -92,7 +91,7 @@ class _Pass:
         self._sizes = {category: math.ceil(OVERSAMPLING * quota) for category, quota in quotas.items()}
         self._kept: dict[str, list[tuple[int, int, str, bytes]]] = {category: [] for category in CATEGORIES}
 
-    def read(self, source: Path, validation: Validation, progress: Progress | None) -> str:
+    def read(self, source: Path, validation: Validation, progress: Progress) -> str:
         """Runs over all lines, lists those that are no records, and returns the digest of the file."""
         with source.open("rb", buffering=0) as raw:
             hashed = _HashedFile(raw)
@@ -106,7 +105,7 @@ class _Pass:
                         record = RecordError("not_a_record", f"line {number} is no object")
                     self.unreadable[record.reason] += 1
                     validation.list_reject(number, None, record)
-                if progress is not None and self.lines % 10_000 == 0:
+                if self.lines % 10_000 == 0:
                     progress(self.lines, None, "lines read")
             return hashed.digest.hexdigest()
 
@@ -175,7 +174,7 @@ def prepare_cambrian(
     source_map: str | Path | None = None,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> CambrianReport:
     """Draws `sample` records in equal shares of the six categories and writes them as `prepare_llava` does.
 
@@ -188,7 +187,7 @@ def prepare_cambrian(
         source_map: TOML that adds to the table of sources, see `SourceMap.extended`.
         max_bad_fraction: share of drawn records that may be rejected, and of lines that may be unreadable.
         threads: as in `prepare_llava`.
-        progress: called with (done, total or None, what).
+        progress: counts lines, then rows.
 
     Raises:
         InputError: as in `prepare_llava`, or a category has fewer usable records than its share.
@@ -273,7 +272,7 @@ def _check_shares(source: Path, report: CambrianReport, what: str) -> None:
 
 
 def _draw(
-    report: CambrianReport, found: _Pass, validation: Validation, listing: TextIO, progress: Progress | None
+    report: CambrianReport, found: _Pass, validation: Validation, listing: TextIO, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """Rows in the order of rank, until each category has its share."""
     for category, counts in report.categories.items():
@@ -291,8 +290,7 @@ def _draw(
                     continue
                 counts["rows"] += 1
                 counts["sources"][name] = counts["sources"].get(name, 0) + 1
-                if progress is not None:
-                    progress(report.rows, report.sample, "rows written")
+                progress(report.rows, report.sample, "rows written")
                 yield checked.row
                 if counts["rows"] == counts["required"]:
                     break

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lsg_jax.data.prepared import Layout, PreparedRows, file_sha256, new_folder,
 from lsg_jax.data.records import REJECTS
 from lsg_jax.data.sources import ImageFolder, in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.progress import Progress, silent
 
 LAYOUT = Layout(manifest="clevr_manifest.json", dataset="clevr", format=1)
 
@@ -119,7 +120,7 @@ def prepare_clevr(
     limit: int | None = None,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> ClevrReport:
     """Writes the scenes of a split, with their images proven to decode, into the new folder `out`.
 
@@ -127,7 +128,7 @@ def prepare_clevr(
         source: the published folder, which holds `images` and `scenes`.
         limit: the first scenes only (they come in no particular order).
         max_bad_fraction, threads: as in `prepare_llava`.
-        progress: called with (scenes done, scenes in all).
+        progress: counts scenes.
 
     Raises:
         InputError: `out` is not empty, the split has no scenes, their file is damaged, or more than `max_bad_fraction` of them
@@ -152,8 +153,7 @@ def prepare_clevr(
                 else:
                     _count(report, row)
                     yield _encode(row)
-                if progress is not None:
-                    progress(report.records, len(scenes))
+                progress(report.records, len(scenes), "scenes")
             report.rejected = len(rejects)
             if report.rejected > max_bad_fraction * report.records or not report.rows:
                 raise InputError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,7 @@ from lsg_jax.data.conversation import RecordError, Turn, examples, parse_record
 from lsg_jax.data.prepared import Layout, PreparedRows, file_sha256, new_folder, write_manifest, write_rows
 from lsg_jax.data.sources import ImageFolder, first_bracket, in_order, read_source, thread_count
 from lsg_jax.errors import InputError
+from lsg_jax.progress import Progress, silent
 
 LAYOUT = Layout(manifest="records_manifest.json", dataset="llava_records", format=1)
 REJECTS = "rejects.jsonl"
@@ -160,7 +161,7 @@ def prepare_llava(
     *,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> Report:
     """Validates every record, decodes every image, and writes the rows that pass into the new folder `out`.
 
@@ -169,7 +170,7 @@ def prepare_llava(
         images: the root that the records' image paths are relative to.
         max_bad_fraction: share of records in [0, 1] that may be rejected.
         threads: threads that read and decode images; None takes one a core. The result does not depend on it.
-        progress: called with the number of records looked at so far.
+        progress: counts the records that were read; their total is not known.
 
     Raises:
         InputError: `out` is not empty, the source cannot be read, no record is good, or more than `max_bad_fraction` of them
@@ -183,8 +184,7 @@ def prepare_llava(
 
         def rows() -> Iterator[dict[str, Any]]:
             for checked in validation.check(read_source(source)):
-                if progress is not None:
-                    progress(report.records)
+                progress(report.records, None, "records")
                 if checked.row is not None:
                     yield checked.row
             validation.finish()

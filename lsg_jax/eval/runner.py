@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +24,9 @@ from lsg_jax.eval.parquet import digests
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.statistics import interval, paired_test, resample_weights
 from lsg_jax.gating.keys import GROUPS
+from lsg_jax.progress import Progress, silent
 from lsg_jax.stopping import stop_signals
 from lsg_jax.vlm import VLM
-
-Progress = Callable[[str, int, int], None]
 
 RESULT = "result.json"
 BASE = "base"  # the method that the others are compared with: the model as it is
@@ -69,7 +68,7 @@ def evaluate(
     out: Path,
     *,
     asked: dict[str, Asked] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Answers every question of `config.benchmarks` under every method; a collective.
 
@@ -80,7 +79,7 @@ def evaluate(
     Args:
         models: method -> the model under it; `base` is the one that the others are compared with.
         asked: what `ask_all(config)` gave, for a caller who looked at the files before loading the model.
-        progress: called with (what, done, total).
+        progress: counts the questions of each benchmark and method.
 
     Returns:
         What result.json holds.
@@ -152,7 +151,7 @@ def settings_of(model: VLM) -> dict[str, Any]:
     }
 
 
-def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress | None) -> list[Answer]:
+def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress) -> list[Answer]:
     meaning = {
         "backbone": model.digest,
         "dtype": str(jax.tree.leaves(model.frozen)[0].dtype),
@@ -173,8 +172,7 @@ def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
             nonlocal done
             log.add(new)
             done += len(new)
-            if progress:
-                progress(name, done, len(test.items))
+            progress(done, len(test.items), name)
             if stopped() and done < len(test.items):
                 raise Preempted(
                     f"{out}: stopped at {done} of {len(test.items)} answers of {name}; run the same command to go on"

@@ -261,7 +261,8 @@ def test_study_and_command(script, config, sources, singles, tmp_path, capsys):
     told = []
     for stop_at in ("mine.L3+L1", "training joint", None):
 
-        def progress(what, done, total, stop_at=stop_at):
+        def progress(done, total, what, stop_at=stop_at):
+            what = what.partition(" loss")[0]
             told.append((what, done))
             if what == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -171,7 +171,7 @@ def test_manifest_and_files(source: Path, tmp_path: Path) -> None:
     ids = np.arange(10, dtype=np.int64)[None]
     rewrite(source, lambda tensors: tensors | {"vision_tower.vision_model.embeddings.position_ids": ids})
     seen: list[tuple[int, int]] = []
-    convert(source, tmp_path / "model", progress=lambda done, total: seen.append((done, total)))
+    convert(source, tmp_path / "model", progress=lambda done, total, what: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and len(seen) > 50
     manifest = read_manifest(tmp_path / "model")
     assert set(manifest["ignored"]) == {"vision_tower.vision_model.embeddings.position_ids"}
@@ -300,7 +300,7 @@ import os, signal, sys
 from pathlib import Path
 from converters.convert import convert
 calls = 0
-def stop(done, total):
+def stop(done, total, what):
     global calls
     calls += 1
     if calls == int(sys.argv[3]):
@@ -338,7 +338,7 @@ def test_a_rerun_from_another_checkpoint_takes_nothing_over(source: Path, tmp_pa
 
 
 def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
-    def second(done: int, total: int) -> None:
+    def second(done: int, total: int, what: str) -> None:
         with pytest.raises(BusyError, match="in use by pid"):
             convert(source, tmp_path / "model")
         raise KeyboardInterrupt

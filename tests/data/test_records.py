@@ -142,7 +142,9 @@ def test_full_disk_leaves_nothing(tmp_path, images, monkeypatch):
 
 def test_only_the_callers_progress_is_shown(tmp_path, images, capfd):
     (tmp_path / "r.json").write_text(json.dumps(GOOD))
-    prepare_llava(tmp_path / "r.json", images, tmp_path / "out", progress=lambda n: print(n, file=sys.stderr))
+    prepare_llava(
+        tmp_path / "r.json", images, tmp_path / "out", progress=lambda done, total, what: print(done, file=sys.stderr)
+    )
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err.split() == ["1", "2", "3", "4"]
 

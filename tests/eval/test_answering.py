@@ -151,20 +151,20 @@ def test_a_stopped_evaluation_goes_on(tiny_model, outputs, tmp_path, monkeypatch
     models = {"base": lsg_jax.load(tiny_model)}
     asked = []
 
-    def stop(what, done, total):
+    def stop(done, total, what):
         if done >= 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Preempted, match=r"stopped at 9 of 20 answers of scenes\.base; run the same command to go on"):
         runner.evaluate(models, settings, tmp_path, progress=stop)
     assert not (tmp_path / "result.json").exists()
-    result = runner.evaluate(models, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
+    result = runner.evaluate(models, settings, tmp_path, progress=lambda done, total, what: asked.append(done))
     assert asked[0] > 9
     rows = [json.loads(line) for line in (tmp_path / "scenes.base.jsonl").read_text().splitlines()]
     assert [row["output"] for row in rows] == outputs
     assert result["benchmarks"]["scenes"]["partial"]
     asked.clear()
-    again = runner.evaluate(models, settings, tmp_path, progress=lambda what, done, total: asked.append(done))
+    again = runner.evaluate(models, settings, tmp_path, progress=lambda done, total, what: asked.append(done))
     assert not asked and again == result == json.loads((tmp_path / "result.json").read_text())
 
 
