@@ -21,7 +21,7 @@ from lsg_jax.eval.table import table
 from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.finished import read_sections
-from lsg_jax.report.html import write_report
+from lsg_jax.report.page import write_report
 from lsg_jax.report.sink_files import write_sinks
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import VLM

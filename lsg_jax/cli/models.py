@@ -64,7 +64,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lsg_jax.report.inspect import as_table, describe
+    from lsg_jax.inspection import as_table, describe
 
     found = describe(options.path)
     print(json.dumps(found, indent=2) if options.json else as_table(found))
@@ -74,7 +74,7 @@ def _verify(options: argparse.Namespace) -> None:
     from converters.export import hf_problems
     from lsg_jax.checkpoint import read_manifest
     from lsg_jax.errors import CheckpointError
-    from lsg_jax.report.inspect import kind_of, problems
+    from lsg_jax.inspection import kind_of, problems
 
     found = [str(problem) for problem in problems(options.path)]
     if kind_of(options.path) == "model":

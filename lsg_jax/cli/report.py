@@ -19,7 +19,7 @@ def add(command: Command) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from lsg_jax.report.finished import read_sections
-    from lsg_jax.report.html import write_report
+    from lsg_jax.report.page import write_report
 
     write_report(options.out, title="Attention sinks", notes=[], sections=read_sections(options.paths))
     print(options.out.resolve())

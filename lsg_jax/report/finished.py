@@ -1,4 +1,4 @@
-"""`lsg report`: finds what `lsg` has written in folders, and makes each a section of one page."""
+"""`lsg report`: finds finished runs, evaluations and studies in folders, and makes a section of each."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 from lsg_jax.checkpoint.files import read_json
 from lsg_jax.errors import InputError
-from lsg_jax.report.html import Section
+from lsg_jax.report.parts import Section
 from lsg_jax.report.results import eval_section, run_section
 from lsg_jax.report.sections import ablate_section, probe_section, sinks_section, stack_section, sweep_section
 
 PASSED_OVER = frozenset({"checkpoints", "quarantine", "answers"})
-"""Folders of runs and evaluations in which no other work lies."""
+"""Subfolders of runs and evaluations that hold no work of their own."""
 
 
 def read_sections(paths: Sequence[Path]) -> list[Section]:
-    """A section for each finished work in the folders and below them, in the order given, then by name.
+    """A section for each run, evaluation and study in the folders and below, in the order given, then by name.
 
-    A work is named by its folder within the one that holds all of them.
+    Each is named by its path relative to the common parent folder.
 
     Raises:
-        InputError: a folder that is missing or holds nothing of `lsg`, or a file that is broken or of another format.
+        InputError: a folder is missing or holds nothing that `lsg` wrote, or a file is broken or of another format.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -44,7 +44,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _section(file: Path, name: str) -> Section:
-    """Args: name: of the work, "." where there is only one folder."""
+    """Args: name: relative path of the file's folder, "." if there is only one."""
     expected, what, make = KINDS[file.name]
     study = read_json(file)
     found = study.get("format") if isinstance(study, dict) else None
@@ -57,7 +57,7 @@ def _section(file: Path, name: str) -> Section:
 
 
 def _alone(section: Callable[..., Section]) -> Callable[..., Section]:
-    """The section of a study that needs no other file of its folder."""
+    """For a study that needs no other file of its folder."""
     return lambda study, folder, *, title: section(study, title=title)
 
 
@@ -70,4 +70,4 @@ KINDS: dict[str, tuple[str, str, Callable[..., Section]]] = {
     "stack.json": ("lsg-stack-1", "Stack", _alone(stack_section)),
     "ablate.json": ("lsg-ablate-1", "Ablation", _alone(ablate_section)),
 }
-"""File -> its format, its heading, and what makes it a section."""
+"""File name -> format, heading, and the function that makes the section."""

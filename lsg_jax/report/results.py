@@ -1,4 +1,4 @@
-"""Runs and evaluations as sections of a page."""
+"""Training runs and evaluations as sections of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss
 from lsg_jax.report.gains import METHODS, rows_of_gains
-from lsg_jax.report.html import Drawing, Section, details, drawing, heading, note, paragraph, settings, table
+from lsg_jax.report.parts import Details, Heading, Note, Paragraph, Part, Section, Table, drawing, settings
 from lsg_jax.report.ratios import drawn_groups, table_of_ratios
 from lsg_jax.report.side_by_side import answer_parts
 
@@ -19,19 +19,19 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def run_section(run: Mapping[str, Any], folder: Path, *, title: str) -> Section:
-    """A training run, also one that has not finished: its loss, and where its gates stand.
+    """A training run, finished or not: its loss and its gate ratios.
 
     Args:
         run: run.json.
-        folder: the run folder, for the steps that were logged.
+        folder: the run folder, which also holds the log of steps.
     """
     steps = _steps(folder / METRICS_FILE)
     last: dict[str, Any] = steps[-1] if steps else {"step": 0}
     gate = run["config"]["gate"]
     layers = gate["layers"] or list(range(len(last.get("ratios", []))))  # independent gates without layers: one at each
-    parts: list[str | Drawing] = [paragraph(f"Model {run['model_name']}; step {last['step']} of {run['total_steps']}.")]
+    parts: list[Part] = [Paragraph(f"Model {run['model_name']}; step {last['step']} of {run['total_steps']}.")]
     if last["step"] < run["total_steps"]:
-        parts.append(note("This run has not finished."))
+        parts.append(Note("This run has not finished."))
     rows = [row for step in steps for row in _loss_rows(step, layers)]
     if len(steps) > 1:
         parts.append(drawing(draw_loss, rows, "loss", "Training loss by step; a gap is a step whose loss was not finite."))
@@ -41,18 +41,18 @@ def run_section(run: Mapping[str, Any], folder: Path, *, title: str) -> Section:
             for row in rows
             if row["step"] == last["step"]
         ]
-        parts.append(table("Loss at the last step, nats a token", ["gates of layer", "loss"], finals))
+        parts.append(Table("Loss at the last step, nats a token", ["gates of layer", "loss"], finals))
     if "ratios" in last:
         names = [look_of(group).label for group in GROUPS[gate["grouping"]]]
         ratios = [[str(layer), *map(plain, of)] for layer, of in zip(layers, last["ratios"], strict=True)]
-        parts.append(table("Gate ratios at the last step, mean over its images", ["layer", *names], ratios))
+        parts.append(Table("Gate ratios at the last step, mean over its images", ["layer", *names], ratios))
     parts.append(settings({name: run.get(name) for name in ("config", "sinks", "backbone", "versions", "devices")}))
     gist = f"{run.get('model_name') or 'a model'}, step {last['step']} of {run['total_steps']}"
     return Section(title, parts, gist=gist)
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, up to one that is still being written."""
+    """The lines of metrics.jsonl, without an incomplete last one."""
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -63,7 +63,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _loss_rows(step: Mapping[str, Any], layers: list[int]) -> list[dict[str, Any]]:
-    """One row, or of gates that are trained independently one a layer."""
+    """The loss at one step; gates that are trained independently have a row for each layer."""
     loss = step["loss"]
     if not isinstance(loss, list):
         return [{"step": step["step"], "layer": None, "loss": loss}]
@@ -71,19 +71,19 @@ def _loss_rows(step: Mapping[str, Any], layers: list[int]) -> list[dict[str, Any
 
 
 def eval_section(result: Mapping[str, Any], folder: Path, *, title: str) -> Section:
-    """An evaluation: scores and changes of every method, how the gates stood, and the answers side by side.
+    """An evaluation: scores and changes of every method, gate ratios, and the answers side by side.
 
     Args:
         result: result.json.
-        folder: where it lies, with the answers.
+        folder: the folder of result.json, which also holds the answers.
     """
-    parts: list[str | Drawing] = [_scores("Scores, with intervals at 95 %", result)]
+    parts: list[Part] = [_scores("Scores, with intervals at 95 %", result)]
     for name, entry in result["benchmarks"].items():
-        parts += [note(text) for text in _remarks(name, entry)]
+        parts += [Note(text) for text in _remarks(name, entry)]
     rows = rows_of_gains(result)
     if any(row["method"] != "base" for row in rows):
         parts.append(drawing(draw_gains, rows, "gains", "Change over the base model; filled where the interval excludes 0."))
-    parts.append(details("All metrics", _scores("All metrics", result, every_metric=True)))
+    parts.append(Details("All metrics", [_scores("All metrics", result, every_metric=True)]))
     parts += _ratios(result.get("ratios", []))
     parts += answer_parts(result, folder)
     parts.append(settings({name: value for name, value in result.items() if name not in ("benchmarks", "ratios")}))
@@ -92,8 +92,8 @@ def eval_section(result: Mapping[str, Any], folder: Path, *, title: str) -> Sect
     return Section(title, parts, gist=gist, scores=_headline(result, rows, title))
 
 
-def _headline(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str) -> str:
-    """One score of each benchmark under every method, for the top of the page."""
+def _headline(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One score of each benchmark and method, for the summary."""
     lines = []
     for row in rows:
         entry = result["benchmarks"][row["benchmark"]]
@@ -101,23 +101,24 @@ def _headline(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], titl
         part = f" ({entry['questions']} of {entry['of']})" if entry.get("partial") else ""
         measured = f"{row['benchmark']}, {row['metric']}{part}"
         lines.append([measured, METHODS.get(row["method"], row["method"]), plain(row["value"]), change])
-    return table(f"{title}: scores, and changes with intervals at 95 %", ["benchmark", "method", "score", "change"], lines)
+    return Table(f"{title}: scores, and changes with intervals at 95 %", ["benchmark", "method", "score", "change"], lines)
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str | Drawing]:
-    parts: list[str | Drawing] = [heading("Gate ratios by question")] if rows else []
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
+    parts: list[Part] = [Heading("Gate ratios by question")] if rows else []
     for method in distinct(rows, "method"):
         own = [row for row in rows if row["method"] == method]
         name = METHODS.get(method, method)
         caption = f"Gate ratios of {name} by task and layer, mean and standard deviation over questions."
         parts.append(drawing(draw_gate_ratios, own, f"ratios_{method}", caption))
         for group in drawn_groups(own):
-            told = f"Gate ratios of {name}, {look_of(group).label}: mean ± standard deviation over questions"
-            parts.append(details(f"As a table: {look_of(group).label}", table(told, *table_of_ratios(own, group))))
+            label = look_of(group).label
+            caption = f"Gate ratios of {name}, {label}: mean ± standard deviation over questions"
+            parts.append(Details(f"As a table: {label}", [Table(caption, *table_of_ratios(own, group))]))
     return parts
 
 
-def _scores(caption: str, result: Mapping[str, Any], *, every_metric: bool = False) -> str:
+def _scores(caption: str, result: Mapping[str, Any], *, every_metric: bool = False) -> Table:
     lines = []
     for row in rows_of_gains(result, every_metric=every_metric):
         entry = result["benchmarks"][row["benchmark"]]
@@ -134,7 +135,7 @@ def _scores(caption: str, result: Mapping[str, Any], *, every_metric: bool = Fal
             ]
         )
     header = ["benchmark, metric (* official score)", "method", "majority answer", "score", "change", "better / worse, p"]
-    return table(caption, header, lines)
+    return Table(caption, header, lines)
 
 
 def _remarks(name: str, entry: Mapping[str, Any]) -> list[str]:

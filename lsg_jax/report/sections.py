@@ -1,4 +1,4 @@
-"""The studies as sections of a page: what was found as figures and tables, then the settings."""
+"""The studies as sections of a report: findings as figures and tables, then the settings."""
 
 from __future__ import annotations
 
@@ -19,15 +19,28 @@ from lsg_jax.report.figures import (
     draw_stack,
 )
 from lsg_jax.report.gains import rows_of_ablation
-from lsg_jax.report.html import Drawing, Section, details, drawing, gallery, heading, image, note, paragraph, settings, table
 from lsg_jax.report.oracle import best_cells
+from lsg_jax.report.parts import (
+    Details,
+    Gallery,
+    Heading,
+    Note,
+    Paragraph,
+    Part,
+    Picture,
+    Section,
+    Table,
+    drawing,
+    picture,
+    settings,
+)
 from lsg_jax.report.stacks import rows_of_stack
 
 BULKY = ("rows", "images", "counts", "attention", "overlap", "base", "best", "singles", "steps", "by_benchmark", "warnings")
-"""What is no setting of a study."""
+"""Fields of a study's JSON that are not settings."""
 
 MAX_OVERLAYS = 12
-MAX_PLACES = 8  # that are spelled out
+MAX_PLACES = 8  # of V-sinks in an image's description
 
 Study = Mapping[str, Any]
 
@@ -37,7 +50,7 @@ def sinks_section(study: Study, folder: Path, *, title: str) -> Section:
 
     Args:
         study: sinks.json.
-        folder: where it lies, with a PNG of each image that its sinks are drawn onto, as far as there is one.
+        folder: the folder of sinks.json, which may also hold overlays, a PNG for each image.
     """
     parts = _warnings(study)
     parts += _overlays(study["images"], folder)
@@ -49,27 +62,27 @@ def sinks_section(study: Study, folder: Path, *, title: str) -> Section:
         parts.append(drawing(draw_attention_shares, study["attention"], "attention_shares", caption))
     doubts = [f"{name}: {warning}" for name, entry in study["images"].items() for warning in entry["warnings"]]
     if doubts:
-        parts.append(details(f"Warnings about single images: {len(doubts)}", "".join(map(paragraph, doubts))))
+        parts.append(Details(f"Warnings about single images: {len(doubts)}", [Paragraph(text) for text in doubts]))
     return Section(title, [*parts, _settings(study)], gist=f"{len(study['images'])} images")
 
 
-def _overlays(images: Mapping[str, Any], folder: Path) -> list[str]:
-    """The first images of which there is a PNG; one that is broken is left out."""
-    shown: list[str] = []
+def _overlays(images: Mapping[str, Any], folder: Path) -> list[Part]:
+    """The first images that have an overlay; an unreadable one is left out."""
+    shown: list[Picture] = []
     for name, entry in images.items():
         path = folder / f"{Path(name).stem}.png"
         if len(shown) < MAX_OVERLAYS and path.is_file():
-            told = f"{Path(name).name}: {_found(entry)}"
+            caption = f"{Path(name).name}: {_found(entry)}"
             with contextlib.suppress(InputError):
-                shown.append(image(told, path.read_bytes(), alt=f"{told}{_places(entry)}"))
+                shown.append(picture(caption, path.read_bytes(), alt=f"{caption}{_places(entry)}"))
     if not shown:
         return []
-    told = "Large orange frames: V-sinks, decided before the projector."
+    legend = "Large orange frames: V-sinks, decided before the projector."
     if any(map(_l_sinks, images.values())):
-        told += " Small blue frames: L-sinks in some layer."
+        legend += " Small blue frames: L-sinks in some layer."
     if len(shown) < len(images):
-        told += f" {len(shown)} of {len(images)} images."
-    return [heading("Where the sinks are"), paragraph(told), gallery(shown)]
+        legend += f" {len(shown)} of {len(images)} images."
+    return [Heading("Where the sinks are"), Paragraph(legend), Gallery(shown)]
 
 
 def _l_sinks(entry: Mapping[str, Any]) -> set[int]:
@@ -79,25 +92,25 @@ def _l_sinks(entry: Mapping[str, Any]) -> set[int]:
 
 def _found(entry: Mapping[str, Any]) -> str:
     count = lambda number, what: f"{number} {what}" + ("" if number == 1 else "s")
-    told = "V-sinks unknown" if entry["v_sinks"] is None else count(len(entry["v_sinks"]), "V-sink")
-    found = _l_sinks(entry)
-    return f"{told}, {count(len(found), 'L-sink')}" if found else told
+    v_sinks = "V-sinks unknown" if entry["v_sinks"] is None else count(len(entry["v_sinks"]), "V-sink")
+    l_sinks = _l_sinks(entry)
+    return f"{v_sinks}, {count(len(l_sinks), 'L-sink')}" if l_sinks else v_sinks
 
 
 def _places(entry: Mapping[str, Any]) -> str:
-    """Where the V-sinks are, for those who do not see the frames."""
+    """Where the V-sinks are, for readers who cannot see the frames."""
     places = [divmod(patch, entry["grid"]) for patch in (entry["v_sinks"] or [])]
-    told = ", ".join(f"row {row + 1} column {column + 1}" for row, column in places[:MAX_PLACES])
+    listed = ", ".join(f"row {row + 1} column {column + 1}" for row, column in places[:MAX_PLACES])
     more = len(places) - MAX_PLACES
-    return f" at {told}{f' and {more} more' if more > 0 else ''}, of {entry['grid']} rows and columns" if told else ""
+    return f" at {listed}{f' and {more} more' if more > 0 else ''}, of {entry['grid']} rows and columns" if listed else ""
 
 
 def probe_section(study: Study, *, title: str) -> Section:
-    """Linear probes: the curves, and the best layer of each group."""
+    """Linear probes: accuracy by layer, and the best layer of each group."""
     parts = _warnings(study)
     rows = study["rows"]
     if not rows:
-        return Section(title, [*parts, note("There are no rows."), _settings(study)])
+        return Section(title, [*parts, Note("There are no rows."), _settings(study)])
     caption = "What linear probes read from each token group at each layer, on held-out images; bands: deviation over draws."
     parts.append(drawing(draw_probe_curves, rows, "probe", caption))
     lines = []
@@ -111,7 +124,7 @@ def probe_section(study: Study, *, title: str) -> Section:
             found = [str(best["layer"]), " ± ".join(percent[:2]), " ".join(percent[2:])]
         lines.append([f"{attribute}, {metric}", look_of(group).label, *found])
     parts.append(
-        table("The best layer of each group, in percent", ["attribute", "tokens", "layer", "held out", "chance"], lines)
+        Table("The best layer of each group, in percent", ["attribute", "tokens", "layer", "held out", "chance"], lines)
     )
     return Section(title, [*parts, _settings(study)], gist=", ".join(distinct(rows, "attribute")))
 
@@ -121,7 +134,7 @@ def sweep_section(study: Study, *, title: str) -> Section:
     parts = _warnings(study)
     cells = [cell for cell in best_cells(study["rows"]) if cell["change"] is not None]
     if not cells:
-        return Section(title, [*parts, note("There is no cell with a change."), _settings(study)])
+        return Section(title, [*parts, Note("There is no cell with a change."), _settings(study)])
     groups = study.get("groups", ())
     caption = (
         "The best change over fixed coefficients, and the coefficients that gave it, by task and layer. Each is the best of "
@@ -135,7 +148,7 @@ def sweep_section(study: Study, *, title: str) -> Section:
         where = [str(best["layer"]), ", ".join(f"{value:g}" for value in best["coefficients"])]
         lines.append([f"{benchmark}, {task}", _change(best), *where])
     named = "coefficients" + (f" ({', '.join(look_of(group).label for group in groups)})" if groups else "")
-    parts.append(table("The best cell of each task", ["task", "change", "layer", named], lines))
+    parts.append(Table("The best cell of each task", ["task", "change", "layer", named], lines))
     gist = f"{len(lines)} tasks, {len(distinct(cells, 'layer'))} layers"
     return Section(title, [*parts, _settings(study)], gist=gist)
 
@@ -148,9 +161,9 @@ def stack_section(study: Study, *, title: str) -> Section:
         caption = "The change that each gate brings alone, and that of the stack; filled where the interval excludes 0."
         parts.append(drawing(draw_stack, rows, "stack", caption))
     lines = [[row["part"], " + ".join(map(str, row["layers"])), plain(row["value"]), _change(row)] for row in rows]
-    parts.append(table("Gates alone and stacked", ["gates", "layers", "score", "change"], lines))
+    parts.append(Table("Gates alone and stacked", ["gates", "layers", "score", "change"], lines))
     if scores := study.get("by_benchmark"):
-        parts.append(details("By benchmark", _scores("By benchmark", scores)))
+        parts.append(Details("By benchmark", [_scores("By benchmark", scores)]))
     return Section(title, [*parts, _settings(study)])
 
 
@@ -165,19 +178,19 @@ def ablate_section(study: Study, *, title: str) -> Section:
     return Section(title, [*parts, _settings(study)])
 
 
-def _scores(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows as report.gains has them."""
+def _scores(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of rows with the columns of report.gains."""
     lines = [[f"{row['benchmark']}, {row['metric']}", row["method"], plain(row["value"]), _change(row)] for row in rows]
-    return table(caption, ["benchmark, metric", "method", "score", "change"], lines)
+    return Table(caption, ["benchmark, metric", "method", "score", "change"], lines)
 
 
 def _change(row: Mapping[str, Any]) -> str:
     return interval_text(row["change"], row["low"], row["high"])
 
 
-def _warnings(study: Study) -> list[str | Drawing]:
-    return [note(text) for text in study.get("warnings", [])]
+def _warnings(study: Study) -> list[Part]:
+    return [Note(text) for text in study.get("warnings", [])]
 
 
-def _settings(study: Study) -> str:
+def _settings(study: Study) -> Details:
     return settings({name: value for name, value in study.items() if name not in BULKY})

@@ -1,0 +1,172 @@
+"""The parts of a report as plain data; templates/parts.html.j2 turns each kind into HTML."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from PIL import Image
+
+from lsg_jax.report.drawing import Row
+from lsg_jax.report.pictures import data_url, small
+
+PICTURE_SIDE = 448  # pixels; as large as a phone shows, and sharp in print
+NUMBER = re.compile(r"[-+\N{MINUS SIGN}±\d.,%/\[\] e]*")
+
+
+class Part(Protocol):
+    """A part of a section. `kind` chooses the markup. All texts are plain: the template escapes them."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading within a section."""
+
+    kind: ClassVar[str] = "heading"
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph of text."""
+
+    kind: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph that a reader must not miss."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """Text whose line breaks and spaces are kept."""
+
+    kind: ClassVar[str] = "verbatim"
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; the first column names the rows.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the header.
+    """
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"{self.caption}: {len(row)} cells under {len(self.header)} headings")
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether a column holds nothing but numbers, which are aligned right; never the first one."""
+        columns = zip(*self.rows, strict=True) if self.rows else ([] for _ in self.header)
+        return [index > 0 and all(map(NUMBER.fullmatch, column)) for index, column in enumerate(columns)]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Parts that can be folded, and are folded at first unless `opened`; in print they are unfolded."""
+
+    kind: ClassVar[str] = "details"
+    summary: str
+    parts: Sequence[Part]
+    opened: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with its caption; `source` is a data URL."""
+
+    kind: ClassVar[str] = "picture"
+    caption: str
+    source: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side, as many as there is room for."""
+
+    kind: ClassVar[str] = "gallery"
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of report.figures.
+
+    Attributes:
+        svg, csv: contents of the two files.
+        name: file name under which a reader can save the CSV.
+    """
+
+    kind: ClassVar[str] = "drawing"
+    svg: str
+    csv: str
+    name: str
+    caption: str
+
+    @property
+    def csv_url(self) -> str:
+        """The CSV as a data URL."""
+        return f"data:text/csv;base64,{base64.b64encode(self.csv.encode()).decode()}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page.
+
+    Attributes:
+        gist: one line about the content, for the list of contents.
+        scores: a table for the summary at the top of the page.
+    """
+
+    title: str
+    parts: Sequence[Part]
+    gist: str = ""
+    scores: Table | None = None
+
+
+def settings(values: Any) -> Details:
+    """Settings as JSON, folded."""
+    return Details("Settings", [Verbatim(json.dumps(values, indent=1))])
+
+
+def picture(caption: str, image: bytes | Image.Image, *, alt: str) -> Picture:
+    """An image of at most PICTURE_SIDE pixels a side.
+
+    Raises:
+        InputError: the bytes are not an image that can be read.
+    """
+    return Picture(caption, data_url(*small(image, PICTURE_SIDE)), alt)
+
+
+def drawing(draw: Callable[[Sequence[Row], Path], list[Path]], rows: Sequence[Row], name: str, caption: str) -> Drawing:
+    """Draws rows with a function of report.figures.
+
+    Raises:
+        InputError: the rows cannot be drawn.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        csv, svg, _ = draw(rows, Path(folder) / name)
+        return Drawing(svg.read_text(encoding="utf-8"), csv.read_text(encoding="utf-8"), f"{name}.csv", caption)
