@@ -10,6 +10,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lsg_jax"
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
 FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress"}
@@ -47,7 +48,8 @@ MAY_IMPORT = {
         "eval",
         "analysis",
     },
-    "report": FOUNDATION | {"gating", "checkpoint", "data", "eval"},  # of eval the benchmarks: no model
+    "report": FOUNDATION | {"gating", "checkpoint", "data", "eval"},  # see test_report_reads_files_and_runs_no_model
+    "inspection": FOUNDATION | {"gating", "checkpoint", "data"},
     "opening": FOUNDATION | {"gating", "model", "sharding", "checkpoint", "vlm"},
     "api": FOUNDATION | {"vlm", "opening"},
     "distributed": {"errors"},
@@ -71,9 +73,9 @@ def room(name):
     return parts[1] if parts[0] == "lsg_jax" and len(parts) > 1 else None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lsg_jax").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows(path):
-    own = path.relative_to(ROOT / "lsg_jax").parts[0].removesuffix(".py")
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     names = set(imported(path))
     tops = {n.split(".")[0] for n in names}
     assert not tops & {"torch", "recipes"}
@@ -95,8 +97,29 @@ def test_the_wheel_holds_no_training_recipe():
     packages = setuptools.find_namespace_packages(str(ROOT), **settings)
     assert {"lsg_jax", "lsg_jax.embedded.checkpoint", "converters"} <= set(packages)
     assert {name.split(".")[0] for name in packages} == {"lsg_jax", "converters"}
-    code = [path.name for path in (ROOT / "lsg_jax" / "embedded").rglob("*.py")]
+    code = [path.name for path in (PACKAGE / "embedded").rglob("*.py")]
     assert not code, "lsg_jax/embedded holds the checkpoint and gates alone"
+
+
+def modules_behind(name):
+    """All modules of lsg_jax that importing the package `lsg_jax.<name>` leads to, itself included."""
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PACKAGE.rglob("*.py")}
+    found, left = set(), {module for module in files if f"{module}.".startswith(f"lsg_jax.{name}.")}
+    while left:
+        module = left.pop()
+        found.add(module)
+        names = [name.split(".") for name in imported(files[module])]
+        around = {".".join(parts[:end]) for parts in names for end in range(2, len(parts) + 1)}  # packages run as well
+        left |= around & files.keys() - found
+    return found
+
+
+def test_report_reads_files_and_runs_no_model():
+    """Of `gating` it needs the tables of groups, of `eval` the benchmarks: neither leads to a model."""
+    behind = modules_behind("report")
+    assert {"lsg_jax.eval.registry", "lsg_jax.gating.keys"} <= behind
+    assert not {room(module) for module in behind} & {"model", "vlm", "methods", "baselines", "opening", "train", "analysis"}
+    assert "model" in {room(module) for module in modules_behind("analysis")}
 
 
 def test_import_is_quick_to_finish_and_changes_nothing():
