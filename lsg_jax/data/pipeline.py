@@ -16,30 +16,30 @@ from lsg_jax.data.records import RandomAccess, open_records
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
 
-_POSITION = "global_next_index"  # Grain's name for it: examples of all processes together
+_POSITION = "global_next_index"  # Grain's name: counts the examples of all processes
 
 
 class TrainingData(Iterator[Batch]):
-    """Training batches, or of each the rows that this process needs: each example once an epoch, in an order set by `seed`.
+    """Training batches. Each epoch has every example once, in an order set by `seed`.
 
-    A row with several answers gives one example per answer, or one in all with `data.conversations = "whole"`. All text is
-    looked at once at construction, and tokenised where its length leaves doubt, so that examples without any answer token after
-    truncation are left out before the first step, the same ones in every run.
+    A record with several answers gives one example per answer, or a single one with `data.conversations = "whole"`. The
+    constructor checks the text of every example, and tokenizes it where its length leaves doubt. Examples that have no answer
+    token after truncation are dropped there, the same ones in every run.
 
-    The global batch is the same for any number of processes and any mesh; several processes may need the same rows of it.
+    The global batch does not depend on the number of processes or the mesh. Several processes may need the same rows of it.
 
-    Batches hold uint8 pixels (black for rows of text only), T = `data.max_length`, A = `data.max_answer_tokens`, and
+    Batches hold uint8 pixels (zeros for text-only rows), T = `data.max_length`, A = `data.max_answer_tokens`, and
     B = `len(rows)`. `row_id` is the row in the prepared records.
 
     Args:
-        batch_size: rows of the global batch.
-        rows: those of them that are read here, ascending (`sharding.local_rows`); all by default.
+        batch_size: rows in the global batch.
+        rows: the rows of it that this process reads, ascending (`sharding.local_rows`); all by default.
 
     Attributes:
-        num_examples: examples of an epoch.
-        num_batches: batches over all epochs; examples that do not fill the very last batch are left out.
-        dropped: examples left out by reason (`nothing_supervised`, `image_truncated`).
-        truncated: examples that are kept but whose answer was cut at `max_length` or `max_answer_tokens`.
+        num_examples: examples per epoch.
+        num_batches: batches over all epochs; an incomplete last batch is dropped.
+        dropped: number of dropped examples by reason (`nothing_supervised`, `image_truncated`).
+        truncated: number of examples whose answer was truncated to `max_length` or `max_answer_tokens`.
         digest: sha256 that identifies the records.
 
     Raises:
@@ -79,7 +79,7 @@ class TrainingData(Iterator[Batch]):
         self._iterator = self._grain_iterator(epochs)
 
     def _usable_examples(self) -> np.ndarray:
-        """int32 [examples, 2], (row, number of the answer within it, 0 for a whole row), in the order of the records."""
+        """int32 [examples, 2], (row, index of the answer in the row; 0 with `whole`), in the order of the records."""
         kept: list[tuple[int, int]] = []
         dropped: Counter[str] = Counter()
         for row in range(len(self._records)):
@@ -109,7 +109,7 @@ class TrainingData(Iterator[Batch]):
         examples = grain.MapDataset.source(_Examples(self._records, self._index)).seed(self._seed).shuffle().repeat(epochs)
         order = grain.MapDataset.range(self.num_batches * here)
         dataset = order.map(lambda i: examples[int(i // here * size + self._rows[i % here])])
-        # It would deal the examples to processes by itself, but each to one of them only. Its state is one integer.
+        # ElasticIterator could shard examples over processes, but would give each to only one. Its state is one integer.
         return iter(
             grain.experimental.ElasticIterator(
                 dataset.map(self._row),
@@ -140,12 +140,12 @@ class TrainingData(Iterator[Batch]):
         return Batch(**next(self._iterator))
 
     def get_state(self) -> dict[str, Any]:
-        """Position as JSON-able data: what the next batch is. Equal on all processes, and valid for another number of them."""
+        """The position of the next batch, as JSON-able data. It is equal on all processes and valid for any number of them."""
         batches = self._iterator.get_state()[_POSITION] // len(self._rows)
         return {_POSITION: batches * self._batch_size, **self._identity()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a position that `get_state` gave.
+        """Continues at a position from `get_state`.
 
         Raises:
             InputError: the position belongs to other records, another seed or other limits.
@@ -156,16 +156,16 @@ class TrainingData(Iterator[Batch]):
         self._iterator.set_state({_POSITION: state[_POSITION] // self._batch_size * len(self._rows)})
 
     def _identity(self) -> dict[str, Any]:
-        """What a position depends on."""
+        """What must match for a position to be valid."""
         return {"digest": self.digest, "num_examples": self.num_examples, "seed": self._seed}
 
     def close(self) -> None:
-        """Stops the reading threads."""
+        """Stops the reader threads."""
         self._iterator.close()
 
 
 class _Examples:
-    """Random access to (records, row, number of the answer), as Grain wants it; cheap, since `map` does the work."""
+    """Grain's random-access source of (records, row, index of the answer). It is cheap: `map` reads the records."""
 
     def __init__(self, records: RandomAccess, index: np.ndarray):
         self._records = records

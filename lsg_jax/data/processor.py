@@ -1,4 +1,4 @@
-"""One model folder's way from turns and images to token ids and pixels, and from examples to a `Batch`."""
+"""Preprocessing for one model: turns to token ids, images to pixels, and examples to a `Batch`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from lsg_jax.config import ModelConfig
+from lsg_jax.config import Aspect, ModelConfig
 from lsg_jax.data import images
 from lsg_jax.data.conversation import (
     IMAGE_TAG,
@@ -24,22 +24,23 @@ from lsg_jax.data.conversation import (
     render,
     tag_front,
 )
+from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.types import IGNORE, Batch
 
 CHAT_TEMPLATE = "chat_template"
-"""Name of the template that the checkpoint ships."""
+"""Name of the checkpoint's own template."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as tokens.
+    """One tokenized example.
 
     Attributes:
-        ids: int32 [T], the image spliced in as one image token per patch.
-        num_prompt: number of leading ids before the (first) answer.
-        cut: number of answer tokens that truncation removed.
-        answers: (start, stop) of each answer with its end marker; None: one, from `num_prompt` to the end.
+        ids: int32 [T]; `<image>` is replaced by the tokens of the image's layout.
+        num_prompt: number of tokens before the (first) answer.
+        cut: number of answer tokens removed by truncation.
+        answers: (start, stop) of each answer, end marker included. None: a single answer, from `num_prompt` to the end.
     """
 
     ids: np.ndarray
@@ -49,18 +50,18 @@ class Encoded:
 
     @property
     def answered(self) -> np.ndarray:
-        """Places of the answer tokens, ascending: int [A]."""
+        """int [A], positions of the answer tokens, ascending."""
         spans = [(self.num_prompt, len(self.ids))] if self.answers is None else self.answers
         return np.concatenate([np.arange(*span) for span in spans])
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 [T], the ids with -100 where there is no answer (not shifted); None without any."""
-        places = self.answered
-        if not len(places):
+        """int32 [T], `ids` with -100 outside the answers (not shifted). None if there is no answer token."""
+        positions = self.answered
+        if not len(positions):
             return None
         labels = np.full(len(self.ids), IGNORE, np.int32)
-        labels[places] = self.ids[places]
+        labels[positions] = self.ids[positions]
         return labels
 
 
@@ -69,11 +70,14 @@ class Processor:
 
     Args:
         tokenizer: a Hugging Face fast tokenizer.
-        model: sizes, special ids and image settings of the checkpoint.
-        template: `vicuna_v1`, `qwen2`, `phi3` or `chat_template`. None: the checkpoint's own chat template if it has one,
-            otherwise the one of the language model's family if the tokenizer knows its markers, otherwise `vicuna_v1`.
-        image_aspect: `pad`, `crop` or `squash` instead of what `model.image` says.
-        chat_template: Jinja source that stands in for the tokenizer's own.
+        model: configuration of the checkpoint.
+        template: `vicuna_v1`, `qwen2`, `phi3` or `chat_template`. None: the checkpoint's chat template if it has one, else the
+            template of the language model's family if the tokenizer has its markers, else `vicuna_v1`.
+        image_aspect: `pad`, `crop` or `squash`; overrides `model.image.aspect`.
+        chat_template: Jinja source; overrides the tokenizer's chat template.
+
+    Attributes:
+        model: the configuration, with `image_aspect` applied.
 
     Raises:
         ConfigError: the template is unknown or does not fit the tokenizer.
@@ -85,12 +89,12 @@ class Processor:
         model: ModelConfig,
         *,
         template: str | None = None,
-        image_aspect: Literal["pad", "crop", "squash"] | None = None,
+        image_aspect: Aspect | None = None,
         chat_template: str | None = None,
     ):
         self.tokenizer = tokenizer
-        self.model = model
         self.image = dataclasses.replace(model.image, aspect=image_aspect) if image_aspect else model.image
+        self.model = dataclasses.replace(model, image=self.image)
         self._chunks = ChunkTokenizer(tokenizer, mark_segments=model.text.family == "phi3")
         chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         self.template = template or self._default_template(chat_template is not None)
@@ -111,9 +115,16 @@ class Processor:
         model: ModelConfig,
         *,
         template: str | None = None,
-        image_aspect: Literal["pad", "crop", "squash"] | None = None,
+        image_aspect: Aspect | None = None,
     ) -> Processor:
-        """Reads tokenizer files (and an older `chat_template.json`) from a local folder; runs no code of the checkpoint."""
+        """Loads the tokenizer from a local folder, and the chat template of older checkpoints from `chat_template.json`.
+
+        No code of the checkpoint is run.
+
+        Raises:
+            InputError: the folder is missing, or its tokenizer or chat template cannot be read.
+            ConfigError: as for `Processor`.
+        """
         from transformers import AutoTokenizer
 
         folder = Path(folder)
@@ -121,7 +132,7 @@ class Processor:
             raise InputError(f"{folder}: no such model folder")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many kinds for missing and damaged files
+        except Exception as error:  # transformers raises many types for missing and damaged files
             raise InputError(f"{folder}: no usable tokenizer: {str(error).strip().splitlines()[0][:200]}") from None
         source = None
         if (path := folder / "chat_template.json").is_file() and not tokenizer.chat_template:
@@ -151,17 +162,25 @@ class Processor:
         prompt_turns: Sequence[Turn],
         answer: str | None,
         *,
+        image_size: ImageSize | None = None,
         max_length: int | None = None,
         max_answer_tokens: int | None = None,
     ) -> Encoded:
-        """Tokenises one example and truncates it from its right end, after the image has been spliced in.
+        """Tokenizes one example, then truncates it on the right.
+
+        Args:
+            prompt_turns: the turns before the answer.
+            answer: None for generation.
+            image_size: (width, height) of the image that `<image>` stands for, in pixels. None: as large as the vision tower's.
+            max_length: maximum number of tokens in all.
+            max_answer_tokens: maximum number of answer tokens.
 
         Raises:
-            RecordError: `image_truncated`, `nothing_supervised` (no answer token is left), or, without an answer,
-                `prompt_too_long`.
+            RecordError: `image_truncated`, `nothing_supervised` (no answer token is left), `reserved_text`, or, without an
+                answer, `prompt_too_long`.
         """
         prompt, ending = self._render(prompt_turns, answer)
-        ids, num_prompt = self._chunks.encode(prompt, ending, [self.model.image_token_id] * self.model.num_image_tokens)
+        ids, num_prompt = self._chunks.encode(prompt, ending, self._layout(image_size).token_ids.tolist())
         limit = len(ids) if max_answer_tokens is None else num_prompt + max_answer_tokens
         limit = limit if max_length is None else min(limit, max_length)
         kept = ids[:limit]
@@ -173,14 +192,16 @@ class Processor:
             raise RecordError("nothing_supervised", f"the prompt has {num_prompt} tokens; no answer fits into {max_length}")
         return Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept))
 
-    def encode_conversation(self, turns: Sequence[Turn], *, max_length: int, max_answer_tokens: int) -> Encoded:
-        """Tokenises a conversation as one example in which every answer counts; cut as `encode` does.
+    def encode_conversation(
+        self, turns: Sequence[Turn], *, image_size: ImageSize | None = None, max_length: int, max_answer_tokens: int
+    ) -> Encoded:
+        """Tokenizes a conversation as one example with a loss on every answer. Arguments and truncation as in `encode`.
 
         Raises:
-            RecordError: `image_truncated`, `nothing_supervised`, or `answers_apart`: under this template an answer within
-                is not what a model is taught to say at the end, so that no one sequence serves all answers.
+            RecordError: `image_truncated`, `nothing_supervised`, `reserved_text`, or `answers_apart`: the template or the
+                tokenizer writes an earlier answer differently from a final one, so one sequence cannot train both.
         """
-        image_ids = [self.model.image_token_id] * self.model.num_image_tokens
+        image_ids = self._layout(image_size).token_ids.tolist()
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         prompt, ending = self._render(turns[:-1], turns[-1].text)
@@ -189,10 +210,10 @@ class Processor:
             spans.append((len(ids) + start, len(ids) + len(more)))
             ids += more
         if ids != self._chunks.encode(prompt, ending, image_ids)[0]:
-            raise RecordError("answers_apart", "its turns are other tokens together than one by one")
+            raise RecordError("answers_apart", "its turns tokenize differently together than one by one")
         whole = Encoded(np.asarray(ids, np.int32), spans[0][0], answers=tuple(spans))
-        places = whole.answered[:max_answer_tokens]
-        length = min(max_length, int(places[-1]) + 1)
+        positions = whole.answered[:max_answer_tokens]
+        length = min(max_length, int(positions[-1]) + 1)
         kept = tuple((start, min(stop, length)) for start, stop in spans if start < length)
         if (whole.ids[length:] == self.model.image_token_id).any():
             raise RecordError("image_truncated", f"the image's tokens do not fit into {max_length} tokens")
@@ -202,48 +223,62 @@ class Processor:
         return Encoded(whole.ids[:length], spans[0][0], cut, kept)
 
     def _exchanges(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[str, str]]:
-        """Cuts a rendered conversation: (what stands before an answer, the answer with its marker) one after the other."""
+        """Splits a rendered conversation into pairs (text before the answer, the answer with its end marker)."""
         _, first = self._render(turns[:1], turns[1].text)
-        lead, found, trail = (first or "").partition(self._chunks.protect(turns[1].text))
+        prefix, found, suffix = (first or "").partition(self._chunks.protect(turns[1].text))
         at = 0
-        for asked, told in zip(turns[::2], turns[1::2], strict=True):
-            answer = lead + self._chunks.protect(told.text) + trail
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            answer = prefix + self._chunks.protect(gpt.text) + suffix
             start = text.find(answer, at)
-            question = self._chunks.protect(asked.text, keep_tag=True).removeprefix(IMAGE_TAG).strip()
+            question = self._chunks.protect(human.text, keep_tag=True).removeprefix(IMAGE_TAG).strip()
             if not found or start < 0 or question not in text[at:start]:
-                raise RecordError("answers_apart", "the template writes earlier answers in another way than the last one")
+                raise RecordError("answers_apart", "the template writes earlier answers differently from the last one")
             yield text[at:start], answer
             at = start + len(answer)
         if at < len(text):
-            raise RecordError("answers_apart", "the template writes something behind the last answer")
+            raise RecordError("answers_apart", "the template writes text after the last answer")
 
-    def surely_fits(self, prompt_turns: Sequence[Turn], answer: str, *, max_length: int, max_answer_tokens: int) -> bool:
-        """Whether `encode` can neither fail nor cut anything, told from the length of the text, which is much faster.
+    def surely_fits(
+        self,
+        prompt_turns: Sequence[Turn],
+        answer: str,
+        *,
+        image_size: ImageSize | None = None,
+        max_length: int,
+        max_answer_tokens: int,
+    ) -> bool:
+        """Whether `encode` certainly neither fails nor truncates. Reads only the length of the text, so it is much faster.
 
-        A token stands for at least one byte, except BOS and the mark that a first word may get. Normalising can lengthen text
-        beyond ASCII, so that is never sure.
+        Each token covers at least one byte, except BOS and the word-start mark of the first word. Text beyond ASCII is never
+        sure, because normalization can lengthen it.
         """
         prompt, ending = self._render(prompt_turns, answer)
         tags = prompt.count(IMAGE_TAG)
-        most = len(prompt) + len(ending or "") + 2 + tags * self.model.num_image_tokens
+        most = len(prompt) + len(ending or "") + 2 + tags * len(self._layout(image_size))
         fits = most <= max_length and 0 < len(ending or "") <= max_answer_tokens and tags < 2
         return fits and prompt.isascii() and answer.isascii()
 
+    def _layout(self, image_size: ImageSize | None) -> VisualLayout:
+        side = self.model.vision.image_size
+        return lay_out(image_size or (side, side), self.model)
+
     def _render(self, prompt_turns: Sequence[Turn], answer: str | None) -> tuple[str, str | None]:
-        """(text of the prompt, the answer with its end marker), special tokens in somebody's words hidden."""
+        """(prompt, answer with its end marker). Special tokens within the turns' own text are hidden."""
         turns = [Turn(t.role, self._chunks.protect(t.text, keep_tag=t.role == "human")) for t in prompt_turns]
         protected = None if answer is None else self._chunks.protect(answer)
         if self._chat is not None:
             return self._chat.render(turns, protected)
         return render(TEMPLATES[self.template], turns, protected, eos=self.tokenizer.eos_token)
 
-    def encode_question(self, text: str, *, has_image: bool = True, max_length: int | None = None) -> Encoded:
-        """The generation prompt of a single question, without an answer. A tag in `text` moves to the front."""
+    def encode_question(
+        self, text: str, *, has_image: bool = True, image_size: ImageSize | None = None, max_length: int | None = None
+    ) -> Encoded:
+        """Tokenizes the generation prompt of a single question. `<image>` in `text` moves to the front. See `encode`."""
         turn = Turn("human", tag_front(text) if has_image else text.replace(IMAGE_TAG, "").strip())
-        return self.encode([turn], None, max_length=max_length)
+        return self.encode([turn], None, image_size=image_size, max_length=max_length)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text up to the first end-of-sequence token, without special tokens and outer whitespace."""
+        """Text up to the first end-of-sequence token. Special tokens and outer whitespace are removed."""
         kept: list[int] = []
         for token in map(int, ids):
             if token in self.model.eos_token_ids:
