@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,8 @@ def _open(path: Path) -> PreparedRows:
 
 
 def _records(path: Path) -> dict[str, Any]:
-    manifest = _open(path).manifest
-    bulky = ("format", "files", "sha256", "answers")
-    return {"kind": "records", "path": str(path), **{k: v for k, v in manifest.items() if k not in bulky and v not in ({}, [])}}
+    report = asdict(_open(path).manifest.report)
+    return {"kind": "records", "path": str(path), **{k: v for k, v in report.items() if k != "answers" and v not in ({}, [])}}
 
 
 def _gates(path: Path) -> dict[str, Any]:

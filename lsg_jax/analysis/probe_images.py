@@ -56,7 +56,7 @@ def clevr_data(folder: Path, test_folder: Path | None, images: int | None, *, se
         InputError: no such folders, fewer images than asked for, or both of the same scenes.
     """
     sources = [_open_clevr(path) for path in (folder, test_folder) if path is not None]
-    if test_folder is not None and len({source.manifest["scenes_sha256"] for source in sources}) == 1:
+    if test_folder is not None and len({source.manifest.report.scenes_sha256 for source in sources}) == 1:
         raise InputError(f"{test_folder}: the same scenes as {folder}; the held-out images must be others")
     rng = np.random.default_rng(seed)
     orders = [[(source, int(i)) for i in rng.permutation(len(source))] for source in sources]
@@ -75,7 +75,7 @@ def clevr_data(folder: Path, test_folder: Path | None, images: int | None, *, se
     def read(index: int) -> tuple[bytes, dict[str, Any]]:
         source, row = chosen[index]
         found = source[row]
-        return found["image"], found
+        return found.image, {"name": found.name, **found.attributes}
 
     name = str(folder) if test_folder is None else f"{folder}, {test_folder}"
     return ProbeData(name, clevr.ATTRIBUTES, train, test, read)

@@ -1,11 +1,11 @@
-"""Cambrian-7M -> training records: equal shares of six categories, drawn in one pass over a JSONL file of any size.
+"""Cambrian-7M -> training records: a sample with equal shares of six categories, in one pass over a JSONL file of any size.
 
-A record's category comes from its `source` and from the first folder of its image path (the first two below `hfdata/`).
-The table is in `cambrian_sources`; a user's TOML adds to it. Nothing that is not in the table is ever drawn.
+A record's category follows from its `source` and the first folder of its image path (the first two below `hfdata/`), by the
+table in `cambrian_sources` and the user's TOML. Records that the table does not cover are never drawn.
 
-The draw: a record's rank is a hash of (seed, line number), and each category keeps the records of lowest rank, 1.2 times as
-many as it needs. These are validated in the order of rank until the category has its share. So the result depends on the
-file, the table and the seed alone.
+Sampling: a record's rank is a hash of (seed, line number). Each category keeps its records of lowest rank, 1.2 times as many
+as it needs, and validates them in the order of rank until it has its share. So the result depends only on the file, the table
+and the seed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from lsg_jax.data.cambrian_sources import CATEGORIES, TEXT_ONLY, SourceMap, first_folder, source_name
 from lsg_jax.data.conversation import RecordError, image_field
 from lsg_jax.data.prepared import file_sha256, new_folder, write_manifest
-from lsg_jax.data.records import LAYOUT, REJECTS, Report, Validation, write_records
+from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
+from lsg_jax.data.reports import CambrianReport, CategoryCounts
 from lsg_jax.data.sources import ImageFolder, first_bracket, numbered_lines, parse_line, thread_count
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.progress import Progress, silent
@@ -36,48 +36,8 @@ OVERSAMPLING = 1.2
 # ------------------------------------------------------------------------------------------------------------------ the pass
 
 
-@dataclass
-class CambrianReport(Report):
-    """`Report` of a draw; `records` are the drawn ones that were looked at, up to each category's share.
-
-    Attributes:
-        seed, sample: the settings. source_map_sha256: the table of sources. sample_sha256: digest of `sample.jsonl`.
-        lines: lines of the source that are not blank. unreadable: those that are no records, by reason.
-        categories: for each category `available` (records with an image), `required`, `drawn`, `checked`, `rejected` (their
-            line numbers), `rows`, and `sources` (rows by source).
-        available: records by source, for each category.
-        text_only: records of sources without images. imageless: records of other sources that have none, left out as well.
-        unmapped: records with an image that the table does not cover, as
-            `[source, folder, count]`, most first.
-    """
-
-    seed: int = 0
-    sample: int = 0
-    source_map_sha256: str = ""
-    sample_sha256: str = ""
-    lines: int = 0
-    unreadable: dict[str, int] = field(default_factory=dict)
-    categories: dict[str, dict[str, Any]] = field(default_factory=dict)
-    available: dict[str, dict[str, int]] = field(default_factory=dict)
-    text_only: dict[str, int] = field(default_factory=dict)
-    imageless: dict[str, int] = field(default_factory=dict)
-    unmapped: list[tuple[str, str, int]] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """As `Report.summary`, and what the source holds."""
-        lines = [super().summary(), f"drawn with seed {self.seed} from {self.lines} lines"]
-        for name, counts in self.categories.items():
-            lines.append(f"{name}: {counts['rows']} of {counts['available']}")
-        for what, counts in (("text only", self.text_only), ("without image", self.imageless)):
-            if counts:
-                lines.append(f"left out, {what}: {sum(counts.values())}")
-        lines += [f"unreadable: {count} x {reason}" for reason, count in self.unreadable.items()]
-        lines += [f"unmapped: {count} x {source} in {folder}" for source, folder, count in self.unmapped]
-        return "\n".join(lines)
-
-
 class _Pass:
-    """One pass over the source: counts everything and keeps each category's records of lowest rank."""
+    """One pass over the source. Counts all records and keeps those of lowest rank in each category."""
 
     def __init__(self, table: SourceMap, quotas: dict[str, int], seed: int):
         self.lines = 0
@@ -92,7 +52,7 @@ class _Pass:
         self._kept: dict[str, list[tuple[int, int, str, bytes]]] = {category: [] for category in CATEGORIES}
 
     def read(self, source: Path, validation: Validation, progress: Progress) -> str:
-        """Runs over all lines, lists those that are no records, and returns the digest of the file."""
+        """Reads all lines, lists those that are not records as rejects, and returns the sha256 of the file."""
         with source.open("rb", buffering=0) as raw:
             hashed = _HashedFile(raw)
             for number, line in numbered_lines(io.BufferedReader(hashed, 1 << 20)):
@@ -102,7 +62,7 @@ class _Pass:
                     self._add(number, line, record)
                 else:
                     if not isinstance(record, RecordError):
-                        record = RecordError("not_a_record", f"line {number} is no object")
+                        record = RecordError("not_a_record", f"line {number} is not an object")
                     self.unreadable[record.reason] += 1
                     validation.list_reject(number, None, record)
                 if self.lines % 10_000 == 0:
@@ -115,7 +75,7 @@ class _Pass:
         try:
             image = image_field(record.get("image"))
             folder = first_folder(image or "")
-        except RecordError:  # several images, or no path: validation will tell
+        except RecordError:  # several images, or not a path: validation reports it
             image = folder = "?"
         category = self._table.category(name, folder)
         if category == TEXT_ONLY:
@@ -136,17 +96,17 @@ class _Pass:
             heapq.heapreplace(kept, entry)
 
     def drawn(self, category: str) -> dict[int, tuple[str, bytes]]:
-        """{line number: (source, line)}, in the order of rank."""
+        """{line number: (source, line)} of the records kept, in the order of rank."""
         return {number: (name, line) for _, number, name, line in sorted(self._kept[category], reverse=True)}
 
 
 def rank(seed: int, number: int) -> int:
-    """Where a line stands in the draw: 16 bytes of BLAKE2b of `seed:number`, as a whole number."""
+    """Rank of a line in the sample: 16 bytes of BLAKE2b of `seed:number`, as an integer."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=16).digest(), "big")
 
 
 class _HashedFile(io.RawIOBase):
-    """A file whose digest is taken as it is read."""
+    """A file that is hashed while it is read."""
 
     def __init__(self, file: io.FileIO):
         self.digest = hashlib.sha256()
@@ -161,7 +121,7 @@ class _HashedFile(io.RawIOBase):
         return count
 
 
-# ------------------------------------------------------------------------------------------------------------------ the draw
+# ------------------------------------------------------------------------------------------------------------------ sampling
 
 
 def prepare_cambrian(
@@ -178,14 +138,14 @@ def prepare_cambrian(
 ) -> CambrianReport:
     """Draws `sample` records in equal shares of the six categories and writes them as `prepare_llava` does.
 
-    Rows come category by category, in the order of rank. `sample.jsonl` lists each record that was looked at, with its row
-    or null for a reject.
+    Rows are written category by category, in the order of rank. `sample.jsonl` lists each record that was validated, with its
+    row, or null for a reject.
 
     Args:
-        source: Cambrian as JSONL. images: the root that its image paths are relative to.
-        sample: rows in all; where six does not divide it, the first categories get one more.
-        source_map: TOML that adds to the table of sources, see `SourceMap.extended`.
-        max_bad_fraction: share of drawn records that may be rejected, and of lines that may be unreadable.
+        source: Cambrian as JSONL. images: root folder of its image paths.
+        sample: rows in all. If six does not divide it, the first categories get one more.
+        source_map: TOML that adds to the table of sources; see `SourceMap.extended`.
+        max_bad_fraction: largest share of drawn records that are rejected, and of lines that are unreadable.
         threads: as in `prepare_llava`.
         progress: counts lines, then rows.
 
@@ -204,7 +164,7 @@ def prepare_cambrian(
         validation = Validation(report, image_folder, rejects, threads)
         found = _Pass(table, quotas, seed)
         report.source_sha256 = found.read(source, validation, progress)
-        _take_over(report, found, quotas)
+        _record_counts(report, found, quotas)
         _check_source(source, report, max_bad_fraction)
         with (folder / SAMPLE_FILE).open("w", encoding="utf-8") as listing:
             write_records(folder, _draw(report, found, validation, listing, progress))
@@ -213,19 +173,19 @@ def prepare_cambrian(
         _check_shares(source, report, "rows")
         report.sample_sha256 = file_sha256(folder / SAMPLE_FILE)
         rejects.flush()
-        write_manifest(folder, LAYOUT, asdict(report))
+        write_manifest(folder, LAYOUT, report)
     return report
 
 
 def shares(sample: int) -> dict[str, int]:
-    """Rows of each category: equal, and one more for the first ones. 10,000 = 4 x 1667 + 2 x 1666."""
+    """Rows of each category. The first ones get the remainder: 10,000 = 4 x 1667 + 2 x 1666."""
     if sample < len(CATEGORIES):
         raise ConfigError(f"a sample of {sample}: at least one record for each of the {len(CATEGORIES)} categories is needed")
     share, left = divmod(sample, len(CATEGORIES))
     return {category: share + (place < left) for place, category in enumerate(CATEGORIES)}
 
 
-def _take_over(report: CambrianReport, found: _Pass, quotas: dict[str, int]) -> None:
+def _record_counts(report: CambrianReport, found: _Pass, quotas: dict[str, int]) -> None:
     report.lines = found.lines
     report.unreadable = dict(found.unreadable.most_common())
     report.text_only = dict(found.text_only.most_common())
@@ -234,15 +194,7 @@ def _take_over(report: CambrianReport, found: _Pass, quotas: dict[str, int]) -> 
     for category in CATEGORIES:
         by_source = found.available[category]
         report.available[category] = dict(by_source.most_common())
-        report.categories[category] = {
-            "available": by_source.total(),
-            "required": quotas[category],
-            "drawn": len(found.drawn(category)),
-            "checked": 0,
-            "rows": 0,
-            "sources": {},
-            "rejected": [],
-        }
+        report.categories[category] = CategoryCounts(by_source.total(), quotas[category], len(found.drawn(category)))
 
 
 def _check_source(source: Path, report: CambrianReport, max_bad_fraction: float) -> None:
@@ -250,15 +202,16 @@ def _check_source(source: Path, report: CambrianReport, max_bad_fraction: float)
     if unreadable > max_bad_fraction * report.lines:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.unreadable.items())
         raise InputError(
-            f"{source}: {unreadable} of {report.lines} lines are no records, more than the share of {max_bad_fraction:g} "
+            f"{source}: {unreadable} of {report.lines} lines are not records, more than the share of {max_bad_fraction:g} "
             f"allowed ({reasons})"
         )
     _check_shares(source, report, "available")
 
 
-def _check_shares(source: Path, report: CambrianReport, what: str) -> None:
-    """InputError that names each category with fewer records than it needs."""
-    short = [f"{name} {c[what]} / {c['required']}" for name, c in report.categories.items() if c[what] < c["required"]]
+def _check_shares(source: Path, report: CambrianReport, what: Literal["available", "rows"]) -> None:
+    """Raises an InputError that names each category with fewer records than it needs."""
+    found = [(name, getattr(counts, what), counts.required) for name, counts in report.categories.items()]
+    short = [f"{name} {count} / {required}" for name, count, required in found if count < required]
     if not short:
         return
     kind, hint = "available", ""
@@ -273,24 +226,24 @@ def _check_shares(source: Path, report: CambrianReport, what: str) -> None:
 
 def _draw(
     report: CambrianReport, found: _Pass, validation: Validation, listing: TextIO, progress: Progress
-) -> Iterator[dict[str, Any]]:
-    """Rows in the order of rank, until each category has its share."""
+) -> Iterator[Record]:
+    """Usable records in the order of rank, until each category has its share."""
     for category, counts in report.categories.items():
         drawn = found.drawn(category)
         records = ((number, parse_line(number, line)) for number, (_, line) in drawn.items())
         with closing(validation.check(records)) as checks:
             for checked in checks:
                 name, _ = drawn[checked.line]
-                counts["checked"] += 1
-                place = None if checked.row is None else report.rows - 1
-                entry = {"line": checked.line, "id": checked.record_id, "category": category, "source": name, "row": place}
+                counts.checked += 1
+                row = None if checked.row is None else report.rows - 1
+                entry = {"line": checked.line, "id": checked.record_id, "category": category, "source": name, "row": row}
                 listing.write(json.dumps(entry) + "\n")
                 if checked.row is None:
-                    counts["rejected"].append(checked.line)
+                    counts.rejected.append(checked.line)
                     continue
-                counts["rows"] += 1
-                counts["sources"][name] = counts["sources"].get(name, 0) + 1
+                counts.rows += 1
+                counts.sources[name] = counts.sources.get(name, 0) + 1
                 progress(report.rows, report.sample, "rows written")
                 yield checked.row
-                if counts["rows"] == counts["required"]:
+                if counts.rows == counts.required:
                     break

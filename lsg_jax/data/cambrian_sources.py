@@ -1,4 +1,4 @@
-"""Which category a record of Cambrian belongs to: a table of sources, which a user's TOML adds to."""
+"""The category of a Cambrian record: a table of sources, which a user's TOML can extend."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from lsg_jax.errors import ConfigError
 
 CATEGORIES = ("ocr", "general", "counting", "code", "math", "science")
-"""In this order the shares are dealt and the rows are written."""
+"""In the order in which shares are allotted and rows are written."""
 
 TEXT_ONLY = "text_only"
-"""Stands beside the categories for sources without images, which are left out."""
+"""Pseudo-category of sources without images, which are left out."""
 
 ANY = ("*",)
 _SHAREGPT4V = "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k"
@@ -60,7 +60,7 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class SourceMap:
-    """{(source, first folder or `*`): category}. A named folder counts before `*`."""
+    """{(source, first folder or `*`): category}. A named folder takes precedence over `*`."""
 
     def __init__(self, categories: dict[tuple[str, str], str]):
         self._categories = categories
@@ -74,11 +74,13 @@ class SourceMap:
         )
 
     def extended(self, path: Path) -> SourceMap:
-        """With the entries of a TOML file: tables named as the categories or `text_only`, `source = "*"` or a list of folders.
+        """The table with the entries of a TOML file added.
+
+        The file has tables named after categories or `text_only`, with entries `source = "*"` or `source = [folders]`.
 
         Raises:
-            ConfigError: the file is missing or no TOML, a category is unknown, an entry is of another form, or it contradicts
-                one that is there.
+            ConfigError: the file is missing or not TOML, a category is unknown, an entry is malformed, or it contradicts an
+                existing one.
         """
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +97,7 @@ class SourceMap:
         return SourceMap(categories)
 
     def category(self, source: str, folder: str) -> str | None:
-        """One of `CATEGORIES`, `text_only`, or None where the table does not say."""
+        """One of `CATEGORIES`, `text_only`, or None if the table has no entry."""
         return self._categories.get((source, folder)) or self._categories.get((source, "*"))
 
     def knows(self, source: str) -> bool:
@@ -104,7 +106,7 @@ class SourceMap:
 
     @property
     def sha256(self) -> str:
-        """Identifies the table."""
+        """Digest of the table."""
         return hashlib.sha256(json.dumps(sorted([*k, v] for k, v in self._categories.items())).encode()).hexdigest()
 
 
@@ -127,12 +129,12 @@ def _entries(path: Path, category: str, sources: Any) -> Iterator[tuple[str, str
 
 
 def source_name(source: str) -> str:
-    """The name in the table: without `.json`, and one for the subsets of DVQA (`random_3rd_dvqa_2325k`)."""
+    """The source's name in the table: without `.json`; subsets of DVQA (`random_3rd_dvqa_2325k`) share one name."""
     name = source.removesuffix(".jsonl").removesuffix(".json")
     return "dvqa_2325k" if name.endswith("dvqa_2325k") else name
 
 
 def first_folder(image: str) -> str:
-    """First folder of an image path, the first two below `hfdata`; empty for an image in the root."""
+    """First folder of an image path, or first two below `hfdata`; empty for an image in the root."""
     folders = image.removeprefix("./").split("/")[:-1]
     return "/".join(folders[:2] if folders[:1] == ["hfdata"] else folders[:1])

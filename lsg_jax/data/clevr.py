@@ -1,39 +1,41 @@
-"""A published CLEVR folder -> images with exact attributes, for linear probes; and that folder opened again.
+"""A published CLEVR folder -> images with exact attributes, for linear probes; and a reader of the prepared folder.
 
-CLEVR_v1.0/images/<split>/CLEVR_<split>_000000.png, CLEVR_v1.0/scenes/CLEVR_<split>_scenes.json        what is read
+Reads CLEVR_v1.0/images/<split>/CLEVR_<split>_000000.png and CLEVR_v1.0/scenes/CLEVR_<split>_scenes.json.
 
 OUT/clevr_manifest.json       counts, rejects, the vocabulary of each attribute, digests
-OUT/rejects.jsonl             one line a scene that cannot be used: its place, image, reason, message
-OUT/clevr/1.0.0/              array_record, one row a scene, in the order of the scenes file
+OUT/rejects.jsonl             one line per rejected scene: its position, image, reason, message
+OUT/clevr/1.0.0/              array_record, one row per scene, in the order of the scenes file
 """
 
 from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lsg_jax.data.conversation import RecordError
-from lsg_jax.data.prepared import Layout, PreparedRows, file_sha256, new_folder, write_manifest, write_rows
+from lsg_jax.data.images import image_size
+from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.prepared import FolderLayout, PreparedRows, file_sha256, new_folder, write_manifest, write_rows
 from lsg_jax.data.records import REJECTS
 from lsg_jax.data.sources import ImageFolder, in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.progress import Progress, silent
 
-LAYOUT = Layout(manifest="clevr_manifest.json", dataset="clevr", format=1)
+LAYOUT = FolderLayout(manifest="clevr_manifest.json", dataset="clevr", format=2, oldest=1)
 
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 SHAPES = ("cube", "sphere", "cylinder")
 MATERIALS = ("rubber", "metal")
 
 RADII = {"small": 0.35, "large": 0.7}
-"""Radius of each size, in the scene's units, as CLEVR was rendered."""
+"""Radius of each size, in the units in which CLEVR was rendered."""
 
 LARGEST_EDGES = (0.066, 0.073, 0.081)
-"""Borders of the bins of apparent size. About a quarter of CLEVR's scenes, as its generator draws them, falls into each."""
+"""Bin edges of the apparent size of the largest object. Each bin holds about a quarter of CLEVR's scenes."""
 
 MAX_OBJECTS = 10
 _SEVERAL = ("colours", "shapes", "materials")
@@ -45,18 +47,18 @@ ATTRIBUTES: dict[str, tuple[Any, ...]] = {
     "shapes": SHAPES,
     "materials": MATERIALS,
 }
-"""The labels of what `attributes` returns: `count` and `largest` have one, the others any number of them."""
+"""Vocabulary of each attribute. `count` and `largest` have one label per scene, the others any number."""
 
 
 def attributes(scene: dict[str, Any]) -> dict[str, Any]:
-    """Exact labels of one entry of the scenes file, under the names that `shapes.attributes` gives; see ATTRIBUTES.
+    """Exact labels of one entry of the scenes file, with the names of `shapes.attributes`; see ATTRIBUTES.
 
     The apparent size of an object is its radius over its depth, the distance from the camera along the line of sight
-    (third of `pixel_coords`). CLEVR has two sizes only, and nearly every scene holds a large object, so size alone would
-    say little.
+    (third of `pixel_coords`). CLEVR has only two sizes, and nearly every scene holds a large object, so the size itself would
+    carry little information.
 
     Returns:
-        `count`: number of objects. `largest`: bin of the greatest apparent size, which is `apparent_size`.
+        `count`: number of objects. `apparent_size`: that of the largest object. `largest`: its bin.
         `colours`, `shapes`, `materials`: those present, in the order of the vocabulary.
 
     Raises:
@@ -84,13 +86,28 @@ def attributes(scene: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class ClevrRow:
+    """One scene.
+
+    Attributes:
+        name: file name of the image. image: its bytes. image_size: (width, height) in pixels.
+        attributes: as the function `attributes` returns them.
+    """
+
+    name: str
+    image: bytes
+    image_size: ImageSize
+    attributes: dict[str, Any]
+
+
 @dataclass
 class ClevrReport:
-    """What preparation did.
+    """What preparing CLEVR did; the manifest holds these fields.
 
     Attributes:
         split: `train`, `val`, or one of CLEVR-CoGenT. scenes_sha256: digest of the scenes file.
-        records: scenes looked at. rows: rows written. rejected: scenes rejected; `rejects` counts them by reason.
+        records: scenes read. rows: rows written. rejected: scenes rejected. rejects: their number by reason.
         attributes: vocabulary of each attribute. counts: rows by label, for each attribute.
     """
 
@@ -100,11 +117,11 @@ class ClevrReport:
     rows: int = 0
     rejected: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
-    attributes: dict[str, tuple[Any, ...]] = field(default_factory=lambda: dict(ATTRIBUTES))
+    attributes: dict[str, Sequence[Any]] = field(default_factory=lambda: dict(ATTRIBUTES))
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """What happened, in a line or a few."""
+        """The report in a few lines."""
         lines = [f"{self.rows} of {self.records} scenes written"]
         lines += [f"rejected: {count} x {reason}" for reason, count in sorted(self.rejects.items())]
         for name, counts in self.counts.items():
@@ -122,17 +139,17 @@ def prepare_clevr(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> ClevrReport:
-    """Writes the scenes of a split, with their images proven to decode, into the new folder `out`.
+    """Writes the scenes of a split whose images decode into the new folder `out`.
 
     Args:
         source: the published folder, which holds `images` and `scenes`.
-        limit: the first scenes only (they come in no particular order).
+        limit: number of scenes to read, from the first (they are in no particular order).
         max_bad_fraction, threads: as in `prepare_llava`.
         progress: counts scenes.
 
     Raises:
         InputError: `out` is not empty, the split has no scenes, their file is damaged, or more than `max_bad_fraction` of them
-            are bad. `out` is then as it was.
+            are bad. `out` is left unchanged.
     """
     source = Path(source)
     if limit is not None and limit < 1:
@@ -152,7 +169,7 @@ def prepare_clevr(
                     report.rejects[row.reason] = report.rejects.get(row.reason, 0) + 1
                 else:
                     _count(report, row)
-                    yield _encode(row)
+                    yield _stored(row)
                 progress(report.records, len(scenes), "scenes")
             report.rejected = len(rejects)
             if report.rejected > max_bad_fraction * report.records or not report.rows:
@@ -163,7 +180,7 @@ def prepare_clevr(
 
         write_rows(folder, LAYOUT, _features(), rows())
         (folder / REJECTS).write_text("".join(json.dumps(entry) + "\n" for entry in rejects), encoding="utf-8")
-        write_manifest(folder, LAYOUT, asdict(report))
+        write_manifest(folder, LAYOUT, report)
     return report
 
 
@@ -185,30 +202,32 @@ def _read_scenes(path: Path) -> list[Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: no scenes of CLEVR, or damaged: {type(error).__name__}: {str(error)[:120]}") from None
+        raise InputError(f"{path}: not CLEVR scenes, or damaged: {type(error).__name__}: {str(error)[:120]}") from None
     if not isinstance(scenes, list) or not scenes:
         raise InputError(f"{path}: holds no scenes")
     return scenes
 
 
-def _row(scene: Any, images: ImageFolder) -> tuple[str, dict[str, Any] | RecordError]:
+def _row(scene: Any, images: ImageFolder) -> tuple[str, ClevrRow | RecordError]:
     name = str(scene.get("image_filename", "")) if isinstance(scene, dict) else ""
     try:
         if not name:
             raise RecordError("bad_scene", "the scene names no image")
-        return name, {"name": name, "image": images.read(name), **attributes(scene)}
+        image, size = images.read(name)
+        return name, ClevrRow(name, image, size, attributes(scene))
     except RecordError as error:
         return name, error
 
 
-def _count(report: ClevrReport, row: dict[str, Any]) -> None:
+def _count(report: ClevrReport, row: ClevrRow) -> None:
     report.rows += 1
     for name, counts in report.counts.items():
-        for label in row[name] if isinstance(row[name], tuple) else (row[name],):
+        found = row.attributes[name]
+        for label in found if isinstance(found, tuple) else (found,):
             counts[str(label)] += 1
 
 
-# Stored are numbers: `largest` as its place in the vocabulary, sets of labels as 0 and 1 for each.
+# Labels are stored as numbers: `largest` as its index in the vocabulary, sets of labels as a 0/1 vector.
 
 
 def _features() -> dict[str, Any]:
@@ -219,6 +238,7 @@ def _features() -> dict[str, Any]:
     return {
         "name": tfds.features.Text(),
         "image": tfds.features.Image(),
+        "image_size": tfds.features.Tensor(shape=(2,), dtype=np.int32),
         "count": np.int32,
         "largest": tfds.features.ClassLabel(names=list(ATTRIBUTES["largest"])),
         "apparent_size": np.float32,
@@ -226,31 +246,37 @@ def _features() -> dict[str, Any]:
     }
 
 
-def _encode(row: dict[str, Any]) -> dict[str, Any]:
+def _stored(row: ClevrRow) -> dict[str, Any]:
     import numpy as np
 
-    several = {name: np.array([label in row[name] for label in ATTRIBUTES[name]], np.uint8) for name in _SEVERAL}
-    return {**row, **several}
+    found = row.attributes
+    several = {name: np.array([label in found[name] for label in ATTRIBUTES[name]], np.uint8) for name in _SEVERAL}
+    size = np.array(row.image_size, np.int32)
+    return {"name": row.name, "image": row.image, "image_size": size, **found, **several}
 
 
-class ClevrRows(PreparedRows):
-    """Rows by index: `name`, `image` (encoded bytes) and what `attributes` returns."""
+class ClevrRows(PreparedRows[ClevrRow, ClevrReport]):
+    """Rows by index. Folders of format 1 hold no sizes; these are then read from the images' headers."""
 
     layout = LAYOUT
 
-    def _row(self, stored: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, stored: dict[str, Any]) -> ClevrRow:
         several = {
             name: tuple(label for label, there in zip(ATTRIBUTES[name], stored[name], strict=True) if there)
             for name in _SEVERAL
         }
-        return {
-            "name": stored["name"].decode(),
-            "image": bytes(stored["image"]),
+        found = {
             "count": int(stored["count"]),
             "largest": ATTRIBUTES["largest"][stored["largest"]],
             "apparent_size": float(stored["apparent_size"]),
             **several,
         }
+        image = bytes(stored["image"])
+        width, height = map(int, stored["image_size"]) if "image_size" in stored else image_size(image)
+        return ClevrRow(stored["name"].decode(), image, (width, height), found)
+
+    def _report(self, content: dict[str, Any]) -> ClevrReport:
+        return ClevrReport(**content)
 
 
 def open_clevr(path: str | Path) -> ClevrRows:

@@ -1,27 +1,28 @@
-"""Image files -> the uint8 square that goes to the device. Nothing here normalises but `normalise`, the tests' reference.
+"""Image files -> the uint8 square that goes to the device. The device normalises it; `normalise` is the tests' reference.
 
-Pixels equal those of the Hugging Face image processors (LLaVA, CLIP, SigLIP). EXIF orientation is ignored, as they do.
+Pixels equal those of the Hugging Face image processors (LLaVA, CLIP, SigLIP). EXIF orientation is ignored, as there.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig
-from lsg_jax.data.layout import resized_to_cover
+from lsg_jax.data.layout import ImageSize, resized_to_cover
 from lsg_jax.errors import ConfigError, InputError
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
-"""Largest image that is decoded or made on the way (PIL's own limit for its decompression bomb warning)."""
+"""Largest image that is decoded or made in between (the limit of PIL's decompression bomb warning)."""
 
 MAX_SIDE, MAX_ASPECT = 65_535, 500
-"""Longest side in pixels (JPEG's own limit) and its ratio to the other. Within both, memory stays bounded."""
+"""Longest side in pixels (JPEG's limit), and largest ratio of the sides. Within both, memory stays bounded."""
 
 # A closed list: some of PIL's other readers run programs (EPS) or are rarely exercised.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -30,17 +31,33 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
-_TURN = Image.Transpose.TRANSPOSE
+Result = TypeVar("Result")
+_TRANSPOSE = Image.Transpose.TRANSPOSE
 
 
 def open_image(source: bytes | str | Path) -> Image.Image:
     """Decodes the first frame of an image file, or of its bytes, to RGB.
 
-    Transparency is dropped, as `convert("RGB")` does. 16-bit grey is scaled to 8 bits (`convert` alone would clip it to white).
+    Transparency is dropped, as by `convert("RGB")`. 16-bit grey is scaled to 8 bits (`convert` alone would clip it to white).
 
     Raises:
-        InputError: one line that says what the file is: missing, empty, HTML, a Git LFS pointer, truncated, too large, ...
+        InputError: in one line, what the file is: missing, empty, HTML, a Git LFS pointer, truncated, too large, ...
     """
+    return _read(source, _load)
+
+
+def image_size(source: bytes | str | Path) -> ImageSize:
+    """(width, height) in pixels from an image's header. Nothing is decoded, so a truncated image passes; see `open_image`."""
+    return _read(source, lambda image: image.size)
+
+
+def _load(image: Image.Image) -> Image.Image:
+    image.load()
+    return to_rgb(image)
+
+
+def _read(source: bytes | str | Path, read: Callable[[Image.Image], Result]) -> Result:
+    """`read` of an opened image whose size is within the limits."""
     name = "image" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes):
         try:
@@ -57,8 +74,7 @@ def open_image(source: bytes | str | Path) -> Image.Image:
                 raise Image.DecompressionBombError
             size = image.size
             if max(size) <= MAX_SIDE and max(size) <= MAX_ASPECT * min(size):
-                image.load()
-                return to_rgb(image)
+                return read(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{name}: image bomb: more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
@@ -107,16 +123,16 @@ def prepare_pixels(image: Image.Image, config: ImageConfig) -> np.ndarray:
 
 
 def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
-    """Pads to a square with `colour`, then resizes; done in another order where that gives the same bytes for less.
+    """Pads to a square with `colour`, then resizes. Uses a cheaper order where that gives the same bytes.
 
-    PIL resizes rows first, each on its own, and rows of one colour stay as they are. So the rows of a wide image are resized
-    before they are padded. Tall images are padded first, unless the square is above `MAX_PIXELS`: a screenshot of 1000 x 30000
-    pixels would take 2.7 GB. Then it is turned, and rounding differs by a level in places.
+    PIL resizes horizontally first, each row on its own, and leaves rows of one colour unchanged. So a wide image is resized
+    horizontally before it is padded. A tall image is padded first. If that square is above `MAX_PIXELS` (2.7 GB for a
+    screenshot of 1000 x 30000 pixels), the image is transposed; rounding then differs by one level in places.
     """
     width, height = image.size
     side = max(width, height)
     if width < height and side * side > MAX_PIXELS:
-        return _pad_and_resize(image.transpose(_TURN), size, colour).transpose(_TURN)
+        return _pad_and_resize(image.transpose(_TRANSPOSE), size, colour).transpose(_TRANSPOSE)
     if width > height:
         padded = Image.new("RGB", (size, side), colour)
         padded.paste(image.resize((size, height), Image.Resampling.BICUBIC), (0, (side - height) // 2))
@@ -147,7 +163,7 @@ def to_patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def normalise(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
-    """uint8 [..., H, W, C] -> float32 of the same shape, (pixels / 255 - mean) / std. The model does the same on the device."""
+    """uint8 [..., H, W, C] -> float32 of the same shape, (pixels / 255 - mean) / std, as the model does on the device."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return (scaled - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)
 
@@ -179,7 +195,7 @@ def image_config_from_hf(preprocessor: dict[str, Any] | None, *, size: int, fami
     Args:
         preprocessor: the file's contents; None gives the family's default (clip: centre crop; siglip: squash).
         size: side of the square that the vision tower takes, in pixels.
-        family: the vision tower's, which decides what the file leaves out if it names no processor.
+        family: family of the vision tower; its defaults fill in what the file leaves out if it names no processor.
 
     Raises:
         ConfigError: a field is unknown, or describes pixels that `prepare_pixels` does not make.
@@ -225,7 +241,7 @@ def _three_floats(values: Any, name: str) -> tuple[float, ...]:
 
 
 def _edges(value: Any, name: str, *, square: bool) -> tuple[str, int]:
-    """A size in any of the spellings -> ("square" | "shortest", pixels)."""
+    """A size in any of HF's spellings -> ("square" | "shortest", pixels)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return ("square" if square else "shortest"), value
     if isinstance(value, dict):

@@ -12,7 +12,7 @@ import numpy as np
 from lsg_jax.config import DataConfig
 from lsg_jax.data.conversation import RecordError, examples
 from lsg_jax.data.processor import Encoded, Processor
-from lsg_jax.data.records import RandomAccess, open_records
+from lsg_jax.data.records import PreparedRecords, Record, open_records
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
 
@@ -85,9 +85,9 @@ class TrainingData(Iterator[Batch]):
         for row in range(len(self._records)):
             record = self._records[row]
             whole = self._data.conversations == "whole"
-            for number, (prompt, answer) in enumerate(examples(record["turns"])[: 1 if whole else None]):
+            for number, (prompt, answer) in enumerate(examples(record.turns)[: 1 if whole else None]):
                 try:
-                    if whole or not self._processor.surely_fits(prompt, answer, **self._limits):
+                    if whole or not self._processor.surely_fits(prompt, answer, image_size=record.image_size, **self._limits):
                         self.truncated += self._encode(record, number).cut > 0
                 except RecordError as error:
                     dropped[error.reason] += 1
@@ -96,11 +96,11 @@ class TrainingData(Iterator[Batch]):
         self.dropped = dict(sorted(dropped.items()))
         return np.asarray(kept, np.int32).reshape(-1, 2)
 
-    def _encode(self, record: dict[str, Any], number: int) -> Encoded:
+    def _encode(self, record: Record, number: int) -> Encoded:
         if self._data.conversations == "whole":
-            return self._processor.encode_conversation(record["turns"], **self._limits)
-        prompt, answer = examples(record["turns"])[number]
-        return self._processor.encode(prompt, answer, **self._limits)
+            return self._processor.encode_conversation(record.turns, image_size=record.image_size, **self._limits)
+        prompt, answer = examples(record.turns)[number]
+        return self._processor.encode(prompt, answer, image_size=record.image_size, **self._limits)
 
     def _grain_iterator(self, epochs: int) -> Any:
         import grain
@@ -121,11 +121,11 @@ class TrainingData(Iterator[Batch]):
             )
         )
 
-    def _row(self, item: tuple[RandomAccess, int, int]) -> dict[str, np.ndarray]:
+    def _row(self, item: tuple[PreparedRecords, int, int]) -> dict[str, np.ndarray]:
         records, row, number = item
         record = records[row]
         try:
-            pixels = self._processor.pixels(record["image"]) if record["image"] else None
+            pixels = self._processor.pixels(record.image) if record.image else None
             return self._processor.row(
                 self._encode(record, number),
                 pixels,
@@ -134,7 +134,7 @@ class TrainingData(Iterator[Batch]):
                 row_id=row,
             )
         except (InputError, RecordError) as error:
-            raise InputError(f"row {row} (record {record['record_id']}): {error}") from None
+            raise InputError(f"row {row} (record {record.record_id}): {error}") from None
 
     def __next__(self) -> Batch:
         return Batch(**next(self._iterator))
@@ -167,13 +167,13 @@ class TrainingData(Iterator[Batch]):
 class _Examples:
     """Grain's random-access source of (records, row, index of the answer). It is cheap: `map` reads the records."""
 
-    def __init__(self, records: RandomAccess, index: np.ndarray):
+    def __init__(self, records: PreparedRecords, index: np.ndarray):
         self._records = records
         self._index = index
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, position: int) -> tuple[RandomAccess, int, int]:
+    def __getitem__(self, position: int) -> tuple[PreparedRecords, int, int]:
         row, number = self._index[position].tolist()
         return self._records, row, number

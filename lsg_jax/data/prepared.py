@@ -1,10 +1,10 @@
-"""A folder that `lsg prepare` makes: rows in array_record, readable as a TFDS data set, and a manifest that is written last.
+"""Folders that `lsg prepare` writes: rows in array_record, readable as a TFDS data set, and a manifest that is written last.
 
     OUT/<manifest>.json           counts, settings, sizes and digests of the files below
-    OUT/<data set>/1.0.0/         split `train`, rows in the order they came
+    OUT/<data set>/1.0.0/         split `train`, rows in the order of the source
 
-The folder appears whole or not at all. TensorFlow is not needed; tensorflow-datasets is imported where it is used, since that
-takes a second.
+A folder appears whole or not at all. TensorFlow is not needed. tensorflow-datasets is imported where it is used, because the
+import takes a second.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lsg_jax.errors import InputError
 
@@ -26,24 +26,47 @@ ROWS_PER_SHARD = 10_000
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Names within a prepared folder. `format` is raised when older folders can no longer be read."""
+class FolderLayout:
+    """File names within a prepared folder, and its format: the one that is written and the oldest that is still read."""
 
     manifest: str
     dataset: str
     format: int
+    oldest: int
 
     def rows(self, folder: Path) -> Path:
-        """Where the array_record files are."""
+        """Folder of the array_record files."""
         return folder / self.dataset / VERSION
+
+
+Row = TypeVar("Row")
+Report = TypeVar("Report")
+
+
+@dataclass(frozen=True)
+class Manifest(Generic[Report]):
+    """A prepared folder's manifest.
+
+    Attributes:
+        format: format of the folder.
+        report: what preparation did.
+        files: size of each file of rows, in bytes. sha256: their digests.
+        digest: sha256 of the manifest's bytes; identifies the data.
+    """
+
+    format: int
+    report: Report
+    files: dict[str, int]
+    sha256: dict[str, str]
+    digest: str
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `out` when the block ends well, and vanishes when it does not.
+    """A temporary folder that is renamed to `out` if the block succeeds, and removed if it fails.
 
     Raises:
-        InputError: `out` is not empty, or cannot be written, also where the block raises OSError.
+        InputError: `out` is not empty or cannot be written. An OSError of the block becomes an InputError too.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; choose a new folder")
@@ -53,7 +76,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.replace(out)  # an empty folder in the way is replaced
+        temporary.replace(out)  # replaces an empty folder
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
     finally:
@@ -61,14 +84,14 @@ def new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_rows(folder: Path, layout: Layout, features: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(folder: Path, layout: FolderLayout, features: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows one by one, as a data set that `tfds.builder_from_directory` reads.
 
-    Not by `GeneratorBasedBuilder`: it holds back all rows and sorts them by key at the end. Keys that count up fall into
-    a single one of its buckets, so 60 GB of images would be in memory at once.
+    `GeneratorBasedBuilder` is not used: it holds rows back to sort them by key. Ascending keys all fall into one of its
+    buckets, so 60 GB of images would be in memory at once.
 
     Args:
-        features: TFDS feature of each field.
+        features: TFDS feature of each field of a row.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
@@ -84,16 +107,16 @@ def write_rows(folder: Path, layout: Layout, features: dict[str, Any], rows: Ite
     try:
         writer.add_examples({"train": rows})
         writer.close_all()
-    except RuntimeError as error:  # array_record's way to say that the disk is full
+    except RuntimeError as error:  # what array_record raises when the disk is full
         raise OSError(str(error).splitlines()[0][:200]) from None
 
 
-def write_manifest(folder: Path, layout: Layout, content: dict[str, Any]) -> None:
-    """Writes the manifest, with size and sha256 of each file of rows."""
+def write_manifest(folder: Path, layout: FolderLayout, report: Any) -> None:
+    """Writes the manifest: the fields of the report, a dataclass, and size and sha256 of each file of rows."""
     paths = sorted(layout.rows(folder).iterdir())
     manifest = {
         "format": layout.format,
-        **content,
+        **asdict(report),
         "files": {path.name: path.stat().st_size for path in paths},
         "sha256": {path.name: file_sha256(path) for path in paths},
     }
@@ -106,59 +129,69 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class PreparedRows:
-    """Rows by index, in the order they were prepared. Subclasses say what a row is.
-
-    Attributes:
-        manifest: contents of the manifest. digest: sha256 of the manifest's bytes, which identifies the data.
+class PreparedRows(Generic[Row, Report]):
+    """Random access to rows, in the order they were prepared. Subclasses define the row and the report.
 
     Raises:
-        InputError: the folder is missing, was not written by `lsg prepare`, or a file of it is missing or truncated.
+        InputError: the folder is missing, `lsg prepare` did not write it, or one of its files is missing or truncated.
     """
 
-    layout: Layout
+    layout: FolderLayout
+    manifest: Manifest[Report]
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
-        self.manifest, self.digest = self._read_manifest()
+        self.manifest, rows = self._read_manifest()
         self._source = self._open()
-        if len(self._source) != self.manifest["rows"]:
-            raise InputError(
-                f"{path}: {len(self._source)} rows, but the manifest says {self.manifest['rows']}; run `lsg prepare` again"
-            )
+        if len(self._source) != rows:
+            raise InputError(f"{path}: {len(self._source)} rows, but the manifest says {rows}; run `lsg prepare` again")
+
+    @property
+    def digest(self) -> str:
+        """See `Manifest`."""
+        return self.manifest.digest
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
             return self._row(self._source[index])
-        except Exception as error:  # array_record reports damage by several kinds
+        except Exception as error:  # array_record raises several types for damaged files
             raise InputError(f"{self._path}: row {index} is damaged: {str(error).splitlines()[0][:200]}") from None
 
-    def _row(self, stored: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, stored: dict[str, Any]) -> Row:
+        """Decodes the stored fields. Those of older formats may lack some."""
+        raise NotImplementedError
+
+    def _report(self, content: dict[str, Any]) -> Report:
+        """The report from its fields. TypeError or KeyError: they are not those of a report."""
         raise NotImplementedError
 
     def changed_files(self) -> list[str]:
-        """Files whose bytes are no longer those that were written; reads all of them."""
-        folder, digests = self.layout.rows(self._path), self.manifest["sha256"]
-        return [str(folder / name) for name, digest in digests.items() if file_sha256(folder / name) != digest]
+        """Files of rows whose bytes no longer match their digest. Reads all of them."""
+        folder = self.layout.rows(self._path)
+        return [str(folder / name) for name, digest in self.manifest.sha256.items() if file_sha256(folder / name) != digest]
 
-    def _read_manifest(self) -> tuple[dict[str, Any], str]:
+    def _read_manifest(self) -> tuple[Manifest[Report], int]:
+        """The manifest and its number of rows. Checks the format, and that all files have their size."""
         path, layout = self._path, self.layout
         try:
             text = (path / layout.manifest).read_bytes()
-            manifest = json.loads(text)
-            files, version, _, _ = manifest["files"], manifest["format"], manifest["rows"], manifest["sha256"]
+            content = json.loads(text)
+            version, files, sha256, rows = content.pop("format"), content.pop("files"), content.pop("sha256"), content["rows"]
+            if known := version in range(layout.oldest, layout.format + 1):
+                report = self._report(content)
         except OSError:
             raise InputError(f"{path}: no prepared records here ({layout.manifest} is missing); run `lsg prepare`") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path / layout.manifest}: damaged; run `lsg prepare` again") from None
-        if version != layout.format:
+        if not known:
             raise InputError(
-                f"{path}: records of format {version}; this version reads {layout.format}; run `lsg prepare` again"
+                f"{path}: records of format {version}; this version reads {layout.oldest} to {layout.format}; "
+                "run `lsg prepare` again"
             )
         for name, size in files.items():
             file = layout.rows(path) / name
@@ -168,7 +201,7 @@ class PreparedRows:
                 raise InputError(
                     f"{file}: truncated or changed ({file.stat().st_size} bytes, not {size}); run `lsg prepare` again"
                 )
-        return manifest, hashlib.sha256(text).hexdigest()
+        return Manifest(version, report, files, sha256, hashlib.sha256(text).hexdigest()), rows
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds
@@ -177,5 +210,5 @@ class PreparedRows:
         try:
             builder = tfds.builder_from_directory(folder)
             return builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
-        except Exception as error:  # TFDS and array_record raise many kinds for damaged files
+        except Exception as error:  # TFDS and array_record raise several types for damaged files
             raise InputError(f"{folder}: cannot be opened: {str(error).splitlines()[0][:200]}") from None

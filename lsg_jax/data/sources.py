@@ -1,4 +1,4 @@
-"""What users have on disk: records as JSON or JSONL, and folders of images. Images are read ahead in threads."""
+"""Readers of users' files: records as JSON or JSONL, and folders of images, which are read ahead in threads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any, TypeVar
 
 from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.images import open_image
+from lsg_jax.data.layout import ImageSize
 from lsg_jax.errors import ConfigError, InputError
 
 BOM = b"\xef\xbb\xbf"
 AHEAD = 4
-"""Items under way or waiting for each thread. Bounds memory: an item holds an encoded image."""
+"""Items in flight per thread. Bounds memory: an item holds an encoded image."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def read_source(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line or 1-based position, record) of a JSON array or of JSONL, whatever the file is called.
+    """Yields (line or 1-based position, record) of a JSON array or of JSONL, whatever the file's name.
 
-    A line of JSONL that is no JSON yields a `RecordError` (`bad_json`) in place of the record.
+    A JSONL line that is not JSON yields a `RecordError` (`bad_json`) instead of the record.
 
     Raises:
         InputError: the file is missing, empty, not UTF-8, a Git LFS pointer, or a broken JSON array (with the line).
@@ -39,7 +40,7 @@ def read_source(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def first_bracket(path: Path) -> bytes:
-    """`[` or `{`, the first character of a file of records; errors as `read_source` has them."""
+    """First character of a file of records: `[` or `{`. Errors as in `read_source`."""
     if not path.is_file():
         raise InputError(f"{path}: no such file of records")
     try:
@@ -69,7 +70,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def numbered_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, line) of those that are not blank, without a byte order mark."""
+    """(1-based number, line) of the non-blank lines, without a byte order mark."""
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(BOM)
@@ -86,7 +87,7 @@ def parse_line(number: int, line: bytes) -> Any:
 
 
 class ImageFolder:
-    """Finds images below a root and suggests near matches. Folder listings are kept, so a miss costs no walk."""
+    """Reads images below a root and suggests near matches for missing ones. Folder listings are cached."""
 
     def __init__(self, root: Path):
         if not root.is_dir():
@@ -94,15 +95,15 @@ class ImageFolder:
         self._root = root
         self._listings: dict[Path, list[str]] = {}
 
-    def read(self, relative: str) -> bytes:
-        """The image's bytes, proven to decode. May be called from several threads.
+    def read(self, relative: str) -> tuple[bytes, ImageSize]:
+        """The bytes of an image file that decodes, and the image's size. Thread-safe.
 
         Raises:
             RecordError: `missing_image`, `image_outside` or `broken_image`.
         """
         parts = Path(relative).parts
         if Path(relative).is_absolute() or ".." in parts:
-            raise RecordError("image_outside", f"{relative}: leads out of the image folder")
+            raise RecordError("image_outside", f"{relative}: points outside the image folder")
         try:
             data = self._root.joinpath(*parts).read_bytes()
         except (OSError, ValueError):
@@ -110,13 +111,13 @@ class ImageFolder:
             hint = f"; did you mean {near}?" if near else ""
             raise RecordError("missing_image", f"{relative}: no such image{hint}") from None
         try:
-            open_image(data)
+            size = open_image(data).size
         except InputError as error:
             raise RecordError("broken_image", f"{relative}: {str(error).removeprefix('image: ')}") from None
-        return data
+        return data, size
 
     def _near(self, parts: tuple[str, ...]) -> str | None:
-        """A path that differs in case, or in the suffix of the file."""
+        """An existing path that differs in case, or in the file's suffix."""
         found: list[str] = []
         for depth, part in enumerate(parts):
             names = self._list(self._root.joinpath(*found))
@@ -129,32 +130,32 @@ class ImageFolder:
         return "/".join(found) or None
 
     def _list(self, folder: Path) -> list[str]:
-        if folder not in self._listings:  # two threads at once only do the same work twice
+        if folder not in self._listings:  # a race between threads only repeats the work
             self._listings[folder] = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         return self._listings[folder]
 
 
 def thread_count(threads: int | None) -> int:
-    """The number that was asked for, or one a core. ConfigError below one."""
+    """The given number of threads, or one per core. ConfigError if it is below one."""
     if threads is not None and threads < 1:
         raise ConfigError(f"{threads} threads: must be at least 1")
     return threads or os.cpu_count() or 1
 
 
 def in_order(call: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`call(item)` for each item, in threads, but in the order of the items. A fixed number of items is under way.
+    """`call(item)` for each item, computed in threads, yielded in order. At most `AHEAD` items per thread are in flight.
 
-    Closing the iterator early ends the threads.
+    Closing the iterator early stops the threads.
     """
-    under_way: deque[Future[Result]] = deque()
+    in_flight: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                under_way.append(pool.submit(call, item))
-                if len(under_way) == AHEAD * threads:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                in_flight.append(pool.submit(call, item))
+                if len(in_flight) == AHEAD * threads:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
         finally:
-            for future in under_way:
+            for future in in_flight:
                 future.cancel()

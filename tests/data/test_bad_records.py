@@ -1,4 +1,4 @@
-"""What users really have, and what it gets: a row (perhaps mended), a reject with its reason, or an error for the whole."""
+"""Users' files and what becomes of them: a row (perhaps repaired), a reject with its reason, or an error for the whole file."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from converters.byte_tokenizer import EOS, write_byte_tokenizer
 from lsg_jax.data.cambrian import prepare_cambrian
-from lsg_jax.data.images import open_image
+from lsg_jax.data.images import image_size, open_image
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.records import LAYOUT, REJECTS, open_records, prepare_llava
 from lsg_jax.errors import InputError
@@ -27,7 +27,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and holds no pixels; takes no memory to make."""
+    """A PNG whose header claims a size, without the pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + encoded(Image.new("RGB", (1, 1)))[33:]
@@ -71,15 +71,15 @@ def turn(role, value):
 FINE, SECOND_ID = None, "duplicate_id"
 
 RECORDS = [
-    # what the user has -> a note (or FINE), or (reason, part of the message)
+    # record -> a note (or FINE), or (reason, part of the message)
     ("nothing wrong", said(id="0"), FINE),
     ("missing image", said(image="b/z.jpg"), ("missing_image", "b/z.jpg: no such image")),
     ("wrong case", said(image="A.JPG"), ("missing_image", "did you mean a.jpg?")),
     ("wrong case of the folder", said(image="SUB/b.jpg"), ("missing_image", "did you mean sub/b.jpg?")),
     ("wrong suffix", said(image="a.png"), ("missing_image", "did you mean a.jpg?")),
     ("a folder", said(image="sub"), ("missing_image", "no such image")),
-    ("path out of the root", said(image="../images/a.jpg"), ("image_outside", "out of the image folder")),
-    ("absolute path", said(image="/a.jpg"), ("image_outside", "out of the image folder")),
+    ("path out of the root", said(image="../images/a.jpg"), ("image_outside", "outside the image folder")),
+    ("absolute path", said(image="/a.jpg"), ("image_outside", "outside the image folder")),
     ("image null", said("q", "a", image=None, id="1"), FINE),
     ("image ''", said("q", "a", image="", id="2"), FINE),
     ("image 'nan'", said("q", "a", image="nan", id="3"), FINE),
@@ -143,13 +143,15 @@ def test_records(tmp_path, images):
             assert "\n" not in entry["message"], what
             continue
         row = rows[place]
-        assert line not in rejects and row["record_id"] == record["id"], what
-        assert row["turns"][0].text.startswith("<image>\n") == bool(row["image"]), what
+        assert line not in rejects and row.record_id == record["id"], what
+        assert row.turns[0].text.startswith("<image>\n") == bool(row.image) == bool(row.image_size), what
         place += 1
     assert not rejects and place == len(rows)
     assert report.rejects == Counter(o[0] for _, _, o in RECORDS if isinstance(o, tuple))
     assert report.notes == Counter(o for _, _, o in RECORDS if isinstance(o, str))
-    colours = {rows[i]["record_id"]: open_image(rows[i]["image"]).getpixel((0, 0)) for i in range(place) if rows[i]["image"]}
+    decoded = {row.record_id: (open_image(row.image), row) for row in (rows[i] for i in range(place)) if row.image}
+    assert all(image.size == row.image_size == image_size(row.image) for image, row in decoded.values())
+    colours = {name: image.getpixel((0, 0)) for name, (image, _) in decoded.items()}
     for name in ("wide.png", "dot.png", "rgba.png", "p.png", "cmyk.tif", "gif.gif"):
         assert np.abs(np.subtract(colours[name], (200, 30, 30))).max() <= 2, name
     assert colours["la.png"] == colours["i16.png"] == (90, 90, 90)
@@ -185,7 +187,7 @@ def encode(tmp_path, question, answer, **limits):
     processor = Processor(AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True), model_config())
     (tmp_path / "r.json").write_text(json.dumps([said(question, answer, image=None)]))
     prepare_llava(tmp_path / "r.json", tmp_path, tmp_path / "out")
-    turns = open_records(tmp_path / "out")[0]["turns"]
+    turns = open_records(tmp_path / "out")[0].turns
     return processor.encode(turns[:1], turns[1].text, **limits)
 
 
@@ -193,7 +195,7 @@ FIVE = ("ai2d_15k", "vizwiz_20k", "clevr_700k", "design2code_0k", "geo170k")
 BROKEN = json.dumps(GOOD, indent=1)[:-30]
 
 WHOLE = [
-    # what the user has -> None, or part of the error
+    # file -> None, or part of the error
     ("JSON array named .jsonl", lambda t, i: prepared(t, i, ARRAY), None),
     ("BOM before an array", lambda t, i: prepared(t, i, "\ufeff" + ARRAY), None),
     ("BOM before lines, CRLF", lambda t, i: prepared(t, i, "\ufeff" + LINES.replace("\n", "\r\n") + "\r\n\r\n"), None),
@@ -228,7 +230,7 @@ def test_whole(tmp_path, images, what, do, message):
 
 
 def test_text_meets_the_tokenizer(tmp_path):
-    """The last two of the list come up when a row is tokenised: a literal end marker, and an answer that truncation removes."""
+    """Cases that only tokenization shows: a literal end marker, and an answer that truncation removes."""
     (tmp_path / "a").mkdir()
     encoded_ids = encode(tmp_path / "a", "</s>?", "so </s>").ids.tolist()
     assert encoded_ids.count(EOS) == 1 and encoded_ids[-1] == EOS

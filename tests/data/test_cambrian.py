@@ -1,4 +1,4 @@
-"""The draw from Cambrian: shares, table of sources, rejects, the same rows however it runs, and constant memory."""
+"""Sampling from Cambrian: shares, table of sources, rejects, the same rows for any number of threads, constant memory."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from lsg_jax.data.records import REJECTS, open_records
 from lsg_jax.errors import ConfigError, InputError
 
 SHAREGPT4V = "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json"
-KINDS = [  # source, folder, category or what becomes of it
+KINDS = [  # source, folder, category or why it is left out
     ("random_3rd_dvqa_2325k.json", "dvqa", "ocr"),
     ("idefics375k.json", "hfdata/st_vqa", "ocr"),
     (SHAREGPT4V, "gqa", "general"),
@@ -32,11 +32,11 @@ KINDS = [  # source, folder, category or what becomes of it
     (None, "photos", "unmapped"),
     ("dolly_15k.json", None, "text_only"),
 ]
-MISSING = 12  # one in so many records names an image that is not there
+MISSING = 12  # one in 12 records names an image that does not exist
 
 
 def written(folder, count=600, missing=0):
-    """A source of `count` lines over all kinds, and the images; returns the kind of each line."""
+    """Writes a source of `count` lines of all kinds, and the images; returns the kind of each line."""
     rng, lines, kinds = random.Random(1), [], []
     for _, place, _ in KINDS:
         if place:
@@ -77,31 +77,31 @@ def test_equal_shares_of_the_lowest_ranks(source, tmp_path):
     folder, kinds = source
     report = draw(folder, tmp_path / "out", sample=40, seed=7)
     rows = open_records(tmp_path / "out")
-    drawn = [int(rows[i]["record_id"]) for i in range(len(rows))]
+    drawn = [int(rows[i].record_id) for i in range(len(rows))]
     expected = []
     for category, share in zip(CATEGORIES, [7, 7, 7, 7, 6, 6], strict=True):
         lines = [line for line, kind in enumerate(kinds, start=1) if kind == category]
         expected += sorted(lines, key=lambda line: blake2b(f"7:{line}".encode(), digest_size=16).digest())[:share]
     assert [number + 1 for number in drawn] == expected
-    assert [rows[i]["turns"][1].text for i in range(40)] == [f"a{number}" for number in drawn]
+    assert [rows[i].turns[1].text for i in range(40)] == [f"a{number}" for number in drawn]
 
-    manifest, text = rows.manifest, (folder / "c.jsonl").read_bytes()
-    assert manifest["source_sha256"] == sha256(text).hexdigest() and manifest["lines"] == 600
+    assert rows[0].image_size == (6, 4) and rows.manifest.report == report
+    assert report.source_sha256 == sha256((folder / "c.jsonl").read_bytes()).hexdigest() and report.lines == 600
     counts = Counter(kinds)
     for category, share in shares(40).items():
-        entry = manifest["categories"][category]
-        assert (entry["available"], entry["required"], entry["rows"]) == (counts[category], share, share)
-        assert sum(entry["sources"].values()) == share and sum(manifest["available"][category].values()) == counts[category]
-    assert sum(manifest["text_only"].values()) == counts["text_only"]
-    assert sum(manifest["imageless"].values()) == counts["imageless"]
-    unmapped = {(name, place): count for name, place, count in manifest["unmapped"]}
+        entry = report.categories[category]
+        assert (entry.available, entry.required, entry.rows) == (counts[category], share, share)
+        assert sum(entry.sources.values()) == share and sum(report.available[category].values()) == counts[category]
+    assert sum(report.text_only.values()) == counts["text_only"]
+    assert sum(report.imageless.values()) == counts["imageless"]
+    unmapped = {(name, place): count for name, place, count in report.unmapped}
     assert set(unmapped) == {(SHAREGPT4V[:-5], "sam"), ("my_own", "photos"), ("(no source)", "photos")}
     assert sum(unmapped.values()) == counts["unmapped"]
-    assert sum(map(counts.get, [*CATEGORIES, "text_only", "imageless", "unmapped"])) == manifest["lines"]
+    assert sum(map(counts.get, [*CATEGORIES, "text_only", "imageless", "unmapped"])) == report.lines
     assert f"unmapped: {unmapped['my_own', 'photos']} x my_own in photos" in report.summary()
     listing = [json.loads(line) for line in (tmp_path / "out" / SAMPLE_FILE).read_text().splitlines()]
     assert [entry["line"] for entry in listing] == expected and [entry["row"] for entry in listing] == list(range(40))
-    assert manifest["sample_sha256"] == sha256((tmp_path / "out" / SAMPLE_FILE).read_bytes()).hexdigest()
+    assert report.sample_sha256 == sha256((tmp_path / "out" / SAMPLE_FILE).read_bytes()).hexdigest()
 
 
 def test_same_for_any_threads_and_run_and_another_for_another_seed(tmp_path):
@@ -113,7 +113,7 @@ def test_same_for_any_threads_and_run_and_another_for_another_seed(tmp_path):
         assert report.rejected > 5
         results[name] = {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
     assert results["a"] == results["b"] == results["c"]
-    ids = {name: {open_records(tmp_path / name)[i]["record_id"] for i in range(150)} for name in "ad"}
+    ids = {name: {open_records(tmp_path / name)[i].record_id for i in range(150)} for name in "ad"}
     assert len(ids["a"] & ids["d"]) < 100
 
 
@@ -126,13 +126,13 @@ def test_rejects_are_listed_and_the_next_rank_fills_the_share(tmp_path):
     rejects = [json.loads(line) for line in (tmp_path / "out" / REJECTS).read_text().splitlines()]
     assert report.rows == 150 and report.records == len(listing) == 150 + report.rejected and report.rejected > 5
     assert report.rejects == {"missing_image": report.rejected}
-    # lines that are no records were met in the pass; the rest are drawn records, in the order they were looked at
+    # first the lines that are not records, from the pass; then drawn records, in the order of validation
     assert [(e["line"], e["reason"]) for e in rejects[:2]] == [(901, "not_a_record"), (903, "bad_json")]
     assert report.unreadable == {"not_a_record": 1, "bad_json": 1} and "line 903 is not JSON" in rejects[1]["message"]
     assert [e["line"] for e in rejects[2:]] == [e["line"] for e in listing if e["row"] is None]
-    assert [e["line"] for e in rejects[2:]] == [line for c in report.categories.values() for line in c["rejected"]]
+    assert [e["line"] for e in rejects[2:]] == [line for c in report.categories.values() for line in c.rejected]
     for entry in report.categories.values():
-        assert entry["checked"] == entry["rows"] + len(entry["rejected"]) <= entry["drawn"] == OVERSAMPLING * 25
+        assert entry.checked == entry.rows + len(entry.rejected) <= entry.drawn == OVERSAMPLING * 25
 
 
 def test_too_few_or_too_many_bad(source, tmp_path):
@@ -156,7 +156,7 @@ def test_too_few_or_too_many_bad(source, tmp_path):
     text = (folder / "c.jsonl").read_text()
     (tmp_path / "c.jsonl").write_text(text + "broken\n" * 10)
     with pytest.raises(
-        InputError, match=r"10 of 610 lines are no records, more than the share of 0.01 allowed \(10 bad_json\)"
+        InputError, match=r"10 of 610 lines are not records, more than the share of 0.01 allowed \(10 bad_json\)"
     ):
         prepare_cambrian(tmp_path / "c.jsonl", folder / "images", tmp_path / "out", sample=6)
     (tmp_path / "c.jsonl").write_text("[" + ",".join(text.splitlines()) + "]")
@@ -186,8 +186,8 @@ def test_table_of_sources(source, tmp_path):
     without = draw(folder, tmp_path / "out2", sample=6)
     assert report.source_map_sha256 != without.source_map_sha256
     added = {"my_own": kinds.count("unmapped")}
-    assert report.categories["general"]["available"] - without.categories["general"]["available"] < added["my_own"]
-    # a whole source does not take the folders that are listed by name
+    assert report.categories["general"].available - without.categories["general"].available < added["my_own"]
+    # `*` does not override folders that are listed by name
     toml.write_text(f'[math]\n"{SHAREGPT4V}" = "*"\n')
     extended = built_in.extended(toml)
     assert [extended.category(SHAREGPT4V[:-5], place) for place in ("gqa", "coco")] == ["general", "math"]
@@ -245,4 +245,4 @@ def test_command(source, tmp_path, capsys):
     assert main([*common, "--format", "cambrian", "--sample", "12", "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("12 of 12 records written") and f"left out, text only: {kinds.count('text_only')}" in out
-    assert open_records(tmp_path / "out").manifest["seed"] == 3
+    assert open_records(tmp_path / "out").manifest.report.seed == 3

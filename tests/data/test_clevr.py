@@ -1,4 +1,4 @@
-"""CLEVR folders: attributes that follow from the scenes, the round trip, and folders that are not as published."""
+"""CLEVR folders: attributes of scenes, the round trip, and folders that differ from the published one."""
 
 import json
 import random
@@ -86,14 +86,17 @@ def test_round_trip(tmp_path):
     assert len(rows) == report.rows == 40 and rows.changed_files() == []
     for row, entry in zip((rows[i] for i in range(40)), scenes, strict=True):
         expected = attributes(entry)
-        assert row.pop("image") == (folder / "images/val" / entry["image_filename"]).read_bytes()
-        assert row == {**expected, "name": entry["image_filename"], "apparent_size": pytest.approx(expected["apparent_size"])}
+        assert row.image == (folder / "images/val" / entry["image_filename"]).read_bytes()
+        assert (row.name, row.image_size) == (entry["image_filename"], (48, 32))
+        assert row.attributes == {**expected, "apparent_size": pytest.approx(expected["apparent_size"])}
     assert sum(report.counts["count"].values()) == sum(report.counts["largest"].values()) == 40
-    assert report.counts["shapes"]["cube"] == sum("cube" in rows[i]["shapes"] for i in range(40))
-    assert rows.manifest["attributes"]["colours"] == list(COLOURS) and "40 of 40 scenes" in report.summary()
+    assert report.counts["shapes"]["cube"] == sum("cube" in rows[i].attributes["shapes"] for i in range(40))
+    stored = rows.manifest.report
+    assert (stored.counts, stored.scenes_sha256) == (report.counts, report.scenes_sha256)
+    assert stored.attributes["colours"] == list(COLOURS) and "40 of 40 scenes" in report.summary()
 
     prepare_clevr(folder, tmp_path / "few", split="val", limit=5)
-    assert [open_clevr(tmp_path / "few")[i]["name"] for i in range(5)] == [entry["image_filename"] for entry in scenes[:5]]
+    assert [open_clevr(tmp_path / "few")[i].name for i in range(5)] == [entry["image_filename"] for entry in scenes[:5]]
     with pytest.raises(IndexError):
         open_clevr(tmp_path / "few")[5]
 
@@ -127,10 +130,10 @@ def test_folders_that_are_not_as_published(tmp_path):
         prepare_clevr(tmp_path, tmp_path / "out")
     for text, message in [
         ("{", "damaged"),
-        ("[]", "no scenes of CLEVR"),
+        ("[]", "not CLEVR scenes"),
         ('{"scenes": []}', "holds no scenes"),
         ('{"scenes": [3]}', "1 of 1 scenes are bad"),
-        ("version https://git-lfs", "no scenes of CLEVR"),
+        ("version https://git-lfs", "not CLEVR scenes"),
     ]:
         scenes.write_text(text)
         with pytest.raises(InputError, match=message):

@@ -20,7 +20,7 @@ LONG = "x" * 200
 
 
 def write_records(folder: Path) -> None:
-    """9 rows with 12 answers: two of row 3 are too far back, row 4 has no image, row 5 a long answer."""
+    """9 rows with 12 answers: two of row 3 are beyond `max_length`, row 4 has no image, row 5 a long answer."""
     (folder / "images").mkdir()
     records = []
     for i in range(9):
@@ -95,7 +95,7 @@ def test_batches_hold_the_records(make, folder, processor):
         for b, row in enumerate(batch.row_id):
             tokens = batch.input_ids[b][batch.attention_mask[b]]
             assert (tokens == IMAGE).sum() == (0 if row == 4 else 4)
-            expected = processor.blank if row == 4 else processor.pixels(rows[int(row)]["image"])
+            expected = processor.blank if row == 4 else processor.pixels(rows[int(row)].image)
             np.testing.assert_array_equal(batch.pixels[b], expected)
             answer = processor.decode(batch.answer_target[b][batch.answer_target[b] != -100])
             assert answer == {5: "far mor"}.get(int(row), f"a{row}") or (row == 6 and answer == "d6")
@@ -117,7 +117,7 @@ def test_order_follows_the_seed(make):
     assert orders[0] == orders[1] != orders[2]
 
 
-def walk(data):
+def read_all(data):
     """(all batches, the state before each and after the last)."""
     batches, states = [], [data.get_state()]
     for batch in data:
@@ -127,7 +127,7 @@ def walk(data):
 
 
 def test_continues_exactly_after_any_step(make):
-    whole, states = walk(make())
+    whole, states = read_all(make())
     assert len(whole) == 6
     for stop, state in enumerate(states):
         again = make()
@@ -185,20 +185,20 @@ def test_a_row_that_cannot_be_read_is_named(make, monkeypatch):
         next(data)
 
 
-def test_a_look_at_the_length_changes_nothing(make, monkeypatch):
-    """Limits around each length: what is kept, dropped and cut is what tokenising everything says."""
+def test_checking_lengths_without_tokenizing_changes_nothing(make, monkeypatch):
+    """For limits around each length, the same examples are kept, dropped and truncated as if all were tokenized."""
 
     def outcome(data):
         return data._index.tolist(), data.dropped, data.truncated
 
-    asked = []
-    look = Processor.surely_fits
+    sure = []
+    surely_fits = Processor.surely_fits
     monkeypatch.setattr(
-        Processor, "surely_fits", lambda self, *args, **limits: asked.append(look(self, *args, **limits)) or asked[-1]
+        Processor, "surely_fits", lambda self, *args, **limits: sure.append(surely_fits(self, *args, **limits)) or sure[-1]
     )
     limits = [DataConfig(max_length=length, max_answer_tokens=answer) for length in range(182, 212, 2) for answer in (3, 8, 40)]
     quick = [outcome(make(data, batch_size=1)) for data in limits]
-    assert 0.1 < np.mean(asked) < 0.9
+    assert 0.1 < np.mean(sure) < 0.9
     monkeypatch.setattr(Processor, "surely_fits", lambda self, *args, **limits: False)
     assert quick == [outcome(make(data, batch_size=1)) for data in limits]
 
@@ -212,7 +212,7 @@ def test_digest_identifies_the_records(make, folder):
     "parts", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3], [0, 2], [1, 3]], [[3], [0, 1, 2, 3]]]
 )
 def test_parts_of_the_same_global_batches(make, parts):
-    """Each process with its rows, which others may need as well; then one process goes on where several stopped."""
+    """Each process reads its rows, which may overlap; then one process continues where several stopped."""
     alone = list(make(batch_size=4))
     assert len(alone) == 5
     states = []
@@ -231,7 +231,7 @@ def test_parts_of_the_same_global_batches(make, parts):
             assert key(batch) == [key(expected)[row] for row in rows or range(4)]
 
 
-# Reads everything for each mesh, then once more from each position of one process; what lies on the devices must be `alone`.
+# Reads all batches on each mesh, then again from each position of a single process. The arrays on devices must equal `alone`.
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -240,7 +240,7 @@ import jax
 import numpy as np
 from transformers import AutoTokenizer
 sys.path.insert(0, sys.argv[3])
-from test_pipeline import DATA, FIELDS, model_config, walk
+from test_pipeline import DATA, FIELDS, model_config, read_all
 from lsg_jax.config import MeshConfig
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.data.processor import Processor
@@ -266,7 +266,7 @@ for sizes in ((1, 4, 1), (4, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)):
     data = TrainingData(
         folder / "records", processor, DATA, batch_size=4, seed=0, epochs=2, rows=local_rows(mesh, 4)
     )
-    batches, states = walk(data)
+    batches, states = read_all(data)
     assert states == positions
     for step, batch in enumerate(batches):
         check(batch, step, mesh)
@@ -282,8 +282,8 @@ for sizes in ((1, 4, 1), (4, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)):
 
 
 def test_two_real_processes_hold_the_batches_of_one(make, folder, tmp_path):
-    """On every mesh, from the start and from any step of one process, whose positions are also theirs."""
-    alone, states = walk(make(batch_size=4))
+    """On every mesh, from the start and from any step of a single process. The positions are equal too."""
+    alone, states = read_all(make(batch_size=4))
     (tmp_path / "states.json").write_text(json.dumps(states))
     np.savez(tmp_path / "alone.npz", **{f"{s}/{field}": getattr(b, field) for s, b in enumerate(alone) for field in FIELDS})
     run_processes(WORKER, 2, devices_each=2, args=[folder, tmp_path, Path(__file__).parent], timeout=120)

@@ -51,19 +51,22 @@ def test_rows_round_trip(tmp_path, images):
     assert (report.records, report.rows, report.rejected, report.without_image, report.answers) == (4, 4, 0, 1, [2, 1, 1, 1])
     assert report.notes == {"duplicate_id": 1, "image_without_tag": 1}
     rows = open_records(tmp_path / "out")
-    assert [rows[i]["record_id"] for i in range(len(rows))] == ["0", "1", "2", "0"]
-    assert [rows[i]["image"] for i in range(4)] == [jpeg(0), jpeg(1), b"", jpeg(0)]
-    assert rows[0]["turns"] == [
+    assert [rows[i].record_id for i in range(len(rows))] == ["0", "1", "2", "0"]
+    assert [rows[i].image for i in range(4)] == [jpeg(0), jpeg(1), b"", jpeg(0)]
+    assert [rows[i].image_sizes for i in range(4)] == [((40, 30),), ((40, 30),), (), ((40, 30),)]
+    assert (rows[1].image_size, rows[2].image_size) == ((40, 30), None)
+    assert rows[0].turns == (
         Turn("human", "<image>\nWhat?"), Turn("gpt", "A ball."), Turn("human", "Colour?"), Turn("gpt", "Red."),
-    ]  # fmt: skip
-    assert rows[3]["turns"] == [Turn("human", "<image>\nno tag"), Turn("gpt", "naïve 🔴")]
+    )  # fmt: skip
+    assert rows[3].turns == (Turn("human", "<image>\nno tag"), Turn("gpt", "naïve 🔴"))
+    assert rows.manifest.format == 2 and rows.manifest.report == report
     with pytest.raises(IndexError):
         rows[4]
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """60 records with an image each, of very different sizes so that threads finish out of order; every seventh is missing."""
+    """60 records with images of very different sizes, so that threads finish out of order. Every seventh image is missing."""
     folder = tmp_path_factory.mktemp("mixed")
     lines = []
     for i in range(60):
@@ -84,13 +87,13 @@ def test_threads_change_nothing(mixed, tmp_path):
         files = {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
         results.append((asdict(report), files))
     assert results[0] == results[1] == results[2]
-    assert [open_records(tmp_path / "7")[i]["record_id"] for i in range(51)] == [str(i) for i in range(60) if i % 7]
+    assert [open_records(tmp_path / "7")[i].record_id for i in range(51)] == [str(i) for i in range(60) if i % 7]
     with pytest.raises(ConfigError, match="0 threads: must be at least 1"):
         prepare_llava(mixed / "r.jsonl", mixed, tmp_path / "0", threads=0)
 
 
 def test_read_ahead_is_bounded_and_ends_early():
-    """At most AHEAD items a thread are taken before a result is asked for, and none after the iterator is closed."""
+    """At most AHEAD items per thread are read before a result is consumed, and none after the iterator is closed."""
     taken = []
     results = in_order(str, (taken.append(i) or i for i in range(1000)), threads=3)
     for i in range(20):
@@ -167,7 +170,7 @@ def test_damaged_folder_is_refused(tmp_path, images):
     shard.write_bytes(data)
     assert len(open_records(out)) == 4 and open_records(out).changed_files() == []
     manifest = (out / LAYOUT.manifest).read_text()
-    for text, message in [("{", "damaged"), ("[]", "damaged"), (manifest.replace('"format": 1', '"format": 9'), "format 9")]:
+    for text, message in [("{", "damaged"), ("[]", "damaged"), (manifest.replace('"format": 2', '"format": 9'), "format 9")]:
         (out / LAYOUT.manifest).write_text(text)
         with pytest.raises(InputError, match=message):
             open_records(out)
@@ -178,14 +181,14 @@ def test_damaged_folder_is_refused(tmp_path, images):
 def test_folder_can_be_moved(tmp_path, images):
     out = prepared(tmp_path, images)
     out.rename(tmp_path / "elsewhere")
-    assert open_records(tmp_path / "elsewhere")[1]["image"] == jpeg(1)
+    assert open_records(tmp_path / "elsewhere")[1].image == jpeg(1)
     for file in (tmp_path / "elsewhere").rglob("*"):
         if file.is_file():
             assert str(tmp_path).encode() not in file.read_bytes()
 
 
 def test_offline_and_home_untouched(tmp_path, images):
-    """In a fresh process: no connection, nothing in the home folder, no TensorFlow, no slow import with the module."""
+    """In a new process: no connection, no file in the home folder, no TensorFlow, no slow import with the module."""
     (tmp_path / "r.json").write_text(json.dumps(GOOD))
     (tmp_path / "home").mkdir()
     script = f"""
