@@ -1,4 +1,4 @@
-"""LLaVA records, text templates, and text -> token ids. Pure: nothing here reads a file or knows an image.
+"""LLaVA records, text templates, and text -> token ids. Pure functions of text: no files, no images.
 
 A record is `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": str}, ...]}`.
 """
@@ -15,11 +15,11 @@ from typing import Any, Literal
 from lsg_jax.errors import ConfigError, LsgError
 
 IMAGE_TAG = "<image>"
-"""Where the image goes, in records, templates and prompts. It stands at the front of its turn, followed by a newline."""
+"""The image's place in records, templates and prompts: at the start of a turn, followed by a newline."""
 
 
 class RecordError(LsgError):
-    """One record cannot be used. `reason` is a short slug that rejects are counted by."""
+    """A record cannot be used. `reason` is a short slug by which rejects are counted."""
 
     exit_code = 65
 
@@ -30,7 +30,7 @@ class RecordError(LsgError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One side's words. `text` of a human turn may start with `<image>\\n`; no other turn holds the tag."""
+    """One turn. The text of a human turn may start with `<image>\\n`; no other text contains the tag."""
 
     role: Literal["human", "gpt"]
     text: str
@@ -38,9 +38,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A validated record: turns alternate, the first is human, the last is an answer, at most one image.
+    """A validated record: alternating turns from a human one to an answer, with at most one image.
 
-    `image` is the path as the record states it, None without one. `notes` are slugs of what was mended: `image_without_tag`,
+    `image` is the path as in the record, None without an image. `notes` are slugs of repairs: `image_without_tag`,
     `leading_turn_dropped`, `unanswered_turn_dropped`.
     """
 
@@ -66,7 +66,7 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
         raise RecordError("not_a_record", f"expected an object, got {type(record).__name__}")
     record_id = record.get("id", default_id)
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
-        raise RecordError("bad_id", f"id is no text or whole number: {str(record_id)[:80]!r}")
+        raise RecordError("bad_id", f"id is neither text nor an integer: {str(record_id)[:80]!r}")
     image = image_field(record.get("image"))
     turns, notes = _alternating(_read_turns(record.get("conversations")))
     turns, tag_notes = _place_tag(turns, image is not None)
@@ -81,23 +81,23 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
 
 
 def image_field(value: Any) -> str | None:
-    """The path in a record's `image`, None where there is none. RecordError `several_images` or `bad_image_field`."""
+    """The path in a record's `image` field; None without an image. RecordError `several_images` or `bad_image_field`."""
     if isinstance(value, list):
         if len(value) > 1:
             raise RecordError("several_images", f"the record lists {len(value)} images; one is supported")
         value = value[0] if value else None
-    # Tables exported from pandas write a missing path as nan, either the number or the word.
+    # pandas exports a missing path as nan, as a number or as text
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, str):
-        raise RecordError("bad_image_field", f"image is no path: {str(value)[:80]!r}")
+        raise RecordError("bad_image_field", f"image is not a path: {str(value)[:80]!r}")
     value = value.strip()
     return None if value == "" or value.lower() == "nan" else value
 
 
 def _read_turns(conversations: Any) -> list[Turn]:
     if not isinstance(conversations, list) or not conversations:
-        raise RecordError("no_turns", "conversations is missing, empty or no list")
+        raise RecordError("no_turns", "conversations is missing, empty or not a list")
     turns = []
     for number, item in enumerate(conversations):
         if not isinstance(item, dict) or not isinstance(item.get("value"), str):
@@ -108,14 +108,14 @@ def _read_turns(conversations: Any) -> list[Turn]:
         try:
             item["value"].encode("utf-8")
         except UnicodeEncodeError:
-            raise RecordError("bad_turn", f"turn {number} holds half of a surrogate pair") from None
-        # A leading turn of any other role (a system prompt) is treated as the leading answer: it is dropped.
+            raise RecordError("bad_turn", f"turn {number} contains half of a surrogate pair") from None
+        # A leading turn of any other role (a system prompt) counts as a leading answer, which is dropped.
         turns.append(Turn("human" if role == "human" else "gpt", item["value"]))
     return turns
 
 
 def _alternating(turns: list[Turn]) -> tuple[list[Turn], list[str]]:
-    """Drops one leading turn that is not human, as LLaVA does, and a last question that nobody answers."""
+    """Drops one leading turn that is not human, as LLaVA does, and a last question without an answer."""
     notes = []
     if turns[0].role != "human":
         turns = turns[1:]
@@ -132,7 +132,7 @@ def _alternating(turns: list[Turn]) -> tuple[list[Turn], list[str]]:
 
 
 def _place_tag(turns: list[Turn], has_image: bool) -> tuple[list[Turn], list[str]]:
-    """Moves `<image>` to the front of its turn, or puts it before the first question."""
+    """Moves `<image>` to the front of its turn, or puts it in front of the first question."""
     for number, turn in enumerate(turns):
         if turn.role == "gpt" and IMAGE_TAG in turn.text:
             raise RecordError("tag_in_answer", f"turn {number} is an answer that contains {IMAGE_TAG}")
@@ -147,12 +147,12 @@ def _place_tag(turns: list[Turn], has_image: bool) -> tuple[list[Turn], list[str
 
 
 def tag_front(text: str) -> str:
-    """`<image>\\n` and the text without tags and outer whitespace."""
+    """`<image>\\n` and the text, without other tags and outer whitespace."""
     return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
 
 
 def examples(turns: Sequence[Turn]) -> list[Example]:
-    """One example per answer, with the turns before it as the prompt."""
+    """One example per answer; the turns before it are the prompt."""
     return [(tuple(turns[:i]), turn.text) for i, turn in enumerate(turns) if turn.role == "gpt"]
 
 
@@ -161,10 +161,10 @@ def examples(turns: Sequence[Turn]) -> list[Example]:
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """How turns become text. `{}` takes the turn's text, `{eos}` is the tokenizer's end-of-sequence token.
+    """How turns become text. `{}` stands for the turn's text, `{eos}` for the tokenizer's end-of-sequence token.
 
-    `question` ends in the generation prompt; `answer` ends in the marker that the model learns to stop with; `between` stands
-    after an answer that another question follows.
+    `question` ends with the generation prompt. `answer` ends with the end marker, where generation stops. `between` follows
+    each answer but the last.
     """
 
     system: str
@@ -176,14 +176,14 @@ class TextTemplate:
 
 
 TEMPLATES: dict[str, TextTemplate] = {
-    # LLaVA-1.5. No space stands after the end marker.
+    # LLaVA-1.5: no space after the end marker.
     "vicuna_v1": TextTemplate(
         system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
         "and polite answers to the user's questions. ",
         question="USER: {} ASSISTANT:",
         answer=" {}{eos}",
     ),
-    # LLaVA-OneVision. A question without an image keeps the newline that would stand after the image.
+    # LLaVA-OneVision: a question without an image keeps the newline that would follow the image.
     "qwen2": TextTemplate(
         system="",
         question="<|im_start|>user {}<|im_end|><|im_start|>assistant\n",
@@ -203,7 +203,7 @@ TEMPLATES: dict[str, TextTemplate] = {
 
 
 def render(template: TextTemplate, turns: Sequence[Turn], answer: str | None, *, eos: str) -> tuple[str, str | None]:
-    """(prompt that ends in the generation prompt, answer with its end marker or None)."""
+    """(prompt, up to the generation prompt; answer with its end marker, or None)."""
     parts = [template.system]
     for turn in turns:
         if turn.role == "gpt":
@@ -216,18 +216,18 @@ def render(template: TextTemplate, turns: Sequence[Turn], answer: str | None, *,
 
 
 def _fill(pattern: str, text: str, eos: str) -> str:
-    # Not str.format: the eos marker first, so that braces in the text stay as they are.
+    # str.format would interpret braces in the text
     before, after = pattern.replace("{eos}", eos).split("{}")
     return before + text + after
 
 
 class ChatTemplate:
-    """The checkpoint's own template, through `tokenizer.apply_chat_template` (sandboxed Jinja).
+    """The checkpoint's own template, rendered by `tokenizer.apply_chat_template` (sandboxed Jinja).
 
-    Templates of LLaVA checkpoints take a list of parts as content, those of plain language models a string: a probe tells.
+    Templates of LLaVA checkpoints take a list of parts as content, those of language models a string. A test render decides.
 
     Raises:
-        ConfigError: the template fails on a plain exchange, or loses the image tag or the text.
+        ConfigError: the template fails on a short conversation, or drops the image tag or the text.
     """
 
     def __init__(self, tokenizer: Any, source: str | None = None):
@@ -242,7 +242,7 @@ class ChatTemplate:
             except Exception as error:  # Jinja raises what the template raises
                 problems.append(f"{type(error).__name__}: {error}")
                 continue
-            # A template that expects a string prints the list of parts as Python would, or drops it.
+            # a template that expects a string prints the list as Python does, or drops it
             if text.count(IMAGE_TAG) == 1 and "'type'" not in text and all(t in text for t in ("question", "answer", "second")):
                 return
             problems.append(f"rendered {text[:80]!r}")
@@ -265,7 +265,7 @@ class ChatTemplate:
         )
 
     def render(self, turns: Sequence[Turn], answer: str | None) -> tuple[str, str | None]:
-        """As `render` of the table: (prompt, answer with its end marker or None)."""
+        """As the function `render`: (prompt, answer with its end marker or None)."""
         prompt = self._apply(turns, generate=True)
         if answer is None:
             return prompt, None
@@ -273,34 +273,34 @@ class ChatTemplate:
         if whole.startswith(prompt):
             tail = whole[len(prompt) :]
         else:
-            # LLaVA-OneVision writes "assistant \n" in front of answers and "assistant\n" as the generation prompt.
+            # LLaVA-OneVision writes "assistant \n" before answers, but "assistant\n" as the generation prompt
             start = whole.rfind(answer.strip())
             if start < 0:
-                raise ConfigError("the checkpoint's chat template rewrites answers; choose a template of the table")
+                raise ConfigError(f"the checkpoint's chat template rewrites answers; choose one of {list(TEMPLATES)}")
             tail = whole[start:]
         if self._eos and self._eos in tail:
             return prompt, tail[: tail.rindex(self._eos) + len(self._eos)]
-        # Templates meant for inference alone may end without a marker; the model still has to learn to stop.
+        # templates for inference only may write no end marker, but the model has to learn to stop
         return prompt, tail.rstrip() + self._eos
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenisation
+# ------------------------------------------------------------------------------------------------------------- tokenization
 
 
 class ChunkTokenizer:
-    """Text with at most one `<image>` -> token ids, the way LLaVA does it.
+    """Text with at most one `<image>` -> token ids, as in LLaVA's code.
 
-    The prompt is split at `<image>` and each chunk is tokenised on its own; that puts the piece `▁` in front of the newline
-    after an image, which tokenising the whole string loses for a Llama tokenizer with `legacy=False` (Metaspace `first`). Text
-    without an image gives the ids of the whole string. The prompt and the answer's start are tokenised together.
+    The prompt is split at `<image>`, and each chunk is tokenized on its own. This puts the piece `▁` in front of the newline
+    after an image; tokenizing the whole string would not, with `legacy=False` (Metaspace `first`). Text without an image gets
+    the ids of the whole string. The prompt and the answer are tokenized together.
 
-    Special tokens written in somebody's text (`</s>`) stay text, while those of the template are control tokens. Both look the
-    same once rendered, so `protect` hides the first before rendering. A copy of the tokenizer then knows a stand-in for each
-    control token, with its flags, and takes the literal ones for ordinary text.
+    Special tokens within a turn's text (`</s>`) stay text; those of the template are control tokens. They look alike after
+    rendering, so `protect` replaces the former beforehand. A copy of the tokenizer has a stand-in for each control token, with
+    the same flags, and treats the literal spelling as ordinary text.
 
     Args:
-        mark_segments: the text after a control token starts a word, as in the tokenizer files of Phi-3 (and in how xtuner
-            trained on them), although transformers 5 reads `legacy = false` as "only the first text does".
+        mark_segments: text after a control token starts a word, as in Phi-3's tokenizer files and in xtuner's training on
+            them. transformers 5 reads `legacy = false` as "only the first text does".
 
     Raises:
         ConfigError: the tokenizer is a slow one.
@@ -331,7 +331,7 @@ class ChunkTokenizer:
         )
         self._ids = {backend.token_to_id(self._stand_ins[text]): index for text, (index, _) in added.items()}
         self._backend = backend
-        self._beginning = functools.lru_cache(maxsize=64)(self._chunk)  # most often the system text alone
+        self._beginning = functools.lru_cache(maxsize=64)(self._chunk)  # usually just the system text
         words = backend.pre_tokenizer
         self._eats_space = isinstance(words, pre_tokenizers.Metaspace) and words.prepend_scheme != "never"
         if self._eats_space and mark_segments:
@@ -342,10 +342,10 @@ class ChunkTokenizer:
         self._bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
 
     def protect(self, text: str, *, keep_tag: bool = False) -> str:
-        """Hides the special tokens in somebody's text; with `keep_tag`, a tag at the very front is the image and stays.
+        """Replaces special tokens in a turn's text by placeholders. With `keep_tag`, a tag at the very start stays.
 
         Raises:
-            RecordError: `reserved_text`, the text holds the private characters used for hiding.
+            RecordError: `reserved_text`, the text contains the private characters of the placeholders.
         """
         if "\ue000lsg:" in text:
             raise RecordError("reserved_text", "the text contains the private-use sequence U+E000 `lsg:`")
@@ -356,9 +356,9 @@ class ChunkTokenizer:
     def encode(
         self, prompt: str, answer: str | None, image_ids: Sequence[int], *, beginning: bool = True
     ) -> tuple[list[int], int]:
-        """(ids, number of prompt ids). `image_ids` stand in for the tag.
+        """(ids, number of prompt ids). `image_ids` replace the tag.
 
-        At the `beginning` of a text BOS comes first, once, if the tokenizer adds one.
+        With `beginning`, exactly one BOS comes first, if the tokenizer adds it.
         """
         first, *rest = prompt.split(IMAGE_TAG)
         if len(rest) > 1:
@@ -379,15 +379,15 @@ class ChunkTokenizer:
         text = self._pattern.sub(lambda m: self._stand_ins.get(m[0], m[0]), text)
         text = self._HIDDEN.sub(lambda m: self._literals[int(m[1])], text)
         if self._eats_space and text.startswith(" "):
-            text = " " + text  # Metaspace takes a leading space for its own mark; SentencePiece puts the mark before it
+            text = " " + text  # Metaspace turns a leading space into its mark; SentencePiece puts the mark before the space
         return [self._ids.get(i, i) for i in self._backend.encode(text, add_special_tokens=False).ids]
 
     def _continuation(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
-        """Ids of the answer after the prompt's, which must be those seen at generation."""
+        """Ids of the answer. The prompt's ids must stay as they are at generation, without an answer."""
         joint = self._chunk(prompt + answer)
         if joint[: len(prompt_ids)] == prompt_ids:
             return joint[len(prompt_ids) :]
-        # A merge crosses the border: tokenise the answer after a control token, where no word start is added.
+        # a merge spans both: tokenize the answer after a control token, where no word start is added
         if not self.control:
             return self._chunk(answer)
         return self._chunk(next(iter(self.control)) + answer)[1:]

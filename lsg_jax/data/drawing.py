@@ -1,7 +1,7 @@
-"""Scene -> pixels, the same on every machine.
+"""Scene -> pixels, bit-identical on every machine.
 
-Shapes are drawn from their signed distances and letters from a bitmap font, with NumPy. Only operations that IEEE 754 rounds
-exactly are used (+ - * / sqrt, no trigonometry, no matrix product of floats), so no library's version changes a pixel.
+NumPy renders shapes by their signed distances and letters from a bitmap font. It uses only operations that IEEE 754 rounds
+exactly (+ - * / sqrt; no trigonometry, no matrix product of floats), so pixels do not depend on library versions.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FONT = {
     "U": "#...# #...# #...# #...# #...# #...# .###.",
     "X": "#...# #...# .#.#. ..#.. .#.#. #...# #...#",
 }
-"""Seven rows of five cells."""
+"""Bitmaps of 7 rows by 5 cells."""
 
 CORNER_HEIGHT = 0.1
-"""Height of the letter in a corner, in units of the side."""
+"""Height of a corner letter, in units of the side."""
 
 _DARK, _LIGHT = (20, 20, 24), (250, 250, 250)
 
-# height of the letter on a shape and how far it stands below the centre, in radii: what fits inside
+# height of the letter on a shape and its offset below the centre, in radii: the largest that fits
 _LETTER_FIT = {
     "circle": (1.15, 0.0),
     "square": (1.15, 0.0),
@@ -48,7 +48,7 @@ _LETTER_FIT = {
     "star": (0.82, 0.03),
 }
 
-# how much darker (brighter on a dark tone) the pattern is, in grey levels; low, so that items stay visible
+# contrast of the pattern in grey levels: darker on a bright tone, brighter on a dark one; low, so that items stay visible
 _DEPTH = {"plain": 0, "stripes": 22, "dots": 26, "checks": 20, "noise": 48, "gradient": 80}
 
 
@@ -76,7 +76,7 @@ def _ink(ground: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _blend(pixels_CHW: np.ndarray, top: int, left: int, coverage_HW: np.ndarray, colour: tuple[int, int, int]) -> None:
-    """Paints a colour in place where `coverage` (float32, 0 to 1) says so."""
+    """Blends a colour into the region at (top, left), in place. `coverage`: float32 [H, W] in [0, 1]."""
     height, width = coverage_HW.shape
     region = pixels_CHW[:, top : top + height, left : left + width]
     paint = np.array(colour, np.float32)[:, None, None]
@@ -108,9 +108,9 @@ def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A pentagram: outside at most one of five lines, so the second largest of their distances counts.
+    """A pentagram: points inside lie beyond at most one of its five lines, so the second largest distance decides.
 
-    The fifth line, of the upper arm on the other side, is never among the two largest.
+    The fifth line (the upper one on the other side) is never among the two largest.
     """
     lower_near = np.float32(0.58778525) * u + np.float32(0.80901699) * v
     lower_far = np.float32(-0.58778525) * u + np.float32(0.80901699) * v
@@ -127,7 +127,7 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": _cross,
     "star": _star,
 }
-"""Signed distance from the outline in radii, negative inside: (|x| [1, W], y [H, 1], from the centre) -> [H, W]."""
+"""Signed distance to the outline, in radii, negative inside: (|x| [1, W], y [H, 1] from the centre) -> [H, W]."""
 
 
 def _draw_item(pixels_CHW: np.ndarray, item: Item) -> None:
@@ -155,18 +155,18 @@ def _bitmap(letter: str) -> np.ndarray:
 
 
 def _draw_letter(pixels_CHW: np.ndarray, letter: str, x: float, y: float, height: float, ink: tuple[int, int, int]) -> None:
-    """A letter centred at (x, y), `height` tall; all in units of the side."""
+    """Draws a letter centred at (x, y); position and height in units of the side."""
     side = pixels_CHW.shape[1]
     cell = height * side / 7
     top, rows = _overlap(y * side - 3.5 * cell, cell, 7)
     left, columns = _overlap(x * side - 2.5 * cell, cell, 5)
-    # whole numbers, since a matrix product of floats is rounded differently by different libraries
+    # integers, because libraries round a matrix product of floats differently
     covered = rows @ _bitmap(letter) @ columns.T
     _blend(pixels_CHW, top, left, covered.astype(np.float32) / np.float32(256 * 256), ink)
 
 
 def _overlap(start: float, cell: float, count: int) -> tuple[int, np.ndarray]:
-    """How much of each pixel each of `count` cells covers along one axis: first pixel, int32 [pixels, cells] of 256 at most."""
+    """Overlap of pixels and cells along one axis: (first pixel, int32 [pixels, cells] in 1/256 of a pixel)."""
     first = int(start)
     pixels = np.arange(first, int(start + count * cell) + 1)[:, None]
     edges = start + cell * np.arange(count + 1)
@@ -178,7 +178,7 @@ def _overlap(start: float, cell: float, count: int) -> tuple[int, np.ndarray]:
 
 
 def _draw_background(background: Background, side: int) -> np.ndarray:
-    """uint8 [3, side, side]."""
+    """Renders a background: uint8 [3, side, side]."""
     strength = _PATTERNS[background.pattern](background, side) * np.float32(_DEPTH[background.pattern])
     levels = (strength + np.float32(0.5)).astype(np.uint8)
     tone = np.array(background.tone, np.uint8)[:, None, None]
@@ -187,12 +187,12 @@ def _draw_background(background: Background, side: int) -> np.ndarray:
 
 
 def _line(side: int, direction: int) -> np.ndarray:
-    """Where pixels lie along a direction, in units of the side: [side], or [2 side - 1] along a diagonal."""
+    """Coordinates of pixels along a direction, in units of the side: [side], or [2 side - 1] along a diagonal."""
     return (np.arange(side) + 0.5) / side if direction < 2 else (np.arange(2 * side - 1) + 1) * (0.70710678 / side)
 
 
 def _spread(profile: np.ndarray, direction: int, side: int) -> np.ndarray:
-    """A profile along a direction -> [side, side]."""
+    """Extends a profile along a direction to [side, side]."""
     if direction < 2:
         return np.broadcast_to(profile[None, :] if direction == 0 else profile[:, None], (side, side))
     window = np.lib.stride_tricks.sliding_window_view(profile, side)
@@ -200,7 +200,7 @@ def _spread(profile: np.ndarray, direction: int, side: int) -> np.ndarray:
 
 
 def _bands(place: np.ndarray, phase: float, period: float, side: int) -> np.ndarray:
-    """0 in one half of every period, 1 in the other, with a ramp of one pixel between: float32, like `place`."""
+    """0 in one half of each period, 1 in the other, with a ramp of one pixel between: float32, shaped like `place`."""
     part = place / period + phase
     part = part - np.floor(part)
     return np.clip(0.5 + (abs(part - 0.5) - 0.25) * (period * side), 0, 1).astype(np.float32)
@@ -233,7 +233,7 @@ def _dots(background: Background, side: int) -> np.ndarray:
 
 
 def _noise(background: Background, side: int) -> np.ndarray:
-    """Random heights on a lattice, and straight lines between."""
+    """Bilinear interpolation of random values on a lattice."""
     rng = Random(background.seed)
     place = _line(side, 0) / (0.6 * background.period)
     low = place.astype(np.int32)
@@ -252,4 +252,4 @@ _PATTERNS: dict[str, Callable[[Background, int], np.ndarray]] = {
     "noise": _noise,
     "gradient": _gradient,
 }
-"""Strength of the pattern at every pixel, 0 to 1: float32 that broadcasts to [side, side]."""
+"""Strength of a pattern at each pixel: float32 in [0, 1] that broadcasts to [side, side]."""

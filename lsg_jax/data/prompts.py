@@ -1,4 +1,4 @@
-"""The user's turn of a benchmark question as LLaVA-1.5 was trained on it; training data and evaluation share it."""
+"""Prompts of benchmark questions in the format that LLaVA-1.5 was trained on. Training data and evaluation share them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WORD_SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 def multiple_choice_prompt(question: str, choices: Sequence[str]) -> str:
-    """The question, a line `A. first choice` for each of at most 26 choices, and the letter suffix."""
+    """The question, a line `A. choice` for each of at most 26 choices, and the letter suffix."""
     return question_with_options(question, choices) + LETTER_SUFFIX
 
 

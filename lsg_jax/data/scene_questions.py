@@ -1,11 +1,10 @@
 """Questions about rendered scenes, coarse and fine, with balanced answers.
 
-For every question the answer is chosen first, then a scene is composed for it. Answers of a kind come round after round, each
-round in a new order, and so do the letters of the right choice: in any prefix of a split two answers of a kind differ by one in
-number at most.
+For each question the answer is chosen first; then a scene is composed for it. The answers of a kind are cycled through, in a
+new order each round, and so are the letters of the right choice. So in any prefix of a split, the counts of two answers of a
+kind differ by at most one.
 
-Question i of a split depends on (seed, split, i) alone, so it can be made in any order. The splits' random numbers are seeded
-differently.
+Question i of a split depends only on (seed, split, i). Splits use different random seeds.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ T = TypeVar("T")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 LEFT_MARGIN = 0.06
-"""By how much one shape is further left than another, beyond the difference of their radii, in units of the side."""
+"""Minimum distance along x for "further left", beyond the difference of the radii, in units of the side."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class SceneQuestion:
     """One question and the scene it is about.
 
     Attributes:
-        id: unique within all splits of a seed.
+        id: unique over all splits of a seed.
         kind: one of KINDS.
-        question: the words, without choices or suffix.
-        answer: in words, also of multiple choice.
-        answers: what an evaluation accepts: of multiple choice the one letter. The first is what a model is trained to say.
+        question: text without choices and suffix.
+        answer: in words, also for multiple choice.
+        answers: accepted answers; for multiple choice, the letter. The first is the training target.
         choices: two or four texts, A first; empty for short answers.
     """
 
@@ -72,7 +71,7 @@ class SceneQuestion:
 
     @property
     def prompt(self) -> str:
-        """The user's turn, as the evaluation asks it."""
+        """The user's turn, as in evaluation."""
         return multiple_choice_prompt(self.question, self.choices) if self.choices else self.question + WORD_SUFFIX
 
 
@@ -81,9 +80,9 @@ class Kind:
     """One kind of question.
 
     Attributes:
-        answers: what the answer is chosen from, in equal shares.
+        answers: possible answers, used equally often.
         choices: number of choices; 0 for short answers.
-        compose: (rng, answer, the other choices) -> (question, scene in which the answer is right and no other is).
+        compose: (rng, answer, the other choices) -> (question, scene in which only this answer is right).
     """
 
     grain: Grain
@@ -116,12 +115,12 @@ def scene_question(split: Split, index: int, *, seed: int = 0) -> SceneQuestion:
 
 
 def scene_questions(split: Split, count: int, *, seed: int = 0) -> list[SceneQuestion]:
-    """The first `count` questions of a split. A longer list begins with the same ones."""
+    """The first `count` questions of a split. A longer list starts with the same ones."""
     return [scene_question(split, index, seed=seed) for index in range(count)]
 
 
 def probe_scene(split: Split, index: int, *, seed: int = 0) -> Scene:
-    """A scene with no question, for linear probes: as many of each count, the size of the largest shape independent of it."""
+    """A scene for linear probes. All counts are equally frequent; the size of the largest shape is independent of the count."""
     stream = f"scenes {seed} {_checked(split, index)} probe"
     count = _in_turn(range(1, MAX_ITEMS + 1), index, stream)
     rng = Random(f"{stream} scene {index}")
@@ -131,8 +130,8 @@ def probe_scene(split: Split, index: int, *, seed: int = 0) -> Scene:
 def write_questions(folder: Path, split: Split, count: int, *, seed: int = 0, side: int = 224) -> Path:
     """Writes the first `count` questions of a split and their images.
 
-    `folder/questions.jsonl` is for evaluation, `folder/llava.jsonl` has the same as LLaVA conversations for training, and
-    `folder/images/00000.png` and so on are what both point at.
+    `folder/questions.jsonl` is for evaluation, `folder/llava.jsonl` has the same questions as LLaVA conversations for training.
+    Both refer to the images `folder/images/00000.png`, ...
 
     Returns:
         The path of `questions.jsonl`.
@@ -157,7 +156,7 @@ def _as_row(question: SceneQuestion, image: str) -> dict[str, object]:
 
 
 def as_llava(question: SceneQuestion, image: str) -> dict[str, object]:
-    """The question as a LLaVA record: asked as the evaluation asks it, answered by the letter or the short answer."""
+    """The question as a LLaVA record, with the prompt of evaluation and the letter or short answer as the answer."""
     human, gpt = f"{IMAGE_TAG}\n{question.prompt}", question.answers[0]
     turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
     return {"id": question.id, "image": image, "conversations": turns}
@@ -172,7 +171,7 @@ def _checked(split: str, index: int) -> str:
 
 
 def _in_turn(options: Sequence[T], turn: int, stream: str) -> T:
-    """The options one after another, each round in a new random order."""
+    """Cycles through the options, in a new random order each round."""
     round_, place = divmod(turn, len(options))
     return Random(f"{stream} {round_}").sample(options, len(options))[place]
 
@@ -189,7 +188,7 @@ def _count(rng: Random, answer: str, _: Sequence[str]) -> tuple[str, Scene]:
 
 
 def _common_colour(rng: Random, answer: str, others: Sequence[str]) -> tuple[str, Scene]:
-    """Two more of it than of any other, and every choice is there."""
+    """At least two more shapes of this colour than of any other; every choice occurs."""
     counts = [rng.randint(1, 2) for _ in others]
     colours = [answer] * (max(counts) + 2) + [colour for colour, n in zip(others, counts, strict=True) for _ in range(n)]
     looks = [replace(look, colour=colour) for look, colour in zip(random_looks(rng, len(colours)), colours, strict=True)]
@@ -197,7 +196,7 @@ def _common_colour(rng: Random, answer: str, others: Sequence[str]) -> tuple[str
 
 
 def _exists(rng: Random, answer: str, _: Sequence[str]) -> tuple[str, Scene]:
-    """Yes or no, two shapes have the colour and two the shape asked for, and the count does not depend on the answer."""
+    """For either answer, two items have the colour and two the shape asked for; the count does not depend on the answer."""
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     colour_only = lambda: (colour, _other(rng, SHAPES, shape))
     shape_only = lambda: (_other(rng, list(COLOURS), colour), shape)
@@ -215,7 +214,7 @@ def _background(rng: Random, answer: str, _: Sequence[str]) -> tuple[str, Scene]
 
 
 def _corner_letter(rng: Random, answer: str, _: Sequence[str]) -> tuple[str, Scene]:
-    """A second corner has another letter."""
+    """A second corner has a different letter."""
     corner, second = rng.sample(list(CORNERS), 2)
     letters = {corner: answer, second: _other(rng, LETTERS, answer)}
     scene = compose(rng, random_looks(rng, rng.randint(1, MAX_ITEMS)), corners=letters)
@@ -223,7 +222,7 @@ def _corner_letter(rng: Random, answer: str, _: Sequence[str]) -> tuple[str, Sce
 
 
 def _object_letter(rng: Random, answer: str, _: Sequence[str]) -> tuple[str, Scene]:
-    """Other letters are on a shape of the same colour and on a colour of the same shape."""
+    """Two distractors with other letters: one shares the colour, one the shape."""
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     pairs = [(colour, shape), (colour, _other(rng, SHAPES, shape)), (_other(rng, list(COLOURS), colour), shape)]
     letters = [answer, *rng.sample([letter for letter in LETTERS if letter != answer], 2)]
@@ -233,7 +232,7 @@ def _object_letter(rng: Random, answer: str, _: Sequence[str]) -> tuple[str, Sce
 
 
 def _further_left(rng: Random, answer: str, others: Sequence[str]) -> tuple[str, Scene]:
-    """Scenes are composed until the answer's shape is far enough to the left of the other."""
+    """Rejection sampling: until the answer's shape is far enough to the left of the other."""
     pairs = [tuple(name.split()) for name in (answer, *others)]
     looks = _sized(rng, pairs)
     looks += _fillers(rng, rng.randint(0, 4), pairs)
@@ -245,7 +244,7 @@ def _further_left(rng: Random, answer: str, others: Sequence[str]) -> tuple[str,
 
 
 def _smallest_colour(rng: Random, answer: str, others: Sequence[str]) -> tuple[str, Scene]:
-    """All choices are there. The other shapes are at least a size larger and have any of the colours, the answer's too."""
+    """All choices occur. The other shapes are at least one size larger, in any of these colours, the answer's included."""
     colours = [answer, *others, *rng.choices([answer, *others], k=rng.randint(0, 2))]
     if rng.random() < 0.5:
         sizes = ["small", *rng.choices(("medium", "large"), weights=(3, 1), k=len(colours) - 1)]
@@ -257,12 +256,12 @@ def _smallest_colour(rng: Random, answer: str, others: Sequence[str]) -> tuple[s
 
 
 def _sized(rng: Random, pairs: Sequence[Sequence[str]]) -> list[Look]:
-    """Items of these colours and shapes, in random sizes."""
+    """Items of these colours and shapes, with random sizes."""
     return [Look(colour, shape, size) for (colour, shape), size in zip(pairs, random_sizes(rng, len(pairs)), strict=True)]
 
 
 def _fillers(rng: Random, count: int, but: Sequence[Sequence[str]]) -> list[Look]:
-    """Small and medium items that are none of these (colour, shape)."""
+    """`count` small and medium items, except of these (colour, shape) pairs."""
     free = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in but]
     return [Look(*rng.choice(free), rng.choice(("small", "medium"))) for _ in range(count)]
 
@@ -277,4 +276,4 @@ KINDS: dict[str, Kind] = {
     "background": Kind("coarse", PATTERNS, 4, _background),
     "smallest_colour": Kind("fine", tuple(COLOURS), 4, _smallest_colour),
 }
-"""Coarse and fine in turn, so that any prefix of a split has near equal shares of all."""
+"""Coarse and fine alternate, so that any prefix of a split has nearly equal shares of each kind."""

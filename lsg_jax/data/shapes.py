@@ -1,7 +1,7 @@
-"""Seeded scenes in the spirit of CLEVR: coloured shapes on a plain or patterned background, with small letters.
+"""Seeded scenes in the style of CLEVR: coloured shapes on a plain or patterned background, with small letters.
 
-A scene says what is in an image, exactly, in units of the image's side; `drawing.draw` renders it at any size. Random numbers
-come from Python's `random.Random`, which gives the same scenes on every machine.
+A scene is an exact description of an image, in units of the image's side; `drawing.draw` renders it at any size. Random
+numbers come from Python's `random.Random`, so scenes are the same on every machine.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
 
 SIZES = {"small": 0.06, "medium": 0.095, "large": 0.15}
-"""Radius of each size; an item's own is within 5 % of it. Any shape of one size covers less than any shape of the next."""
+"""Nominal radius of each size; items vary by 5 %. Any shape of one size has less area than any shape of the next."""
 
 PATTERNS = ("plain", "stripes", "dots", "checks", "noise", "gradient")
 TONES = ((232, 230, 224), (214, 222, 232), (222, 232, 216), (50, 52, 58), (62, 54, 56))
 
 LETTERS = tuple("CEHJKLMPSTUX")
-"""Easily told apart at few pixels, and none of them an English word."""
+"""Letters that are distinct at low resolution; none is an English word."""
 
 CORNERS = {
     "top left": (0.075, 0.085),
@@ -38,7 +38,7 @@ CORNERS = {
     "bottom left": (0.075, 0.915),
     "bottom right": (0.925, 0.915),
 }
-"""Centre (x, y) of the letter in each corner."""
+"""Centre (x, y) of each corner's letter."""
 
 MAX_ITEMS = 10
 
@@ -48,16 +48,16 @@ ATTRIBUTES: dict[str, tuple[Any, ...]] = {
     "colours": tuple(COLOURS),
     "shapes": SHAPES,
 }
-"""The labels of what `attributes` returns: `count` and `largest` have one, `colours` and `shapes` any number of them."""
+"""Vocabulary of each attribute. `count` and `largest` have one label per scene, `colours` and `shapes` any number."""
 
-_REACH = 1.2  # the farthest point of any shape from its centre, in radii
+_REACH = 1.2  # largest distance of a point of any shape from its centre, in radii
 _GAP = 0.005
 _CORNER_REACH = 0.065
 
 
 @dataclass(frozen=True)
 class Look:
-    """What an item is like, before it has a place. `letter` is empty for none."""
+    """Appearance of an item, without a position. `letter` is empty for none."""
 
     colour: str
     shape: str
@@ -72,7 +72,7 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Item(Look):
-    """One drawn shape. Centre (from the top left) and radius in units of the image's side."""
+    """A placed shape. Centre (from the top left) and radius are in units of the image's side."""
 
     x: float
     y: float
@@ -81,15 +81,15 @@ class Item(Look):
 
 @dataclass(frozen=True)
 class Background:
-    """What is behind the items.
+    """Background of a scene.
 
     Attributes:
         pattern: one of PATTERNS.
-        tone: RGB of the plain part.
-        direction: of stripes and gradients: 0 along x, 1 along y, 2 and 3 along the diagonals.
-        period: width of a repetition, in units of the side.
-        phase: (x, y) shift of the pattern, in repetitions.
-        seed: of the noise.
+        tone: base colour, RGB.
+        direction: direction of stripes and gradients: 0 along x, 1 along y, 2 and 3 along the diagonals.
+        period: period of the pattern, in units of the side.
+        phase: (x, y) shift of the pattern, in periods.
+        seed: seed of the noise.
     """
 
     pattern: str
@@ -102,7 +102,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in an image, exactly. `corners` maps some of CORNERS to letters."""
+    """Exact description of an image. `corners` maps some of CORNERS to letters."""
 
     items: tuple[Item, ...]
     background: Background
@@ -110,11 +110,10 @@ class Scene:
 
 
 def attributes(scene: Scene) -> dict[str, Any]:
-    """Exact labels for linear probes; their vocabularies are ATTRIBUTES.
+    """Exact labels for linear probes; see ATTRIBUTES.
 
     Returns:
-        `count`: number of items. `largest`: size of the largest item. `colours`, `shapes`: those present, in the order of the
-        vocabulary.
+        `count`: number of items. `largest`: size of the largest item. `colours`, `shapes`: those present, in vocabulary order.
     """
     return {
         "count": len(scene.items),
@@ -125,9 +124,9 @@ def attributes(scene: Scene) -> dict[str, Any]:
 
 
 def random_sizes(rng: Random, count: int) -> list[str]:
-    """Sizes of `count` items in any order. That of the largest is drawn first, so it does not depend on the count.
+    """Sizes of `count` items in random order. The largest size is drawn first, so it does not depend on the count.
 
-    At most two are large and four medium, or ten would not fit.
+    At most two are large and four medium; otherwise ten would not fit.
     """
     names = list(SIZES)
     largest = rng.randrange(len(names))
@@ -141,17 +140,17 @@ def random_sizes(rng: Random, count: int) -> list[str]:
 
 
 def random_looks(rng: Random, count: int) -> list[Look]:
-    """`count` items of any colour, shape and size."""
+    """Random colours, shapes and sizes of `count` items."""
     return [Look(rng.choice(list(COLOURS)), rng.choice(SHAPES), size) for size in random_sizes(rng, count)]
 
 
 def compose(
     rng: Random, looks: Sequence[Look], *, corners: Mapping[str, str] | None = None, pattern: str | None = None
 ) -> Scene:
-    """Places the items freely without overlap, and draws at random whatever is not given.
+    """Places items at random without overlap; whatever is not given is random too.
 
-    Of the items that have room for a letter and none, three in ten get one, and half of the scenes get one in a corner, so that
-    letters tell nothing about the question.
+    30 % of the items without a letter that have room for one get a letter, and half of the scenes get one in a corner. So
+    letters carry no information about the question.
     """
     if corners is None:
         corners = {rng.choice(list(CORNERS)): rng.choice(LETTERS)} if rng.random() < 0.5 else {}
@@ -173,12 +172,12 @@ def compose(
 
 
 def has_room(look: Look) -> bool:
-    """Whether a letter on it can be read in an image of 112 pixels."""
+    """Whether a letter on this item is readable at 112 pixels a side."""
     return look.size == "large" or (look.size == "medium" and look.shape != "star")
 
 
 def _places(rng: Random, radii: Sequence[float], corners: Mapping[str, str]) -> list[tuple[float, float]]:
-    """Centres at which circles of these radii overlap neither each other nor the letters in corners."""
+    """Centres for items of these radii that overlap neither each other nor the corner letters."""
     taken = [(*CORNERS[corner], _CORNER_REACH) for corner in corners]
     order = sorted(range(len(radii)), key=lambda i: -radii[i])
     while True:
@@ -186,7 +185,7 @@ def _places(rng: Random, radii: Sequence[float], corners: Mapping[str, str]) -> 
         for index in order:
             reach = _REACH * radii[index] + _GAP
             disc = _free_disc(rng, reach, discs)
-            if disc is None:  # the larger ones left no room: begin again
+            if disc is None:  # no room left: start over
                 break
             discs.append(disc)
         else:
