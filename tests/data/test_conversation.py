@@ -24,7 +24,7 @@ def byte_tokenizer(tmp_path_factory):
 
 
 def record(*values, image="a.png", **fields):
-    """human, gpt, human, ... ; None as image leaves the field out."""
+    """Turns of human, gpt, human, ...; `image=None` omits the field."""
     turns = [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
     return {"id": "r", "conversations": turns, **({} if image is None else {"image": image}), **fields}
 
@@ -74,7 +74,7 @@ def test_bad_record_has_its_reason(bad, reason):
     assert "\n" not in str(caught.value)
 
 
-MENDED = [
+REPAIRED = [
     (record("q", "a"), "a.png", ["<image>\nq", "a"], ("image_without_tag",)),
     (record("q <image>", "a"), "a.png", ["<image>\nq", "a"], ()),
     (record("<image>", "a"), "a.png", ["<image>", "a"], ()),
@@ -94,8 +94,8 @@ MENDED = [
 ]
 
 
-@pytest.mark.parametrize(("raw", "image", "texts", "notes"), MENDED)
-def test_mended_record_says_what_was_done(raw, image, texts, notes):
+@pytest.mark.parametrize(("raw", "image", "texts", "notes"), REPAIRED)
+def test_repaired_record_has_its_notes(raw, image, texts, notes):
     parsed = parse_record(raw)
     assert (parsed.image, [t.text for t in parsed.turns], parsed.notes) == (image, texts, notes)
     assert [t.role for t in parsed.turns] == ["human", "gpt"] * (len(texts) // 2)
@@ -130,7 +130,7 @@ def test_templates_letter_by_letter(name, prompt, answer):
     assert render(TEMPLATES[name], TURNS, "b", eos="</s>") == (prompt, answer)
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenisation
+# ------------------------------------------------------------------------------------------------------------- tokenization
 
 
 def plain(tokenizer, text):
@@ -156,7 +156,7 @@ def test_chunks_around_an_image(scheme, equals_whole, byte_tokenizer):
     assert ids[:count] == [BOS, *before, *[IMAGE] * 5, *after]
     whole = tokenizer("USER: <image>\nball ASSISTANT: red</s>").input_ids
     at = whole.index(IMAGE)
-    # Metaspace "first" (legacy=False) is the one that would lose the piece in front of the newline.
+    # only Metaspace "first" (legacy=False) loses the piece in front of the newline
     assert (whole[:at] + [IMAGE] * 5 + whole[at + 1 :] == ids) is equals_whole
     if scheme != "byte":
         assert tokenizer.convert_ids_to_tokens(after[:2]) == ["▁", "\n"]
@@ -184,7 +184,7 @@ def test_user_text_cannot_forge_a_control_token(byte_tokenizer):
 
 
 def test_flags_of_control_tokens_are_kept():
-    """Phi-3's markers swallow the newline after them (rstrip); so must the stand-ins."""
+    """Phi-3's markers strip the newline after them (rstrip); their stand-ins must do the same."""
     tokenizer = byte_level_tokenizer(("<|user|>", "<|assistant|>", "<|end|>"), rstrip=True)
     text, _ = render(TEMPLATES["phi3"], [Turn("human", "ball")], None, eos="<|end|>")
     ids, _ = ChunkTokenizer(tokenizer).encode(text, None, [])
@@ -201,7 +201,7 @@ def test_bos_once_though_the_template_writes_it(byte_tokenizer):
 
 
 def test_prompt_ids_do_not_depend_on_the_answer():
-    """A merge over the border ("is": trained) must not change what the model sees at generation."""
+    """A merge across prompt and answer ("is" is a trained merge) must not change the prompt's tokens."""
     tokenizer = byte_level_tokenizer()
     assert len(plain(tokenizer, "is")) < len(plain(tokenizer, "i")) + len(plain(tokenizer, "s"))
     ids, count = ChunkTokenizer(tokenizer).encode("ball i", "s red", [])
@@ -270,7 +270,7 @@ def test_unusable_chat_template_is_refused(source):
 
 def test_template_choice(byte_tokenizer):
     assert Processor(byte_tokenizer, model_config()).template == "vicuna_v1"
-    assert Processor(byte_tokenizer, model_config(family="qwen2")).template == "vicuna_v1"  # the markers are missing
+    assert Processor(byte_tokenizer, model_config(family="qwen2")).template == "vicuna_v1"  # lacks the markers
     assert Processor(byte_level_tokenizer(), model_config(family="qwen2")).template == "qwen2"
     for name, message in [
         ("qwen2", "lacks <|im_start|>"),

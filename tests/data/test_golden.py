@@ -1,4 +1,4 @@
-"""Against LLaVA's own code, xtuner and whole vocabularies, as `tests/golden/record_text_and_pixels.py` recorded them."""
+"""Comparison with LLaVA's code, xtuner and full vocabularies, recorded by `tests/golden/record_text_and_pixels.py`."""
 
 import copy
 import hashlib
@@ -17,13 +17,13 @@ from lsg_jax.data.images import CLIP_MEAN, CLIP_STD, normalise, prepare_pixels
 from lsg_jax.data.processor import Processor
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/text_and_pixels.json").read_text(encoding="utf-8"))
-IMAGE = -200  # what the originals write for the image
+IMAGE = -200  # LLaVA's id for the image
 LITERAL = {"end marker in a question", "end marker in an answer"}
 
 
 @pytest.fixture
 def processor(tmp_path):
-    """Through the files of a model folder, as for a real checkpoint."""
+    """Processors read from a model folder, as for a real checkpoint."""
 
     def make(vocabulary, family, added, *, template=None, **settings):
         description = copy.deepcopy(GOLDEN["tokenizers"][vocabulary])
@@ -63,18 +63,18 @@ def encoded(processor, entry):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_ids_and_labels_equal_those_of_llava(processor, legacy):
-    """Slow Llama tokenizer, `preprocess_multimodal`, `preprocess_v1`: at each answer, its labels and all ids before it."""
+    """LLaVA's slow tokenizer, `preprocess_multimodal` and `preprocess_v1`: equal labels of answers, and all ids before them."""
     ours = processor("llama", "llama", [], template="vicuna_v1", **llama(legacy=legacy))
     compared = 0
     for entry in GOLDEN["vicuna_v1"]:
         reference = entry[f"slow, legacy {legacy}"]
         results = list(encoded(ours, entry))
         if entry["name"] in LITERAL:
-            # LLaVA reads </s> in somebody's text as the control token, loses count and masks the whole sample.
+            # LLaVA tokenizes </s> in a turn's text as the control token, and then masks the whole sample
             assert reference["spans"] == [] and reference["ids"].count(2) == len(results) + 1
             assert [ids.count(2) for ids, _ in results] == list(range(1, len(results) + 1))
         elif entry["name"] == "generation prompt in an answer":
-            # Here as well. The ids are the same, and we keep the labels.
+            # LLaVA masks this one too; the ids are equal, and we keep the labels
             assert reference["spans"] == [] and results[-1][0] == reference["ids"]
         else:
             assert [[count, len(ids)] for ids, count in results] == reference["spans"], entry["name"]
@@ -90,7 +90,7 @@ def test_fast_and_slow_tokenizers_agreed_when_recorded():
 
 @pytest.mark.parametrize(("kind", "template"), [("table", "qwen2"), ("onevision", None), ("qwen3", None)])
 def test_ids_of_qwen_formats(processor, kind, template):
-    """Our qwen2 template; and chat templates of checkpoints: LLaVA-OneVision's (in parts) and Qwen3's."""
+    """Our qwen2 template, and the chat templates of LLaVA-OneVision (content in parts) and Qwen3."""
     chat = {"onevision": GOLDEN["onevision_chat_template"], "qwen3": GOLDEN["qwen3_chat_template"]}.get(kind)
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -110,7 +110,7 @@ def test_ids_of_qwen_formats(processor, kind, template):
             thought = "<think>\n\n</think>" if kind == "qwen3" else ""
             assert (before.strip(), end.strip()) == (thought, "<|im_end|>"), entry["name"]
         elif answer.startswith("\n"):
-            # One piece for both newlines would change the prompt, and generation sees it without the answer.
+            # a single token for both newlines would change the prompt, which has no answer at generation
             assert (ids[:count], ids[count - 1], ids[count]) == ([*reference[: count - 1], 198], 198, 198)
         else:
             assert ids == reference, entry["name"]
@@ -118,7 +118,7 @@ def test_ids_of_qwen_formats(processor, kind, template):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_ids_of_phi3_equal_those_of_xtuner(processor, legacy):
-    """Also where transformers 5 would read `legacy = false` as: no word starts after a marker."""
+    """Also with `legacy = false`, with which transformers 5 starts no word after a marker."""
     settings = llama(legacy=legacy, eos_token="<|endoftext|>")
     ours = processor("llama", "phi3", [tuple(pair) for pair in GOLDEN["tokenizers"]["phi3"]], **settings)
     assert ours.template == "phi3"
@@ -131,19 +131,19 @@ def test_ids_of_phi3_equal_those_of_xtuner(processor, legacy):
             continue
         for number, (ids, count) in enumerate(results):
             reference = entry["ids"][: spans[number][1]]
-            # xtuner tokenises the newline between turns apart; in one text, which generation has, the marker swallows it.
+            # xtuner tokenizes the newline between turns separately; in one text, as at generation, the marker strips it
             for at in [stop for _, stop in spans[:number]][::-1]:
                 assert reference[at - 1 : at + 2] == [end, 29871, 13]
                 del reference[at : at + 2]
-            # So it does with whitespace that leads an answer.
-            if swallowed := sum(text[:1].isspace() for text in entry["turns"][1 : 2 * number + 2 : 2]):
-                assert set(ids) <= set(reference) and len(reference) - len(ids) == swallowed
+            # the marker strips whitespace at the start of an answer, too
+            if stripped := sum(text[:1].isspace() for text in entry["turns"][1 : 2 * number + 2 : 2]):
+                assert set(ids) <= set(reference) and len(reference) - len(ids) == stripped
             else:
                 assert (ids, len(ids) - count) == (reference, spans[number][1] - spans[number][0]), entry["name"]
 
 
 def test_pixels_equal_those_of_llava():
-    """`expand2square` and CLIP's processor: the same bytes, and after normalising the same numbers to a rounding or two."""
+    """LLaVA's `expand2square` and CLIP's processor: the same bytes, and equal normalised values up to rounding."""
     config = ImageConfig(336, "pad", CLIP_MEAN, CLIP_STD)
     for entry in GOLDEN["pixels"]:
         pixels = prepare_pixels(Image.fromarray(made_image(*entry["size"])), config)

@@ -49,7 +49,7 @@ class Seen:
 
 
 def shape_of(mask):
-    """The shape that fills its box and lies in it like this one: by share of the box, and by how low the centre of mass is."""
+    """Classifies a shape by the share of its bounding box that it fills, and by the height of its centre of mass."""
     share = mask.mean()
     low = (np.nonzero(mask)[0].mean() + 0.5) / len(mask) - 0.5
     expected = {"circle": (0.785, 0), "square": (1, 0), "triangle": (0.5, 0.167), "diamond": (0.5, 0), "cross": (0.62, 0)}
@@ -58,7 +58,7 @@ def shape_of(mask):
 
 
 def letter_of(ink):
-    """The letter whose cells are dark where the box of the changed pixels is, or none."""
+    """The letter whose bitmap fits the bounding box of the changed pixels best; empty without any."""
     if not ink.any():
         return ""
     rows, columns = (np.nonzero(ink.any(axis))[0] for axis in (1, 0))
@@ -70,7 +70,7 @@ def letter_of(ink):
 
 
 def look(scene):
-    """Everything in the image: items, letters in corners, and the background's pattern."""
+    """Reads items, corner letters and the background's pattern from the pixels."""
     empty = draw(replace(scene, items=(), corners={}), SIDE)
     shapes = draw(replace(scene, items=tuple(replace(item, letter="") for item in scene.items), corners={}), SIDE)
     lettered = draw(replace(scene, corners={}), SIDE)
@@ -123,7 +123,7 @@ def pattern_of(grey):
 
 
 def named(seen, name):
-    """The one item of that colour and shape."""
+    """The only item of that colour and shape."""
     (item,) = [item for item in seen.items if f"{item.colour} {item.shape}" == name]
     return item
 
@@ -183,7 +183,7 @@ def test_answers_are_what_the_pixels_show(kind):
             assert question.choices["ABCD".index(question.answers[0])] == question.answer
         else:
             assert question.answers[0] == question.answer
-        # the rest of the scene is what it says, too
+        # the rest of the scene matches its description, too
         place = lambda item: item.x
         for item, found in zip(sorted(scene.items, key=place), sorted(seen.items, key=place), strict=True):
             assert abs(item.x * SIDE - found.x) < 1
@@ -213,8 +213,8 @@ def test_kinds_answers_and_letters_are_balanced_in_every_prefix(train_questions)
     assert [question.grain for question in train_questions] == ["coarse", "fine"] * 480
 
 
-def chance(pairs):
-    """How likely so strong a relation is between independent sides: Pearson's chi-square test."""
+def independence_p(pairs):
+    """p-value of Pearson's chi-square test of independence."""
     rows, columns = (sorted(set(side)) for side in zip(*pairs, strict=True))
     table = np.zeros((len(rows), len(columns)))
     for row, column in pairs:
@@ -237,10 +237,10 @@ def test_answers_do_not_follow_from_the_rest_of_the_scene():
     for kind, features in independent.items():
         questions = of_kind(kind, 300, "validation")
         for number, feature in enumerate(features):
-            assert chance([(question.answer, feature(question)) for question in questions]) > 0.001, (kind, number)
+            assert independence_p([(question.answer, feature(question)) for question in questions]) > 0.001, (kind, number)
     probes = [attributes(probe_scene("train", index)) for index in range(400)]
     assert set(Counter(probe["count"] for probe in probes).values()) == {40}
-    assert chance([(probe["count"], probe["largest"]) for probe in probes]) > 0.001
+    assert independence_p([(probe["count"], probe["largest"]) for probe in probes]) > 0.001
 
 
 def test_attributes_are_what_the_pixels_show():
@@ -251,7 +251,7 @@ def test_attributes_are_what_the_pixels_show():
         assert labels["count"] == len(seen.items) and labels["count"] in ATTRIBUTES["count"]
         assert labels["colours"] == tuple(colour for colour in COLOURS if colour in {item.colour for item in seen.items})
         assert labels["shapes"] == tuple(shape for shape in SHAPES if shape in {item.shape for item in seen.items})
-        # circles cover the most and stars the least; the pixels at the edge count in full
+        # circles have the largest area, stars the smallest; edge pixels count in full
         largest = max(item.area for item in seen.items) / SIDE**2
         assert labels["largest"] == ("small" if largest < 0.014 else "medium" if largest < 0.0345 else "large")
 
@@ -273,7 +273,7 @@ def test_splits_share_nothing_and_prefixes_are_stable():
 
 
 def test_golden_questions_and_pixels(train_questions):
-    """Neither Python, NumPy nor Pillow of any version may change them."""
+    """They must not change with the version of Python, NumPy or Pillow."""
     digest = lambda parts: hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     questions = train_questions[:96]
     assert {question.scene.background.pattern for question in questions} == set(PATTERNS)

@@ -1,4 +1,4 @@
-"""Tokenizers and a model configuration, made on the spot."""
+"""Small trained tokenizers and a model configuration."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def model_config(
 
 
 def llama_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
-    """A SentencePiece-like BPE. `scheme`: `first` and `always` of Metaspace, or `normalizer` as older files have it."""
+    """A SentencePiece-like BPE. `scheme`: Metaspace `first` or `always`, or `normalizer` as in older files."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    # Trained on words, so that no merge crosses a space, as in the real vocabulary.
+    # trained on words, so that no merge crosses a space, as in the real vocabulary
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     alphabet = ["▁", "\n", *map(chr, range(33, 127))]
     specials = ["<unk>", "<s>", "</s>", "<image>", *(f"<0x{b:02X}>" for b in range(256))]
@@ -58,7 +58,7 @@ def llama_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
 def byte_level_tokenizer(
     specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"), rstrip: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A trained byte-level BPE with chat markers and without BOS, like Qwen2 (or Phi-3's markers with `rstrip`)."""
+    """A byte-level BPE with chat markers and no BOS, like Qwen2's (or with Phi-3's markers and `rstrip`)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
