@@ -1,13 +1,11 @@
 """Users' files and what becomes of them: a row (perhaps repaired), a reject with its reason, or an error for the whole file."""
 
-import io
 import json
-import struct
-import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
+from image_files import encoded, png_header
 from PIL import Image
 from tokenizers_for_tests import model_config
 from transformers import AutoTokenizer
@@ -18,20 +16,6 @@ from lsg_jax.data.images import image_size, open_image
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.records import LAYOUT, REJECTS, open_records, prepare_llava
 from lsg_jax.errors import InputError
-
-
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def png_header(width, height):
-    """A PNG whose header claims a size, without the pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + encoded(Image.new("RGB", (1, 1)))[33:]
-
 
 RED = Image.new("RGB", (40, 30), (200, 30, 30))
 GREY = Image.new("L", (40, 30), 90)

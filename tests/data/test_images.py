@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+from image_files import encoded, png_header
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -21,12 +22,6 @@ def picture(width, height, mode="RGB", seed=0):
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     return image.convert("L").convert("LA") if mode == "LA" else image.convert(mode)
-
-
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def references(size=SIZE):
@@ -128,7 +123,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_image_bomb_is_refused_before_decoding(side):
     with pytest.raises(InputError, match="image bomb"):
-        open_image(encoded(Image.new("1", (side, side))))
+        open_image(png_header(side, side))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +146,7 @@ def test_most_extreme_aspect(aspect, size):
 @pytest.mark.parametrize("size", [(1, images.MAX_ASPECT + 1), (images.MAX_SIDE + 1, 1000)])
 def test_beyond_the_most_extreme_aspect(size):
     with pytest.raises(InputError, match="too extreme"):
-        open_image(encoded(Image.new("1", size)))
+        open_image(png_header(*size))
 
 
 # ------------------------------------------------------------------------------------- reading a checkpoint's image processor
