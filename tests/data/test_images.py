@@ -136,11 +136,11 @@ def test_padding_in_little_memory(width, height, tolerance, monkeypatch):
     assert abs(prepare_pixels(image, config("pad")) - plain).max() <= tolerance
 
 
-@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
 @pytest.mark.parametrize("size", [(132, images.MAX_SIDE), (images.MAX_SIDE, 132), (1, images.MAX_ASPECT)])
-def test_most_extreme_aspect(aspect, size):
+def test_most_extreme_aspect(size):
     image = open_image(encoded(Image.new("RGB", size, (122, 116, 104)), compress_level=1))
-    assert set(map(tuple, prepare_pixels(image, config(aspect)).reshape(-1, 3).tolist())) == {(122, 116, 104)}
+    for aspect in ("pad", "crop", "squash"):
+        assert (prepare_pixels(image, config(aspect)) == (122, 116, 104)).all(), aspect
 
 
 @pytest.mark.parametrize("size", [(1, images.MAX_ASPECT + 1), (images.MAX_SIDE + 1, 1000)])

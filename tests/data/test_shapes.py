@@ -175,7 +175,7 @@ def read_background(question, seen):
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_what_the_pixels_show(kind):
     read = globals()[f"read_{kind}"]
-    for question in of_kind(kind, 18, "test"):
+    for question in of_kind(kind, 12, "test"):
         seen, scene = look(question.scene), question.scene
         assert read(question, seen) == question.answer, question
         if question.choices:
