@@ -195,7 +195,7 @@ def image_config_from_hf(preprocessor: dict[str, Any] | None, *, size: int, fami
     Args:
         preprocessor: the file's contents; None gives the family's default (clip: centre crop; siglip: squash).
         size: side of the square that the vision tower takes, in pixels.
-        family: family of the vision tower; its defaults fill in what the file leaves out if it names no processor.
+        family: the vision tower's, which decides what the file leaves out if it names no processor.
 
     Raises:
         ConfigError: a field is unknown, or describes pixels that `prepare_pixels` does not make.
@@ -241,7 +241,7 @@ def _three_floats(values: Any, name: str) -> tuple[float, ...]:
 
 
 def _edges(value: Any, name: str, *, square: bool) -> tuple[str, int]:
-    """A size in any of HF's spellings -> ("square" | "shortest", pixels)."""
+    """A size in any of the spellings -> ("square" | "shortest", pixels)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return ("square" if square else "shortest"), value
     if isinstance(value, dict):
