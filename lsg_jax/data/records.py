@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,13 +95,12 @@ class Validation:
             if isinstance(record, RecordError):
                 raise record
             conversation = parse_record(record, default_id=f"line {line}")
-            image, sizes = b"", ()
+            row = Record(conversation.record_id, conversation.turns)
             if conversation.image is not None:
                 image, size = self._images.read(conversation.image)
-                sizes = (size,)
+                row = replace(row, image=image, image_sizes=(size,))
         except RecordError as error:
             return Checked(line, record_id, error=error)
-        row = Record(conversation.record_id, conversation.turns, image, sizes)
         return Checked(line, record_id, row, notes=conversation.notes, answers=len(examples(conversation.turns)))
 
     def _count_row(self, checked: Checked, row: Record) -> None:
