@@ -1,10 +1,10 @@
-"""Reads PyTorch `.bin` checkpoints, with the extra `[torch]`. Their pickles may hold code; it is never run."""
+"""Reads PyTorch `.bin` checkpoints (extra `[torch]`). Their pickles may hold code, which is never run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +12,12 @@ import numpy as np
 from converters.reader import Tensor, open_binary
 from lsg_jax.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
 
 class BinSource:
-    """The tensors of `.bin` files, mapped by torch with `weights_only=True`.
+    """The tensors of `.bin` files, memory-mapped by torch with `weights_only=True`.
 
     Raises:
         InputError: torch is not installed, or a file is missing, damaged, or holds anything but plain tensors.
@@ -22,14 +25,14 @@ class BinSource:
 
     def __init__(self, files: Iterable[Path]):
         try:
-            import torch
+            import torch  # noqa: F401
         except ImportError:
             raise InputError(".bin weights need PyTorch: pip install 'lsg_jax[torch]', or use safetensors") from None
         self.files = tuple(files)
         self.tensors: dict[str, Tensor] = {}
-        self._tensors: dict[str, Any] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
         for file in self.files:
-            for name, tensor in _load(torch, file).items():
+            for name, tensor in _load(file).items():
                 if name in self.tensors:
                     raise InputError(f"{file.parent}: tensors stored in two files: {name}")
                 self._tensors[name] = tensor
@@ -40,7 +43,7 @@ class BinSource:
 
         tensor, dtype = self._tensors[name], self.tensors[name].dtype
         part = tensor[start:stop] if tensor.ndim else tensor.reshape(1)
-        if part.dtype == torch.bfloat16:  # numpy of torch does not know it
+        if part.dtype == torch.bfloat16:  # torch cannot convert it to numpy
             return part.contiguous().view(torch.int16).numpy().view(dtype)
         return part.contiguous().numpy()
 
@@ -48,13 +51,15 @@ class BinSource:
         self._tensors = {}
 
 
-def _load(torch: Any, file: Path) -> dict[str, Any]:
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    import torch
+
     with open_binary(file) as stream:
         start = stream.read(8)
     if start == b"version ":
         raise InputError(f"{file}: a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
     try:
-        # mmap needs the zip format; the older one is read into memory
+        # only the zip format can be mapped; the older one is read into memory
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
     except Exception as error:  # pickle, zip and torch errors alike
         reason = "holds objects other than tensors" if "weights_only" in str(error).lower() else "damaged"
@@ -66,7 +71,7 @@ def _load(torch: Any, file: Path) -> dict[str, Any]:
     return tensors
 
 
-def _dtype(file: Path, name: str, tensor: Any) -> np.dtype:
+def _dtype(file: Path, name: str, tensor: torch.Tensor) -> np.dtype:
     text = str(tensor.dtype).removeprefix("torch.")
     if text == "bfloat16":
         return np.dtype(ml_dtypes.bfloat16)

@@ -1,10 +1,9 @@
-"""Moves tensors by pieces, so that memory does not grow with the model."""
+"""Reads tensors piece by piece, so that memory does not grow with the model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ _EXPONENT = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80)
 
 
 def described(source: Source, names: Mapping[str, str]) -> dict[str, tuple[Shape, str]]:
-    """Canonical name -> shape and dtype name, what `rules.plan` asks for. `names`: canonical -> original name."""
+    """Canonical name -> (shape, dtype name), the input of `rules.plan`. `names`: canonical -> original name."""
     return {name: (source.tensors[key].shape, source.tensors[key].dtype.name) for name, key in names.items()}
 
 
@@ -32,18 +31,18 @@ def pieces(source: Source, name: str, start: int = 0, stop: int | None = None) -
         yield begin, source.rows(name, begin, min(begin + step, stop))
 
 
-def read_block(source: Source, name: str, part: Part, start: int, stop: int, dtype: Any) -> np.ndarray:
+def read_block(source: Source, name: str, part: Part, start: int, stop: int, dtype: str) -> np.ndarray:
     """Rows `start : stop` of one slice of a leaf: [stop - start, ...] in `dtype`.
 
     Args:
         name: original name of the tensor `part.source`.
 
     Raises:
-        InputError: NaN or infinity, also by a cast to a smaller range; names the tensor.
+        InputError: NaN or infinity, stored or from a cast to a smaller range; names the tensor.
     """
     block = np.empty((stop - start, *part.shape[1:]), dtype)
     first, last = part.op.source_rows(part.shape, start, stop)
-    with np.errstate(over="ignore", invalid="ignore"):  # the check below says it better
+    with np.errstate(over="ignore", invalid="ignore"):  # `check_finite` below names the tensor
         for begin, rows in pieces(source, name, part.first_row + first, part.first_row + last):
             part.op.fill(block, start, rows, begin - part.first_row)
     check_finite(name, block)
@@ -65,7 +64,7 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def check_finite(name: str, values: np.ndarray) -> None:
-    """Raises InputError for NaN or infinity. Looks at exponent bits in small runs: no copy of the array is made."""
+    """Raises InputError for NaN or infinity. Checks the exponent bits in runs of 1 Mi values, without a copy of the array."""
     if values.dtype.name not in _EXPONENT:
         return
     integer, mask = _EXPONENT[values.dtype.name]

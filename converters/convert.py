@@ -1,4 +1,4 @@
-"""Foreign checkpoints into model folders: plan first, then stream block by block."""
+"""Checkpoints in Hugging Face format -> model folders: plan first, then stream block by block."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.blocks import check_finite, described, equal_tensors, pieces, read_block
-from converters.hf_config import read_config
+from converters.families import family_of
+from converters.hf_config import ignored_fields, read_config
 from converters.hub import SMALL_FILES, Checkpoint, find_checkpoint
+from converters.json_file import read_object
 from converters.reader import ArraySource, Source, canonical_names, open_source
 from converters.rules import Part, Plan, plan
 from converters.safetensors_writer import SafetensorsWriter
@@ -32,14 +35,32 @@ logger = logging.getLogger(__name__)
 
 CARRIED = "carried.safetensors"
 DTYPES = ("bfloat16", "float32")
-_OURS = {"base", "base.journal", "hf", "lock", "lsg_manifest.json"}  # what an interrupted conversion may leave
+_WORK_FILES = {"base", "base.journal", "hf", "lock", "lsg_manifest.json"}  # of an interrupted conversion
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A checked conversion, ready to be written.
+
+    Attributes:
+        names: canonical -> original tensor name.
+        dtype: of the parameters.
+    """
+
+    checkpoint: Checkpoint
+    weights: Source
+    names: dict[str, str]
+    config: ModelConfig
+    planned: Plan
+    dtype: str
+    progress: Progress
 
 
 def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = None, progress: Progress = silent) -> None:
     """Converts a LLaVA checkpoint in Hugging Face format into a model folder.
 
-    Memory stays bounded whatever the size of the model. Everything is written to `MODEL.tmp`, which becomes `MODEL` when
-    complete; a conversion that was killed goes on where it stopped when it is run again, with the same bytes as a result.
+    Memory stays bounded, whatever the size of the model. Everything is written to `MODEL.tmp`, which is renamed to `MODEL` when
+    complete. After a kill, the same call resumes; the result has the same bytes.
 
     Args:
         source: local folder or Hub id.
@@ -48,9 +69,9 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
         progress: counts bytes, after each block.
 
     Raises:
-        InputError: the checkpoint is missing, damaged, does not fit its configuration or holds NaN; or MODEL is in the way.
-        ConfigError: the architecture or one of its settings is not supported. BusyError: another process makes this folder.
-        CheckpointError: a write failed, for instance on a full disk; run it again to go on.
+        InputError: the checkpoint is missing, damaged, does not fit its configuration or holds NaN; or MODEL exists.
+        ConfigError: the architecture or one of its settings is not supported. BusyError: another process writes this folder.
+        CheckpointError: a write failed, for instance on a full disk; run it again to resume.
     """
     target = Path(model_dir)
     if dtype not in (None, *DTYPES):
@@ -60,17 +81,19 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
     config = read_config(checkpoint.folder)
     weights = open_source(checkpoint.folder)
     try:
-        names = in_folder(checkpoint.folder, canonical_names, weights.tensors)
+        names = in_folder(checkpoint.folder, canonical_names, weights.tensors, family_of(config).canonical_name)
         config, planned = in_folder(checkpoint.folder, _plan, config, weights, names, dtype)
         if dtype is None and planned.dtype == "float16":
             logger.warning("the weights stay float16, which TPUs do not compute in: --dtype bfloat16 is the dtype for them")
-        _into_folder(target, checkpoint, weights, names, config, planned, dtype or planned.dtype, progress)
+        chosen = dtype or planned.dtype
+        assert chosen is not None  # `plan` refuses several dtypes unless one was chosen
+        _into_folder(_Conversion(checkpoint, weights, names, config, planned, chosen, progress), target)
     finally:
         weights.close()
 
 
 def tree_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The parameters of a model from tensors in memory, by any of the three Hugging Face naming layouts. For small models.
+    """The parameters of a small model from tensors in memory, named in any layout of Hugging Face.
 
     Args:
         config: of the model, as `hf_config.model_config` gives it.
@@ -83,11 +106,12 @@ def tree_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) ->
         InputError: the tensors do not fit the configuration, or hold NaN or infinity.
     """
     source = ArraySource(tensors)
-    names = canonical_names(source.tensors)
+    names = canonical_names(source.tensors, family_of(config).canonical_name)
     planned = plan(config, described(source, names))
     for name, original in planned.repeats.items():
         if not equal_tensors(source, names[name], names[original]):
             raise InputError(f"{names[name]} differs from {names[original]}, but the configuration ties them")
+    assert planned.dtype is not None  # `plan` refuses several dtypes
     leaves: dict[str, np.ndarray] = {}
     for part in planned.layout.parts:
         block = read_block(source, names[part.source], part, 0, part.shape[0], planned.dtype)
@@ -100,7 +124,7 @@ def tree_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) ->
 
 
 def check_free(target: Path) -> None:
-    """Raises InputError unless `target` can be made: it does not exist, or is an empty folder."""
+    """Raises InputError unless `target` does not exist or is an empty folder."""
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():
@@ -108,7 +132,7 @@ def check_free(target: Path) -> None:
 
 
 def in_folder(folder: Path, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls, and puts the folder's name before an InputError that lacks it."""
+    """Calls; prefixes an InputError with the folder's name."""
     try:
         return call(*arguments)
     except InputError as error:
@@ -116,7 +140,7 @@ def in_folder(folder: Path, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _plan(config: ModelConfig, weights: Source, names: dict[str, str], dtype: str | None) -> tuple[ModelConfig, Plan]:
-    """The plan, and the configuration with its tie undone where the stored head differs, which is what transformers does."""
+    """The plan and the configuration, which is untied if the stored head differs from the embedding, as transformers does."""
     planned = plan(config, described(weights, names), any_float=dtype is not None)
     if all(equal_tensors(weights, names[name], names[other]) for name, other in planned.repeats.items()):
         return config, planned
@@ -125,42 +149,18 @@ def _plan(config: ModelConfig, weights: Source, names: dict[str, str], dtype: st
     return config, plan(config, described(weights, names), any_float=dtype is not None)
 
 
-def _into_folder(
-    target: Path,
-    checkpoint: Checkpoint,
-    weights: Source,
-    names: dict[str, str],
-    config: ModelConfig,
-    planned: Plan,
-    dtype: str,
-    progress: Progress,
-) -> None:
+def _into_folder(job: _Conversion, target: Path) -> None:
+    """Writes the model folder next to `target` and moves it there when it is complete."""
     work = target.with_name(f"{target.name}.tmp")
-    if work.exists() and not (work.is_dir() and {p.name for p in work.iterdir()} <= _OURS):
+    if work.exists() and not (work.is_dir() and {p.name for p in work.iterdir()} <= _WORK_FILES):
         raise InputError(f"{work}: exists and is not an interrupted conversion; remove it")
     with FolderLock(work) as lock:
         try:
-            written = _write_base(work / "base", weights, names, planned, dtype, progress)
-            hf = _write_hf(work / "hf", checkpoint.folder, weights, names, planned)
-            described_source = {
-                "name": checkpoint.name,
-                "revision": checkpoint.revision,
-                "files": {file.name: file.stat().st_size for file in weights.files},
-            }
-            manifest = {
-                "config": to_dict(config),
-                **written,
-                "hf": hf,
-                "source": described_source,
-                "names": {name: names[name] for name in sorted(names) if name not in planned.ignored},
-                "dtypes": {name: weights.tensors[key].dtype.name for name, key in names.items()},
-                "carried": list(planned.carried),
-                "repeats": planned.repeats,
-                "ignored": {names[name]: reason for name, reason in planned.ignored.items()},
-            }
-            write_manifest(work, manifest)
+            written = _write_base(job, work / "base")
+            hf = _write_hf(job, work / "hf")
+            write_manifest(work, {"config": to_dict(job.config), **written, "hf": hf, **_provenance(job)})
         except InputError:
-            shutil.rmtree(work)  # nothing to go on with: the input is wrong
+            shutil.rmtree(work)  # the input is wrong, so there is nothing to resume
             raise
         try:
             lock.path.unlink()
@@ -170,28 +170,47 @@ def _into_folder(
             raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from None
 
 
-def _write_base(
-    folder: Path, weights: Source, names: dict[str, str], planned: Plan, dtype: str, progress: Progress
-) -> dict[str, Any]:
+def _provenance(job: _Conversion) -> dict[str, Any]:
+    """The entries of the manifest that say where the model came from; an export needs them."""
+    weights, names, planned = job.weights, job.names, job.planned
+    config_fields = ignored_fields(read_object(job.checkpoint.folder / "config.json"))
+    return {
+        "source": {
+            "name": job.checkpoint.name,
+            "revision": job.checkpoint.revision,
+            "files": {file.name: file.stat().st_size for file in weights.files},
+        },
+        "names": {name: names[name] for name in sorted(names) if name not in planned.ignored},
+        "dtypes": {name: weights.tensors[key].dtype.name for name, key in names.items()},
+        "carried": list(planned.carried),
+        "repeats": planned.repeats,
+        "ignored": {names[name]: reason for name, reason in planned.ignored.items()}
+        | {f"config.json: {name}": "transformers does not define it for this model" for name in config_fields},
+    }
+
+
+def _write_base(job: _Conversion, folder: Path) -> dict[str, Any]:
+    """Writes the parameters; returns the manifest's entries for them."""
+    planned = job.planned
     stacked = {part.leaf for part in planned.layout.parts if part.layer is not None}
-    specs = {name: LeafSpec(shape, dtype, stacked=name in stacked) for name, shape in planned.layout.leaves.items()}
+    specs = {name: LeafSpec(shape, job.dtype, stacked=name in stacked) for name, shape in planned.layout.leaves.items()}
     writer = BaseWriter(folder, specs)
     total = sum(math.prod(spec.shape) * spec.numpy_dtype.itemsize for spec in specs.values())
     done = 0
     for part, start, stop in blocks(planned, specs):
-        block = read_block(weights, names[part.source], part, start, stop, dtype)
+        block = read_block(job.weights, job.names[part.source], part, start, stop, job.dtype)
         if part.layer is None:
             writer.put(part.leaf, start, block)
         else:
             writer.put(part.leaf, part.layer, block[None])
         done += block.nbytes
         logger.debug("%s: %d of %d MiB", part.source, done >> 20, total >> 20)
-        progress(done, total, "bytes")
+        job.progress(done, total, "bytes")
     return writer.finish()
 
 
 def blocks(planned: Plan, specs: Mapping[str, LeafSpec]) -> Iterator[tuple[Part, int, int]]:
-    """Every block that the writer expects, as rows `start : stop` of a part: a whole layer, or a range of another leaf."""
+    """All blocks for the writer, as rows `start : stop` of a part: a whole layer, or a range of an unstacked leaf."""
     for part in planned.layout.parts:
         spec = specs[part.leaf]
         step = part.shape[0] if part.layer is not None else spec.rows
@@ -199,24 +218,24 @@ def blocks(planned: Plan, specs: Mapping[str, LeafSpec]) -> Iterator[tuple[Part,
             yield part, start, min(start + step, part.shape[0])
 
 
-def _write_hf(folder: Path, origin: Path, weights: Source, names: dict[str, str], planned: Plan) -> dict[str, str]:
+def _write_hf(job: _Conversion, folder: Path) -> dict[str, str]:
     """Copies the small files and the carried tensors. Returns file name -> sha256."""
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():  # of an interrupted conversion
         path.unlink()
-    for path in sorted(origin.iterdir()):
+    for path in sorted(job.checkpoint.folder.iterdir()):
         wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SMALL_FILES)
         if wanted and path.is_file() and path.suffix not in (".py", ".safetensors", ".bin"):
             try:
                 shutil.copyfile(path, folder / path.name)
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be copied to {folder}: {error.strerror}") from None
-    if planned.carried:
-        tensors = described(weights, {name: names[name] for name in planned.carried})
+    if carried := job.planned.carried:
+        tensors = described(job.weights, {name: job.names[name] for name in carried})
         with SafetensorsWriter(folder / CARRIED, tensors) as out:
-            for name in planned.carried:
-                for row, values in pieces(weights, names[name]):
-                    check_finite(names[name], values)
+            for name in carried:
+                for row, values in pieces(job.weights, job.names[name]):
+                    check_finite(job.names[name], values)
                     out.put(name, values.reshape(len(values), -1), row)
     return {path.name: sha256(path) for path in sorted(folder.iterdir())}
 

@@ -1,4 +1,4 @@
-"""Model folders back into Hugging Face format."""
+"""Model folders -> checkpoints in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
 ) -> None:
-    """Writes a model folder as a checkpoint in Hugging Face format, by the names that its tensors came with.
+    """Writes a model folder as a checkpoint in Hugging Face format, under the original tensor names.
 
-    Every tensor has the bytes it had, if the model was converted at the dtype of its source and nothing was `trained`. Buffers
-    that the conversion dropped (`ignored` in the manifest) are not given back. Memory stays bounded; the folder appears when
-    it is complete.
+    If the model was converted at the dtype of its source and nothing is `trained`, every tensor has its original bytes. Buffers
+    that the conversion dropped (`ignored` in the manifest) are not written. Memory stays bounded; the folder appears when it is
+    complete.
 
     Args:
         model_dir: made by `convert`.
         hf_dir: the folder to make; must not exist, or be empty.
-        trained: leaves that take the place of the model's, by their paths; rounded to its dtype. `trained_leaves` reads them.
+        trained: path -> leaf that replaces the model's, rounded to its dtype; see `trained_leaves`.
         shard_bytes: the largest size of one weight file.
         progress: counts bytes, after each block.
 
     Raises:
-        InputError: no model at `model_dir`, or `hf_dir` is in the way.
+        InputError: no model at `model_dir`, or `hf_dir` exists.
         CheckpointError: the model is damaged, or a write failed.
     """
     model, target = Path(model_dir), Path(hf_dir)
@@ -75,10 +75,10 @@ def export(
 
 
 def trained_leaves(model_dir: str | Path, run: str | Path) -> dict[str, np.ndarray]:
-    """The parts of a model that a run of method `full` has trained, by their paths.
+    """Path -> leaf of everything that a run of method `full` has trained.
 
     Raises:
-        InputError: no such run. CheckpointError: a run of another model.
+        InputError: no such run, or one of another method. CheckpointError: a run of another model.
     """
     record = read_run(run, backbone=read_manifest(model_dir)["digest"])
     if (held := trained_method(record)) != "full":
@@ -88,7 +88,7 @@ def trained_leaves(model_dir: str | Path, run: str | Path) -> dict[str, np.ndarr
 
 
 def hf_problems(model_dir: str | Path, manifest: dict[str, Any]) -> list[Problem]:
-    """Compares the files below `MODEL/hf` with the manifest; empty if all are as they were converted."""
+    """Compares the files in `MODEL/hf` with the digests of the manifest; empty if all agree."""
     problems = []
     for name, digest in manifest.get("hf", {}).items():
         path = Path(model_dir) / "hf" / name
@@ -100,7 +100,11 @@ def hf_problems(model_dir: str | Path, manifest: dict[str, Any]) -> list[Problem
 
 
 class _Export:
-    """What goes where, from the manifest alone. `tensors`: canonical name -> (shape, dtype name)."""
+    """An export, planned from the manifest.
+
+    Attributes:
+        parts: (leaf, layer) -> part. tensors: canonical name -> (shape, dtype name). shards: file name -> canonical names.
+    """
 
     def __init__(self, model: Path, manifest: dict[str, Any], shard_bytes: int, trained: Mapping[str, np.ndarray]):
         self.model, self.manifest, self.trained = model, manifest, trained
@@ -148,7 +152,7 @@ class _Export:
         self._copy_files(folder)
 
     def _put(self, writers: dict[str, SafetensorsWriter], leaf: str, offset: int, block: np.ndarray) -> int:
-        """Writes one block of a leaf to all tensors it belongs to. Returns the bytes written."""
+        """Writes one block of a leaf to all its tensors; a tied head may be a second one. Returns the bytes written."""
         if (leaf, None) in self.parts:
             part, start = self.parts[leaf, None], offset
         else:
@@ -194,7 +198,7 @@ class _Export:
 
 
 def _state_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Puts a new dtype wherever a configuration states one, by the name it uses for that; at least once at the top."""
+    """Replaces the dtype wherever a configuration states one, under either name; at the top level it is always stated."""
     if "torch_dtype" not in config:
         config["dtype"] = dtype
     for part in (config, config.get("text_config"), config.get("vision_config")):

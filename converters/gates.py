@@ -1,7 +1,7 @@
-"""Foreign gate files: PyTorch state dicts (`.pt`, `.pth`, `.bin`) of published gates -> portable gates (extra [torch]).
+"""PyTorch state dicts (`.pt`, `.pth`, `.bin`) of published gates -> portable gates (extra [torch]).
 
-How the paper's own files name their tensors is not known here, so names decide little and shapes decide the roles. Accepted is
-a state dict, possibly nested in other dicts (`{"state_dict": ...}`, `{10: {...}}`), whose keys are
+The tensor names in the paper's own files are not known, so roles are assigned by shape. Accepted is a state dict, possibly
+nested in other dicts (`{"state_dict": ...}`, `{10: {...}}`), whose keys are
 
     [prefix.][layer.][prefix.]MODULE.weight|bias
 
@@ -38,11 +38,11 @@ def import_torch_gates(
 ) -> PortableGates:
     """Reads a PyTorch gate file; nothing in it is executed (`weights_only=True`).
 
-    A state dict says nothing of how the gate is applied: activation, key scale, grouping and signal come from `gate` (its
-    `layers` and `width` are taken from the file), thresholds from `sinks`. Absent biases count as zero.
+    A state dict does not say how the gate is applied: activation, key scale, grouping and signal come from `gate`, thresholds
+    from `sinks`; `layers` and `width` come from the file. Missing biases are zero.
 
     Args:
-        layer: the decoder layer of a file with one gate and no layer number in its keys.
+        layer: the decoder layer, for a file with one gate and no layer number in its keys.
 
     Raises:
         InputError: the file cannot be read, or its keys or shapes are none of the layouts above; the keys found are listed.
@@ -76,7 +76,7 @@ def import_torch_gates(
 
 
 def _assign(parts: list[dict[str, np.ndarray]], path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Gives the three modules of one gate their roles by shape."""
+    """Assigns roles to the three modules of one gate by shape."""
     roles: dict[str, dict[str, np.ndarray]] = {}
     for part in parts:
         weight = part.get("weight", np.zeros(()))
@@ -110,7 +110,7 @@ def _stack(layers: dict[int, dict[str, np.ndarray]], path: Path, state: Mapping[
 
 
 def _load_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """{dotted key: float32 array} of all tensors in the file; other leaves (steps, settings) are left out."""
+    """{dotted key: float32 array} of all tensors in the file; other values (steps, settings) are skipped."""
     import torch
 
     if not path.is_file():

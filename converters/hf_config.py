@@ -1,41 +1,26 @@
-"""Hugging Face `config.json` -> ModelConfig.
+"""Hugging Face `config.json` -> ModelConfig: finds the family, checks the fields, fills in defaults.
 
-Strict: a field that is not known (`hf_fields.py`) is refused by name, since it may change the numbers. What is left out is
-filled in by the configuration classes of transformers, which also know how older versions wrote things. PyTorch is not needed.
+Strict: a field that might change what the model computes is refused by name (`families/fields.py`). The configuration classes
+of transformers fill in what is left out; they also know the spellings of older versions. PyTorch is not needed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from converters.hf_fields import GENERIC, LLAVA, ONLY, TEXT, VISION
+from converters.families import FAMILIES
+from converters.families.family import CheckpointFiles, Family, HFConfig
+from converters.families.fields import undefined_fields
+from converters.families.values import shortened
 from converters.json_file import read_object
-from lsg_jax.config import Activation, ModelConfig, RopeConfig, SinkConfig, TextConfig, VisionConfig, from_dict
-from lsg_jax.data.images import image_config_from_hf
+from lsg_jax.config import ModelConfig
 from lsg_jax.errors import ConfigError
 
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu_exact",
-    "gelu_python": "gelu_exact",
-    "gelu_new": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
-"""Names of transformers -> ours."""
-
-VISION_FAMILIES: dict[str, Literal["clip", "siglip"]] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-
-_ROPE_FIELDS = {
-    "default": set[str](),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
+logger = logging.getLogger(__name__)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -65,7 +50,7 @@ def model_config(
     preprocessor: Mapping[str, Any] | None = None,
     where: str = "config.json",
 ) -> ModelConfig:
-    """The ModelConfig of a LLaVA `config.json`.
+    """The ModelConfig of a `config.json`. Fields that are ignored (`ignored_fields`) are listed in the log.
 
     Args:
         config: its contents. generation, preprocessor: those of `generation_config.json` and of the image processor's file.
@@ -74,214 +59,48 @@ def model_config(
     Raises:
         ConfigError: an architecture, a field or a value is not supported; it is named.
     """
-    _check_architecture(config, where)
-    _check_fields(config, LLAVA, where)
-    _check_fields(config["vision_config"], VISION, f"{where}: vision_config")
-    text_type = config["text_config"].get("model_type", "llama")
-    _check_fields(config["text_config"], TEXT[text_type], f"{where}: text_config")
-    full = _with_defaults(config, where)
-    vision = _vision(full.vision_config, f"{where}: vision_config")
-    text = _text(full.text_config, text_type, bool(full.tie_word_embeddings), f"{where}: text_config")
-    stated = full.vision_feature_layer
-    layers = (stated,) if isinstance(stated, int) else tuple(stated)
-    states = vision.num_layers + 1
-    if bad := [layer for layer in layers if not -states <= layer < states]:
-        raise ConfigError(
-            f"{where}: vision_feature_layer {bad[0]} does not exist, the tower has hidden states 0 to {states - 1}"
-        )
-    eos = _token_ids(full, config, generation, "eos_token_id", where)
-    pad = _token_ids(full, config, None, "pad_token_id", where) or eos or (0,)
-    return ModelConfig(
-        vision=vision,
-        text=text,
-        feature_layers=layers,
-        feature_select=full.vision_feature_select_strategy,
-        image_token_id=full.image_token_index,
-        eos_token_ids=eos,
-        pad_token_id=pad[0],
-        image=image_config_from_hf(dict(preprocessor) if preprocessor else None, size=vision.image_size, family=vision.family),
-        projector_hidden_act=_activation(full.projector_hidden_act, f"{where}: projector_hidden_act"),
-        projector_bias=full.multimodal_projector_bias,
-        sinks=_sinks(config, vision, text, where),
-    )
+    if ignored := ignored_fields(config, where=where):
+        listed = ", ".join(f"{name} = {shortened(value)}" for name, value in ignored.items())
+        logger.warning("%s: ignored, since transformers does not define them for this model: %s", where, listed)
+    family = _family(config, where)
+    return family.model_config(_with_defaults(family, config, where), CheckpointFiles(config, generation, preprocessor, where))
 
 
-def _sinks(config: Mapping[str, Any], vision: VisionConfig, text: TextConfig, where: str) -> SinkConfig:
-    """What the checkpoint itself states in `lsg_sinks`, the fields of SinkConfig; else what is published."""
-    if "lsg_sinks" in config:
-        return from_dict(SinkConfig, config["lsg_sinks"], where=f"{where}: lsg_sinks")
-    return known_sinks(vision, text)
+def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> dict[str, Any]:
+    """The fields that the installed transformers does not define, by dotted name. They cannot change what it computes.
 
-
-def known_sinks(vision: VisionConfig, text: TextConfig) -> SinkConfig:
-    """The sink dimensions that are published for a backbone (paper.md); none for one that is not recognised.
-
-    CLIP ViT-L/14-336 has its V-sinks in dimension 650; Llama-2 7B its L-sinks in 1415 and 2533, and 13B in 2100 and 4743.
+    Raises:
+        ConfigError: the architecture is not supported, or a field might change the results; it is named.
     """
-    shape = (vision.family, vision.hidden_size, vision.num_layers, vision.patch_size, vision.image_size)
-    vit_dims = (650,) if shape == ("clip", 1024, 24, 14, 336) else ()
-    llm_dims: tuple[int, ...] = ()
-    if text.family == "llama" and 32000 <= text.vocab_size <= 32064:  # up to 64 tokens were added to Llama 2's own
-        llm_dims = {(4096, 32): (1415, 2533), (5120, 40): (2100, 4743)}.get((text.hidden_size, text.num_layers), ())
-    return SinkConfig(vit_dims=vit_dims, llm_dims=llm_dims)
+    family = _family(config, where)
+    ignored = undefined_fields(config, family.fields, family.model_type, where)
+    for name, part in family.parts.items():
+        nested = config.get(name)
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"{where}: {name} is missing")
+        kind = nested.get("model_type", part.default)
+        if not isinstance(kind, str) or kind not in part.fields:
+            supported = ", ".join(part.fields)
+            raise ConfigError(f"{where}: {name} is of model_type {kind!r}, which is not supported; supported: {supported}")
+        found = undefined_fields(nested, part.fields[kind], kind, f"{where}: {name}")
+        ignored |= {f"{name}.{field}": value for field, value in found.items()}
+    return ignored
 
 
-def _with_defaults(config: Mapping[str, Any], where: str) -> Any:
-    """The same configuration as a LlavaConfig of transformers, with every default filled in."""
-    from transformers import LlavaConfig
+def _family(config: Mapping[str, Any], where: str) -> Family:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        supported = ", ".join(f"{name!r} ({family.architecture})" for name, family in FAMILIES.items())
+        raise ConfigError(f"{where}: model_type {kind!r} is not supported; supported: {supported}")
+    return FAMILIES[kind]
+
+
+def _with_defaults(family: Family, config: Mapping[str, Any], where: str) -> HFConfig:
+    """The same as a configuration object of transformers, with every default filled in."""
+    from transformers import CONFIG_MAPPING
 
     try:
-        return LlavaConfig(**copy.deepcopy(dict(config)))
+        return CONFIG_MAPPING[family.model_type](**copy.deepcopy(dict(config)))
     except Exception as error:  # its validators raise many kinds
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"{where}: transformers refuses it: {' '.join(lines)[:300]}") from None
-
-
-def _check_architecture(config: Mapping[str, Any], where: str) -> None:
-    kind = config.get("model_type")
-    if kind != "llava":
-        raise ConfigError(f"{where}: model_type {kind!r} is not supported; supported: 'llava' (LlavaForConditionalGeneration)")
-    for name, default, known in (
-        ("vision_config", "clip_vision_model", VISION_FAMILIES),
-        ("text_config", "llama", TEXT),
-    ):
-        part = config.get(name)
-        if not isinstance(part, Mapping):
-            raise ConfigError(f"{where}: {name} is missing")
-        kind = part.get("model_type", default)
-        if not isinstance(kind, str) or kind not in known:
-            raise ConfigError(
-                f"{where}: {name} is of model_type {kind!r}, which is not supported; supported: {', '.join(known)}"
-            )
-
-
-def _check_fields(config: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuses what is neither in the list for this part, nor without effect, nor at the one value that is supported."""
-    known = set(known)
-    unknown = []
-    for name, value in config.items():
-        if name in known or name in GENERIC:
-            continue
-        if name in ONLY and any(value == allowed and type(value) is type(allowed) for allowed in ONLY[name]):
-            continue
-        unknown.append(f"{name} = {_short(value)}")
-    if unknown:
-        raise ConfigError(f"{where}: not understood, so it might change the results: {', '.join(unknown)}")
-
-
-def _vision(config: Any, where: str) -> VisionConfig:
-    if config.num_channels != 3:
-        raise ConfigError(f"{where}: num_channels = {config.num_channels}, only 3 is supported")
-    if config.hidden_size % config.num_attention_heads:
-        raise ConfigError(f"{where}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads")
-    return VisionConfig(
-        family=VISION_FAMILIES[config.model_type],
-        image_size=_square(config.image_size, f"{where}: image_size"),
-        patch_size=_square(config.patch_size, f"{where}: patch_size"),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        layer_norm_eps=float(config.layer_norm_eps),
-        hidden_act=_activation(config.hidden_act, f"{where}: hidden_act"),
-    )
-
-
-def _text(config: Any, family: Any, tied: bool, where: str) -> TextConfig:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if kv_heads < 1 or heads % kv_heads:
-        raise ConfigError(f"{where}: {heads} attention heads are no multiple of {kv_heads} key-value heads")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    llama_bias = family == "llama" and config.attention_bias
-    return TextConfig(
-        family=family,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=float(config.rms_norm_eps),
-        rope=_rope(config.rope_parameters, family, head_dim, where),
-        max_positions=config.max_position_embeddings,
-        hidden_act=_activation(config.hidden_act, f"{where}: hidden_act"),
-        qkv_bias=family == "qwen2" or llama_bias,
-        out_bias=llama_bias,
-        mlp_bias=family == "llama" and config.mlp_bias,
-        tied_embeddings=tied,
-        sliding_window=_sliding_window(config, where),
-    )
-
-
-def _rope(parameters: Mapping[str, Any] | None, family: str, head_dim: int, where: str) -> RopeConfig:
-    """Reads `rope_parameters` as transformers 5 has them; older spellings were translated by its configuration class."""
-    given = dict(parameters or {})
-    kind = given.pop("rope_type", "default")
-    given.pop("type", None)  # the older name of the same
-    if kind not in _ROPE_FIELDS:
-        raise ConfigError(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_FIELDS)}")
-    theta, share = given.pop("rope_theta", None), given.pop("partial_rotary_factor", 1.0)
-    if theta is None:
-        raise ConfigError(f"{where}: rope_parameters has no rope_theta")
-    if unknown := sorted(given.keys() - _ROPE_FIELDS[kind]):
-        raise ConfigError(f"{where}: rope_parameters of type {kind}: not understood: {', '.join(unknown)}")
-    if missing := sorted(_ROPE_FIELDS[kind] - given.keys()):
-        raise ConfigError(f"{where}: rope_parameters of type {kind}: missing: {', '.join(missing)}")
-    rotary_dim = int(head_dim * share)
-    if share != 1.0 and (family != "phi3" or not 0 < rotary_dim <= head_dim):
-        raise ConfigError(f"{where}: partial_rotary_factor = {share} is not supported for {family}")
-    if rotary_dim % 2:
-        raise ConfigError(f"{where}: {rotary_dim} rotary dimensions; an even number is needed")
-    return RopeConfig(
-        theta=float(theta),
-        kind=kind,
-        factor=float(given.get("factor", 1.0)),
-        low_freq_factor=float(given.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(given.get("high_freq_factor", 4.0)),
-        original_max_positions=int(given.get("original_max_position_embeddings", 8192)),
-        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
-    )
-
-
-def _sliding_window(config: Any, where: str) -> int | None:
-    """The window if any layer has one: a longer sequence is refused when the model runs."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
-        raise ConfigError(f"{where}: layer_types {', '.join(unknown)} are not supported")
-    if kinds == {"full_attention"}:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _token_ids(
-    llava: Any, config: Mapping[str, Any], generation: Mapping[str, Any] | None, name: str, where: str
-) -> tuple[int, ...]:
-    """Token ids from the first place that states any: generation_config.json, config.json, its text_config with defaults."""
-    for value in ((generation or {}).get(name), config.get(name), getattr(llava.text_config, name, None)):
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise ConfigError(f"{where}: {name} = {_short(value)} is neither a token id nor a list of them")
-        return tuple(ids)
-    return ()
-
-
-def _activation(name: str, where: str) -> Activation:
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"{where} = {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def _square(value: Any, where: str) -> int:
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    side = sides.pop() if len(sides) == 1 else None
-    if not isinstance(side, int) or side < 1:
-        raise ConfigError(f"{where} = {_short(value)} is not the side of a square")
-    return side
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

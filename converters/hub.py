@@ -23,7 +23,7 @@ SMALL_FILES = (
     "merges.txt",
     "*.model",
 )
-"""What a model needs besides its weights, as file patterns. Code (`*.py`) is never wanted."""
+"""File patterns of what a model needs besides its weights. Code (`*.py`) is never fetched."""
 
 _SAFETENSORS = (SAFETENSORS, INDEX, "model-*.safetensors")
 _BIN = (BIN, BIN_INDEX, "pytorch_model-*.bin")
@@ -34,7 +34,7 @@ class Checkpoint:
     """A checkpoint on this machine.
 
     Attributes:
-        folder: where it is. name: what to call it: the Hub id, or the folder's name.
+        folder: its local folder. name: the Hub id, or the folder's name.
         revision: commit on the Hub, None for a local folder.
     """
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 def find_checkpoint(source: str | Path) -> Checkpoint:
-    """A local folder as it is, anything else as a Hub id `owner/name`, whose files are downloaded to the usual cache.
+    """Finds a local folder, or downloads the files of a Hub id `owner/name` to the usual cache.
 
     Raises:
         InputError: neither a folder nor a Hub id, or the download failed.

@@ -1,4 +1,4 @@
-"""Reads JSON that somebody else wrote: with a limit on size and depth, and without duplicate keys or NaN."""
+"""Reads untrusted JSON: size and depth are limited, duplicate keys and NaN are refused."""
 
 from __future__ import annotations
 

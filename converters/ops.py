@@ -1,6 +1,6 @@
-"""The operations between foreign tensors and parameters, and the rule that names one.
+"""Invertible operations between tensors of a checkpoint and parameters of the model, and the rule that names one.
 
-An operation knows its inverse and works on parts of a tensor, so that neither direction needs a whole tensor in memory twice.
+Both directions work on parts of a tensor, so that no tensor is in memory twice.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Shape = tuple[int, ...]
 
 
 class Op(Protocol):
-    """One invertible way from a source tensor to a slice of a leaf (a layer of a stacked leaf, or a whole other leaf).
+    """An invertible operation from a source tensor to a slice of a leaf: one layer of a stacked leaf, or another leaf.
 
-    A tensor is read by rows (axis 0) and a slice is written in blocks (ranges of its axis 0), so both directions work on parts.
+    Tensors are read in ranges of rows (axis 0), slices are written in blocks (ranges of axis 0).
     """
 
     def source_shape(self, shape: Shape) -> Shape:
-        """Shape of the tensor that makes a slice of `shape`."""
+        """Shape of the tensor for a slice of `shape`."""
         ...
 
     def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
@@ -29,14 +29,14 @@ class Op(Protocol):
         ...
 
     def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
-        """Writes tensor rows, the first of which is `first_row`, into the block that begins at row `start` of the slice.
+        """Writes tensor rows `first_row` and on into the block that begins at row `start` of the slice.
 
-        Rows of another float dtype are cast to that of the block.
+        Rows are cast to the dtype of the block.
         """
         ...
 
     def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
-        """A block as a rectangle of the tensor: matrix [rows, columns], first row, first column; axes above 0 are columns."""
+        """A block -> (matrix [rows, columns], first row, first column) of the tensor, whose axes above 0 are the columns."""
         ...
 
 
@@ -60,7 +60,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Flat:
-    """A vector that the model keeps by heads: [N * H] -> [N, H]."""
+    """A vector that the model splits into heads: [N * H] -> [N, H]."""
 
     def source_shape(self, shape: Shape) -> Shape:
         return (math.prod(shape),)
@@ -106,7 +106,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Conv:
-    """A patch embedding [D, C, h, w] -> [h, w, C, D]. Small, so always one block."""
+    """A patch embedding [D, C, h, w] -> [h, w, C, D]. It is small, so always one block."""
 
     def source_shape(self, shape: Shape) -> Shape:
         height, width, channels, out = shape
@@ -126,9 +126,9 @@ class Conv:
 
 
 def transpose_into(target: np.ndarray, source: np.ndarray, tile: int = 128) -> None:
-    """target[...] = source.T for matrices, cast where the dtypes differ.
+    """target[...] = source.T for matrices, with a cast if the dtypes differ.
 
-    By tiles: numpy's own copy walks one of the two across its rows and is five times as slow.
+    Works by tiles; numpy's own copy has strided access to one of the two and is five times as slow.
     """
     same = target.dtype == source.dtype
     if same and target.itemsize == 2:  # numpy copies its own integers faster than the bfloat16 of ml_dtypes
@@ -143,12 +143,12 @@ def transpose_into(target: np.ndarray, source: np.ndarray, tile: int = 128) -> N
 class Rule:
     """One leaf of the model and the tensor that holds it.
 
-    Rules that name the same tensor share its rows in the order of the table: that is how fused projections are split.
+    Rules that name the same tensor share its rows in the order of the table: so fused projections are split.
 
     Attributes:
         leaf: '/'-joined path of the leaf.
         source: canonical name of the tensor, with `{layer}` for a leaf that stacks layers.
-        op: how to get from one to the other.
+        op: the operation from tensor to leaf.
     """
 
     leaf: str

@@ -1,15 +1,14 @@
-"""Reads checkpoint files by parts, and knows the names that Hugging Face gave the same tensors over time.
+"""Reads checkpoint files part by part.
 
-safetensors files are read by (offset, length) with seek and readinto. They are not mapped: mapped pages count as resident, and
-a file that shrinks under a map kills the process.
+safetensors files are read with seek and readinto. They are not memory-mapped: mapped pages count as resident, and a file that
+shrinks under a map kills the process.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -49,7 +48,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """What is known of a stored tensor without reading it.
+    """Metadata of a stored tensor.
 
     Attributes:
         shape, dtype: as stored.
@@ -89,31 +88,8 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-def canonical_name(name: str) -> str:
-    """The one name of a tensor in the three layouts that Hugging Face has used.
-
-    | files on the Hub            | saved by transformers 5   | in memory                      |
-    |-----------------------------|---------------------------|--------------------------------|
-    | vision_tower.vision_model.* | vision_tower.*            | model.vision_tower.*           |
-    | language_model.model.*      | language_model.model.*    | model.language_model.*         |
-    | language_model.lm_head.*    | language_model.lm_head.*  | lm_head.*                      |
-    | multi_modal_projector.*     | multi_modal_projector.*   | model.multi_modal_projector.*  |
-
-    The canonical name is that of the middle column.
-    """
-    if name.startswith("lm_head."):
-        return f"language_model.{name}"
-    if name.startswith("model.language_model."):
-        return f"language_model.model.{name.removeprefix('model.language_model.')}"
-    if re.match(r"model\.(vision_tower|multi_modal_projector)\.", name):
-        name = name.removeprefix("model.")
-    if name.startswith("vision_tower.vision_model."):
-        name = f"vision_tower.{name.removeprefix('vision_tower.vision_model.')}"
-    return name
-
-
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Canonical name -> original name.
+def canonical_names(names: Iterable[str], canonical_name: Callable[[str], str]) -> dict[str, str]:
+    """Canonical name -> original name, by `Family.canonical_name`.
 
     Raises:
         InputError: two tensors are the same one by two names; lists all of them.
@@ -146,7 +122,7 @@ class SafetensorsSource:
     """The tensors of one or several safetensors files, checked by their headers when opened.
 
     Args:
-        files: the shards. index: tensor name -> file name, where there is an index to hold them against.
+        files: the shards. index: tensor name -> file name, to check the files against; None if there is none.
 
     Raises:
         InputError: a file is missing, truncated, a Git LFS pointer, or not what its header says.
@@ -270,7 +246,7 @@ def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, T
 
 
 def open_source(folder: Path) -> Source:
-    """Opens the weights of a local checkpoint: safetensors, or `.bin` files if there is nothing else.
+    """Opens the weights of a local checkpoint: safetensors, or `.bin` files if there are none.
 
     Raises:
         InputError: there are no weights, or they are damaged.

@@ -1,10 +1,10 @@
-"""How foreign tensors become parameters, and back.
+"""Matches the tensors of a checkpoint with the leaves of the model.
 
-A `Rule` says which source tensor holds a leaf of the model and by what operation (`ops.py`); the tables are in `families.py`.
-`plan` holds a checkpoint against the rules: it reads names, shapes and dtypes only, so that the real sizes can be checked in no
-time, and it reports everything that is wrong at once.
+A `Rule` names the source tensor of a leaf and the operation between them (`ops.py`); the tables are in `families/`. `plan`
+checks a checkpoint against the rules. It reads names, shapes and dtypes only, so that real sizes are checked at once, and it
+reports all problems together.
 
-Names of source tensors are canonical here (`reader.canonical_name`), whichever of the three Hugging Face layouts a file uses.
+Names of source tensors are canonical here (`Family.canonical_name`), whichever layout a file uses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
-from converters.families import CARRIED, EMBEDDING, HEAD, IGNORED, rules_of
+from converters.families import family_of
+from converters.families.decoders import EMBEDDING, HEAD
 from converters.ops import Op, Rule, Shape
 from lsg_jax.checkpoint.tree import flatten
 from lsg_jax.config import ModelConfig
@@ -28,13 +29,13 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Part:
-    """Where one slice of a leaf is found.
+    """The source of one slice of a leaf.
 
     Attributes:
         leaf: name of the leaf. layer: its layer, None for a leaf without a layer axis.
         shape: of the slice, without the layer axis.
         source: canonical name of the tensor. first_row: where the slice's rows start in it (not 0 in fused tensors).
-        op: how to get from one to the other.
+        op: the operation between tensor and slice.
     """
 
     leaf: str
@@ -47,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the model wants, from its configuration alone.
+    """The leaves of a model and the tensors they come from; a function of its configuration.
 
     Attributes:
         leaves: leaf name -> shape of the whole leaf.
@@ -62,10 +63,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint that fits. All keys are canonical names.
+    """A checkpoint that fits its configuration. All keys are canonical names.
 
     Attributes:
-        layout: what goes where.
+        layout: leaves and tensors of the model.
         dtype: the one dtype of the model's tensors, None where they differ.
         carried: tensors that the model does not use and that an export gives back.
         ignored: tensors that are dropped -> the reason.
@@ -86,10 +87,10 @@ def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def layout(config: ModelConfig, rules: Sequence[Rule]) -> Layout:
-    """Joins the model's leaves with the rules.
+    """Matches the leaves of a model with rules.
 
     Raises:
-        ValueError: a leaf without a rule, or with two: the tables and the model do not fit (no user can cause this).
+        ValueError: a leaf has no rule, or two: the rule table and the model disagree (no input can cause this).
     """
     leaves = leaf_shapes(config)
     found: dict[str, Rule] = {}
@@ -115,17 +116,17 @@ def layout(config: ModelConfig, rules: Sequence[Rule]) -> Layout:
 
 
 def plan(config: ModelConfig, source: Mapping[str, tuple[Shape, str]], *, any_float: bool = False) -> Plan:
-    """Holds a checkpoint against a configuration; pure, reads no tensor.
+    """Checks a checkpoint against a configuration; reads no tensor.
 
     Args:
-        config: of the model that the tensors should make.
+        config: of the model.
         source: canonical tensor name -> shape and numpy dtype name.
-        any_float: tensors of different float dtypes are fine, since they will be cast to one.
+        any_float: accept different float dtypes, which will be cast to one.
 
     Raises:
         InputError: names all tensors that are missing, unknown, or of a wrong shape or dtype.
     """
-    wanted = layout_of(config, source)
+    wanted, family = layout_of(config, source), family_of(config)
     tensors = wanted.tensors
     carried: list[str] = []
     ignored: dict[str, str] = {}
@@ -134,12 +135,12 @@ def plan(config: ModelConfig, source: Mapping[str, tuple[Shape, str]], *, any_fl
     for name in source:
         if name in tensors:
             continue
-        reason = next((reason for pattern, reason in IGNORED if re.fullmatch(pattern, name)), None)
+        reason = next((reason for pattern, reason in family.ignored if re.fullmatch(pattern, name)), None)
         if name == HEAD and config.text.tied_embeddings:
             repeats[name] = EMBEDDING
         elif reason is not None:
             ignored[name] = reason
-        elif any(re.fullmatch(pattern, name) for pattern in CARRIED):
+        elif any(re.fullmatch(pattern, name) for pattern in family.carried):
             carried.append(name)
         else:
             extra.append(name)
@@ -157,8 +158,8 @@ def plan(config: ModelConfig, source: Mapping[str, tuple[Shape, str]], *, any_fl
 
 
 def layout_of(config: ModelConfig, names: Container[str]) -> Layout:
-    """The layout of a model whose tensors have these canonical names: of a tied model, only the output head may be stored."""
-    wanted = layout(config, rules_of(config))
+    """The layout for tensors of these canonical names. A tied model may store its output head instead of the embedding."""
+    wanted = layout(config, family_of(config).rules(config))
     if not (config.text.tied_embeddings and HEAD in names and EMBEDDING not in names):
         return wanted
     swap = lambda name: HEAD if name == EMBEDDING else name
@@ -181,7 +182,7 @@ def _dtype_problems(dtypes: Mapping[str, str], any_float: bool) -> list[str]:
 
 
 def _listing(what: str, names: Sequence[str]) -> list[str]:
-    """All names in one phrase; a name that occurs in several layers is written once, with their numbers."""
+    """All names in one phrase. A name that occurs in several layers is written once, with their numbers."""
     layers: dict[str, list[int]] = {}
     for name in names:
         match = re.search(r"\.layers\.(\d+)\.", name)

@@ -1,4 +1,4 @@
-"""Writes a safetensors file whose tensors come in any order and in parts."""
+"""Writes a safetensors file; its tensors may come in any order and in parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """One file, its header written first. Use in a `with` block; every byte must be written by the caller.
+    """One file; the header is written first. A context manager. The caller must write every byte of every tensor.
 
     Args:
         path: the file, overwritten.
@@ -35,7 +34,7 @@ class SafetensorsWriter:
         self.path = path
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to know whose layout it is
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
         end = 0
         for name, (shape, dtype) in self._tensors.items():
             self._offsets[name] = end
@@ -52,11 +51,11 @@ class SafetensorsWriter:
             raise self._failed(error) from None
 
     def put(self, name: str, matrix: np.ndarray, row: int = 0, column: int = 0) -> None:
-        """Writes a rectangle of a tensor, seen as a matrix whose columns are all axes but the first.
+        """Writes a rectangle of a tensor, viewed as a matrix [axis 0, all other axes].
 
         Args:
             matrix: [rows, columns] in the tensor's dtype.
-            row, column: where its first element goes.
+            row, column: position of its first element.
         """
         shape, dtype = self._tensors[name]
         size, width = np.dtype(dtype).itemsize, math.prod(shape[1:])
@@ -70,7 +69,7 @@ class SafetensorsWriter:
         except OSError as error:
             raise self._failed(error) from None
 
-    def _write(self, offset: int, data: Any) -> None:
+    def _write(self, offset: int, data: bytes | np.ndarray) -> None:
         view = memoryview(data)
         while len(view):
             count = os.pwrite(self._file.fileno(), view, offset)

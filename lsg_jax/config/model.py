@@ -160,6 +160,7 @@ class ModelConfig(Table):
     projector_hidden_act: Activation = "gelu_exact"
     projector_bias: bool = True
     sinks: SinkConfig = SinkConfig()
+    family: Literal["llava"] = "llava"  # which of converters/families it was converted by
 
     @property
     def num_image_tokens(self) -> int:

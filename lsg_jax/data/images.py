@@ -6,17 +6,16 @@ Pixels equal those of the Hugging Face image processors (LLaVA, CLIP, SigLIP). E
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig
 from lsg_jax.data.layout import ImageSize, resized_to_cover
-from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.errors import InputError
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 """Largest image that is decoded or made in between (the limit of PIL's decompression bomb warning)."""
@@ -26,10 +25,6 @@ MAX_SIDE, MAX_ASPECT = 65_535, 500
 
 # A closed list: some of PIL's other readers run programs (EPS) or are rarely exercised.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 Result = TypeVar("Result")
 _TRANSPOSE = Image.Transpose.TRANSPOSE
@@ -166,108 +161,3 @@ def normalise(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
     """uint8 [..., H, W, C] -> float32 of the same shape, (pixels / 255 - mean) / std, as the model does on the device."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return (scaled - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)
-
-
-# ------------------------------------------------------------------------------------- reading a checkpoint's image processor
-
-_KINDS = {
-    "CLIPImageProcessor": "clip",
-    "CLIPFeatureExtractor": "clip",
-    "LlavaImageProcessor": "clip",
-    "SiglipImageProcessor": "siglip",
-}
-
-_HANDLED = {
-    "image_processor_type", "feature_extractor_type", "do_pad", "do_center_crop", "crop_size", "size", "image_mean",
-    "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "default_to_square",
-}  # fmt: skip
-
-_NO_EFFECT = {
-    "processor_class", "_processor_class", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping",
-    "_valid_processor_keys", "image_seq_length", "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy",
-    "image_token", "chat_template", "tokenizer_class", "transformers_version",
-}  # fmt: skip
-
-
-def image_config_from_hf(preprocessor: dict[str, Any] | None, *, size: int, family: Literal["clip", "siglip"]) -> ImageConfig:
-    """Reads `preprocessor_config.json`, or `processor_config.json` with an `image_processor` table.
-
-    Args:
-        preprocessor: the file's contents; None gives the family's default (clip: centre crop; siglip: squash).
-        size: side of the square that the vision tower takes, in pixels.
-        family: the vision tower's, which decides what the file leaves out if it names no processor.
-
-    Raises:
-        ConfigError: a field is unknown, or describes pixels that `prepare_pixels` does not make.
-    """
-    settings = dict(preprocessor or {})
-    if isinstance(settings.get("image_processor"), dict):
-        settings = dict(settings["image_processor"])
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if unknown := sorted(set(settings) - _HANDLED - _NO_EFFECT):
-        raise ConfigError(f"image processor: not understood: {', '.join(f'{k}={settings[k]!r}'[:60] for k in unknown)}")
-    kind = _processor_kind(settings, family)
-    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if not settings.get(name, True):
-            raise ConfigError(f"image processor: {name} = false is not supported")
-    factor = settings.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, (int, float)) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ConfigError(f"image processor: rescale_factor = {factor!r} is not 1/255")
-    if settings.get("resample", 3) != 3:
-        raise ConfigError(f"image processor: resample = {settings['resample']!r} is not bicubic (3)")
-    mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (SIGLIP_MEAN, SIGLIP_STD)
-    return ImageConfig(
-        size=size,
-        aspect=_aspect(settings, size, kind),
-        mean=_three_floats(settings.get("image_mean", mean), "image_mean"),
-        std=_three_floats(settings.get("image_std", std), "image_std"),
-    )
-
-
-def _processor_kind(settings: dict[str, Any], family: str) -> str:
-    name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-    if name is None:
-        return family
-    kind = _KINDS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
-    if kind is None:
-        raise ConfigError(f"image processor: {name!r} is not supported (known: {', '.join(_KINDS)})")
-    return kind
-
-
-def _three_floats(values: Any, name: str) -> tuple[float, ...]:
-    if isinstance(values, (list, tuple)) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values):
-        return tuple(float(v) for v in values)
-    raise ConfigError(f"image processor: {name} = {values!r} is not a list of three numbers")
-
-
-def _edges(value: Any, name: str, *, square: bool) -> tuple[str, int]:
-    """A size in any of the spellings -> ("square" | "shortest", pixels)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return ("square" if square else "shortest"), value
-    if isinstance(value, dict):
-        value = {k: v for k, v in value.items() if v is not None}
-        if set(value) == {"shortest_edge"}:
-            return "shortest", value["shortest_edge"]
-        if set(value) == {"height", "width"} and value["height"] == value["width"]:
-            return "square", value["height"]
-    raise ConfigError(f"image processor: {name} = {value!r} is not supported")
-
-
-def _aspect(settings: dict[str, Any], size: int, kind: str) -> Literal["pad", "crop", "squash"]:
-    default = {"shortest_edge": size} if kind == "clip" else {"height": size, "width": size}
-    square = settings.get("default_to_square", kind == "siglip")
-    shape, edge = _edges(settings.get("size", default), "size", square=square)
-    if edge != size:
-        raise ConfigError(f"image processor: size {edge} differs from the vision tower's image size {size}")
-    crops = settings.get("do_center_crop", kind == "clip")
-    if crops:
-        _, crop = _edges(settings.get("crop_size", size), "crop_size", square=True)
-        if crop != size:
-            raise ConfigError(f"image processor: crop_size {crop} differs from the vision tower's image size {size}")
-    if settings.get("do_pad", False):
-        return "pad"
-    if shape == "square":
-        return "squash"
-    if not crops:
-        raise ConfigError("image processor: shortest_edge without do_center_crop gives images that are no squares")
-    return "crop"

@@ -168,13 +168,14 @@ def test_manifest_and_files(source: Path, tmp_path: Path) -> None:
     (source / "modeling_hostile.py").write_text("raise SystemExit")
     (source / "tokenizer.py").write_text("raise SystemExit")
     (source / "training_args.bin").write_bytes(b"\x80")
+    edit_config(source, lambda config: config["text_config"].update(mup=2))
     ids = np.arange(10, dtype=np.int64)[None]
     rewrite(source, lambda tensors: tensors | {"vision_tower.vision_model.embeddings.position_ids": ids})
     seen: list[tuple[int, int]] = []
     convert(source, tmp_path / "model", progress=lambda done, total, what: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and len(seen) > 50
     manifest = read_manifest(tmp_path / "model")
-    assert set(manifest["ignored"]) == {"vision_tower.vision_model.embeddings.position_ids"}
+    assert set(manifest["ignored"]) == {"vision_tower.vision_model.embeddings.position_ids", "config.json: text_config.mup"}
     assert manifest["source"] == {
         "name": "hf",
         "revision": None,
@@ -253,7 +254,7 @@ def test_files_that_are_damaged(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path, InputError, "no weights")
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     refused(source, tmp_path, InputError, "no such file; is the download complete")
-    edit_config(source, lambda config: config["text_config"].update(qk_norm=True))
+    edit_config(source, lambda config: config["text_config"].update(is_causal=False))
     refused(source, tmp_path, ConfigError, "not understood")
     edit_config(source, lambda config: config.update(model_type="llava_next"))
     refused(source, tmp_path, ConfigError, "model_type 'llava_next' is not supported")

@@ -1,4 +1,4 @@
-"""config.json -> ModelConfig: defaults as transformers fills them, both spellings of rope, and refusals by name."""
+"""config.json -> ModelConfig: defaults of transformers, both spellings of rope, fields that are ignored or refused by name."""
 
 import copy
 import json
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from checkpoints import LLAVA_7B, LLAVA_13B
 from hf_models import save_tiny, tiny_hf
+from transformers import CONFIG_MAPPING
 
-from converters.hf_config import model_config, read_config
+from converters.hf_config import ignored_fields, model_config, read_config
 from converters.json_file import read_object
 from lsg_jax.config import ModelConfig, RopeConfig, SinkConfig, from_dict, to_dict
 from lsg_jax.errors import ConfigError, InputError
@@ -107,7 +108,13 @@ def test_token_ids() -> None:
         (text(model_type="gemma2"), "text_config is of model_type 'gemma2', which is not supported; supported: llama, mistral"),
         (changed("vision_config", model_type="dinov2"), "vision_config is of model_type 'dinov2', which is not supported"),
         (changed(vision_config=None), "vision_config is missing"),
-        (text(qk_norm=True, mup=2), "text_config: not understood, so it might change the results: qk_norm = True, mup = 2"),
+        (
+            changed(chunk_size_feed_forward=2),
+            "config.json: not understood, so it might change the results: chunk_size_feed",
+        ),
+        (text(is_causal=False), "text_config: not understood, so it might change the results: is_causal = False"),
+        (text(per_layer_config={"0": {"head_dim": 2}}), "per_layer_config = {'0': {'head_dim': 2}}"),
+        (changed("vision_config", chunk_size_feed_forward=2), "vision_config: .* chunk_size_feed_forward = 2"),
         (changed(quantization_config={"bits": 4}), "quantization_config = {'bits': 4}"),
         (text(model_type="mistral", attention_bias=True), "attention_bias = True"),
         (changed("vision_config", tie_last_hidden_states=True), "tie_last_hidden_states = True"),
@@ -130,7 +137,30 @@ def test_refusals_are_one_line_that_names_it(config: dict, message: str) -> None
     assert str(error.value).startswith("X/config.json: ") and "\n" not in str(error.value)
 
 
-def test_every_field_that_transformers_writes_is_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_fields_that_transformers_does_not_define_are_listed_and_ignored(part: str | None, caplog) -> None:
+    prefix = f"{part}." if part else ""
+    with caplog.at_level("WARNING", logger="converters"):
+        assert model_config(changed(part, qk_norm=True, mup=2), where="X/config.json") == model_config(LLAVA_7B)
+    listed = f"{prefix}qk_norm = True, {prefix}mup = 2"
+    message = f"X/config.json: ignored, since transformers does not define them for this model: {listed}"
+    assert [record.getMessage() for record in caplog.records] == [message]
+    assert ignored_fields(changed(part, qk_norm=True, mup=2)) == {f"{prefix}qk_norm": True, f"{prefix}mup": 2}
+
+
+@pytest.mark.parametrize(("part", "kind"), [(None, "llava"), ("text_config", "llama"), ("vision_config", "clip_vision_model")])
+def test_a_field_that_a_newer_transformers_defines_must_have_its_default(part, kind, monkeypatch) -> None:
+    class Newer(CONFIG_MAPPING[kind]):
+        logit_cap: float | None = None
+        use_gate: bool = False
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, kind, Newer)
+    assert model_config(changed(part, logit_cap=None, use_gate=False)) == model_config(LLAVA_7B)
+    with pytest.raises(ConfigError, match=r"not understood, so it might change .*: logit_cap = 30\.0, use_gate = True"):
+        model_config(changed(part, logit_cap=30.0, use_gate=True))
+
+
+def test_every_field_that_transformers_writes_is_known(tmp_path: Path, caplog) -> None:
     for vision, kind in (("clip", "llama"), ("clip", "mistral"), ("siglip", "qwen2"), ("clip", "phi3")):
         model = tiny_hf(vision, kind)
         folder = save_tiny(model, tmp_path / kind)
@@ -139,7 +169,7 @@ def test_every_field_that_transformers_writes_is_known(tmp_path: Path) -> None:
             generation=json.loads((folder / "generation_config.json").read_text()),
             preprocessor=json.loads((folder / "preprocessor_config.json").read_text()),
         )
-    assert read_config(folder).image.aspect == "crop"
+    assert read_config(folder).image.aspect == "crop" and not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch
 from checkpoints import to_hub_names, to_memory_names
 from safetensors.numpy import save_file
 
-from converters.reader import canonical_name, canonical_names, open_source, read_header
+from converters.families.llava import canonical_name
+from converters.reader import canonical_names, open_source, read_header
 from lsg_jax.errors import InputError
 
 ARRAYS = {
@@ -161,4 +162,4 @@ def test_canonical_names(change, name: str) -> None:
 
 def test_two_names_of_one_tensor() -> None:
     with pytest.raises(InputError, match=r"same tensor by two names: lm_head.weight and language_model.lm_head.weight"):
-        canonical_names(["lm_head.weight", "language_model.lm_head.weight", "a"])
+        canonical_names(["lm_head.weight", "language_model.lm_head.weight", "a"], canonical_name)

@@ -11,8 +11,10 @@ from checkpoints import LLAVA_7B, LLAVA_13B, to_hub_names
 from hf_models import state_arrays, tiny_hf
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from converters import families
 from converters.convert import tree_from_tensors
+from converters.families import rules_of
+from converters.families.decoders import EMBEDDING, HEAD
+from converters.families.llava import canonical_name
 from converters.hf_config import model_config
 from converters.ops import Conv, Copy, Flat, Linear, Rule
 from converters.reader import canonical_names
@@ -72,7 +74,7 @@ def test_linear_is_torch_linear() -> None:
 
 def test_every_leaf_has_exactly_one_rule() -> None:
     config = tiny_config("clip", "llama")
-    rules = families.rules_of(config)
+    rules = rules_of(config)
     with pytest.raises(ValueError, match="language_model/embed_tokens has two rules"):
         layout(config, [*rules, Rule("language_model/embed_tokens", "x", Copy())])
     with pytest.raises(ValueError, match="no rule for language_model/norm/scale"):
@@ -92,7 +94,7 @@ def meta_model(config: dict) -> LlavaForConditionalGeneration:
 def test_plan_of_the_real_sizes(config: dict, billions: float) -> None:
     """Against the shapes of the Hugging Face model, which is never allocated, and neither is ours."""
     tensors = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
-    source = {name: (tensors[key], "float16") for name, key in canonical_names(tensors).items()}
+    source = {name: (tensors[key], "float16") for name, key in canonical_names(tensors, canonical_name).items()}
     planned = plan(model_config(config), source)
     assert planned.dtype == "float16" and not planned.ignored and not planned.repeats
     assert set(planned.carried) == {"vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"}
@@ -139,9 +141,9 @@ def test_plan_of_the_phi3_and_onevision_style_sizes() -> None:
         "vision_feature_select_strategy": "full",
         "image_token_index": 151646,
     }
-    for config, repeats in ((phi3, {}), (qwen2, {families.HEAD: families.EMBEDDING})):
+    for config, repeats in ((phi3, {}), (qwen2, {HEAD: EMBEDDING})):
         tensors = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
-        source = {name: (tensors[key], "bfloat16") for name, key in canonical_names(tensors).items()}
+        source = {name: (tensors[key], "bfloat16") for name, key in canonical_names(tensors, canonical_name).items()}
         assert plan(model_config(config), source).repeats == repeats
 
 
@@ -181,14 +183,14 @@ def test_names_of_all_layouts_mean_the_same() -> None:
     arrays = state_arrays(tiny_hf("clip", "llama"))
     config = tiny_config("clip", "llama")
     first = tree_from_tensors(config, arrays)
-    canonical = {name: arrays[key] for name, key in canonical_names(arrays).items()}
+    canonical = {name: arrays[key] for name, key in canonical_names(arrays, canonical_name).items()}
     for names in (canonical, {to_hub_names(name): array for name, array in canonical.items()}):
         jax.tree.map(np.testing.assert_array_equal, tree_from_tensors(config, names), first)
 
 
 def test_all_problems_are_listed_at_once() -> None:
     config = tiny_config("clip", "llama")
-    tensors = {name: (shape, "float32") for name, shape in layout(config, families.rules_of(config)).tensors.items()}
+    tensors = {name: (shape, "float32") for name, shape in layout(config, rules_of(config)).tensors.items()}
     for layer in (0, 1, 2, 4):
         del tensors[f"language_model.model.layers.{layer}.mlp.up_proj.weight"]
     tensors["language_model.model.norm.bias"] = ((40,), "float32")
@@ -229,7 +231,7 @@ def test_tied_head() -> None:
 
 def test_buffers_are_ignored_with_a_reason_and_heads_carried() -> None:
     config = tiny_config("clip", "llama")
-    tensors = {name: (shape, "float32") for name, shape in layout(config, families.rules_of(config)).tensors.items()}
+    tensors = {name: (shape, "float32") for name, shape in layout(config, rules_of(config)).tensors.items()}
     tensors["vision_tower.embeddings.position_ids"] = ((1, 10), "int64")
     tensors["language_model.model.layers.2.self_attn.rotary_emb.inv_freq"] = ((5,), "float32")
     tensors["vision_tower.post_layernorm.weight"] = ((40,), "float32")

@@ -11,9 +11,10 @@ from golden.golden_cases import made_image
 from PIL import Image
 from tokenizers_for_tests import model_config
 
+from converters.image_processor import CLIP_MEAN, CLIP_STD
 from lsg_jax.config import ImageConfig
 from lsg_jax.data.conversation import examples, parse_record
-from lsg_jax.data.images import CLIP_MEAN, CLIP_STD, normalise, prepare_pixels
+from lsg_jax.data.images import normalise, prepare_pixels
 from lsg_jax.data.processor import Processor
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/text_and_pixels.json").read_text(encoding="utf-8"))

@@ -8,9 +8,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from converters.image_processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, image_config
 from lsg_jax.config import ImageConfig
 from lsg_jax.data import images
-from lsg_jax.data.images import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, image_config_from_hf, normalise, open_image, prepare_pixels
+from lsg_jax.data.images import normalise, open_image, prepare_pixels
 from lsg_jax.errors import ConfigError, InputError
 
 SIZE = 56
@@ -34,9 +35,7 @@ def references(size=SIZE):
 
 
 def config(aspect, size=SIZE):
-    return image_config_from_hf(
-        references(size)[aspect].to_dict(), size=size, family="siglip" if aspect == "squash" else "clip"
-    )
+    return image_config(references(size)[aspect].to_dict(), size=size, tower="siglip" if aspect == "squash" else "clip")
 
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
@@ -177,7 +176,7 @@ def test_beyond_the_most_extreme_aspect(size):
     ],
 )
 def test_settings_are_read(settings, family, aspect):
-    setting = image_config_from_hf(settings, size=336, family=family)
+    setting = image_config(settings, size=336, tower=family)
     assert (setting.aspect, setting.size) == (aspect, 336)
     assert setting.mean == (CLIP_MEAN if family == "clip" else SIGLIP_MEAN)
 
@@ -203,4 +202,4 @@ def test_settings_are_read(settings, family, aspect):
 )
 def test_settings_that_change_pixels_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        image_config_from_hf(settings, size=336, family="clip")
+        image_config(settings, size=336, tower="clip")

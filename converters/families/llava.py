@@ -1,0 +1,102 @@
+"""LLaVA-1.5 and models of its form: CLIP or SigLIP, a two-layer projector, and Llama, Mistral, Qwen2 or Phi-3."""
+
+from __future__ import annotations
+
+import re
+
+from converters.families import decoders, towers
+from converters.families.family import CheckpointFiles, Family, HFConfig, prefixed
+from converters.families.values import activation, stated_sinks, token_ids
+from converters.image_processor import image_config
+from converters.ops import Flat, Linear, Rule
+from lsg_jax.config import ModelConfig, SinkConfig
+from lsg_jax.errors import ConfigError
+
+_FIELDS = frozenset(
+    {
+        "vision_config", "text_config", "image_token_index", "image_token_id", "projector_hidden_act",
+        "multimodal_projector_bias", "vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings",
+        "lsg_sinks",
+        "ignore_index", "image_seq_length", "vocab_size",  # a label, a fact about the processor, a copy of text_config's
+    }
+)  # fmt: skip
+
+_PROJECTOR = prefixed(
+    "projector/",
+    "multi_modal_projector.",
+    (
+        Rule("linear_1/kernel", "linear_1.weight", Linear()),
+        Rule("linear_1/bias", "linear_1.bias", Flat()),
+        Rule("linear_2/kernel", "linear_2.weight", Linear()),
+        Rule("linear_2/bias", "linear_2.bias", Flat()),
+    ),
+)
+
+
+def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
+    where = files.where
+    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
+    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    stated = hf.vision_feature_layer
+    layers = (stated,) if isinstance(stated, int) else tuple(stated)
+    states = vision.num_layers + 1
+    if bad := [layer for layer in layers if not -states <= layer < states]:
+        raise ConfigError(
+            f"{where}: vision_feature_layer {bad[0]} does not exist, the tower has hidden states 0 to {states - 1}"
+        )
+    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
+    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
+    known = SinkConfig(vit_dims=towers.known_v_sink_dims(vision), llm_dims=decoders.known_l_sink_dims(text))
+    return ModelConfig(
+        vision=vision,
+        text=text,
+        feature_layers=layers,
+        feature_select=hf.vision_feature_select_strategy,
+        image_token_id=hf.image_token_index,
+        eos_token_ids=eos,
+        pad_token_id=pad[0],
+        image=image_config(files.preprocessor, size=vision.image_size, tower=vision.family),
+        projector_hidden_act=activation(hf.projector_hidden_act, f"{where}: projector_hidden_act"),
+        projector_bias=hf.multimodal_projector_bias,
+        sinks=stated_sinks(files) or known,
+    )
+
+
+def _rules(config: ModelConfig) -> tuple[Rule, ...]:
+    return towers.TOWER_RULES[config.vision.family] + _PROJECTOR + decoders.DECODERS[config.text.family].rules
+
+
+def canonical_name(name: str) -> str:
+    """The one name of a tensor in the three layouts that Hugging Face has used.
+
+    | files on the Hub            | saved by transformers 5   | in memory                      |
+    |-----------------------------|---------------------------|--------------------------------|
+    | vision_tower.vision_model.* | vision_tower.*            | model.vision_tower.*           |
+    | language_model.model.*      | language_model.model.*    | model.language_model.*         |
+    | language_model.lm_head.*    | language_model.lm_head.*  | lm_head.*                      |
+    | multi_modal_projector.*     | multi_modal_projector.*   | model.multi_modal_projector.*  |
+
+    The canonical name is that of the middle column.
+    """
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    if name.startswith("model.language_model."):
+        return f"language_model.model.{name.removeprefix('model.language_model.')}"
+    if re.match(r"model\.(vision_tower|multi_modal_projector)\.", name):
+        name = name.removeprefix("model.")
+    if name.startswith("vision_tower.vision_model."):
+        name = f"vision_tower.{name.removeprefix('vision_tower.vision_model.')}"
+    return name
+
+
+FAMILY = Family(
+    model_type="llava",
+    architecture="LlavaForConditionalGeneration",
+    fields=_FIELDS,
+    parts={"vision_config": towers.VISION_PART, "text_config": decoders.TEXT_PART},
+    model_config=_model_config,
+    rules=_rules,
+    canonical_name=canonical_name,
+    carried=towers.CARRIED,
+    ignored=towers.IGNORED + decoders.IGNORED,
+)
