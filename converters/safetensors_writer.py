@@ -62,14 +62,14 @@ class SafetensorsWriter:
         begin = self._start + self._offsets[name] + (row * width + column) * size
         try:
             if matrix.shape[1] == width:
-                self._write(begin, as_bytes(matrix))
+                self._write(begin, as_bytes(matrix).data)
             else:
                 for index, values in enumerate(np.ascontiguousarray(matrix)):
-                    self._write(begin + index * width * size, as_bytes(values))
+                    self._write(begin + index * width * size, as_bytes(values).data)
         except OSError as error:
             raise self._failed(error) from None
 
-    def _write(self, offset: int, data: bytes | np.ndarray) -> None:
+    def _write(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while len(view):
             count = os.pwrite(self._file.fileno(), view, offset)

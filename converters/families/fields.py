@@ -96,7 +96,8 @@ def defined_fields(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[model_type]
-    defaults = {name: None for name in dir(cls) if isinstance(prop := getattr(cls, name), property) and prop.fset}
+    members = {name: getattr(cls, name) for name in dir(cls)}
+    defaults: dict[str, Any] = {name: None for name, value in members.items() if isinstance(value, property) and value.fset}
     for field in fields(cls):
         defaults[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
     return defaults | {alias: defaults.get(name) for alias, name in cls.attribute_map.items()}
