@@ -1,30 +1,32 @@
-"""The gate for Hugging Face PyTorch models, by hooks: gates trained here run there (extra [torch]).
+"""Gates for Hugging Face PyTorch models, by hooks (extra [torch]).
 
     with attach(model, "gates.safetensors") as handle:
         model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
         handle.ratios  # {layer: float32 [B, G]}
 
-Nothing of the model is changed: the V-sinks are read where the projector takes its input, the residual stream where a gated
-decoder layer takes its own, and the output of that layer's key projection is scaled at the visual tokens. Rotary embedding
-comes after and is linear in each key, so this equals scaling the rotated keys. Decode steps do nothing: the cache holds scaled
-keys.
+The model itself is not changed. V-sinks are found in the input of the projector. The gate reads the input of its decoder layer,
+and the output of that layer's key projection is scaled at the visual tokens. Rotary embedding comes later and is linear in each
+key, so this equals scaling the rotated keys. Decode steps need no hook: the cache holds scaled keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import LlavaForConditionalGeneration
 
+from converters.families.decoders import DECODERS
 from lsg_jax.config import SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
 
-_ACTIVATIONS: dict[str, Any] = {
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "gelu_exact": nn.functional.gelu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -34,7 +36,7 @@ _ACTIVATIONS: dict[str, Any] = {
 
 
 class TorchGate(nn.Module):
-    """One gate, float32: [B, D] -> ratios [B, G]. Parameters carry the names of the portable file."""
+    """One gate in float32: [B, D] -> ratios [B, G]. Its parameters have the names of the portable file."""
 
     def __init__(self, width_in: int, width: int, groups: int, *, activation: str, eps: float):
         super().__init__()
@@ -49,12 +51,12 @@ class TorchGate(nn.Module):
 
 
 class GateHandle:
-    """Gates attached to a model; a context manager that takes them off again.
+    """Gates attached to a model; a context manager that detaches them at its end.
 
     Attributes:
         gates: one TorchGate a layer, keyed by the layer as a string; their parameters may be trained.
-        gate_position: int64 [B], where the gates read; None for the last unpadded token of the prompt. Training examples hold
-            the answer too and must set it to the last prompt token.
+        gate_position: int64 [B], the token that the gates read; None for the last unpadded one. Training examples also hold the
+            answer and must set it to the last prompt token.
         ratios: {layer: float32 [B, G]} of the last prefill.
         key_scales: {layer: float32 [B, T]} of the last prefill, key_scale included; text tokens have exactly 1.
     """
@@ -70,7 +72,7 @@ class GateHandle:
         self._tokens: _Tokens | None = None  # of the forward pass that is running
         decoder = model.model.language_model
         self.gates = nn.ModuleDict()
-        self._hooks: list[Any] = [
+        self._hooks: list[RemovableHandle] = [
             model.model.multi_modal_projector.register_forward_pre_hook(self._before_projector),
             model.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.model.register_forward_hook(self._after_model, always_call=True),
@@ -85,7 +87,7 @@ class GateHandle:
             self._hooks.append(self._scale_keys_of(block.self_attn, layer))
 
     def remove(self) -> None:
-        """Takes the gates off; the model is as it was. Doing it twice is harmless."""
+        """Detaches the gates; the model is as before. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -118,17 +120,17 @@ class GateHandle:
         if pixels is None and self._v_sinks is None:
             if kwargs.get("mm_encoder_outputs"):
                 raise InputError("gates saw no image being encoded: attach them first, and generate with use_cache=True")
-            return  # image tokens without an image, which a model may also generate, are text to it
+            return  # without an image, image tokens are text; a model may also generate them
         if decoding:
             raise InputError("an image after a filled cache: give the whole prompt in one prefill")
         self._tokens = _Tokens(ids, is_image, kwargs, self.gate_position)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # key_scales stay: a checkpointed layer is run again in the backward pass
+        # keep key_scales: a layer with activation checkpointing runs again in the backward pass
         self._tokens = None
         self._v_sinks = None
 
-    def _before_layer(self, layer: int) -> Any:
+    def _before_layer(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.key_scales.pop(layer, None)
             if self._tokens is None or self._v_sinks is None:
@@ -147,7 +149,9 @@ class GateHandle:
 
         return hook
 
-    def _members(self, hidden: torch.Tensor, v_sink: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor) -> list[Any]:
+    def _members(
+        self, hidden: torch.Tensor, v_sink: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor
+    ) -> list[torch.Tensor]:
         """bool [B, T] for each group, in the order of the gate's outputs."""
         if self.config.grouping == "v_sink_rest":
             return [v_sink, visual & ~v_sink]
@@ -159,7 +163,7 @@ class GateHandle:
         return [v_sink, l_sink, visual & ~v_sink & ~l_sink]
 
     def _signal(self, hidden: torch.Tensor, tokens: _Tokens, visual: torch.Tensor) -> torch.Tensor:
-        """[B, D]: what the gate reads; positions after the gate position hold the answer and never count."""
+        """The input of the gate [B, D]. Positions after the gate position hold the answer and are excluded."""
         position = tokens.gate_position.to(hidden.device)
         if self.config.signal == "last":
             return hidden[torch.arange(len(hidden), device=hidden.device), position]
@@ -168,8 +172,8 @@ class GateHandle:
         total = torch.where(chosen[..., None], hidden.float(), 0.0).sum(1)
         return total / chosen.sum(1, keepdim=True).clamp(min=1)
 
-    def _scale_keys_of(self, attention: Any, layer: int) -> Any:
-        """Hooks the projection that makes the keys: a separate one, or the middle of Phi-3's fused one."""
+    def _scale_keys_of(self, attention: Any, layer: int) -> RemovableHandle:
+        """Hooks the key projection: a separate one, or the middle part of Phi-3's fused one."""
 
         def scaled(key: torch.Tensor) -> torch.Tensor:
             return (key * self.key_scales[layer][..., None]).to(key.dtype)
@@ -189,7 +193,7 @@ class GateHandle:
 
 
 class _Tokens:
-    """What the token ids say: image positions [B, T], unpadded positions [B, T], gate position [B]."""
+    """Image positions bool [B, T], unpadded positions bool [B, T] and gate position int64 [B] of a prefill."""
 
     def __init__(self, ids: torch.Tensor, is_image: torch.Tensor, kwargs: dict[str, Any], position: torch.Tensor | None):
         self.is_image = is_image
@@ -203,9 +207,9 @@ class _Tokens:
         self.gate_position = last if position is None else position.to(ids.device)
 
     def spread(self, v_sinks: torch.Tensor) -> torch.Tensor:
-        """V-sinks of the images [images, P], in order, onto the image tokens: bool [B, T]."""
+        """Scatters the V-sinks of the images [images, P], in order, to the image tokens: bool [B, T]."""
         flat, slots = v_sinks.flatten(), int(self.is_image.sum())
-        # with beams, or several sequences a prompt, each row comes `copies` times in a row and its image was encoded once
+        # with beams, or several sequences a prompt, each row is repeated `copies` times and its image is encoded once
         copies = slots // max(flat.numel(), 1)
         if slots != copies * flat.numel() or len(self.is_image) % max(copies, 1):
             raise InputError(f"{slots} image tokens for {flat.numel()} image features")
@@ -222,28 +226,28 @@ def attach(
     sinks: SinkConfig | None = None,
     gate_position: torch.Tensor | None = None,
 ) -> GateHandle:
-    """Attaches gates to an HF LLaVA model whose language model is Llama, Mistral, Qwen2 or Phi-3.
+    """Attaches gates to a LLaVA model of transformers whose language model is Llama, Mistral, Qwen2 or Phi-3.
 
-    Works in `model(...)` and `model.generate(...)`, with padding on either side; input without an image passes unchanged.
+    Works in `model(...)` and `model.generate(...)`, with padding on either side. Input without an image is not affected.
 
     Args:
         gates: a portable gate file, or its content.
-        sinks: what is a sink; None for what the file says.
+        sinks: sink criteria; None for those of the gate file.
         gate_position: int64 [B], see GateHandle; may be set on the handle later.
 
     Raises:
         InputError: another kind of model, gates of another width or layer, or sink settings that cannot be applied. Later, from
-            the model's forward: inputs that do not say where the image tokens are.
+            the model's forward: inputs without positions of the image tokens.
     """
     gates = gates if isinstance(gates, PortableGates) else read_gates(gates)
     if not isinstance(model, LlavaForConditionalGeneration):
         raise InputError(f"gates attach to LlavaForConditionalGeneration, not to {type(model).__name__}")
     text: Any = model.config.text_config
-    if text.model_type not in ("llama", "mistral", "qwen2", "phi3"):
+    if text.model_type not in DECODERS:
         raise InputError(f"gates attach to llama, mistral, qwen2 and phi3 language models, not to {text.model_type}")
     check_width(gates, text.hidden_size, text.num_hidden_layers)
     sinks = sinks or gates.sinks
-    # an L-sink gate works where nobody has said what a V-sink is; then there is none
+    # a gate of L-sinks works without V-sink dimensions; then there are no V-sinks
     _check_criterion(sinks.criterion, sinks.vit_dims or gates.gate.grouping == "l_sink_rest", "criterion", "vit_dims")
     if gates.gate.grouping != "v_sink_rest":
         _check_criterion(sinks.llm_criterion, sinks.llm_dims, "llm_criterion", "llm_dims")
@@ -252,7 +256,7 @@ def attach(
     return handle
 
 
-def _check_criterion(criterion: str, dims: Any, criterion_field: str, dims_field: str) -> None:
+def _check_criterion(criterion: str, dims: tuple[int, ...] | bool, criterion_field: str, dims_field: str) -> None:
     if criterion == "attention":
         raise InputError(f"sinks.{criterion_field} attention needs attention weights, which hooks do not see: choose another")
     if criterion in ("dim_abs", "dim_rms") and not dims:
