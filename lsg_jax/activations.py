@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 
 def gelu_exact(x: jax.Array) -> jax.Array:
-    """x Phi(x), in float32, as PyTorch has it.
+    """x Phi(x), computed in float32, as in PyTorch; any shape.
 
-    jax.nn.gelu goes by erfc, whose branches a TPU's compiler unrolls into the products around it, which takes it long.
+    jax.nn.gelu uses erfc. The TPU compiler unrolls its branches into the surrounding matrix products, which compiles slowly.
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
@@ -27,9 +27,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def standardise(x: jax.Array, eps: float) -> jax.Array:
-    """(x - mean) / sqrt(variance + eps) over the last axis, in float32.
+    """(x - mean) / sqrt(variance + eps) over the last axis, in float32; any shape.
 
-    The variance is taken around the mean: E[x^2] - E[x]^2, as jax.nn.standardize has it, loses digits to a massive activation.
+    The variance is the mean of (x - mean)^2. E[x^2] - E[x]^2, as in jax.nn.standardize, loses digits to a massive activation.
     """
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)

@@ -43,7 +43,7 @@ class Range:
         below = value < high if self.interval[-1] == ")" else value <= high
         return (above and below) or value == self.also
 
-    def check(self, value: float, name: str) -> None:
+    def check(self, value: Any, name: str) -> None:
         """Raises ConfigError for a value outside the range."""
         if value not in self:
             also = "" if self.also is None else f", or be {self.also}"
@@ -64,15 +64,15 @@ class Table:
 
     def __post_init__(self) -> None:
         prefix = f"{self.table}." if self.table else ""
-        for name, hint in field_types(type(self)).items():
+        for name, hint in self.field_types().items():
             _check(hint, getattr(self, name), prefix + name)
 
-
-@functools.cache
-def field_types(cls: type) -> dict[str, Any]:
-    """The type of each field of a dataclass, `Annotated` kept."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    @classmethod
+    @functools.cache
+    def field_types(cls) -> dict[str, Any]:
+        """The type of each field, `Annotated` kept."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a subclass is one
 
 
 def without_none(hint: Any) -> Any:
@@ -96,8 +96,7 @@ def _check(hint: Any, value: Any, name: str) -> None:
         return
     if typing.get_origin(inner) is Annotated:
         kind, limits = range_of(inner)
-        number = numbers.Integral if kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, number):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
             raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
         limits.check(value, name)
     elif isinstance(value, (tuple, list)):

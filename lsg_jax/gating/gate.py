@@ -1,4 +1,4 @@
-"""Layer-wise Sink Gating: the gate module, what it reads, and how it makes key scales for the decoder (paper.md).
+"""Layer-wise Sink Gating (paper.md): the gate module, its input signal, and the key scales that it gives the decoder.
 
 g_l: LayerNorm -> Linear D->64 -> activation -> Linear 64->G -> softmax = the ratios rho, which sum to 1.
 """
@@ -14,33 +14,34 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lsg_jax.activations import ACTIVATIONS, standardise
-from lsg_jax.config import GateConfig, SinkConfig
-from lsg_jax.gating.keys import group_members, key_scale
+from lsg_jax.config import GateConfig, Signal, SinkConfig
+from lsg_jax.gating.keys import GROUPS, group_members, key_scale
 from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
 from lsg_jax.types import LayerChange, VisualTokens
 
 
-class GateParam(nnx.Param):
-    """A parameter of a gate or a baseline; it lies below `gates`, and everything else in the model is frozen."""
+class GateParam(nnx.Param[jax.Array]):
+    """A parameter of a gate or of another trained method, in the subtree `gates`; the rest of the model is frozen."""
 
 
 class SinkGate(nnx.Module):
-    """One gate, float32 whatever the backbone's dtype. The last linear starts at zero, so the ratios start equal.
+    """One gate, in float32 for a backbone of any dtype. The last linear layer starts at zero, so the ratios start equal.
 
     Kernels are [in, out]. At D = 4096, width 64 and two groups: 262,144 + 64 + 128 + 2 + 8,192 parameters.
     """
 
     def __init__(self, width_in: int, config: GateConfig, *, rngs: nnx.Rngs):
         self.config = config
+        groups = len(GROUPS[config.grouping])
         self.norm_scale = GateParam(jnp.ones((width_in,)))
         self.norm_bias = GateParam(jnp.zeros((width_in,)))
         self.fc1_kernel = GateParam(nnx.initializers.lecun_normal()(rngs.params(), (width_in, config.width)))
         self.fc1_bias = GateParam(jnp.zeros((config.width,)))
-        self.fc2_kernel = GateParam(jnp.zeros((config.width, config.num_groups)))
-        self.fc2_bias = GateParam(jnp.zeros((config.num_groups,)))
+        self.fc2_kernel = GateParam(jnp.zeros((config.width, groups)))
+        self.fc2_bias = GateParam(jnp.zeros((groups,)))
 
     def __call__(self, signal_BD: jax.Array) -> jax.Array:
-        """[B, D] -> ratios float32 [B, G], each row sums to 1."""
+        """Signal [B, D] -> ratios float32 [B, G]; each row sums to 1."""
         x = standardise(signal_BD, self.config.layer_norm_eps)
         x = x * self.norm_scale[...] + self.norm_bias[...]
         exact = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)  # a TPU would round float32 to bfloat16
@@ -49,14 +50,16 @@ class SinkGate(nnx.Module):
         return jax.nn.softmax(x + self._bias(self.fc2_bias), axis=-1)
 
     def _bias(self, parameter: GateParam) -> jax.Array | float:
-        # Biases that are switched off exist as zeros that get no gradient, so that gate files look the same.
+        # biases that are switched off stay zero without a gradient: every gate file has the same tensors
         return parameter[...] if self.config.biases else 0.0
 
 
-def gate_signal(hidden: jax.Array, signal: str, *, gate_position: jax.Array, valid: jax.Array, visual: jax.Array) -> jax.Array:
-    """What a gate reads of the residual stream that enters its layer (config.Signal).
+def gate_signal(
+    hidden: jax.Array, signal: Signal, *, gate_position: jax.Array, valid: jax.Array, visual: jax.Array
+) -> jax.Array:
+    """The input of a gate, from the residual stream that enters its layer (config.Signal).
 
-    Only positions up to `gate_position` count, also in the means: later ones hold the answer.
+    No signal uses positions after `gate_position`, which hold the answer.
 
     Args:
         hidden: [B, T, D].
@@ -87,7 +90,7 @@ class KeyScaling:
         visual: the visual tokens of the merged sequence.
         gate_position: int32 [B].
         valid: bool [B, T].
-        first_layer: the lowest enabled layer, static; below it nothing depends on the gates.
+        first_layer: the lowest enabled layer, static; no layer below it depends on the gates.
     """
 
     source: Any
@@ -101,16 +104,17 @@ class KeyScaling:
     gate: Any = flax.struct.field(pytree_node=False, default=None)  # graphdef of one SinkGate; None: fixed coefficients
 
     def per_layer(self, start: int, stop: int) -> tuple[Any, jax.Array]:
-        """What a scan over the layers from `start` to `stop` walks along."""
-        return jax.tree.map(lambda leaf: leaf[start:stop], (self.source, self.enabled))
+        """Scan inputs of the layers from `start` to `stop`."""
+        inputs: tuple[Any, jax.Array] = jax.tree.map(lambda leaf: leaf[start:stop], (self.source, self.enabled))
+        return inputs
 
-    def layer(self, walked: tuple[Any, jax.Array], hidden: jax.Array) -> LayerChange:
+    def layer(self, inputs: tuple[Any, jax.Array], hidden: jax.Array) -> LayerChange:
         """Key scale and ratios of the layer that `hidden` [B, T, D] enters.
 
         Args:
-            walked: the layer's part of `per_layer`.
+            inputs: the layer's slice of `per_layer`.
         """
-        source_l, enabled_l = walked
+        source_l, enabled_l = inputs
         members = group_members(group_visual_tokens(self.visual, self._l_sinks(hidden)), self.config.grouping)
         if self.gate is None:
             ratios = jnp.broadcast_to(source_l, (hidden.shape[0], source_l.shape[-1]))
@@ -137,11 +141,11 @@ class KeyScaling:
 
 
 def expand_gates(gates: nnx.Module, config: GateConfig, num_layers: int) -> tuple[Any, jax.Array, Any]:
-    """Lays the gates of the gated layers out over all layers, so that a scan can walk them.
+    """Scan inputs over all layers from the gates of the gated layers.
 
     Returns:
-        parameters [L, ...] (a layer without a gate gets a copy that `enabled` switches off), enabled bool [L], and the graph
-        definition of one gate.
+        parameters [L, ...] (a layer without a gate gets a copy that `enabled` switches off), enabled bool [L], graph definition
+        of one gate.
     """
     slot = [config.layers.index(layer) if layer in config.layers else 0 for layer in range(num_layers)]
     enabled = jnp.array([layer in config.layers for layer in range(num_layers)])

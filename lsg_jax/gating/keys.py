@@ -1,40 +1,44 @@
-"""Key gating, pure: Attn(Q, diag(s) K, V) with one scalar a token group (paper.md, "Key gating")."""
+"""Key gating as pure functions: Attn(Q, diag(s) K, V) with one scalar per token group (paper.md, "Key gating")."""
 
 from __future__ import annotations
+
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 
+from lsg_jax.config import Grouping
 from lsg_jax.types import SinkMasks
 
-GROUPS = {"v_sink_rest": ("v_sink", "rest"), "l_sink_rest": ("l_sink", "rest"), "three": ("v_sink", "l_sink", "ordinary")}
-"""Names of the token groups of each grouping, in the order of their coefficients."""
+GROUPS: dict[Grouping, tuple[str, ...]] = {
+    "v_sink_rest": ("v_sink", "rest"),
+    "l_sink_rest": ("l_sink", "rest"),
+    "three": ("v_sink", "l_sink", "ordinary"),
+}
+"""Names of the token groups of each grouping, in the order of their coefficients. `rest` is every other visual token."""
 
 
-def group_members(masks: SinkMasks, grouping: str) -> jax.Array:
-    """Membership of each token in the groups of a grouping (config.Grouping).
+def group_members(masks: SinkMasks, grouping: Grouping) -> jax.Array:
+    """Membership of each token in the groups of a grouping.
 
     Returns:
-        bool [B, T, G]: `v_sink_rest` (V-sink, others), `l_sink_rest` (L-sink, others), `three` (V-sink, L-sink, ordinary).
-        Text tokens are in no group.
+        bool [B, T, G], in the order of GROUPS. Text tokens are in no group.
     """
-    if grouping == "v_sink_rest":
-        groups = [masks.v_sink, masks.l_sink | masks.ordinary]
-    elif grouping == "l_sink_rest":
-        groups = [masks.l_sink, masks.v_sink | masks.ordinary]
-    elif grouping == "three":
-        groups = [masks.v_sink, masks.l_sink, masks.ordinary]
-    else:
+    if grouping not in GROUPS:
         raise ValueError(f"unknown grouping {grouping}")
-    return jnp.stack(groups, axis=-1)
+    by_name = {"v_sink": masks.v_sink, "l_sink": masks.l_sink, "ordinary": masks.ordinary}
+    others = [mask for name, mask in by_name.items() if name not in GROUPS[grouping]]
+    by_name["rest"] = functools.reduce(operator.or_, others, jnp.zeros_like(masks.v_sink))
+    return jnp.stack([by_name[name] for name in GROUPS[grouping]], axis=-1)
 
 
 def key_scale(coefficients: jax.Array, members: jax.Array) -> jax.Array:
-    """The factor of each key: its group's coefficient, and exactly 1 for tokens in no group.
+    """The factor of each key: the coefficient of its group, and exactly 1 for a token in no group.
 
     Args:
         coefficients: float32 [B, G].
-        members: bool [B, T, G], at most one group a token.
+        members: bool [B, T, G], at most one group per token.
 
     Returns:
         float32 [B, T].
@@ -44,5 +48,5 @@ def key_scale(coefficients: jax.Array, members: jax.Array) -> jax.Array:
 
 
 def scale_keys(key: jax.Array, scale: jax.Array) -> jax.Array:
-    """Multiplies keys [B, S, K, H] by scale [B, S]; the same factor for all heads, so it commutes with rotary embedding."""
+    """Multiplies keys [B, S, K, H] by scale [B, S]; one factor per key, so it commutes with rotary embedding."""
     return (key * scale[:, :, None, None]).astype(key.dtype)

@@ -1,7 +1,7 @@
 """Portable gate files: safetensors in torch layout, readable without JAX (contract.md, "Portable gate file").
 
-A file holds `{layer}.norm.weight`, `{layer}.fc1.weight`, ... for each gated layer and, as metadata, all that is needed to apply
-them: activation, key scale, grouping, signal and what counts as a sink. numpy only.
+A file holds `{layer}.norm.weight`, `{layer}.fc1.weight`, ... for each gated layer. Its metadata hold what is needed to apply
+them: activation, key scale, grouping, signal and sink criterion. This module uses numpy only.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lsg_jax.config import GateConfig, SinkConfig, from_dict
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.gating.keys import GROUPS
+from lsg_jax.types import Array
 
 FORMAT = "lsg-gates-1"
 
@@ -29,7 +30,7 @@ TORCH_NAMES = {
     "fc2_kernel": "fc2.weight",
     "fc2_bias": "fc2.bias",
 }
-"""Leaf of the model's `gates` subtree -> name in the file. Kernels are [in, out] there and [out, in] in torch."""
+"""Leaf of the model's `gates` subtree -> name in the file. Kernels are [in, out] in the model and [out, in] in the file."""
 
 _REQUIRED = ("activation", "layer_norm_eps", "key_scale", "grouping", "signal", "criterion", "vit_dims", "vit_tau")
 _GATE_FIELDS = ("activation", "layer_norm_eps", "key_scale", "grouping", "signal")
@@ -43,16 +44,16 @@ class PortableGates:
     """Gates of one or more layers with what is needed to apply them.
 
     Attributes:
-        gate: `layers` in the order of the stacked parameters, `width` as the arrays have it.
-        sinks: what the groups were trained with.
+        gate: `layers` in the order of the stacked parameters, `width` as in the arrays.
+        sinks: the sink settings that the gates were trained with.
         parameters: float32, stacked over the n = len(gate.layers) layers as under `gates` in the model: norm_scale [n, D],
             norm_bias [n, D], fc1_kernel [n, D, H], fc1_bias [n, H], fc2_kernel [n, H, G], fc2_bias [n, G].
-        backbone: name and digest of the model that they were trained on; empty where unknown.
+        backbone: name and digest of the model that they were trained on; empty if unknown.
     """
 
     gate: GateConfig
     sinks: SinkConfig
-    parameters: dict[str, Any]
+    parameters: dict[str, Array]
     backbone: str = ""
 
     @property
@@ -62,16 +63,16 @@ class PortableGates:
 
 
 def combine_gates(parts: Sequence[PortableGates]) -> PortableGates:
-    """Gates that were trained apart as one set: the paper's stack.
+    """Joins gates that were trained in separate runs: the paper's stack.
 
     Raises:
-        InputError: two of them gate the same layer, they differ in anything but their layers, or one part is independent gates.
+        InputError: two parts gate the same layer or differ in more than their layers, or one part is independent gates.
     """
     first = parts[0]
     for part in parts:
         check_together(part)
     for other in parts[1:]:
-        # biases left out are zeros
+        # switched-off biases are zeros
         plain = [replace(gates.gate, layers=(), biases=True, independent=False) for gates in (first, other)]
         if plain[0] != plain[1] or other.sinks != first.sinks:
             raise InputError(f"gates of layers {first.gate.layers} and {other.gate.layers} differ in gate or sink settings")
@@ -89,13 +90,13 @@ def combine_gates(parts: Sequence[PortableGates]) -> PortableGates:
 
 
 def choose_gates(gates: PortableGates, layers: Sequence[int], *, where: str) -> PortableGates:
-    """The gates of some layers, to be applied together.
+    """The gates of these layers, to be applied together.
 
     Args:
-        where: the source, for the error.
+        where: the source, for errors.
 
     Raises:
-        InputError: there is no gate at one of the layers.
+        InputError: a layer has no gate.
     """
     if missing := [layer for layer in layers if layer not in gates.gate.layers]:
         raise InputError(f"{where}: no gate at layer {missing[0]}; there are {', '.join(map(str, gates.gate.layers))}")
@@ -106,7 +107,7 @@ def choose_gates(gates: PortableGates, layers: Sequence[int], *, where: str) -> 
 
 
 def check_together(gates: PortableGates) -> None:
-    """Raises InputError for gates of several layers that were trained each alone: nobody has said that they are a stack."""
+    """Raises InputError for independent gates of several layers: which of them form a stack has to be chosen first."""
     layers = gates.gate.layers
     if gates.gate.independent and len(layers) > 1:
         raise InputError(
@@ -116,11 +117,11 @@ def check_together(gates: PortableGates) -> None:
 
 
 def write_gates(path: str | Path, gates: PortableGates) -> None:
-    """Writes a gate file, whole or not at all: a reader never sees half of one.
+    """Writes a gate file atomically.
 
     Raises:
-        InputError: the parameters do not fit the configuration or are not finite, they are independent gates of which no layer
-            was chosen, or the folder cannot be written.
+        InputError: the parameters do not fit the configuration or are not finite, layers of independent gates were not chosen,
+            or the folder cannot be written.
     """
     from safetensors.numpy import save
 
@@ -146,13 +147,13 @@ def write_gates(path: str | Path, gates: PortableGates) -> None:
 
 
 def read_gates(path: str | Path) -> PortableGates:
-    """Reads a gate file, strictly; layers come in ascending order.
+    """Reads a gate file strictly; layers come in ascending order.
 
-    Metadata that this version does not know is ignored, absent L-sink fields take their defaults.
+    Unknown metadata are ignored. L-sink fields that are absent take their defaults.
 
     Raises:
-        InputError: no such file, not a safetensors file or a truncated one, another format, a key missing or unknown, a shape,
-            dtype or value that cannot be.
+        InputError: no such file, no safetensors file or a truncated one, another format, a missing or unknown tensor, or a
+            wrong shape, dtype or value.
     """
     path = Path(path)
     tensors, metadata = _load(path)
@@ -169,13 +170,16 @@ def read_gates(path: str | Path) -> PortableGates:
         if missing := [name for name in TORCH_NAMES.values() if name not in named]:
             raise InputError(f"{path}: missing tensor {layer}.{missing[0]}")
     first = layers[min(layers)]["fc1.weight"]
-    config = replace(config, layers=tuple(sorted(layers)), width=max(first.shape[0], 1) if first.ndim else 1)
+    try:
+        config = replace(config, layers=tuple(sorted(layers)), width=max(first.shape[0], 1) if first.ndim else 1)
+    except ConfigError as error:
+        raise InputError(f"{path}: {error}") from None
     _check_tensors(tensors, config, where=str(path))
     return PortableGates(gate=config, sinks=sinks, parameters=from_torch_layout(layers), backbone=metadata.get("backbone", ""))
 
 
 def check_width(gates: PortableGates, text_hidden_size: int, num_layers: int) -> None:
-    """Raises InputError for gates of another language model: another width, or a layer that the model does not have."""
+    """Raises InputError for gates that do not fit the language model: another width, or a layer that it does not have."""
     if gates.width_in != text_hidden_size:
         raise InputError(
             f"the gates read a width of {gates.width_in}, the language model has {text_hidden_size}: "
@@ -185,11 +189,11 @@ def check_width(gates: PortableGates, text_hidden_size: int, num_layers: int) ->
         raise InputError(f"the gates are for layer {bad[0]}, the language model has layers 0 to {num_layers - 1}")
 
 
-def to_torch_layout(parameters: Mapping[str, Any], layers: tuple[int, ...]) -> dict[int, dict[str, np.ndarray]]:
-    """Stacked parameters as in the model -> {layer: {"norm.weight" [D], "fc1.weight" [H, D], "fc2.weight" [G, H], ...}}.
+def to_torch_layout(parameters: Mapping[str, Array], layers: tuple[int, ...]) -> dict[int, dict[str, np.ndarray]]:
+    """Stacked parameters of the model -> {layer: {"norm.weight" [D], "fc1.weight" [H, D], "fc2.weight" [G, H], ...}}.
 
     Raises:
-        InputError: a parameter is missing or unknown, or is not stacked over as many layers as there are.
+        InputError: a parameter is missing or unknown, or its first axis is not the number of layers.
     """
     if set(parameters) != set(TORCH_NAMES):
         raise InputError(f"gate parameters are {', '.join(sorted(TORCH_NAMES))}; got {', '.join(sorted(parameters)) or 'none'}")
@@ -204,7 +208,7 @@ def to_torch_layout(parameters: Mapping[str, Any], layers: tuple[int, ...]) -> d
 
 
 def from_torch_layout(layers: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The inverse of `to_torch_layout`: parameters stacked over the layers in ascending order, kernels [n, in, out]."""
+    """The inverse of `to_torch_layout`: parameters stacked over ascending layers, kernels [n, in, out]."""
     ordered = [layers[layer] for layer in sorted(layers)]
     return {
         leaf: np.stack([np.asarray(named[name]).T if leaf.endswith("kernel") else np.asarray(named[name]) for named in ordered])
@@ -233,11 +237,11 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _check_tensors(tensors: Mapping[str, np.ndarray], config: GateConfig, *, where: str) -> None:
-    """Shapes, dtypes and finite values of `{layer}.{name}` tensors; D is taken from the first norm."""
+    """Raises InputError for wrong shapes or dtypes or non-finite values of `{layer}.{name}` tensors. The first norm sets D."""
     norm = tensors[f"{config.layers[0]}.norm.weight"] if config.layers else np.zeros(0)
     if norm.ndim != 1 or norm.size == 0:
         raise InputError(f"{where}: {config.layers[:1]}.norm.weight has shape {list(norm.shape)}, expected one width")
-    width_in, hidden, groups = norm.size, config.width, config.num_groups
+    width_in, hidden, groups = norm.size, config.width, len(GROUPS[config.grouping])
     shapes = {
         "norm.weight": (width_in,),
         "norm.bias": (width_in,),
@@ -274,7 +278,7 @@ def _to_metadata(gates: PortableGates) -> dict[str, str]:
 def _from_metadata(metadata: Mapping[str, str], *, where: str) -> tuple[GateConfig, SinkConfig]:
     if missing := [name for name in _REQUIRED if name not in metadata]:
         raise InputError(f"{where}: metadata field {missing[0]} is missing")
-    values: dict[str, Any] = {}
+    values: dict[str, str | float | list[int]] = {}
     for name in (*_GATE_FIELDS, *_SINK_FIELDS):
         if name not in metadata:
             continue
@@ -282,16 +286,12 @@ def _from_metadata(metadata: Mapping[str, str], *, where: str) -> tuple[GateConf
         try:
             if name in _FLOATS:
                 values[name] = float(text)
-                if not np.isfinite(values[name]):
-                    raise ValueError(text)
             elif name in _DIMS:
                 values[name] = [int(word) for word in re.split(r"[\s,]+", text.strip("[](){} ")) if word]
             else:
                 values[name] = text
         except ValueError:
             raise InputError(f"{where}: metadata field {name} is {text!r}, which is not a number") from None
-    if values["layer_norm_eps"] < 0:
-        raise InputError(f"{where}: metadata field layer_norm_eps is negative")
     try:
         gate = from_dict(GateConfig, {k: v for k, v in values.items() if k in _GATE_FIELDS}, where=where)
         return gate, from_dict(SinkConfig, {k: v for k, v in values.items() if k in _SINK_FIELDS}, where=where)

@@ -1,4 +1,4 @@
-"""Attention-mass statistics: who receives how much attention."""
+"""Statistics of attention: how much of it each token or group of tokens receives."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import jax.numpy as jnp
 
 
 def received_attention(weights: jax.Array, queries: jax.Array) -> jax.Array:
-    """Attention that each key receives, averaged over heads and over the queries that count.
+    """Attention that each key receives, averaged over heads and queries.
 
     Args:
-        weights: float32 [B, N, T, S], rows sum to 1.
-        queries: bool [B, T].
+        weights: float32 [B, N, T, S], attention weights; rows sum to 1.
+        queries: bool [B, T], queries to average over.
 
     Returns:
-        float32 [B, S]; sums to 1 over S for a row with at least one query, 0 for one without.
+        float32 [B, S]; sums to 1 over S, or to 0 in a row without queries.
     """
     count = jnp.maximum(queries.sum(-1), 1)[:, None]
     return jnp.einsum("BNTS,BT->BS", weights, queries.astype(weights.dtype)) / (count * weights.shape[1])
 
 
 def group_mass(weights: jax.Array, queries: jax.Array, groups: jax.Array) -> jax.Array:
-    """Attention mass that falls on groups of keys, by head.
+    """Attention that each group of keys receives, by head, averaged over queries.
 
     Args:
-        weights: float32 [B, N, T, S], rows sum to 1.
+        weights: float32 [B, N, T, S], attention weights; rows sum to 1.
         queries: bool [B, T], queries to average over.
         groups: bool [B, S, G], group membership of each key.
 

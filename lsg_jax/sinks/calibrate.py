@@ -1,7 +1,7 @@
 """Sink dimensions and thresholds from counts of activation sizes.
 
-A sink dimension is an outlier twice: it is far above what activations usually are, and only in few tokens (one that is large in
-every token is a constant offset). Over such dimensions, max |h[d]| of the tokens has two modes, and the threshold goes into the
+A sink dimension is large, far above typical activations, and rare: only few tokens are large in it. A dimension that is large
+in every token is a constant offset. Over the sink dimensions, max |h[d]| of the tokens has two modes. The threshold is the
 middle of the gap between them, on a logarithmic scale. All sizes are absolute values of activations, or norms.
 """
 
@@ -14,28 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 
 SIZES = 2.0 ** np.arange(-10, 17.25, 0.5)
-"""float64 [E], sizes at which dimensions are counted: factors of 1.41 from 0.001 to 131,072."""
+"""float64 [E], sizes at which tokens are counted for each dimension: steps of a factor 1.41 from 0.001 to 131,072."""
 
 FINE = 2.0 ** np.arange(-10, 17.01, 1 / 32)
-"""float64 [F], lower edges of the bins of a histogram over tokens: factors of 1.02."""
+"""float64 [F], lower edges of the bins of a histogram over tokens: steps of a factor 1.02."""
 
-OUTLIER = 20.0  # times what activations usually are, as in the dim_rms criterion; normal variates reach 5 to 7
-RARE = 0.1  # of the tokens at most are within a quarter of the dimension's size
+OUTLIER = 20.0  # multiple of the typical activation, as in the dim_rms criterion; normal variates reach 5 to 7
+RARE = 0.1  # largest share of tokens that reach a quarter of the dimension's size
 MOST_DIMS = 8
 SMALLEST_GAP = 0.5  # octaves
 LARGEST_SHARE = 0.25  # of the tokens may be sinks
-STRAGGLERS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)  # tokens that may lie in the gap for each one above it, tried in turn
+STRAGGLERS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)  # tokens allowed in the gap for each token above it, tried in turn
 
 
 @dataclass(frozen=True)
 class SinkDims:
-    """Dimensions that stand out.
+    """Sink dimensions.
 
     Attributes:
-        dims: largest first; empty where none stands out.
+        dims: largest first; empty if there are none.
         sizes: |h[d]| that `least` tokens reach, for each of `dims`.
-        typical: the usual |h[d]|, the median over dimensions of each one's median over tokens.
-        runner_up: the size of the next rare dimension, at least OUTLIER * typical, where the next would count as one.
+        typical: typical |h[d]|: the median over tokens, then over dimensions.
+        runner_up: size of the next dimension, or OUTLIER * typical if no further one is an outlier.
     """
 
     dims: tuple[int, ...]
@@ -54,10 +54,12 @@ class Gap:
     """The gap between the two modes of a distribution of sizes.
 
     Attributes:
-        low, high: where it begins and ends; `tau`, the threshold, is their geometric mean.
-        above: tokens that reach the threshold. share: of all tokens.
-        inside: tokens in the gap, on either side of the threshold.
-        separation: distance of the modes' means in units of their deviation, of log sizes (Ashman's D); above 2 they are apart.
+        low, high: its ends; `tau`, the threshold, is their geometric mean.
+        above: number of tokens that reach the threshold.
+        share: of all tokens, those that reach it.
+        inside: number of tokens in the gap, on either side of the threshold.
+        separation: distance between the means of the modes in units of their deviation, of log sizes (Ashman's D). Above 2 the
+            modes are separate.
     """
 
     low: float
@@ -73,26 +75,27 @@ class Gap:
 
 
 def reach(states: jax.Array, valid: jax.Array) -> jax.Array:
-    """How many tokens reach each of SIZES in each dimension.
+    """Number of tokens that reach each of SIZES in each dimension.
 
     Args:
         states: [B, T, D].
-        valid: bool [B, T], tokens that count.
+        valid: bool [B, T], tokens to count.
 
     Returns:
         int32 [E, D].
     """
     size = jnp.where(valid[..., None], jnp.abs(states.astype(jnp.float32)), -1.0)
-    return jax.lax.map(lambda edge: (size >= edge).sum((0, 1), dtype=jnp.int32), jnp.asarray(SIZES, jnp.float32))
+    counts: jax.Array = jax.lax.map(lambda edge: (size >= edge).sum((0, 1), dtype=jnp.int32), jnp.asarray(SIZES, jnp.float32))
+    return counts
 
 
 def find_dims(counts: np.ndarray, tokens: int, least: int) -> SinkDims:
-    """The dimensions that are outliers by size and by rarity, cut where sizes fall most.
+    """The dimensions that are large and rare, up to the largest drop in size.
 
     Args:
         counts: int [E, D], tokens that reach each of SIZES, summed over all images.
         tokens: number of tokens counted.
-        least: as many tokens must reach a dimension's size, so that a single glitch makes no sink dimension.
+        least: number of tokens that must reach a dimension's size, so that a single glitch makes no sink dimension.
     """
     size = _largest(counts, max(least, 1))
     median = _largest(counts, -(-tokens // 2))
@@ -110,29 +113,31 @@ def find_dims(counts: np.ndarray, tokens: int, least: int) -> SinkDims:
 
 
 def _largest(counts: np.ndarray, least: int) -> np.ndarray:
-    """The largest of SIZES that `least` tokens reach in each dimension, half the smallest where none does: float64 [D]."""
-    steps = (counts >= least).sum(0)  # counts fall as sizes grow
-    return np.where(steps > 0, SIZES[np.maximum(steps - 1, 0)], SIZES[0] / 2)
+    """float64 [D], the largest of SIZES that `least` tokens reach in each dimension; half the smallest if they reach none."""
+    steps = (counts >= least).sum(0)  # counts decrease with size
+    largest: np.ndarray = np.where(steps > 0, SIZES[np.maximum(steps - 1, 0)], SIZES[0] / 2)
+    return largest
 
 
 def histogram(sizes: np.ndarray) -> np.ndarray:
-    """int64 [F], sizes counted in the bins of FINE; those below the first edge go into the first bin."""
+    """int64 [F], histogram of sizes over the bins of FINE; sizes below the first edge count in the first bin."""
     bins = np.clip(np.searchsorted(FINE, np.ravel(sizes), side="right") - 1, 0, len(FINE) - 1)
     return np.bincount(bins, minlength=len(FINE))
 
 
 def reaching(counts: np.ndarray, tau: float) -> int:
-    """Tokens of a histogram in the bins from that of `tau` on."""
+    """Number of tokens of a histogram in the bin of `tau` and above."""
     return int(counts[np.searchsorted(FINE, tau, side="right") - 1 :].sum())
 
 
 def find_gap(counts: np.ndarray, least: int) -> Gap | None:
-    """The gap between two modes, with at least `least` tokens, and at most a quarter of all, above it; None without one.
+    """The widest gap between two modes on a log scale; None if there is none.
 
-    It is the widest one on a log scale, where tokens in it count against its width: a half as many as above it, all of it.
+    Tokens in a gap reduce its width: half as many as above it reduce it to zero.
 
     Args:
         counts: int [F], a histogram over FINE.
+        least: smallest number of tokens above the gap; the largest is a quarter of all.
     """
     total = int(counts.sum())
     below = np.concatenate([[0], np.cumsum(counts)])  # below[i]: tokens in the bins before i
@@ -141,7 +146,7 @@ def find_gap(counts: np.ndarray, least: int) -> Gap | None:
     best, best_width = None, SMALLEST_GAP
     for allowed in STRAGGLERS:
         for end in ends:
-            # it begins after the last bin that would let too many tokens into it
+            # the gap starts where it holds no more tokens than allowed
             start = int(np.searchsorted(below, below[end] - allowed * above[end], side="left"))
             inside = int(below[end] - below[start])
             width = float(np.log2(FINE[end] / FINE[start])) * (1 - 2 * inside / above[end])
@@ -173,7 +178,7 @@ def _separation(counts: np.ndarray, start: int, end: int) -> float:
     for part in (slice(0, start), slice(end, None)):
         weights = counts[part] / counts[part].sum()
         means.append(float(weights @ octave[part]))
-        # a bin has a width, so that equal sizes have no deviation of zero
+        # the variance within a bin, so that equal sizes do not have a deviation of zero
         variances.append(float(weights @ (octave[part] - means[-1]) ** 2) + (1 / 32) ** 2 / 12)
     return float(np.sqrt(2) * (means[1] - means[0]) / np.sqrt(sum(variances)))
 
@@ -182,10 +187,10 @@ LEVELS = ("low", "medium", "high")
 
 
 def confidence(dims: SinkDims, gap: Gap | None, halves: list[tuple[SinkDims, Gap | None]]) -> tuple[str, list[str]]:
-    """How sure dimensions and threshold are: `high`, `medium`, `low`, or `none` where there is nothing to be sure of; and why.
+    """Confidence in dimensions and threshold: `high`, `medium` or `low`, `none` if one of them was not found; and the reasons.
 
     Args:
-        halves: the same found in each half of the sample; empty where it could not be halved.
+        halves: dimensions and gap found in each half of the sample; empty if it could not be halved.
     """
     if not dims.dims:
         return "none", [
@@ -193,7 +198,8 @@ def confidence(dims: SinkDims, gap: Gap | None, halves: list[tuple[SinkDims, Gap
         ]
     if gap is None:
         return "none", [f"the tokens' sizes in dimensions {list(dims.dims)} have no gap: no threshold parts sinks from others"]
-    levels, reasons = [], []
+    levels: list[int] = []
+    reasons: list[str] = []
 
     def weigh(value: float, medium: float, high: float, text: str) -> None:
         levels.append(int(value >= medium) + int(value >= high))

@@ -1,4 +1,4 @@
-"""What is a sink: one pure function for each criterion of the literature, and the grouping of visual tokens.
+"""Sink criteria: one pure function for each criterion of the literature, and the grouping of visual tokens.
 
 Every criterion takes features [..., D] and returns bool [...], True where the token is a sink. Sources: `dim_abs` arXiv
 2604.03316; `dim_rms` Kang et al., arXiv 2503.03321; `norm` Luo et al., arXiv 2510.08510; `massive` Sun et al., arXiv
@@ -17,20 +17,20 @@ from lsg_jax.config import Criterion, SinkConfig
 from lsg_jax.types import SinkMasks, VisualTokens
 
 PUBLISHED_TAU = {"dim_rms": 20.0, "norm": 100.0, "massive": 100.0, "attention": 0.3}
-"""Thresholds of the sources above; arXiv 2604.03316 states none for `dim_abs`. That of `norm` is one for ViT features."""
+"""Thresholds of the sources above; arXiv 2604.03316 states none for `dim_abs`. That of `norm` applies to ViT features."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One criterion with all that it needs, where several stand side by side.
+    """One criterion with its settings, for a comparison of several.
 
     Attributes:
-        tau, massive_ratio: as in SinkConfig; `massive_ratio` counts for `massive` only.
-        in_force: whether it is the one that decides what a sink is.
-        unknown: why it cannot be applied, None where it can.
+        tau, massive_ratio: as in SinkConfig; only `massive` uses `massive_ratio`.
+        in_force: whether SinkConfig chooses this criterion.
+        unknown: why it cannot be applied; None if it can.
     """
 
-    criterion: str
+    criterion: Criterion
     tau: float
     massive_ratio: float
     dims: tuple[int, ...]
@@ -38,7 +38,7 @@ class Reading:
     unknown: str | None = None
 
     def mask(self, features: jax.Array, valid: jax.Array, received: jax.Array | None) -> jax.Array:
-        """`sink_mask` of this criterion; nothing is flagged where it is unknown."""
+        """`sink_mask` of this criterion, bool [B, T]; all False if it cannot be applied."""
         if self.unknown:
             return jnp.zeros(features.shape[:2], bool)
         return sink_mask(
@@ -53,7 +53,7 @@ class Reading:
 
 
 def side_by_side(sinks: SinkConfig, stage: typing.Literal["vit", "llm"]) -> tuple[Reading, ...]:
-    """Every criterion by name: the one in force as `sinks` has it, the others with their published thresholds."""
+    """Every criterion: the one in force with the settings of `sinks`, the others with their published thresholds."""
     if stage == "vit":
         chosen, tau, dims, default = sinks.criterion, sinks.vit_tau, sinks.vit_dims, SinkConfig.vit_tau
     else:
@@ -81,22 +81,22 @@ def dim_abs(features: jax.Array, dims: tuple[int, ...], tau: float) -> jax.Array
 def dim_rms(features: jax.Array, dims: tuple[int, ...], tau: float) -> jax.Array:
     """Max over `dims` of |features[d]| / rms(features) >= tau (20 in VAR). The ratio cannot exceed sqrt(D)."""
     rms = jnp.sqrt(jnp.mean(jnp.square(features.astype(jnp.float32)), -1))
-    # compared as a product: a token of zeros is no sink, instead of 0 / 0
+    # a product instead of a quotient: a token of zeros would give 0 / 0
     peak = jnp.abs(_take(features, dims)).max(-1)
     return (peak >= tau * rms) & (rms > 0)
 
 
 def norm(features: jax.Array, tau: float) -> jax.Array:
     """Euclidean norm >= tau (100 for the ViT features of CLIP in Luo et al.). features [..., D] -> bool [...]."""
-    return jnp.linalg.norm(features.astype(jnp.float32), axis=-1) >= tau
+    return jnp.greater_equal(jnp.linalg.norm(features.astype(jnp.float32), axis=-1), tau)
 
 
 def massive(features: jax.Array, tau: float, ratio: float, valid: jax.Array | None = None) -> jax.Array:
-    """Some |h| >= tau and >= ratio * the median |h| of the layer (100 and 1000 in Sun et al.).
+    """Max |h| >= tau and >= ratio * the median |h| of the layer (100 and 1000 in Sun et al.).
 
     Args:
         features: [B, T, D].
-        valid: bool [B, T], tokens that count for the median, taken over each row's tokens and dimensions; None for all.
+        valid: bool [B, T], tokens of the median, which is over all tokens and dimensions of a row; None for all.
 
     Returns:
         bool [B, T].
@@ -109,14 +109,14 @@ def massive(features: jax.Array, tau: float, ratio: float, valid: jax.Array | No
 
 
 def attention_share(received: jax.Array, among: jax.Array, tau: float) -> jax.Array:
-    """Share of the attention that falls on the tokens `among` >= tau (0.3 in Gu et al.).
+    """A token's share of the attention that the tokens `among` receive >= tau (0.3 in Gu et al.).
 
     Args:
         received: float32 [B, T], attention that each token receives, averaged over heads and queries.
-        among: bool [B, T], the tokens that compete, e.g. the visual ones.
+        among: bool [B, T], for example the visual tokens.
 
     Returns:
-        bool [B, T], False outside `among` and where those tokens receive nothing.
+        bool [B, T], False outside `among`, and in a row where those tokens receive nothing.
     """
     received = jnp.where(among, received, 0.0)
     total = received.sum(-1, keepdims=True)
@@ -124,7 +124,7 @@ def attention_share(received: jax.Array, among: jax.Array, tau: float) -> jax.Ar
 
 
 def sink_mask(
-    criterion: str,
+    criterion: Criterion,
     features: jax.Array,
     *,
     dims: tuple[int, ...],
@@ -133,10 +133,19 @@ def sink_mask(
     valid: jax.Array,
     received: jax.Array | None = None,
 ) -> jax.Array:
-    """The criterion of that name (config.Criterion), on features [B, T, D]; False outside `valid` [B, T].
+    """Tokens that are sinks by the criterion of this name.
+
+    Args:
+        features: [B, T, D].
+        dims: sink dimensions, for `dim_abs` and `dim_rms`.
+        valid: bool [B, T].
+        received: float32 [B, T], attention that each token receives, for `attention`.
+
+    Returns:
+        bool [B, T], False outside `valid`.
 
     Raises:
-        ValueError: `attention` without `received` [B, T].
+        ValueError: an unknown criterion, or it lacks `dims` or `received`.
     """
     if criterion == "dim_abs":
         mask = dim_abs(features, dims, tau)
@@ -156,17 +165,17 @@ def sink_mask(
 
 
 def group_visual_tokens(visual: VisualTokens, l_sink: jax.Array) -> SinkMasks:
-    """Splits the visual tokens into three disjoint groups; a V-sink stays a V-sink when the language model raises it too.
+    """Splits the visual tokens into three disjoint groups. A V-sink that reaches the L-sink threshold stays a V-sink.
 
     Args:
-        l_sink: bool [B, T], tokens over the L-sink threshold at this layer.
+        l_sink: bool [B, T], tokens that reach the L-sink threshold at this layer.
     """
     l_sink = l_sink & visual.mask & ~visual.v_sink
     return SinkMasks(v_sink=visual.v_sink, l_sink=l_sink, ordinary=visual.mask & ~visual.v_sink & ~l_sink)
 
 
 def _take(features: jax.Array, dims: tuple[int, ...]) -> jax.Array:
-    """features[..., dims] as float32; an index past the end is an error, which jax alone would clamp."""
+    """features[..., dims] as float32. An index out of bounds is an error, where jax would clamp it."""
     if not dims:
         raise ValueError(
             "no sink dimensions are known for this model: set sinks.vit_dims / sinks.llm_dims, or use criterion norm"
