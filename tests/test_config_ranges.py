@@ -165,12 +165,16 @@ def test_a_number_of_thousands_of_digits_in_a_file_is_one_line(tmp_path):
         ("vision", {"num_heads": 0}, "vision.num_heads is 0"),
         ("vision", {"num_heads": 7}, "vision.hidden_size 1024 is no multiple of vision.num_heads 7"),
         ("vision", {"patch_size": 337}, "vision.patch_size 337 is larger than vision.image_size 336"),
+        ("text", {"head_dim": 127}, "text rotates 127 dimensions of text.head_dim 127: it must be an even number"),
+        ("text", {"rope": {"theta": 1e4, "rotary_dim": 130}}, "text rotates 130 dimensions of text.head_dim 128"),
         ("image", {"std": [0.5, 0.0, 0.5]}, "image.std[1] is 0.0"),
+        (None, {"feature_layers": []}, "feature_layers is []: the tower has hidden states 0 to 24"),
+        (None, {"feature_layers": [-2, 25]}, "feature_layers is [-2, 25]"),
     ],
 )
 def test_a_damaged_manifest_is_refused_by_name(part, fields, message):
     tree = to_dict(MODEL)
-    tree[part] |= fields
+    (tree[part] if part else tree).update(fields)
     with pytest.raises(ConfigError) as caught:
         from_dict(ModelConfig, json.loads(json.dumps(tree)), where="lsg_manifest.json: config")
     assert str(caught.value).startswith("lsg_manifest.json: config: ") and message in str(caught.value)

@@ -98,6 +98,9 @@ class TextConfig(Table, name="text"):
         super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"text.num_heads {self.num_heads} is no multiple of text.num_kv_heads {self.num_kv_heads}")
+        rotary = self.rope.rotary_dim or self.head_dim
+        if rotary % 2 or rotary > self.head_dim:
+            raise ConfigError(f"text rotates {rotary} dimensions of text.head_dim {self.head_dim}: it must be an even number")
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,12 @@ class ModelConfig(Table):
     projector_bias: bool = True
     sinks: SinkConfig = SinkConfig()
     family: Literal["llava"] = "llava"  # which of converters/families it was converted by
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = self.vision.num_layers
+        if not self.feature_layers or any(not -last - 1 <= layer <= last for layer in self.feature_layers):
+            raise ConfigError(f"feature_layers is {list(self.feature_layers)}: the tower has hidden states 0 to {last}")
 
     @property
     def num_image_tokens(self) -> int:

@@ -8,12 +8,12 @@ from flax import nnx
 
 from lsg_jax.config import GateConfig, RopeConfig, SinkConfig
 from lsg_jax.gating.gate import GateParam, KeyScaling, SinkGate, gate_signal
-from lsg_jax.gating.keys import group_members, key_scale, scale_keys
+from lsg_jax.gating.keys import GROUPS, group_members, key_scale, scale_keys
 from lsg_jax.model.attention import apply_rope, rope_angles
 from lsg_jax.sinks.criteria import group_visual_tokens
 from lsg_jax.types import VisualTokens
 
-GROUPINGS = ("v_sink_rest", "l_sink_rest", "three")
+GROUPINGS = tuple(GROUPS)
 
 
 def test_parameter_count_of_the_paper():
@@ -25,10 +25,9 @@ def test_parameter_count_of_the_paper():
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_initial_ratios_are_equal(grouping):
-    config = GateConfig(grouping=grouping)
-    gate = SinkGate(24, config, rngs=nnx.Rngs(1))
+    gate = SinkGate(24, GateConfig(grouping=grouping), rngs=nnx.Rngs(1))
     ratios = gate(jnp.asarray(np.random.default_rng(0).normal(size=(5, 24))))
-    np.testing.assert_array_equal(ratios, np.float32(1) / np.float32(config.num_groups))
+    np.testing.assert_array_equal(ratios, np.float32(1) / np.float32(len(GROUPS[grouping])))
 
 
 def test_gate_against_a_plain_computation():
@@ -70,8 +69,12 @@ def test_groups_are_disjoint_and_cover_the_visual_tokens(grouping, seed):
     visual = rng.random((3, 17)) < 0.6
     tokens = VisualTokens(mask=jnp.asarray(visual), v_sink=jnp.asarray(visual & (rng.random((3, 17)) < 0.3)))
     l_sink = jnp.asarray(rng.random((3, 17)) < 0.4)  # text tokens among them, and V-sinks
-    members = np.asarray(group_members(group_visual_tokens(tokens, l_sink), grouping))
+    masks = group_visual_tokens(tokens, l_sink)
+    members = np.asarray(group_members(masks, grouping))
     np.testing.assert_array_equal(members.sum(-1), visual)
+    for group, of_group in zip(GROUPS[grouping], members.transpose(2, 0, 1), strict=True):
+        if group != "rest":
+            np.testing.assert_array_equal(of_group, getattr(masks, group))
     coefficients = rng.random((3, members.shape[-1])).astype(np.float32)
     scale = np.asarray(key_scale(jnp.asarray(coefficients), jnp.asarray(members)))
     assert (scale[~visual] == 1.0).all()
@@ -89,7 +92,7 @@ def test_signals_with_padding_on_either_side():
     hidden = jnp.arange(2 * 6 * 3, dtype=jnp.float32).reshape(2, 6, 3)
     valid = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], bool)
     visual = jnp.array([[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]], bool)
-    at = dict(gate_position=jnp.array([4, 2]), valid=valid, visual=visual)  # what lies behind is the answer
+    at = dict(gate_position=jnp.array([4, 2]), valid=valid, visual=visual)  # later positions hold the answer
     np.testing.assert_array_equal(gate_signal(hidden, "last", **at), hidden[jnp.arange(2), jnp.array([4, 2])])
     rows = np.asarray(hidden)
     np.testing.assert_allclose(gate_signal(hidden, "mean_all", **at), [rows[0, 2:5].mean(0), rows[1, :3].mean(0)], rtol=1e-6)

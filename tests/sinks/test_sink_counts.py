@@ -23,7 +23,7 @@ def dims_of(x, valid=None):
     return find_dims(np.asarray(jax.jit(reach)(x, valid), np.int64), int(valid.sum()), IMAGES // 2)
 
 
-def test_reach_counts_tokens_and_leaves_padding_out():
+def test_reach_counts_tokens_without_padding():
     x = tokens_of(0)
     valid = np.random.default_rng(1).random((1, TOKENS)) < 0.7
     counts = np.asarray(reach(jnp.asarray(x), jnp.asarray(valid)))
@@ -47,7 +47,7 @@ def test_planted_dimensions_are_found_largest_first(seed):
     where = rng.choice(TOKENS, 4 * IMAGES, replace=False)
     for dim, size in zip(dims, (900, 400, 200), strict=False):
         x[0, where, dim] = size * rng.choice([-1, 1], len(where)) * rng.uniform(0.9, 1.1, len(where))
-    x[0, where[:20], 3] = 30  # what these tokens raise a little is cut off
+    x[0, where[:20], 3] = 30  # a dimension that these tokens raise only a little is cut off
     found = dims_of(x)
     assert found.dims == tuple(dims) and found.lead > 4
     padding = np.zeros((1, TOKENS), bool)
@@ -60,7 +60,7 @@ def test_the_threshold_lies_in_the_middle_of_the_gap():
     low, high = rng.lognormal(0, 0.5, 50_000), rng.lognormal(np.log(500), 0.2, 400)
     counts = histogram(np.concatenate([low, high]))
     gap = find_gap(counts, 100)
-    # the tails of the modes may reach into it: a few tokens of many
+    # the tails of the modes may reach into the gap: a few tokens of many
     assert low.max() / 2 < gap.low < low.max() < gap.tau < high.min() <= gap.high < high.min() * 1.1
     assert gap.tau == pytest.approx((gap.low * gap.high) ** 0.5) and gap.inside <= 8
     assert (gap.above, gap.share) == (400, 400 / 50_400) and reaching(counts, gap.tau) == 400
