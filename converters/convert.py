@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
 import logging
 import math
 import os
@@ -25,10 +24,11 @@ from converters.reader import ArraySource, Source, canonical_names, open_source
 from converters.rules import Part, Plan, plan
 from converters.safetensors_writer import SafetensorsWriter
 from lsg_jax.checkpoint import BaseWriter, FolderLock, LeafSpec, write_manifest
-from lsg_jax.checkpoint.files import sync_folder
 from lsg_jax.checkpoint.tree import nest
 from lsg_jax.config import ModelConfig, to_dict
+from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
+from lsg_jax.files import sync_folder
 from lsg_jax.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -237,10 +237,4 @@ def _write_hf(job: _Conversion, folder: Path) -> dict[str, str]:
                 for row, values in pieces(job.weights, job.names[name]):
                     check_finite(job.names[name], values)
                     out.put(name, values.reshape(len(values), -1), row)
-    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file of any size."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}

@@ -15,16 +15,17 @@ import jax
 import numpy as np
 
 from converters.blocks import pieces
-from converters.convert import CARRIED, check_free, sha256
+from converters.convert import CARRIED, check_free
 from converters.json_file import read_object
 from converters.ops import Shape
 from converters.reader import INDEX, SAFETENSORS, SafetensorsSource
 from converters.rules import Part, layout_of
 from converters.safetensors_writer import SafetensorsWriter
 from lsg_jax.checkpoint import Problem, iter_base, read_manifest, read_step
-from lsg_jax.checkpoint.files import sync_folder
 from lsg_jax.config import ModelConfig, from_dict
+from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.files import sync_folder
 from lsg_jax.opening import read_run, trained_method
 from lsg_jax.progress import Progress, silent
 
@@ -94,7 +95,7 @@ def hf_problems(model_dir: str | Path, manifest: dict[str, Any]) -> list[Problem
         path = Path(model_dir) / "hf" / name
         if not path.is_file():
             problems.append(Problem(f"hf/{name}", "is missing"))
-        elif sha256(path) != digest:
+        elif file_sha256(path) != digest:
             problems.append(Problem(f"hf/{name}", "does not match its sha256"))
     return problems
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.reader import BIN, BIN_INDEX, INDEX, SAFETENSORS
-from lsg_jax.checkpoint.digest import first_line
+from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.errors import InputError
 
 SMALL_FILES = (

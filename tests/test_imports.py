@@ -13,13 +13,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lsg_jax"
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
-FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress"}
+FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "activations": set(),
     "stopping": set(),
     "progress": set(),
+    "digest": set(),
+    "files": {"errors"},
     "config": {"errors"},
     "sinks": FOUNDATION,
     "gating": FOUNDATION | {"sinks"},

@@ -11,12 +11,12 @@ import jax
 
 from lsg_jax.analysis.scores import score_rows
 from lsg_jax.checkpoint import read_manifest
-from lsg_jax.checkpoint.files import write_json
 from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, from_dict, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, ask_all, evaluate
+from lsg_jax.files import write_json
 from lsg_jax.opening import open_to_answer, open_trained
 from lsg_jax.progress import Progress, silent, training_progress
 from lsg_jax.train.loop import train

@@ -10,12 +10,12 @@ from typing import Any
 
 from lsg_jax.analysis.scores import Score, Selection, score_rows, selection
 from lsg_jax.checkpoint import read_manifest
-from lsg_jax.checkpoint.files import write_json
 from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.config import ModelConfig, RunConfig, SinkConfig, from_dict, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, Asked, ask_all, evaluate
+from lsg_jax.files import write_json
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
 from lsg_jax.opening import open_gates, open_to_answer, with_gates
 from lsg_jax.progress import Progress, silent, training_progress

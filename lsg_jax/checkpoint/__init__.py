@@ -6,9 +6,9 @@ for a better one.
 """
 
 from lsg_jax.checkpoint.base import iter_base, load_base, verify_base
-from lsg_jax.checkpoint.digest import Problem
 from lsg_jax.checkpoint.lock import FolderLock
 from lsg_jax.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from lsg_jax.checkpoint.problem import Problem
 from lsg_jax.checkpoint.run import Restored, RunFolder, read_step
 from lsg_jax.checkpoint.writer import BaseWriter, LeafSpec
 

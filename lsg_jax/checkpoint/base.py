@@ -12,12 +12,13 @@ import jax
 import ml_dtypes  # noqa: F401  (np.dtype("bfloat16") needs it)
 import numpy as np
 
-from lsg_jax.checkpoint.digest import Problem, array_sha256, file_sha256, first_line
 from lsg_jax.checkpoint.manifest import read_manifest
+from lsg_jax.checkpoint.problem import Problem, first_line
 from lsg_jax.checkpoint.processes import gather_texts, on_all
 from lsg_jax.checkpoint.shares import shares_of
 from lsg_jax.checkpoint.tree import differences, flatten, nest
 from lsg_jax.checkpoint.writer import LeafSpec, chunk_problem, leaf_folder, open_store
+from lsg_jax.digest import array_sha256, file_sha256
 from lsg_jax.errors import CheckpointError
 
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.checkpoint.digest import canonical_json, json_sha256
-from lsg_jax.checkpoint.files import read_json, write_json
+from lsg_jax.digest import canonical_json, json_sha256
 from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.files import read_json, write_json
 
 MANIFEST = "lsg_manifest.json"
 FORMAT = "lsg-model-1"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from lsg_jax.checkpoint.digest import first_line
+from lsg_jax.checkpoint.problem import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsg_jax.checkpoint import files, steps
-from lsg_jax.checkpoint.digest import Problem, first_line
+from lsg_jax import files
+from lsg_jax.checkpoint import steps
 from lsg_jax.checkpoint.lock import FolderLock
+from lsg_jax.checkpoint.problem import Problem, first_line
 from lsg_jax.checkpoint.processes import is_primary, on_primary, share_bytes
 from lsg_jax.checkpoint.steps import DamagedStep, StoredLeaf
 from lsg_jax.checkpoint.tree import flatten, nest

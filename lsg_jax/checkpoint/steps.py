@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_jax.checkpoint.digest import array_sha256, canonical_json, first_line, json_sha256
-from lsg_jax.checkpoint.files import read_json, sync_folder
 from lsg_jax.checkpoint.orbax import OrbaxError, call_orbax
+from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.checkpoint.processes import host_array, is_primary, on_primary
 from lsg_jax.checkpoint.tree import differences, flatten, nest
+from lsg_jax.digest import array_sha256, canonical_json, json_sha256
 from lsg_jax.errors import CheckpointError, InputError, NonFiniteError
+from lsg_jax.files import read_json, sync_folder
 
 _RECORD = "lsg_run"
 FORMAT = "lsg-run-1"

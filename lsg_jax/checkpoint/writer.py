@@ -18,11 +18,12 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (np.dtype("bfloat16") needs it)
 import numpy as np
 
-from lsg_jax.checkpoint.digest import array_sha256, file_sha256, first_line, json_sha256
-from lsg_jax.checkpoint.files import write_atomic
 from lsg_jax.checkpoint.manifest import JOURNAL
+from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.checkpoint.tree import check_name, nest
+from lsg_jax.digest import array_sha256, file_sha256, json_sha256
 from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.files import write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ def use_compile_cache() -> Path | None:
 
 def _remove_damaged(folder: Path) -> None:
     """Removes programs that a kill or a full disk cut short, which JAX would neither read nor replace; looks once at each."""
-    from lsg_jax.checkpoint.files import read_json, write_json
+    from lsg_jax.files import read_json, write_json
 
     try:
         known = read_json(folder / CHECKED)

@@ -37,8 +37,8 @@ def add(command: Command) -> None:
 def _probe(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.probe import ProbeSettings, probe_study
     from lsg_jax.analysis.probe_images import clevr_data, scene_data
-    from lsg_jax.checkpoint.files import write_json
     from lsg_jax.config import MeshConfig
+    from lsg_jax.files import write_json
     from lsg_jax.report.figures import draw_probe_curves
     from lsg_jax.sharding import make_mesh
 

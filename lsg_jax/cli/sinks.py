@@ -60,7 +60,7 @@ def _sinks(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     import lsg_jax
     from lsg_jax.analysis.calibrate import as_toml, calibrate
-    from lsg_jax.checkpoint.files import write_atomic
+    from lsg_jax.files import write_atomic
 
     images = _images_below(options.images, options.limit)
     if options.out is not None and not options.out.parent.is_dir():

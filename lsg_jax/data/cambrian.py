@@ -23,10 +23,11 @@ from typing import Any, Literal, TextIO
 
 from lsg_jax.data.cambrian_sources import CATEGORIES, TEXT_ONLY, SourceMap, first_folder, source_name
 from lsg_jax.data.conversation import RecordError, image_field
-from lsg_jax.data.prepared import file_sha256, new_folder, write_manifest
+from lsg_jax.data.prepared import new_folder, write_manifest
 from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
 from lsg_jax.data.reports import CambrianReport, CategoryCounts
 from lsg_jax.data.sources import ImageFolder, first_bracket, numbered_lines, parse_line, thread_count
+from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.progress import Progress, silent
 

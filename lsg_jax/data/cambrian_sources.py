@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.digest import text_sha256
 from lsg_jax.errors import ConfigError
 
 CATEGORIES = ("ocr", "general", "counting", "code", "math", "science")
@@ -107,7 +107,7 @@ class SourceMap:
     @property
     def sha256(self) -> str:
         """Digest of the table."""
-        return hashlib.sha256(json.dumps(sorted([*k, v] for k, v in self._categories.items())).encode()).hexdigest()
+        return text_sha256(json.dumps(sorted([*k, v] for k, v in self._categories.items())))
 
 
 def _entries(path: Path, category: str, sources: Any) -> Iterator[tuple[str, str]]:

@@ -19,9 +19,10 @@ from typing import Any
 from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
-from lsg_jax.data.prepared import FolderLayout, PreparedRows, file_sha256, new_folder, write_manifest, write_rows
+from lsg_jax.data.prepared import FolderLayout, PreparedRows, new_folder, write_manifest, write_rows
 from lsg_jax.data.records import REJECTS
 from lsg_jax.data.sources import ImageFolder, in_order, thread_count
+from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.progress import Progress, silent
 

@@ -9,7 +9,6 @@ import takes a second.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -19,7 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from lsg_jax.digest import bytes_sha256, file_sha256
 from lsg_jax.errors import InputError
+from lsg_jax.files import write_json
 
 VERSION = "1.0.0"
 ROWS_PER_SHARD = 10_000
@@ -120,13 +121,7 @@ def write_manifest(folder: Path, layout: FolderLayout, report: Any) -> None:
         "files": {path.name: path.stat().st_size for path in paths},
         "sha256": {path.name: file_sha256(path) for path in paths},
     }
-    (folder / layout.manifest).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_json(folder / layout.manifest, manifest, sort_keys=False)
 
 
 class PreparedRows(Generic[Row, Report]):
@@ -201,7 +196,7 @@ class PreparedRows(Generic[Row, Report]):
                 raise InputError(
                     f"{file}: truncated or changed ({file.stat().st_size} bytes, not {size}); run `lsg prepare` again"
                 )
-        return Manifest(version, report, files, sha256, hashlib.sha256(text).hexdigest()), rows
+        return Manifest(version, report, files, sha256, bytes_sha256(text)), rows
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds

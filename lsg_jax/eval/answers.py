@@ -7,7 +7,6 @@ are gates.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lsg_jax.checkpoint.processes import is_primary, share_bytes
+from lsg_jax.digest import text_sha256
 from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Item
 
@@ -30,9 +30,9 @@ class AnswerLog:
     """
 
     def __init__(self, folder: Path, name: str, meaning: Mapping[str, Any], items: Sequence[Item], prompts: Sequence[str]):
-        key = sha256(json.dumps(meaning, sort_keys=True))
+        key = text_sha256(json.dumps(meaning, sort_keys=True))
         self.path = folder / f"{name}.{key[:16]}.jsonl"
-        self._lines = [{"id": item.id, "prompt": sha256(prompt)} for item, prompt in zip(items, prompts, strict=True)]
+        self._lines = [{"id": item.id, "prompt": text_sha256(prompt)} for item, prompt in zip(items, prompts, strict=True)]
 
     def known(self) -> dict[int, Answer]:
         """Answers of earlier runs by position; a collective."""
@@ -61,8 +61,3 @@ class AnswerLog:
 
 def _plain(answer: Answer) -> dict[str, Any]:
     return {"output": answer.text} | ({} if answer.ratios is None else {"ratios": answer.ratios.tolist()})
-
-
-def sha256(text: str) -> str:
-    """Hex digest of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()

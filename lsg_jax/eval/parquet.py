@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import glob
-import hashlib
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.digest import file_sha256
 from lsg_jax.errors import InputError
 
 
@@ -185,8 +185,4 @@ def digests(path: str) -> dict[str, str]:
     """sha256 of every file that `path` names: {file: hex}."""
     given = Path(path)
     found = [given] if given.is_file() else parquet_files(path)
-    result = {}
-    for file in found:
-        with file.open("rb") as opened:
-            result[str(file)] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return result
+    return {str(file): file_sha256(file) for file in found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsg_jax.checkpoint.files import write_json
 from lsg_jax.checkpoint.processes import host_array, is_primary, on_primary
 from lsg_jax.config import EvalConfig, GateConfig, Protocol, to_dict
+from lsg_jax.digest import arrays_sha256, text_sha256
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval.answering import Answer, answer
-from lsg_jax.eval.answers import AnswerLog, sha256
+from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics
 from lsg_jax.eval.parquet import digests
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.statistics import interval, paired_test, resample_weights
+from lsg_jax.files import write_json
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.progress import Progress, silent
 from lsg_jax.stopping import stop_signals
@@ -183,10 +183,7 @@ def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
 
 def _digest(parameters: Any) -> str:
     """sha256 of a tree of arrays."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(parameters):
-        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode() + host_array(leaf).tobytes())
-    return digest.hexdigest()
+    return arrays_sha256((jax.tree_util.keystr(path), host_array(leaf)) for path, leaf in jax.tree.leaves_with_path(parameters))
 
 
 # -------------------------------------------------------------------------------------------------------------------- grading
@@ -211,7 +208,7 @@ def summary(test: Asked, graded: dict[str, Graded]) -> dict[str, Any]:
         "questions": len(test.items),
         "of": benchmark.size or test.rows,
         "partial": test.partial,
-        "prompts_sha256": sha256("\0".join(test.prompts)),
+        "prompts_sha256": text_sha256("\0".join(test.prompts)),
         "max_new_tokens": test.max_new_tokens,
         "score": test.score,
         "unread": {method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},

@@ -6,9 +6,7 @@ them: activation, key scale, grouping, signal and sink criterion. This module us
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 
 from lsg_jax.config import GateConfig, SinkConfig, from_dict
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.types import Array
 
@@ -131,18 +130,9 @@ def write_gates(path: str | Path, gates: PortableGates) -> None:
     tensors = {f"{layer}.{name}": array for layer, named in layers.items() for name, array in named.items()}
     _check_tensors(tensors, gates.gate, where=str(path))
     data = save(tensors, metadata=_to_metadata(gates))
-    temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a gate file is meant to be shared
-        os.replace(temporary, path)
+        write_atomic(path, data)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise InputError(f"{path}: cannot write the gate file: {error.strerror or error}") from None
 
 

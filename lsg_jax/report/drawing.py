@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lsg_jax.checkpoint.files import write_atomic
 from lsg_jax.errors import InputError
+from lsg_jax.files import write_atomic
 
 Row = Mapping[str, Any]
 Line = Literal["-", "--", "-.", ":", ""]

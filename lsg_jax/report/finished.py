@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lsg_jax.checkpoint.files import read_json
 from lsg_jax.errors import InputError
+from lsg_jax.files import read_json
 from lsg_jax.report.parts import Section
 from lsg_jax.report.results import eval_section, run_section
 from lsg_jax.report.sections import ablate_section, probe_section, sinks_section, stack_section, sweep_section

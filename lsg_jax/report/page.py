@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lsg_jax.checkpoint.files import write_atomic
+from lsg_jax.files import write_atomic
 from lsg_jax.report.parts import Section
 
 STYLE_FILE, SCRIPT_FILE = Path(__file__).with_name("page.css"), Path(__file__).with_name("page.js")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lsg_jax.checkpoint.files import write_json
+from lsg_jax.files import write_json
 from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
 from lsg_jax.report.overlay import draw_sinks
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lsg_jax.config import RunConfig
+from lsg_jax.digest import text_sha256
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.train.run_record import RUN
 
@@ -198,7 +198,7 @@ class WeightsAndBiases:
         self._names = names
         self._run = wandb.init(
             project=project,
-            id=hashlib.sha256(started.encode()).hexdigest()[:16],
+            id=text_sha256(started)[:16],
             resume="allow",
             name=folder.resolve().name,
             dir=str(folder),
