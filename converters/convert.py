@@ -23,9 +23,9 @@ from converters.json_file import read_object
 from converters.reader import ArraySource, Source, canonical_names, open_source
 from converters.rules import Part, Plan, plan
 from converters.safetensors_writer import SafetensorsWriter
-from lsg_jax.checkpoint import BaseWriter, FolderLock, LeafSpec, write_manifest
+from lsg_jax.checkpoint import BaseWriter, FolderLock, LeafEntry, LeafSpec, Manifest, ModelSource, write_manifest
 from lsg_jax.checkpoint.tree import nest
-from lsg_jax.config import ModelConfig, to_dict
+from lsg_jax.config import ModelConfig
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.files import sync_folder
@@ -156,9 +156,9 @@ def _into_folder(job: _Conversion, target: Path) -> None:
         raise InputError(f"{work}: exists and is not an interrupted conversion; remove it")
     with FolderLock(work) as lock:
         try:
-            written = _write_base(job, work / "base")
+            leaves, files = _write_base(job, work / "base")
             hf = _write_hf(job, work / "hf")
-            write_manifest(work, {"config": to_dict(job.config), **written, "hf": hf, **_provenance(job)})
+            write_manifest(work, _manifest(job, leaves, files, hf))
         except InputError:
             shutil.rmtree(work)  # the input is wrong, so there is nothing to resume
             raise
@@ -170,27 +170,28 @@ def _into_folder(job: _Conversion, target: Path) -> None:
             raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from None
 
 
-def _provenance(job: _Conversion) -> dict[str, Any]:
-    """The entries of the manifest that say where the model came from; an export needs them."""
+def _manifest(job: _Conversion, leaves: dict[str, LeafEntry], files: dict[str, str], hf: dict[str, str]) -> Manifest:
+    """The manifest, with where the model came from: an export needs that."""
     weights, names, planned = job.weights, job.names, job.planned
     config_fields = ignored_fields(read_object(job.checkpoint.folder / "config.json"))
-    return {
-        "source": {
-            "name": job.checkpoint.name,
-            "revision": job.checkpoint.revision,
-            "files": {file.name: file.stat().st_size for file in weights.files},
-        },
-        "names": {name: names[name] for name in sorted(names) if name not in planned.ignored},
-        "dtypes": {name: weights.tensors[key].dtype.name for name, key in names.items()},
-        "carried": list(planned.carried),
-        "repeats": planned.repeats,
-        "ignored": {names[name]: reason for name, reason in planned.ignored.items()}
+    sizes = {file.name: file.stat().st_size for file in weights.files}
+    return Manifest(
+        job.config,
+        leaves,
+        files,
+        source=ModelSource(job.checkpoint.name, job.checkpoint.revision, sizes),
+        hf=hf,
+        names={name: names[name] for name in sorted(names) if name not in planned.ignored},
+        dtypes={name: weights.tensors[key].dtype.name for name, key in names.items()},
+        carried=tuple(planned.carried),
+        repeats=planned.repeats,
+        ignored={names[name]: reason for name, reason in planned.ignored.items()}
         | {f"config.json: {name}": "transformers does not define it for this model" for name in config_fields},
-    }
+    )
 
 
-def _write_base(job: _Conversion, folder: Path) -> dict[str, Any]:
-    """Writes the parameters; returns the manifest's entries for them."""
+def _write_base(job: _Conversion, folder: Path) -> tuple[dict[str, LeafEntry], dict[str, str]]:
+    """Writes the parameters; returns `leaves` and `files` of the manifest."""
     planned = job.planned
     stacked = {part.leaf for part in planned.layout.parts if part.layer is not None}
     specs = {name: LeafSpec(shape, job.dtype, stacked=name in stacked) for name, shape in planned.layout.leaves.items()}

@@ -21,12 +21,10 @@ from converters.ops import Shape
 from converters.reader import INDEX, SAFETENSORS, SafetensorsSource
 from converters.rules import Part, layout_of
 from converters.safetensors_writer import SafetensorsWriter
-from lsg_jax.checkpoint import Problem, iter_base, read_manifest, read_step
-from lsg_jax.config import ModelConfig, from_dict
+from lsg_jax.checkpoint import Manifest, Problem, iter_base, read_manifest, read_run, read_step
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import sync_folder
-from lsg_jax.opening import read_run, trained_method
 from lsg_jax.progress import Progress, silent
 
 SHARD_BYTES = 5_000_000_000  # what transformers writes
@@ -81,17 +79,17 @@ def trained_leaves(model_dir: str | Path, run: str | Path) -> dict[str, np.ndarr
     Raises:
         InputError: no such run, or one of another method. CheckpointError: a run of another model.
     """
-    record = read_run(run, backbone=read_manifest(model_dir)["digest"])
-    if (held := trained_method(record)) != "full":
+    record = read_run(run, backbone=read_manifest(model_dir).digest)
+    if (held := record.method) != "full":
         raise InputError(f"{run}: what was trained there is {held}; only a run of method full changes the model itself")
-    parts = read_step(run)[1]["gates"]
+    parts = read_step(run)[1]["trained"]
     return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(parts)}
 
 
-def hf_problems(model_dir: str | Path, manifest: dict[str, Any]) -> list[Problem]:
+def hf_problems(model_dir: str | Path, manifest: Manifest) -> list[Problem]:
     """Compares the files in `MODEL/hf` with the digests of the manifest; empty if all agree."""
     problems = []
-    for name, digest in manifest.get("hf", {}).items():
+    for name, digest in manifest.hf.items():
         path = Path(model_dir) / "hf" / name
         if not path.is_file():
             problems.append(Problem(f"hf/{name}", "is missing"))
@@ -107,20 +105,15 @@ class _Export:
         parts: (leaf, layer) -> part. tensors: canonical name -> (shape, dtype name). shards: file name -> canonical names.
     """
 
-    def __init__(self, model: Path, manifest: dict[str, Any], shard_bytes: int, trained: Mapping[str, np.ndarray]):
+    def __init__(self, model: Path, manifest: Manifest, shard_bytes: int, trained: Mapping[str, np.ndarray]):
         self.model, self.manifest, self.trained = model, manifest, trained
         for name, leaf in trained.items():
-            if (known := manifest["leaves"].get(name, {}).get("shape")) != list(leaf.shape):
-                raise CheckpointError(f"{model}: trained leaf {name} {list(leaf.shape)} does not fit {known}")
-        try:
-            config = from_dict(ModelConfig, manifest["config"], where=str(model))
-            self.names: dict[str, str] = manifest["names"]
-            self.repeats: dict[str, str] = manifest["repeats"]
-            self.dtype: str = manifest["leaves"]["language_model/embed_tokens"]["dtype"]
-            self.carried = bool(manifest["carried"])
-        except KeyError as error:
-            raise CheckpointError(f"{model}: its manifest has no {error}; it was not made by `lsg convert`") from None
-        plain = layout_of(config, self.names)
+            known = manifest.leaves[name].shape if name in manifest.leaves else None
+            if known != leaf.shape:
+                raise CheckpointError(f"{model}: trained leaf {name} {leaf.shape} does not fit {known}")
+        self.names, self.repeats, self.carried = manifest.names, manifest.repeats, bool(manifest.carried)
+        self.dtype = manifest.leaves["language_model/embed_tokens"].dtype
+        plain = layout_of(manifest.config, self.names)
         self.parts: dict[tuple[str, int | None], Part] = {(part.leaf, part.layer): part for part in plain.parts}
         self.tensors: dict[str, tuple[Shape, str]] = {name: (shape, self.dtype) for name, shape in plain.tensors.items()}
         self.tensors |= {name: self.tensors[other] for name, other in self.repeats.items()}
@@ -192,7 +185,7 @@ class _Export:
         for path in sorted((self.model / "hf").iterdir()):
             if path.name != CARRIED:
                 shutil.copyfile(path, folder / path.name)
-        if any(self.manifest["dtypes"][name] != self.dtype for name in self.tensors if name not in self.manifest["carried"]):
+        if any(self.manifest.dtypes[name] != self.dtype for name in self.tensors if name not in self.manifest.carried):
             config = read_object(folder / "config.json")
             _state_dtype(config, self.dtype)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

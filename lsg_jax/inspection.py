@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.checkpoint import MANIFEST, Problem, RunFolder, read_manifest, verify_base
+from lsg_jax.checkpoint import MANIFEST, Problem, RunFolder, read_manifest, read_run, verify_base
 from lsg_jax.config import to_dict
 from lsg_jax.data import clevr, records
 from lsg_jax.data.prepared import PreparedRows
@@ -61,36 +61,36 @@ def _model(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     parts: dict[str, int] = {}
     dtypes = set()
-    for name, leaf in manifest["leaves"].items():
+    for name, leaf in manifest.leaves.items():
         part = name.split("/")[0]
-        parts[part] = parts.get(part, 0) + math.prod(leaf["shape"])
-        dtypes.add(leaf["dtype"])
+        parts[part] = parts.get(part, 0) + math.prod(leaf.shape)
+        dtypes.add(leaf.dtype)
     return {
         "kind": "model",
         "path": str(path),
-        "source": manifest.get("source", {}).get("name"),
-        "digest": manifest["digest"],
+        "source": manifest.source and manifest.source.name,
+        "digest": manifest.digest,
         "dtype": ", ".join(sorted(dtypes)),
         "parameters": {**parts, "total": sum(parts.values())},
-        "config": manifest["config"],
+        "config": to_dict(manifest.config),
     }
 
 
 def _run(path: Path) -> dict[str, Any]:
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    run = read_run(path)
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     last = json.loads(lines[-1]) if lines else {}
     return {
         "kind": "run",
         "path": str(path),
-        "model": run["model_name"],
-        "backbone": run["backbone"],
+        "model": run.model_name,
+        "backbone": run.backbone,
         "saved steps": RunFolder(path).steps(),
-        "total steps": run["total_steps"],
+        "total steps": run.total_steps,
         "last loss": last.get("loss"),
-        "gate": run["config"]["gate"],
-        "sinks": run["sinks"],
+        "gate": run.table("gate"),
+        "sinks": to_dict(run.sinks),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_jax.checkpoint import load_base, read_manifest, read_step
+from lsg_jax.checkpoint import LeafEntry, load_base, read_manifest, read_run, read_step
 from lsg_jax.config import (
     DiySinkConfig,
     GateConfig,
     LoraConfig,
     MeshConfig,
-    Method,
     MethodConfig,
-    ModelConfig,
     RunConfig,
     SinkConfig,
     from_dict,
 )
-from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
 from lsg_jax.model.llava import abstract_model, join_trained
 from lsg_jax.sharding import answering_mesh, replicated, shard_params, state_shardings
@@ -49,13 +46,11 @@ def load_backbone(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    config = from_dict(ModelConfig, manifest["config"], where=f"{folder}/lsg_manifest.json: config")
-    if sinks is not None:
-        config = dataclasses.replace(config, sinks=sinks)
+    config = manifest.config if sinks is None else dataclasses.replace(manifest.config, sinks=sinks)
     _, abstract = abstract_model(config)
-    stored = _as_stored(abstract, manifest["leaves"])
+    stored = _as_stored(abstract, manifest.leaves)
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
-    return VLM(config, frozen, folder=folder, digest=manifest["digest"], mesh=mesh)
+    return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh)
 
 
 def open_to_answer(config: RunConfig, *, sinks: SinkConfig | None = None) -> VLM:
@@ -66,16 +61,15 @@ def open_to_answer(config: RunConfig, *, sinks: SinkConfig | None = None) -> VLM
 
 def model_mesh(folder: str | Path, config: MeshConfig | None = None) -> jax.sharding.Mesh:
     """The mesh over all devices on which the model of a folder answers; `sharding.answering_mesh`."""
-    manifest = read_manifest(folder)
-    return answering_mesh(config, from_dict(ModelConfig, manifest["config"], where=f"{folder}/lsg_manifest.json: config").text)
+    return answering_mesh(config, read_manifest(folder).config.text)
 
 
-def _as_stored(abstract: dict, leaves: dict[str, Any]) -> dict:
+def _as_stored(abstract: dict, leaves: dict[str, LeafEntry]) -> dict:
     """Abstract leaves with the dtypes that the manifest states; names and shapes stay for `load_base` to compare."""
 
     def leaf(path: tuple, struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         entry = leaves.get("/".join(key.key for key in path))
-        return struct if entry is None else jax.ShapeDtypeStruct(struct.shape, jnp.dtype(entry["dtype"]))
+        return struct if entry is None else jax.ShapeDtypeStruct(struct.shape, jnp.dtype(entry.dtype))
 
     return jax.tree.map_with_path(leaf, abstract)
 
@@ -112,14 +106,14 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
         InputError: no run there, or one of another method. CheckpointError: a run of another backbone.
     """
     run = read_run(source, backbone=vlm.digest) if isinstance(source, str | Path) and Path(source).is_dir() else None
-    held = "lsg" if run is None else trained_method(run)
+    held = "lsg" if run is None else run.method
     if method not in (None, held):
         raise InputError(f"{source}: what was trained there is {held}, not {method}")
     if run is None or held == "lsg":
         return with_gates(vlm, source, sinks=sinks)
-    sinks = sinks or from_dict(SinkConfig, run["sinks"], where=f"{source}/run.json: sinks")
+    sinks = sinks or run.sinks
     config = dataclasses.replace(vlm.config, sinks=sinks)
-    parameters = read_step(source)[1]["gates"]
+    parameters = read_step(source)[1]["trained"]
     if held == "full":
         parameters = jax.tree.map(
             lambda new, old: new.astype(old.dtype), parameters, {part: vlm.frozen[part] for part in parameters}
@@ -130,29 +124,9 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
     if held == "full":
         return VLM(config, join_trained(vlm.frozen, parameters), folder=vlm.folder, mesh=vlm.mesh)
     settings: MethodConfig = from_dict(
-        {"lora": LoraConfig, "diysink": DiySinkConfig}[held], run["config"][held], where=f"{source}/run.json: {held}"
+        {"lora": LoraConfig, "diysink": DiySinkConfig}[held], run.table(held), where=f"{source}/run.json: {held}"
     )
     return VLM(config, vlm.frozen, method=settings, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
-
-
-def read_run(path: str | Path, *, backbone: str | None = None) -> dict[str, Any]:
-    """What run.json of a run folder says.
-
-    Args:
-        backbone: digest of the model that it is meant for; a run of another one is refused.
-    """
-    try:
-        run = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path}: neither a run folder (no readable run.json) nor a gate file") from None
-    if backbone is not None and run["backbone"] != backbone:
-        raise CheckpointError(f"{path}: was trained on another backbone ({run['backbone'][:12]}, not {backbone[:12]})")
-    return run
-
-
-def trained_method(run: dict[str, Any]) -> Method:
-    """What a run trains, by its run.json."""
-    return run["config"].get("method", "lsg")
 
 
 def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGates:
@@ -184,12 +158,12 @@ def _split_layers(path: str | Path) -> tuple[Path, tuple[int, ...]]:
 def _run_gates(path: Path, backbone: str | None) -> PortableGates:
     """All gates of a run folder."""
     run = read_run(path, backbone=backbone)
-    if (held := trained_method(run)) != "lsg":
+    if (held := run.method) != "lsg":
         raise InputError(f"{path}: a run of method {held} holds no gates; name one of method lsg, or a gate file")
     _, tree, _ = read_step(path)
     return PortableGates(
-        gate=from_dict(GateConfig, run["config"]["gate"], where=f"{path}/run.json: gate"),
-        sinks=from_dict(SinkConfig, run["sinks"], where=f"{path}/run.json: sinks"),
-        parameters=tree["gates"],
-        backbone=f"{run['model_name']} {run['backbone']}",
+        gate=from_dict(GateConfig, run.table("gate"), where=f"{path}/run.json: gate"),
+        sinks=run.sinks,
+        parameters=tree["trained"],
+        backbone=f"{run.model_name} {run.backbone}",
     )

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,9 +13,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsg_jax.checkpoint import BaseWriter, LeafSpec, iter_base, load_base, read_manifest, verify_base, write_manifest, writer
+from lsg_jax.checkpoint import (
+    BaseWriter,
+    LeafSpec,
+    Manifest,
+    iter_base,
+    load_base,
+    read_manifest,
+    verify_base,
+    write_manifest,
+    writer,
+)
 from lsg_jax.checkpoint.tree import flatten, nest
+from lsg_jax.config import ImageConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
+from lsg_jax.digest import json_sha256
 from lsg_jax.errors import CheckpointError, InputError
+
+CONFIG = ModelConfig(
+    vision=VisionConfig("clip", 16, 8, 8, 16, 2, 2, 1e-5, "quick_gelu"),
+    text=TextConfig("llama", 64, 8, 16, 2, 2, 1, 4, 1e-5, RopeConfig(1e4), 128),
+    feature_layers=(-2,),
+    feature_select="default",
+    image_token_id=3,
+    eos_token_ids=(2,),
+    pad_token_id=0,
+    image=ImageConfig(16, "pad", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+)
 
 
 def example_leaves() -> dict[str, np.ndarray]:
@@ -45,7 +69,7 @@ def write_model(folder: Path, leaves: dict[str, np.ndarray] | None = None) -> di
     leaves = leaves or example_leaves()
     base = BaseWriter(folder / "base", specs(leaves))
     assert all(put_all(base, leaves))
-    write_manifest(folder, {"config": {"name": "test"}, **base.finish()})
+    write_manifest(folder, Manifest(CONFIG, *base.finish()))
     return leaves
 
 
@@ -70,7 +94,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("verify", [True, False])
 def test_round_trip(tmp_path, small_blocks, verify):
     leaves = write_model(tmp_path)
-    assert len(read_manifest(tmp_path)["leaves"]["language_model/embed"]["sha256"]) == 4
+    assert len(read_manifest(tmp_path).leaves["language_model/embed"].sha256) == 4
     same(load_base(tmp_path, abstract(leaves), verify=verify), leaves)
     assert verify_base(tmp_path) == []
     again = {name: np.empty_like(leaf) for name, leaf in leaves.items()}
@@ -210,7 +234,7 @@ def test_restart_skips_done_blocks_and_is_byte_identical(tmp_path, small_blocks)
     assert second.put("language_model/embed", 2, embed[2:4]) is False
     assert second.put("vision_tower/scale", 0, leaves["vision_tower/scale"]) is False
     put_all(second, leaves)
-    write_manifest(tmp_path / "twice", {"config": {"name": "test"}, **second.finish()})
+    write_manifest(tmp_path / "twice", Manifest(CONFIG, *second.finish()))
     contents = [
         {str(p.relative_to(tmp_path / n)): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
         for n in ("once", "twice")
@@ -249,7 +273,7 @@ for i in range(400):
     base = BaseWriter(tmp_path / "base", specs(leaves))
     wrote = put_all(base, leaves)
     assert wrote[0] is False
-    write_manifest(tmp_path, {"config": {}, **base.finish()})
+    write_manifest(tmp_path, Manifest(CONFIG, *base.finish()))
     assert verify_base(tmp_path) == []
     same(load_base(tmp_path, abstract(leaves)), leaves)
 
@@ -301,25 +325,34 @@ def test_manifest_errors(tmp_path):
         path.write_text(text)
         with pytest.raises(CheckpointError, match=what):
             read_manifest(tmp_path)
-    with pytest.raises(CheckpointError, match="needs leaves, files"):
-        write_manifest(tmp_path, {"config": {}})
     write_model(tmp_path)
-    text = path.read_text()
-    path.write_text(text.replace('"name": "test"', '"name": "tost"'))
-    with pytest.raises(CheckpointError, match="changed after it was written"):
-        read_manifest(tmp_path)
+    written = json.loads(path.read_text())
+    for change, what in [
+        ({"eos_token_ids": 1}, "changed after it was written"),
+        ({"carried": 1}, "carried: expected a list"),
+        ({"spare": 1}, "unknown field spare"),
+        ({"files": None}, "files: expected a table"),
+        ({"digest": "0" * 64}, "its digest does not fit its leaves"),
+    ]:
+        content = {**written, **change}
+        del content["self_sha256"]
+        sealed = {} if "eos_token_ids" in change else {"self_sha256": json_sha256(content)}
+        path.write_text(json.dumps({**written, **change, **sealed}))
+        with pytest.raises(CheckpointError, match=f"{what}.*lsg convert"):
+            read_manifest(tmp_path)
     assert not (tmp_path / "base.journal").exists()
 
 
 def test_identity_depends_on_leaves_alone(tmp_path):
     leaves = write_model(tmp_path / "a")
-    digest = read_manifest(tmp_path / "a")["digest"]
     manifest = read_manifest(tmp_path / "a")
-    assert write_manifest(tmp_path / "a", {**manifest, "config": {"other": (1, 2)}})["digest"] == digest
-    assert read_manifest(tmp_path / "a")["config"] == {"other": [1, 2]}
+    other = replace(CONFIG, eos_token_ids=(1, 2))
+    write_manifest(tmp_path / "a", replace(manifest, config=other))
+    assert read_manifest(tmp_path / "a") == replace(manifest, config=other)
+    assert read_manifest(tmp_path / "a").digest == manifest.digest
     leaves["vision_tower/scale"] = np.asarray(2.75, np.float32)
     write_model(tmp_path / "b", leaves)
-    assert read_manifest(tmp_path / "b")["digest"] != digest
+    assert read_manifest(tmp_path / "b").digest != manifest.digest
 
 
 def test_disk_full_is_one_line(tmp_path):
@@ -327,6 +360,8 @@ def test_disk_full_is_one_line(tmp_path):
 import resource, sys
 import numpy as np
 from lsg_jax.checkpoint import BaseWriter, LeafSpec
+from lsg_jax.config import ImageConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
+from lsg_jax.digest import json_sha256
 from lsg_jax.errors import CheckpointError
 base = BaseWriter(sys.argv[1] + "/base", {"layers/w": LeafSpec((2, 64, 64), "float32", stacked=True)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))

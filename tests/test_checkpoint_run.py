@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from lsg_jax.checkpoint import FolderLock, RunFolder, read_step
+from lsg_jax.checkpoint import FolderLock, RunFolder, StepMeta, read_step, steps
 from lsg_jax.errors import BusyError, CheckpointError, InputError, NonFiniteError
 from lsg_jax.types import TrainState
 
@@ -48,7 +48,7 @@ def saved_run(folder: Path, last: int = 3) -> RunFolder:
     run = RunFolder(folder)
     with run.lock():
         for step in range(1, last + 1):
-            run.save(step, make_state(step), meta={"data": {"position": step}})
+            run.save(step, make_state(step), meta=StepMeta({"position": step}))
     return run
 
 
@@ -62,7 +62,7 @@ def run_python(code: str, *arguments: str, check: bool = True, **environment: st
 def test_round_trip(tmp_path):
     run = saved_run(tmp_path / "run")
     restored = run.latest(abstract(make_state(0)))
-    assert restored.step == 3 and restored.meta == {"data": {"position": 3}}
+    assert restored.step == 3 and restored.meta == StepMeta({"position": 3})
     assert isinstance(restored.state, TrainState)
     same(restored.state, make_state(3))
     assert run.verify() == [] and run.steps() == [1, 2, 3]
@@ -74,6 +74,18 @@ def test_orbax_itself_reads_a_step(tmp_path):
     run = saved_run(tmp_path, 1)
     tree = ocp.load(run.checkpoints / "1")
     np.testing.assert_array_equal(tree["gates"]["1"]["kernel"], make_state(1).gates["1"]["kernel"])
+
+
+def test_what_is_trained_is_stored_under_the_name_that_version_0_1_reads(tmp_path):
+    state = {"trained": {"up_a": jnp.ones(2)}, "opt_state": [{"mu": {"trained": {"up_a": jnp.zeros(2)}}}]}
+    run = RunFolder(tmp_path)
+    with run.lock():
+        run.save(1, state)
+        with pytest.raises(CheckpointError, match="one name on disk"):
+            run.save(2, {"trained": {"a": jnp.ones(2)}, "gates": {"a": jnp.ones(2)}})
+    assert set(steps.read_record(run.checkpoints, 1).leaves) == {"gates/up_a", "opt_state/0/mu/gates/up_a"}
+    same(run.latest(abstract(state)).state, state)
+    assert read_step(tmp_path)[1].keys() == {"trained", "opt_state"}
 
 
 def test_nothing_saved_is_none(tmp_path):
@@ -90,7 +102,7 @@ def test_random_keys_and_containers(tmp_path):
     }
     run = RunFolder(tmp_path)
     with run.lock():
-        run.save(0, state, meta={})
+        run.save(0, state)
     restored = run.latest(abstract(state)).state
     assert jax.random.key_impl(restored["keys"]) == jax.random.key_impl(state["keys"])
     for name in ("key", "keys"):
@@ -115,7 +127,7 @@ state = {"w": jax.device_put(values, shard), "k": jax.device_put(jax.random.key(
 run = RunFolder(sys.argv[1])
 if sys.argv[2] == "save":
     with run.lock():
-        run.save(5, state, meta={})
+        run.save(5, state)
 restored = run.latest(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)).state
 assert restored["w"].sharding == shard and len(restored["w"].addressable_shards) == len(devices)
 assert restored["k"].sharding.is_equivalent_to(whole, 0)
@@ -128,9 +140,9 @@ np.testing.assert_array_equal(restored["w"], values)
 def test_read_step_needs_no_tree_and_changes_nothing(tmp_path):
     run = saved_run(tmp_path)
     step, tree, meta = read_step(tmp_path)
-    assert step == 3 and meta["data"]["position"] == 3
-    np.testing.assert_array_equal(tree["gates"]["0"]["bias"], make_state(3).gates["0"]["bias"])
-    assert tree["gates"]["0"]["bias"].dtype == jnp.bfloat16
+    assert step == 3 and meta.data["position"] == 3
+    np.testing.assert_array_equal(tree["trained"]["0"]["bias"], make_state(3).gates["0"]["bias"])
+    assert tree["trained"]["0"]["bias"].dtype == jnp.bfloat16
     assert read_step(tmp_path, 1)[0] == 1
     with pytest.raises(InputError, match="no step 9; there are 1, 2, 3"):
         read_step(tmp_path, 9)
@@ -147,7 +159,7 @@ def test_keeps_the_newest(tmp_path):
     run = RunFolder(tmp_path, keep=2)
     with run.lock():
         for step in (1, 5, 7):
-            run.save(step, make_state(step), meta={})
+            run.save(step, make_state(step))
     assert run.steps() == [5, 7] and sorted(os.listdir(run.checkpoints)) == ["5", "7"]
 
 
@@ -156,14 +168,14 @@ def test_a_step_at_or_below_the_latest_is_refused(tmp_path):
     with run.lock():
         for step in (3, 2, -1):
             with pytest.raises(CheckpointError, match="was not saved"):
-                run.save(step, make_state(0), meta={})
+                run.save(step, make_state(0))
     assert run.steps() == [1, 2, 3]
     same(run.latest(abstract(make_state(0))).state, make_state(3))
 
 
 def test_save_needs_the_lock(tmp_path):
     with pytest.raises(RuntimeError, match="lock"):
-        RunFolder(tmp_path).save(1, make_state(1), meta={})
+        RunFolder(tmp_path).save(1, make_state(1))
 
 
 def test_state_that_cannot_be_stored(tmp_path):
@@ -179,8 +191,8 @@ def test_state_that_cannot_be_stored(tmp_path):
         ({"a.b": jnp.ones(2)}, {}, CheckpointError, "a.b"),
         ({"a/b": jnp.ones(2)}, {}, CheckpointError, "a/b"),
         ({}, {}, CheckpointError, "no leaves"),
-        (make_state(2), {"loss": float("nan")}, CheckpointError, "meta is no JSON"),
-        (make_state(2), {"loss": jnp.ones(1)}, CheckpointError, "meta is no JSON"),
+        (make_state(2), StepMeta({"loss": float("nan")}), CheckpointError, "meta is no JSON"),
+        (make_state(2), StepMeta({"loss": jnp.ones(1)}), CheckpointError, "meta is no JSON"),
     ]
     with run.lock():
         for state, meta, kind, text in cases:
@@ -219,13 +231,13 @@ def test_damage_to_any_file_of_a_step(tmp_path, damage, caplog):
         with run.lock():
             restored = run.latest(abstract(make_state(0)))
         same(restored.state, make_state(restored.step))
-        assert restored.meta == {"data": {"position": restored.step}}
+        assert restored.meta == StepMeta({"position": restored.step})
         if restored.step == 1:
             fell_back += 1
             assert run.steps() == [1] and os.listdir(run.quarantine) == ["2"]
             assert "step 2 is damaged" in caplog.text
             with run.lock():
-                run.save(2, make_state(20), meta={})  # the number is free again
+                run.save(2, make_state(20))  # the number is free again
             same(run.latest(abstract(make_state(0))).state, make_state(20))
     # Metadata, index and data; Orbax also leaves markers and copies that nothing reads.
     assert fell_back >= 3
@@ -256,7 +268,7 @@ def test_flipped_bytes_never_give_other_values(tmp_path):
         path.write_bytes(data)
         restored = run.latest(abstract(want[1]))
         same(restored.state, want[restored.step])
-        assert restored.meta == {"data": {"position": restored.step}}
+        assert restored.meta == StepMeta({"position": restored.step})
         path.write_bytes(good)
 
 
@@ -283,7 +295,7 @@ def test_quarantine_keeps_every_damaged_step(tmp_path):
     run = saved_run(tmp_path, 1)
     for _ in range(2):
         with run.lock():
-            run.save(2, make_state(2), meta={})
+            run.save(2, make_state(2))
             (run.checkpoints / "2" / "state" / "manifest.ocdbt").unlink()
             assert run.latest(abstract(make_state(0))).step == 1
     assert sorted(os.listdir(run.quarantine)) == ["2", "2-2"]
@@ -297,7 +309,7 @@ run = RunFolder(sys.argv[1])
 with run.lock():
     start = run.steps()[-1]
     for step in range(start + 1, 1000):
-        run.save(step, make_state(step), meta={"data": {"position": step}})
+        run.save(step, make_state(step), meta=StepMeta({"position": step}))
         print("saved", flush=True)
 """
     run = saved_run(tmp_path / "run", 1)
@@ -329,18 +341,18 @@ run = RunFolder(sys.argv[1])
 def state(n):
     return {"w": jnp.asarray(np.random.default_rng(0).normal(size=n), jnp.float32)}
 with run.lock():
-    run.save(1, state(10), meta={})
+    run.save(1, state(10))
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
     for _ in range(2):
         try:
-            run.save(2, state(100_000), meta={})
+            run.save(2, state(100_000))
         except CheckpointError as error:
             print(error)
     try:
         run.write_json("run.json", "x" * 100_000)
     except CheckpointError as error:
         print(error)
-    run.save(3, state(10), meta={})
+    run.save(3, state(10))
 """
     lines = run_python(code, str(tmp_path)).stdout.splitlines()
     assert len(lines) == 3 and all("step 2 was not saved" in line and "earlier steps are kept" in line for line in lines[:2])

@@ -216,7 +216,10 @@ def test_dtype(tiny_model, base, arrays):
 def test_a_run_of_another_backbone_is_refused(tiny_model, tmp_path):
     import json
 
-    (tmp_path / "run.json").write_text(json.dumps({"backbone": "0" * 64}))
+    from lsg_jax.checkpoint import RunRecord
+
+    run = RunRecord({}, SinkConfig(), "0" * 64, "", 1, model_name="", versions={}, devices="", starts=())
+    (tmp_path / "run.json").write_text(json.dumps(run.as_json()))
     with pytest.raises(CheckpointError, match="trained on another backbone"):
         lsg_jax.load(tiny_model, tmp_path)
 

@@ -12,7 +12,7 @@ import jax
 from lsg_jax.analysis.scores import score_rows
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.checkpoint.processes import on_primary
-from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, from_dict, to_dict
+from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, ask_all, evaluate
@@ -109,8 +109,7 @@ def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progr
         ConfigError, InputError: as `plan_variants`, or no records or questions; before anything is computed.
         Preempted: SIGTERM or SIGINT came; what was trained or answered is kept.
     """
-    manifest = read_manifest(config.model)
-    model = from_dict(ModelConfig, manifest["config"], where=f"{config.model}: config")
+    model = read_manifest(config.model).config
     runs, skipped = plan_variants(config, wanted, model)
     if not config.data.records:
         raise InputError("data.records is empty: name a folder that `lsg prepare` wrote")

@@ -11,7 +11,7 @@ from typing import Any
 from lsg_jax.analysis.scores import Score, Selection, score_rows, selection
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.checkpoint.processes import on_primary
-from lsg_jax.config import ModelConfig, RunConfig, SinkConfig, from_dict, to_dict
+from lsg_jax.config import RunConfig, SinkConfig, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, Asked, ask_all, evaluate
@@ -230,8 +230,8 @@ def stack_name(layers: Sequence[int]) -> str:
 def _open_checked(config: RunConfig, sources: Sequence[str]) -> tuple[dict[int, PortableGates], dict[str, str]]:
     """`open_singles`, the gates compared with the model before its weights are loaded."""
     manifest = read_manifest(config.model)
-    model = from_dict(ModelConfig, manifest["config"], where=f"{config.model}: config")
-    singles, origin = open_singles(sources, backbone=manifest["digest"], sinks=config.sinks)
+    model = manifest.config
+    singles, origin = open_singles(sources, backbone=manifest.digest, sinks=config.sinks)
     for gates in singles.values():
         check_width(gates, model.text.hidden_size, model.text.num_layers)
     return singles, origin

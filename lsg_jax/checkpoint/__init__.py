@@ -7,22 +7,31 @@ for a better one.
 
 from lsg_jax.checkpoint.base import iter_base, load_base, verify_base
 from lsg_jax.checkpoint.lock import FolderLock
-from lsg_jax.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from lsg_jax.checkpoint.manifest import MANIFEST, LeafEntry, Manifest, ModelSource, read_manifest, write_manifest
 from lsg_jax.checkpoint.problem import Problem
 from lsg_jax.checkpoint.run import Restored, RunFolder, read_step
+from lsg_jax.checkpoint.run_record import Computation, RunRecord, read_run
+from lsg_jax.checkpoint.steps import StepMeta
 from lsg_jax.checkpoint.writer import BaseWriter, LeafSpec
 
 __all__ = [
     "MANIFEST",
     "BaseWriter",
+    "Computation",
     "FolderLock",
+    "LeafEntry",
     "LeafSpec",
+    "Manifest",
+    "ModelSource",
     "Problem",
     "Restored",
     "RunFolder",
+    "RunRecord",
+    "StepMeta",
     "iter_base",
     "load_base",
     "read_manifest",
+    "read_run",
     "read_step",
     "verify_base",
     "write_manifest",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import jax
 import ml_dtypes  # noqa: F401  (np.dtype("bfloat16") needs it)
 import numpy as np
 
-from lsg_jax.checkpoint.manifest import read_manifest
+from lsg_jax.checkpoint.manifest import Manifest, read_manifest
 from lsg_jax.checkpoint.problem import Problem, first_line
 from lsg_jax.checkpoint.processes import gather_texts, on_all
 from lsg_jax.checkpoint.shares import shares_of
@@ -47,20 +47,20 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
     wanted = flatten(abstract)
     target = None if dtype is None else np.dtype(dtype)
     manifest, specs = on_all(lambda: _open_checked(folder, wanted, target))
-    for rank, digest in enumerate(gather_texts(manifest["digest"])):
-        if digest != manifest["digest"]:
+    for rank, digest in enumerate(gather_texts(manifest.digest)):
+        if digest != manifest.digest:
             raise CheckpointError(f"{folder}: process {rank} has another model there; copy the same folder to all hosts")
     result = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, leaf in wanted.items():
-            digests = manifest["leaves"][name]["sha256"] if verify else None
+            digests = manifest.leaves[name].sha256 if verify else None
             array = _load_leaf(folder, name, specs[name], digests, getattr(leaf, "sharding", None), pool)
             cast = target is not None and _is_float(array.dtype) and array.dtype != target
             result[name] = array.astype(target) if cast else array
     return nest(result)
 
 
-def _open_checked(folder: Path, wanted: dict[str, Any], target: np.dtype | None) -> tuple[dict[str, Any], dict[str, LeafSpec]]:
+def _open_checked(folder: Path, wanted: dict[str, Any], target: np.dtype | None) -> tuple[Manifest, dict[str, LeafSpec]]:
     """Manifest and leaves of a folder that holds what is wanted, whole by all that can be told without reading the blocks."""
     manifest = read_manifest(folder)
     specs = leaf_specs(manifest)
@@ -82,7 +82,7 @@ def iter_base(folder: str | Path, *, verify: bool = True) -> Iterator[tuple[str,
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, spec in leaf_specs(manifest).items():
-        for offset, digest in zip(spec.offsets(), manifest["leaves"][name]["sha256"], strict=True):
+        for offset, digest in zip(spec.offsets(), manifest.leaves[name].sha256, strict=True):
             block, what = _read_block(folder, name, spec, offset, digest if verify else None)
             if block is None:
                 raise _damage(folder, f"leaf {name}: {what}")
@@ -103,36 +103,35 @@ def verify_base(folder: str | Path) -> list[Problem]:
     specs = leaf_specs(manifest)
     problems = _file_problems(folder, manifest)
     for name, spec in specs.items():
-        for offset, digest in zip(spec.offsets(), manifest["leaves"][name]["sha256"], strict=True):
+        for offset, digest in zip(spec.offsets(), manifest.leaves[name].sha256, strict=True):
             block, what = _read_block(folder, name, spec, offset, digest)
             if block is None:
                 problems.append(Problem(f"leaf {name}", what))
     base = folder / "base"
-    known = {leaf_folder(name) for name in specs} | set(manifest["files"])
+    known = {leaf_folder(name) for name in specs} | set(manifest.files)
     present = [*base.glob("*"), *base.glob("state/*")] if base.is_dir() else []
     extra = {str(p.relative_to(base)) for p in present} - known - {"state"}
     return problems + [Problem(f"base/{path}", "does not belong to the model") for path in sorted(extra)]
 
 
-def leaf_specs(manifest: dict[str, Any]) -> dict[str, LeafSpec]:
+def leaf_specs(manifest: Manifest) -> dict[str, LeafSpec]:
     """The leaves of a manifest.
 
     Raises:
         CheckpointError: an entry is not as `BaseWriter.finish` made it.
     """
     specs = {}
-    for name, entry in manifest["leaves"].items():
-        shape = tuple(entry["shape"])
-        plain = LeafSpec(shape, entry["dtype"])
-        spec = plain if plain.rows == entry["rows"] else LeafSpec(shape, entry["dtype"], stacked=True)
-        if spec.rows != entry["rows"] or len(spec.offsets()) != len(entry["sha256"]):
+    for name, entry in manifest.leaves.items():
+        plain = LeafSpec(entry.shape, entry.dtype)
+        spec = plain if plain.rows == entry.rows else LeafSpec(entry.shape, entry.dtype, stacked=True)
+        if spec.rows != entry.rows or len(spec.offsets()) != len(entry.sha256):
             raise CheckpointError(f"leaf {name}: the manifest's blocks do not fit its shape; convert the model again")
         specs[name] = spec
     return specs
 
 
 def _load_leaf(
-    folder: Path, name: str, spec: LeafSpec, digests: list[str] | None, sharding: Any, pool: ThreadPoolExecutor
+    folder: Path, name: str, spec: LeafSpec, digests: Sequence[str] | None, sharding: Any, pool: ThreadPoolExecutor
 ) -> jax.Array:
     """One leaf on its devices. A process reads a block once at most, and hashes and checks it before a device sees it.
 
@@ -180,9 +179,9 @@ def _read_block(folder: Path, name: str, spec: LeafSpec, offset: int, digest: st
     return block, ""
 
 
-def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[Problem]:
+def _file_problems(folder: Path, manifest: Manifest) -> list[Problem]:
     problems = []
-    for path, digest in manifest["files"].items():
+    for path, digest in manifest.files.items():
         full = folder / "base" / path
         if not full.is_file():
             problems.append(Problem(_leaf_or_file(path), f"base/{path} is missing"))

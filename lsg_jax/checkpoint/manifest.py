@@ -2,49 +2,106 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from lsg_jax.digest import canonical_json, json_sha256
-from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.config import ModelConfig, from_dict, to_dict
+from lsg_jax.digest import json_sha256
+from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.files import read_json, write_json
 
 MANIFEST = "lsg_manifest.json"
 FORMAT = "lsg-model-1"
 JOURNAL = "base.journal"
 
+_AGAIN = "convert the model again with `lsg convert`"
 
-def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class LeafEntry:
+    """One stored leaf.
+
+    Attributes:
+        shape: of the whole leaf, [L, ...] when stacked over layers.
+        dtype: name of the stored dtype.
+        rows: length of a block along axis 0.
+        sha256: digest of each block, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    rows: int
+    sha256: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The checkpoint that a model was converted from.
+
+    Attributes:
+        name: Hub id or name of the folder.
+        revision: commit on the Hub; None for a local folder.
+        files: weight file -> bytes.
+    """
+
+    name: str
+    revision: str | None
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model folder holds.
+
+    Attributes:
+        leaves: leaf name -> entry.
+        files: other files of the Orbax checkpoint, by their path below `base/` -> sha256.
+        source: None for a model that was not converted from a checkpoint.
+        hf: file below `hf/` -> sha256.
+        names: canonical tensor name -> name in the source.
+        dtypes: canonical tensor name -> dtype in the source.
+        carried: tensors that the model does not use and `export` gives back.
+        repeats: tied tensor -> the tensor that it equals.
+        ignored: tensor of the source that was dropped -> why.
+    """
+
+    config: ModelConfig
+    leaves: dict[str, LeafEntry]
+    files: dict[str, str]
+    source: ModelSource | None = None
+    hf: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
+    repeats: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the backbone: sha256 over `leaves`."""
+        return json_sha256(to_dict(self)["leaves"])
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Writes `lsg_manifest.json`, the marker of a complete model folder, and drops the journal of the conversion.
 
     Args:
         folder: the model folder (or its `.tmp` before the rename).
-        manifest: "config", the "leaves" and "files" that `BaseWriter.finish` returned, and any other JSON keys. "format",
-            "digest" (sha256 over the leaves: the backbone's identity) and "self_sha256" (over all other keys) are set here.
-
-    Returns:
-        The manifest as written.
 
     Raises:
-        CheckpointError: the file cannot be written, or a needed key is missing.
+        CheckpointError: the file cannot be written.
     """
-    folder = Path(folder)
-    if missing := [key for key in ("config", "leaves", "files") if key not in manifest]:
-        raise CheckpointError(f"{folder / MANIFEST}: the manifest needs {', '.join(missing)}")
-    full = {key: value for key, value in manifest.items() if key != "self_sha256"}
-    full |= {"format": FORMAT, "digest": json_sha256(manifest["leaves"])}
-    full = json.loads(canonical_json(full))  # what a reader will see: tuples as lists, keys as strings
-    full["self_sha256"] = json_sha256(full)
+    path = Path(folder) / MANIFEST
+    content = {**to_dict(manifest), "format": FORMAT, "digest": manifest.digest}
     try:
-        write_json(folder / MANIFEST, full)
-        (folder / JOURNAL).unlink(missing_ok=True)
+        write_json(path, {**content, "self_sha256": json_sha256(content)})
+        path.with_name(JOURNAL).unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: cannot be written: {error.strerror}") from None
-    return full
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> Manifest:
     """Reads and checks `lsg_manifest.json`.
 
     Raises:
@@ -60,17 +117,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise InputError(f"{folder}: a Hugging Face folder, not a converted model; run `lsg convert` on it first")
         raise InputError(f"{folder}: no {MANIFEST}: not a converted model, or a conversion that did not end; run `lsg convert`")
     try:
-        manifest = read_json(path)
+        content = read_json(path)
     except InputError as error:
-        raise CheckpointError(f"{error}; convert the model again with `lsg convert`") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise CheckpointError(f"{error}; {_AGAIN}") from None
+    found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise CheckpointError(
-            f"{path}: unknown format {found!r}, expected {FORMAT!r}; convert the model again with `lsg convert`"
-        )
-    rest = {key: value for key, value in manifest.items() if key != "self_sha256"}
-    if manifest.get("self_sha256") != json_sha256(rest):
-        raise CheckpointError(
-            f"{path}: was changed after it was written or is damaged; convert the model again with `lsg convert`"
-        )
+        raise CheckpointError(f"{path}: unknown format {found!r}, expected {FORMAT!r}; {_AGAIN}")
+    if content.pop("self_sha256", None) != json_sha256(content):
+        raise CheckpointError(f"{path}: was changed after it was written or is damaged; {_AGAIN}")
+    del content["format"]
+    digest = content.pop("digest", None)
+    try:
+        manifest = from_dict(Manifest, content, where=str(path))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; {_AGAIN}") from None
+    if manifest.digest != digest:
+        raise CheckpointError(f"{path}: its digest does not fit its leaves; {_AGAIN}")
     return manifest

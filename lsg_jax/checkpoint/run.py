@@ -29,11 +29,14 @@ from lsg_jax.checkpoint import steps
 from lsg_jax.checkpoint.lock import FolderLock
 from lsg_jax.checkpoint.problem import Problem, first_line
 from lsg_jax.checkpoint.processes import is_primary, on_primary, share_bytes
-from lsg_jax.checkpoint.steps import DamagedStep, StoredLeaf
-from lsg_jax.checkpoint.tree import flatten, nest
+from lsg_jax.checkpoint.steps import DamagedStep, StepLeaf, StepMeta, StepRecord, StoredLeaf
+from lsg_jax.checkpoint.tree import loaded_name, nest
+from lsg_jax.config import from_dict, to_dict
 from lsg_jax.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
+
+_NO_META = StepMeta()
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Restored:
     Attributes:
         step: its number.
         state: the pytree, of the structure and shardings of the abstract tree it was asked for.
-        meta: what was saved with it, after a trip through JSON (tuples are lists).
+        meta: what was saved with it; tuples have become lists.
     """
 
     step: int
     state: Any
-    meta: dict[str, Any]
+    meta: StepMeta
 
 
 class RunFolder:
@@ -87,13 +90,13 @@ class RunFolder:
             self._lock = None
             lock.release()
 
-    def save(self, step: int, state: Any, *, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, *, meta: StepMeta = _NO_META) -> None:
         """Saves a step, reads it back, and only then deletes steps beyond `keep`. Needs the lock.
 
         Args:
             step: above the latest step.
             state: pytree of arrays (dicts, lists, tuples, optax states, flax dataclasses); typed random keys are fine.
-            meta: JSON-able: data position, backbone digest, ...
+            meta: plain data that belong to the step.
 
         Raises:
             NonFiniteError: a float leaf holds NaN or infinity. CheckpointError: not saved, for the reason given. Earlier steps
@@ -118,15 +121,16 @@ class RunFolder:
             CheckpointError: names, shapes or dtypes differ from `abstract` (never cast), or every step is damaged.
         """
         found = on_primary(lambda: self._find(abstract))
-        header = json.dumps({"step": found[0], "meta": found[1]["meta"], "leaves": found[1]["leaves"]} if found else None)
-        record = json.loads(share_bytes(header.encode()))
-        if record is None:
+        header = share_bytes(json.dumps(to_dict(found[0]) if found else None).encode())
+        if header == b"null":
             return None
-        leaves = {}
-        for name, wanted in flatten(abstract).items():
-            leaves[name] = steps.place(_share_leaf(record["leaves"][name], found[2][name] if found else None), wanted)
-        state = jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
-        return Restored(record["step"], state, record["meta"])
+        record = from_dict(StepRecord, json.loads(header), where=str(self.checkpoints))
+        leaves = [
+            steps.place(_share_leaf(record.leaves[name], found[1][name] if found else None), wanted)
+            for name, wanted in steps.stored_leaves(abstract).items()
+        ]
+        state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        return Restored(record.step, state, record.meta)
 
     def steps(self) -> list[int]:
         """The stored steps, ascending, damaged ones included. Reads the folder: call it on process 0."""
@@ -202,7 +206,7 @@ class RunFolder:
             except OSError as error:
                 logger.warning("%s: old step %d could not be deleted: %s", self.path, old, error.strerror)
 
-    def _find(self, abstract: Any) -> tuple[int, dict[str, Any], dict[str, StoredLeaf]] | None:
+    def _find(self, abstract: Any) -> tuple[StepRecord, dict[str, StoredLeaf]] | None:
         """The newest good step; moves damaged newer ones away once a good one is found."""
         damaged: list[tuple[int, DamagedStep]] = []
         for step in reversed(self.steps()):
@@ -215,7 +219,7 @@ class RunFolder:
                 steps.check_fits(str(self.checkpoints / str(step)), record, abstract)
             for bad, reason in damaged:
                 self._set_aside(bad, reason, step)
-            return step, record, stored
+            return record, stored
         if damaged:
             # They stay where they are: with an empty folder the next start would silently begin anew.
             listed = "; ".join(f"step {step}: {first_line(reason)}" for step, reason in damaged)
@@ -242,7 +246,7 @@ class RunFolder:
         )
 
 
-def read_step(path: str | Path, step: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+def read_step(path: str | Path, step: int | None = None) -> tuple[int, dict[str, Any], StepMeta]:
     """Reads a step without knowing its tree; changes nothing in the folder. One process.
 
     Args:
@@ -263,7 +267,7 @@ def read_step(path: str | Path, step: int | None = None) -> tuple[int, dict[str,
     if step is None:
         found = run._find(None)
         assert found is not None
-        step, record, stored = found
+        record, stored = found
     else:
         if step not in present:
             raise InputError(f"{run.path}: no step {step}; there are {', '.join(map(str, present))}")
@@ -273,14 +277,14 @@ def read_step(path: str | Path, step: int | None = None) -> tuple[int, dict[str,
             raise CheckpointError(
                 f"{run.checkpoints / str(step)}: damaged: {first_line(error)}; run `lsg verify {path}`"
             ) from error
-    return step, nest({name: leaf.data for name, leaf in stored.items()}), record["meta"]
+    return record.step, nest({loaded_name(name): leaf.data for name, leaf in stored.items()}), record.meta
 
 
-def _share_leaf(entry: dict[str, Any], leaf: StoredLeaf | None) -> StoredLeaf:
+def _share_leaf(entry: StepLeaf, leaf: StoredLeaf | None) -> StoredLeaf:
     """A leaf of process 0, everywhere."""
     if jax.process_count() == 1:
         assert leaf is not None
         return leaf
     data = share_bytes(leaf.data.tobytes() if leaf is not None and is_primary() else b"")
-    dtype = np.dtype(np.uint32 if entry["key_impl"] else entry["dtype"])
-    return StoredLeaf(np.frombuffer(data, dtype).reshape(entry["shape"]), entry["dtype"], entry["key_impl"])
+    dtype = np.dtype(np.uint32 if entry.key_impl else entry.dtype)
+    return StoredLeaf(np.frombuffer(data, dtype).reshape(entry.shape), entry.dtype, entry.key_impl)

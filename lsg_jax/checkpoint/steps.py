@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import numpy as np
 from lsg_jax.checkpoint.orbax import OrbaxError, call_orbax
 from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.checkpoint.processes import host_array, is_primary, on_primary
-from lsg_jax.checkpoint.tree import differences, flatten, nest
+from lsg_jax.checkpoint.tree import differences, flatten, nest, stored_name
+from lsg_jax.config import from_dict
 from lsg_jax.digest import array_sha256, canonical_json, json_sha256
-from lsg_jax.errors import CheckpointError, InputError, NonFiniteError
+from lsg_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from lsg_jax.files import read_json, sync_folder
 
 _RECORD = "lsg_run"
@@ -47,20 +48,72 @@ class StoredLeaf:
     dtype: str
     key_impl: str | None = None
 
-    def entry(self) -> dict[str, Any]:
-        shape = list(self.data.shape)
-        return {"shape": shape, "dtype": self.dtype, "key_impl": self.key_impl, "sha256": array_sha256(self.data)}
+    def entry(self) -> StepLeaf:
+        return StepLeaf(self.data.shape, self.dtype, array_sha256(self.data), self.key_impl)
+
+
+@dataclass(frozen=True)
+class StepLeaf:
+    """A leaf in the record of a step; the fields of `StoredLeaf`, and the shape and digest of its data."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    key_impl: str | None = None
+
+
+@dataclass(frozen=True)
+class StepMeta:
+    """What a run needs besides its state to continue; empty where the state says all.
+
+    Attributes:
+        data: position in the records (`TrainingData.get_state`).
+        backbone: digest of the model.
+    """
+
+    data: dict[str, object] = field(default_factory=dict)
+    backbone: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """What was set."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the metadata of a step say of it.
+
+    Attributes:
+        leaves: name on disk (`stored_name`) -> entry.
+    """
+
+    step: int
+    leaves: dict[str, StepLeaf]
+    meta: StepMeta
+
+
+def stored_leaves(state: Any) -> dict[str, Any]:
+    """Name on disk -> leaf, in tree order.
+
+    Raises:
+        CheckpointError: two leaves with one name, or a name that cannot be stored.
+    """
+    leaves = flatten(state)
+    named = {stored_name(name): leaf for name, leaf in leaves.items()}
+    if len(named) < len(leaves):
+        raise CheckpointError("the state holds leaves under `trained` and under `gates`, which have one name on disk")
+    return named
 
 
 def to_stored(state: Any) -> dict[str, StoredLeaf]:
-    """Leaf name -> host copy, checked to be storable and finite; a collective when leaves span processes.
+    """Name on disk -> host copy, checked to be storable and finite; a collective when leaves span processes.
 
     Raises:
         NonFiniteError: a float leaf holds NaN or infinity. CheckpointError: a leaf is no array, empty, or of a dtype that JAX
             would change on the way back.
     """
     stored = {}
-    for name, leaf in flatten(state).items():
+    for name, leaf in stored_leaves(state).items():
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise CheckpointError(f"leaf {name} is a {type(leaf).__name__}, not an array; put plain values into meta")
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -80,15 +133,15 @@ def to_stored(state: Any) -> dict[str, StoredLeaf]:
     return stored
 
 
-def write_step(folder: Path, step: int, stored: Mapping[str, StoredLeaf], meta: dict[str, Any]) -> None:
+def write_step(folder: Path, step: int, stored: Mapping[str, StoredLeaf], meta: StepMeta) -> None:
     """Writes `folder/<step>` atomically and reads it back; all processes together. On failure nothing is left of the step.
 
     Raises:
         CheckpointError: `meta` is no JSON, the write failed (disk full), or what was written does not read back.
     """
     try:
-        leaves = {name: leaf.entry() for name, leaf in stored.items()}
-        record = canonical_json({"format": FORMAT, "step": step, "leaves": leaves, "meta": meta})
+        leaves = {name: vars(leaf.entry()) for name, leaf in stored.items()}
+        record = canonical_json({"format": FORMAT, "step": step, "leaves": leaves, "meta": meta.as_json()})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: step {step} was not saved: meta is no JSON: {first_line(error)}") from None
     path = folder / str(step)
@@ -118,8 +171,8 @@ def _lost(folder: Path, step: int, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder}: step {step} was not saved: {first_line(error)}; earlier steps are kept")
 
 
-def read_record(folder: Path, step: int) -> dict[str, Any]:
-    """The record of a step: {"step", "leaves": {name: entry}, "meta"}, checked against its own digest.
+def read_record(folder: Path, step: int) -> StepRecord:
+    """The record of a step, checked against its own digest.
 
     Raises:
         DamagedStep: missing or changed. CheckpointError: of a format that this version does not know.
@@ -131,15 +184,20 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
         raise DamagedStep(f"its metadata cannot be read: {first_line(error)}") from None
     if json_sha256(text) != digest:
         raise DamagedStep("its metadata do not match their sha256")
-    record = json.loads(text)
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"{folder / str(step)}: unknown format {record['format']!r}, expected {FORMAT!r}")
-    if record["step"] != step:
-        raise DamagedStep(f"it holds step {record['step']}")
+    content = json.loads(text)
+    where = str(folder / str(step))
+    if (found := content.pop("format", None)) != FORMAT:
+        raise CheckpointError(f"{where}: unknown format {found!r}, expected {FORMAT!r}")
+    try:
+        record = from_dict(StepRecord, content, where=where)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; not as this version of lsg writes it") from None
+    if record.step != step:
+        raise DamagedStep(f"it holds step {record.step}")
     return record
 
 
-def read_stored(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, StoredLeaf]]:
+def read_stored(folder: Path, step: int) -> tuple[StepRecord, dict[str, StoredLeaf]]:
     """The record and the leaves of a step, every leaf compared with its digest.
 
     Raises:
@@ -147,14 +205,14 @@ def read_stored(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, Stor
     """
     record = read_record(folder, step)
     try:
-        loaded = _read_arrays(folder / str(step), list(record["leaves"]))
+        loaded = _read_arrays(folder / str(step), list(record.leaves))
     except (ValueError, OSError) as error:  # TensorStore reports all damage as a ValueError
         raise DamagedStep(f"its arrays cannot be read: {first_line(error)}") from None
     stored = {}
-    for name, entry in record["leaves"].items():
-        leaf = StoredLeaf(np.asarray(loaded[name]), entry["dtype"], entry["key_impl"])
-        if leaf.key_impl is None and leaf.data.dtype.name != entry["dtype"]:
-            raise DamagedStep(f"leaf {name} is {leaf.data.dtype}, its metadata say {entry['dtype']}")
+    for name, entry in record.leaves.items():
+        leaf = StoredLeaf(np.asarray(loaded[name]), entry.dtype, entry.key_impl)
+        if leaf.key_impl is None and leaf.data.dtype.name != entry.dtype:
+            raise DamagedStep(f"leaf {name} is {leaf.data.dtype}, its metadata say {entry.dtype}")
         if leaf.entry() != entry:
             raise DamagedStep(f"leaf {name} does not match its sha256")
         stored[name] = leaf
@@ -172,17 +230,17 @@ def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     return {name: np.asarray(read.result()) for name, read in zip(names, reads, strict=True)}
 
 
-def check_fits(where: str, record: dict[str, Any], abstract: Any) -> None:
+def check_fits(where: str, record: StepRecord, abstract: Any) -> None:
     """Compares the leaves of a record with an abstract tree.
 
     Raises:
         CheckpointError: names, shapes or dtypes differ; all are listed.
     """
     have = {}
-    for name, entry in record["leaves"].items():
-        shape = entry["shape"][:-1] if entry["key_impl"] else entry["shape"]  # key data have one axis more than keys
-        have[name] = (tuple(shape), entry["dtype"])
-    want = {name: (tuple(x.shape), str(x.dtype)) for name, x in flatten(abstract).items()}
+    for name, entry in record.leaves.items():
+        shape = entry.shape[:-1] if entry.key_impl else entry.shape  # key data have one axis more than keys
+        have[name] = (shape, entry.dtype)
+    want = {name: (tuple(x.shape), str(x.dtype)) for name, x in stored_leaves(abstract).items()}
     if found := differences(have, want):
         raise CheckpointError(f"{where}: does not fit this run: {found}")
 

@@ -28,6 +28,20 @@ def check_name(name: str) -> None:
         raise CheckpointError(f"leaf name {name!r}: every part must be non-empty and without '.'")
 
 
+def stored_name(name: str) -> str:
+    """The name on disk of a leaf of a training state.
+
+    What is trained is called `trained` in the program and `gates` in the steps of a run, in the state itself and within the
+    optimiser's. The names on disk are a format: versions since 0.1 read each other's runs.
+    """
+    return "/".join("gates" if part == "trained" else part for part in name.split("/"))
+
+
+def loaded_name(name: str) -> str:
+    """The inverse of `stored_name`."""
+    return "/".join("trained" if part == "gates" else part for part in name.split("/"))
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaf name -> leaf, in tree order. Nodes without leaves (an optax `EmptyState`) leave no trace.
 

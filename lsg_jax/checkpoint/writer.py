@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (np.dtype("bfloat16") needs it)
 import numpy as np
 
-from lsg_jax.checkpoint.manifest import JOURNAL
+from lsg_jax.checkpoint.manifest import JOURNAL, LeafEntry
 from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.checkpoint.tree import check_name, nest
 from lsg_jax.digest import array_sha256, file_sha256, json_sha256
@@ -130,11 +130,11 @@ class BaseWriter:
             wrote |= self._put_block(name, spec, start, part)
         return wrote
 
-    def finish(self) -> dict[str, Any]:
-        """Writes Orbax's own files and returns the manifest's share of it.
+    def finish(self) -> tuple[dict[str, LeafEntry], dict[str, str]]:
+        """Writes Orbax's own files.
 
         Returns:
-            {"leaves": {name: {"shape", "dtype", "rows", "sha256": [one a block]}}, "files": {path below base: sha256}}.
+            `leaves` and `files` of the manifest.
 
         Raises:
             CheckpointError: blocks that were never put, or a failed write.
@@ -151,18 +151,11 @@ class BaseWriter:
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be written: {error.strerror}") from None
         stores = [f"{leaf_folder(name)}/zarr.json" for name in self.leaves]
-        return {
-            "leaves": {
-                name: {
-                    "shape": list(spec.shape),
-                    "dtype": spec.dtype,
-                    "rows": spec.rows,
-                    "sha256": [self._digests[name, offset] for offset in spec.offsets()],
-                }
-                for name, spec in self.leaves.items()
-            },
-            "files": {path: file_sha256(self.folder / path) for path in [*files, *stores]},
+        leaves = {
+            name: LeafEntry(spec.shape, spec.dtype, spec.rows, tuple(self._digests[name, offset] for offset in spec.offsets()))
+            for name, spec in self.leaves.items()
         }
+        return leaves, {path: file_sha256(self.folder / path) for path in [*files, *stores]}
 
     def _start(self) -> None:
         """Reads the journal of an interrupted writer of the same leaves, or starts with an empty folder."""

@@ -94,7 +94,6 @@ def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:
     from converters.hf_config import model_config, read_config
     from converters.json_file import read_object
     from lsg_jax.checkpoint import MANIFEST, read_manifest
-    from lsg_jax.config import ModelConfig, from_dict
     from lsg_jax.errors import InputError
 
     folder = Path(config.model)
@@ -103,8 +102,7 @@ def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:
         model = read_config(given) if given.is_dir() else model_config(read_object(given), where=str(given))
         source = f"shapes of {given}"
     elif (folder / MANIFEST).is_file():
-        where = f"{folder}/{MANIFEST}: config"
-        model, source = from_dict(ModelConfig, read_manifest(folder)["config"], where=where), f"shapes of {folder}"
+        model, source = read_manifest(folder).config, f"shapes of {folder}"
     elif (known / f"{folder.name}.json").is_file():
         model = model_config(json.loads((known / f"{folder.name}.json").read_text(encoding="utf-8")), where=folder.name)
         source = f"{folder} is not there: shapes that are known of {folder.name}"

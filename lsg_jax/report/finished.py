@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from lsg_jax.checkpoint import read_run
 from lsg_jax.errors import InputError
 from lsg_jax.files import read_json
 from lsg_jax.report.parts import Section
@@ -65,7 +66,7 @@ KINDS: dict[str, tuple[str, str, Callable[..., Section]]] = {
     "sinks.json": ("lsg-sinks-1", "Sinks", sinks_section),
     "probe.json": ("lsg-probe-1", "Probes", _alone(probe_section)),
     "sweep.json": ("lsg-sweep-1", "Oracle sweep", _alone(sweep_section)),
-    "run.json": ("lsg-run-1", "Training", run_section),
+    "run.json": ("lsg-run-1", "Training", lambda study, folder, *, title: run_section(read_run(folder), folder, title=title)),
     "result.json": ("lsg-eval-3", "Evaluation", eval_section),
     "stack.json": ("lsg-stack-1", "Stack", _alone(stack_section)),
     "ablate.json": ("lsg-ablate-1", "Ablation", _alone(ablate_section)),

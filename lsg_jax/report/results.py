@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.checkpoint import RunRecord
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss
@@ -18,7 +19,7 @@ from lsg_jax.report.side_by_side import answer_parts
 METRICS_FILE = "metrics.jsonl"
 
 
-def run_section(run: Mapping[str, Any], folder: Path, *, title: str) -> Section:
+def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
     """A training run, finished or not: its loss and its gate ratios.
 
     Args:
@@ -27,10 +28,10 @@ def run_section(run: Mapping[str, Any], folder: Path, *, title: str) -> Section:
     """
     steps = _steps(folder / METRICS_FILE)
     last: dict[str, Any] = steps[-1] if steps else {"step": 0}
-    gate = run["config"]["gate"]
+    gate = run.table("gate")
     layers = gate["layers"] or list(range(len(last.get("ratios", []))))  # independent gates without layers: one at each
-    parts: list[Part] = [Paragraph(f"Model {run['model_name']}; step {last['step']} of {run['total_steps']}.")]
-    if last["step"] < run["total_steps"]:
+    parts: list[Part] = [Paragraph(f"Model {run.model_name}; step {last['step']} of {run.total_steps}.")]
+    if last["step"] < run.total_steps:
         parts.append(Note("This run has not finished."))
     rows = [row for step in steps for row in _loss_rows(step, layers)]
     if len(steps) > 1:
@@ -46,8 +47,8 @@ def run_section(run: Mapping[str, Any], folder: Path, *, title: str) -> Section:
         names = [look_of(group).label for group in GROUPS[gate["grouping"]]]
         ratios = [[str(layer), *map(plain, of)] for layer, of in zip(layers, last["ratios"], strict=True)]
         parts.append(Table("Gate ratios at the last step, mean over its images", ["layer", *names], ratios))
-    parts.append(settings({name: run.get(name) for name in ("config", "sinks", "backbone", "versions", "devices")}))
-    gist = f"{run.get('model_name') or 'a model'}, step {last['step']} of {run['total_steps']}"
+    parts.append(settings({name: run.as_json()[name] for name in ("config", "sinks", "backbone", "versions", "devices")}))
+    gist = f"{run.model_name}, step {last['step']} of {run.total_steps}"
     return Section(title, parts, gist=gist)
 
 

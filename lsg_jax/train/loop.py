@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lsg_jax import sharding
-from lsg_jax.checkpoint import RunFolder
+from lsg_jax.checkpoint import Computation, RunFolder, StepMeta
 from lsg_jax.checkpoint.processes import host_array, is_primary
 from lsg_jax.config import GateConfig, MethodConfig, RunConfig, to_dict
 from lsg_jax.data.pipeline import TrainingData
@@ -31,7 +31,7 @@ from lsg_jax.train.metrics import METRICS, MetricsLog
 from lsg_jax.train.optimizer import learning_rate
 from lsg_jax.train.profiler import StepProfiler
 from lsg_jax.train.remat import device_memory, fastest_that_fits
-from lsg_jax.train.run_record import check_meaning, record_start
+from lsg_jax.train.run_record import check_same, record_start
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch, TrainState
 from lsg_jax.vlm import VLM, check_gate_input, check_method_input
@@ -64,7 +64,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves gates, optimiser, counters and the data position as the step reached."""
-        self.run.save(int(self.state.step), self.state, meta={"data": self.data.get_state(), "backbone": self.vlm.digest})
+        self.run.save(int(self.state.step), self.state, meta=StepMeta(self.data.get_state(), self.vlm.digest))
 
 
 def train(config: RunConfig, *, on_step: OnStep | None = None, began: float | None = None) -> Path:
@@ -116,14 +116,8 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         rows=sharding.local_rows(mesh, config.train.batch_size),
     )
     total = min(data.num_batches, config.train.max_steps or data.num_batches)
-    meaning = {
-        "config": to_dict(config),
-        "sinks": to_dict(vlm.config.sinks),
-        "backbone": vlm.digest,
-        "data": data.digest,
-        "total_steps": total,
-    }
-    check_meaning(run, meaning)
+    computation = Computation(to_dict(config), vlm.config.sinks, vlm.digest, data.digest, total)
+    check_same(run, computation)
 
     graphdef, _ = abstract_model(vlm.config, gate, method=method, mesh=mesh)
     params = vlm.frozen
@@ -137,12 +131,12 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     state = jax.device_put(state, sharding.state_shardings(state, mesh))
     if restored := run.latest(state):
         state = restored.state
-        data.set_state(restored.meta["data"])
+        data.set_state(restored.meta.data)
         where = "complete" if restored.step == total else "resuming"
         logger.info("%s: %s at step %d of %d", run.path, where, restored.step, total)
     step = restored.step if restored else 0
     if step < total or not restored:
-        record_start(run, meaning, mesh=mesh, step=step)
+        record_start(run, computation, mesh=mesh, step=step)
     goodput.now("init")
     compiled = _step(config, graphdef, total, mesh, state, vlm)
     goodput.now("compile")

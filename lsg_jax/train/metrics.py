@@ -36,10 +36,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lsg_jax.config import RunConfig
+from lsg_jax.checkpoint import read_run
+from lsg_jax.config import RunConfig, to_dict
 from lsg_jax.digest import text_sha256
 from lsg_jax.gating.keys import GROUPS
-from lsg_jax.train.run_record import RUN
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +193,8 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, project: str, names: _Names):
         import wandb
 
-        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        started = json.dumps(record["starts"][0], sort_keys=True)
+        record = read_run(folder)
+        started = json.dumps(to_dict(record.starts[0]), sort_keys=True)
         self._names = names
         self._run = wandb.init(
             project=project,
@@ -202,7 +202,7 @@ class WeightsAndBiases:
             resume="allow",
             name=folder.resolve().name,
             dir=str(folder),
-            config=record["config"],
+            config=record.config,
         )
 
     def write(self, record: dict[str, Any]) -> None:

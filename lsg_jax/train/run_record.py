@@ -1,4 +1,4 @@
-"""`run.json`: what a run computes, and each start of it: when, on what and with which versions."""
+"""Writes run.json, and refuses to continue a run that computes something else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,26 +16,22 @@ import jax
 
 from lsg_jax.checkpoint import RunFolder
 from lsg_jax.checkpoint.processes import on_primary
+from lsg_jax.checkpoint.run_record import RUN, Computation, GitRevision, RunRecord, Start, read_run
+from lsg_jax.config import to_dict
 from lsg_jax.errors import ConfigError
-
-RUN = "run.json"
-FORMAT = "lsg-run-1"
 
 MAY_CHANGE = frozenset(
     {"model", "output", "mesh", "eval", "data.records", "data.num_threads", "data.prefetch"}
     | {"train.log_every", "train.save_every", "train.keep", "train.max_skipped", "train.remat", "train.accumulate"}
     | {"train.tensorboard", "train.wandb", "train.profile"}
 )
-"""Settings that a continued run may have otherwise: they do not change what is computed. Model and data count by digest."""
+"""Settings that may change when a run continues: they do not affect the numbers. Model and data are compared by digest."""
 
 _PACKAGES = ("lsg_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
 
 
-def check_meaning(run: RunFolder, meaning: dict[str, Any]) -> None:
-    """Compares with the run that is in the folder, if there is one; a collective.
-
-    Args:
-        meaning: `config` and all else that says what is computed.
+def check_same(run: RunFolder, computation: Computation) -> None:
+    """Compares with the run in the folder, if there is one; a collective.
 
     Raises:
         ConfigError: that run computes something else.
@@ -43,7 +40,7 @@ def check_meaning(run: RunFolder, meaning: dict[str, Any]) -> None:
     def compare() -> None:
         if not (run.path / RUN).exists():
             return
-        if changed := [name for name in _differences(run.read_json(RUN), meaning) if name not in MAY_CHANGE]:
+        if changed := [name for name in _differences(read_run(run.path), computation) if name not in MAY_CHANGE]:
             raise ConfigError(
                 f"{run.path}: holds a run with another {', '.join(changed)}; choose another output, or undo the change"
             )
@@ -51,8 +48,8 @@ def check_meaning(run: RunFolder, meaning: dict[str, Any]) -> None:
     on_primary(compare)
 
 
-def record_start(run: RunFolder, meaning: dict[str, Any], *, mesh: jax.sharding.Mesh, step: int) -> None:
-    """Writes run.json for a new run, or adds this start to that of a run which goes on; a collective.
+def record_start(run: RunFolder, computation: Computation, *, mesh: jax.sharding.Mesh, step: int) -> None:
+    """Writes run.json for a new run, or adds this start to it where the run continues; a collective.
 
     Args:
         step: the step that the run starts from.
@@ -63,33 +60,37 @@ def record_start(run: RunFolder, meaning: dict[str, Any], *, mesh: jax.sharding.
 
     def with_this_start() -> dict[str, Any]:
         start = _start(mesh, step)
-        record = run.read_json(RUN) if (run.path / RUN).exists() else _new_record(meaning, start)
-        return {**record, "starts": [*record.get("starts", []), start]}
+        record = read_run(run.path) if (run.path / RUN).exists() else _new_record(computation, start)
+        return replace(record, starts=(*record.starts, start)).as_json()
 
     run.write_json(RUN, on_primary(with_this_start))
 
 
-def _new_record(meaning: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    devices = f"{start['device_count']} {start['device_kind']}"
-    model_name = Path(meaning["config"]["model"]).resolve().name
-    return {"format": FORMAT, **meaning, "model_name": model_name, "versions": start["versions"], "devices": devices}
+def _new_record(computation: Computation, start: Start) -> RunRecord:
+    return RunRecord(
+        **vars(computation),
+        model_name=Path(str(computation.config["model"])).resolve().name,
+        versions=start.versions,
+        devices=f"{start.device_count} {start.device_kind}",
+        starts=(),
+    )
 
 
-def _start(mesh: jax.sharding.Mesh, step: int) -> dict[str, Any]:
-    return {
-        "time": datetime.now(UTC).isoformat(),
-        "from_step": step,
-        "process_count": jax.process_count(),
-        "device_count": jax.device_count(),
-        "device_kind": jax.devices()[0].device_kind,
-        "mesh": dict(mesh.shape),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "git": git_revision(Path(__file__).parent),
-    }
+def _start(mesh: jax.sharding.Mesh, step: int) -> Start:
+    return Start(
+        time=datetime.now(UTC).isoformat(),
+        from_step=step,
+        process_count=jax.process_count(),
+        device_count=jax.device_count(),
+        device_kind=jax.devices()[0].device_kind,
+        mesh=dict(mesh.shape),
+        versions={"python": platform.python_version(), **_versions()},
+        git=git_revision(Path(__file__).parent),
+    )
 
 
 def _versions() -> dict[str, str]:
-    """Of those packages that are there."""
+    """Of the packages that are installed."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -99,8 +100,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def git_revision(folder: Path) -> dict[str, Any] | None:
-    """`revision`, and whether tracked files are changed (`dirty`), of the checkout that tracks a folder; None if none does."""
+def git_revision(folder: Path) -> GitRevision | None:
+    """Of the checkout that tracks a folder; None if none does."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), "--no-optional-locks", *arguments]
@@ -113,13 +114,13 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     try:
         if not git("ls-files", "."):  # a package that was installed below somebody else's checkout
             return None
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return GitRevision(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")))
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Dotted names of what is in `after` and differs; settings of the configuration without the leading "config."."""
+def _differences(before: Computation, after: Computation) -> list[str]:
+    """Dotted names of what differs; settings of the configuration without the leading "config."."""
 
     def walk(a: Any, b: Any, name: str) -> Iterator[str]:
         if isinstance(a, dict) and isinstance(b, dict) and name not in MAY_CHANGE:
@@ -128,4 +129,5 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         elif a != b:
             yield name
 
-    return [name for key in after for name in walk(before.get(key), after[key], "" if key == "config" else key)]
+    old, new = to_dict(before), to_dict(after)
+    return [name for key in new for name in walk(old[key], new[key], "" if key == "config" else key)]

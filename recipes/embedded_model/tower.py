@@ -123,7 +123,7 @@ def train_tower(
             if on_step and number % 50 == 0:
                 on_step(number, recipe.steps, {name: float(value) for name, value in parts.items()})
             if number % recipe.save_every == 0 or number == recipe.steps:
-                run.save(number, state, meta={})
+                run.save(number, state)
     return jax.device_get(state[0]["tower"])
 
 

@@ -10,7 +10,7 @@ import pytest
 from lsg_jax.analysis.ablation import ablation_study, plan_variants
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.cli import main
-from lsg_jax.config import DataConfig, EvalConfig, GateConfig, ModelConfig, RunConfig, SinkConfig, TrainConfig, from_dict
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import ConfigError, InputError, Preempted
 
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
@@ -38,7 +38,7 @@ def config(tiny_model, records, scenes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return from_dict(ModelConfig, read_manifest(tiny_model)["config"], where="manifest")
+    return read_manifest(tiny_model).config
 
 
 def test_variants_differ_from_the_reference_in_one_thing(config, model):

@@ -303,7 +303,7 @@ def test_refusals_of_the_command(config, sources, tmp_path, capsys):
 
 
 def test_gates_are_taken_apart_and_must_go_together(config, sources, singles, tiny_model, tmp_path):
-    digest = read_manifest(tiny_model)["digest"]
+    digest = read_manifest(tiny_model).digest
     gates, origin = open_singles(sources, backbone=digest, sinks=replace(SINKS, vit_tau=12.0))
     assert origin == {"1": sources[0], "3": sources[1], "5": sources[1]}
     for layer, gate in gates.items():

@@ -232,8 +232,8 @@ def test_trained_stopped_and_resumed(run_config, tiny_model, tmp_path):
     with whole.lock():
         trainer = set_up(dataclasses.replace(run_config, output=str(whole.path)), whole)
         _loop(trainer, lambda: False, None)
-    stored = read_step(run.path)[1]["gates"]
-    jax.tree.map(np.testing.assert_array_equal, stored, read_step(whole.path)[1]["gates"])
+    stored = read_step(run.path)[1]["trained"]
+    jax.tree.map(np.testing.assert_array_equal, stored, read_step(whole.path)[1]["trained"])
     assert all((now != then).any() for now, then in zip(jax.tree.leaves(stored), jax.tree.leaves(start), strict=True))
 
     vlm = open_trained(load_backbone(tiny_model), run.path)

@@ -139,7 +139,7 @@ def test_trained_on_the_command_line_and_opened_again(config_file, tiny_model, s
     base = load_backbone(tiny_model)
     vlm = open_trained(base, run, method="lora")
     assert vlm.method == LoraConfig(layer=2) and vlm.gate is None
-    stored = read_step(run)[1]["gates"]
+    stored = read_step(run)[1]["trained"]
     assert stored.keys() == {f"{name}_{part}" for name in PROJECTIONS for part in "ab"}
     assert all(np.abs(leaf).max() > 0 for leaf in stored.values())
     jax.tree.map(np.testing.assert_array_equal, vlm.gates, stored)

@@ -31,8 +31,7 @@ from transformers import LlavaForConditionalGeneration
 from converters.convert import convert, tree_from_tensors
 from converters.export import export
 from converters.hf_config import model_config
-from lsg_jax.checkpoint import load_base, read_manifest, verify_base
-from lsg_jax.config import ModelConfig, from_dict
+from lsg_jax.checkpoint import ModelSource, load_base, read_manifest, verify_base
 from lsg_jax.errors import BusyError, CheckpointError, ConfigError, InputError
 from lsg_jax.model.llava import Llava
 
@@ -57,8 +56,8 @@ def source(saved: Path, tmp_path: Path) -> Path:
 
 
 def load(model: Path) -> dict:
-    config = from_dict(ModelConfig, read_manifest(model)["config"], where="test")
-    dtype = read_manifest(model)["leaves"]["language_model/embed_tokens"]["dtype"]
+    config = read_manifest(model).config
+    dtype = read_manifest(model).leaves["language_model/embed_tokens"].dtype
     abstract = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     return load_base(model, nnx.to_pure_dict(nnx.state(abstract)))
 
@@ -84,7 +83,7 @@ def test_all_name_layouts(source: Path, change: Callable[[str], str], tmp_path: 
     convert(source, tmp_path / "first")
     rewrite(source, lambda tensors: {change(name): array for name, array in tensors.items()})
     convert(source, tmp_path / "second")
-    assert read_manifest(tmp_path / "first")["digest"] == read_manifest(tmp_path / "second")["digest"]
+    assert read_manifest(tmp_path / "first").digest == read_manifest(tmp_path / "second").digest
     export(tmp_path / "second", tmp_path / "back")
     assert_same_bytes(all_tensors(tmp_path / "back"), all_tensors(source))
 
@@ -98,14 +97,14 @@ def test_transformers_loads_an_export_in_shards(source: Path, tmp_path: Path) ->
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "back")
     assert_same_bytes(state_arrays(model), state_arrays(LlavaForConditionalGeneration.from_pretrained(source)))
     convert(tmp_path / "back", tmp_path / "again")
-    assert read_manifest(tmp_path / "again")["digest"] == read_manifest(tmp_path / "model")["digest"]
+    assert read_manifest(tmp_path / "again").digest == read_manifest(tmp_path / "model").digest
 
 
 def test_cast(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "model", dtype="bfloat16")
     export(tmp_path / "model", tmp_path / "back")
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
-    carried = set(read_manifest(tmp_path / "model")["carried"])
+    carried = set(read_manifest(tmp_path / "model").carried)
     assert len(carried) == 2
     before, after = all_tensors(source), all_tensors(tmp_path / "back")
     for name, array in before.items():
@@ -139,7 +138,7 @@ def test_bin_gives_the_same_model(source: Path, tmp_path: Path) -> None:
     torch.save(tensors, source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
     convert(source, tmp_path / "second")
-    assert read_manifest(tmp_path / "first")["digest"] == read_manifest(tmp_path / "second")["digest"]
+    assert read_manifest(tmp_path / "first").digest == read_manifest(tmp_path / "second").digest
 
 
 def test_a_tied_model_whose_head_is_stored(tmp_path: Path) -> None:
@@ -148,10 +147,10 @@ def test_a_tied_model_whose_head_is_stored(tmp_path: Path) -> None:
     embedding, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
     rewrite(source, lambda tensors: tensors | {head: tensors[embedding].copy()})
     convert(source, tmp_path / "equal")
-    assert read_manifest(tmp_path / "equal")["config"]["text"]["tied_embeddings"]
+    assert read_manifest(tmp_path / "equal").config.text.tied_embeddings
     rewrite(source, lambda tensors: tensors | {head: tensors[embedding] * 2})
     convert(source, tmp_path / "other")
-    assert not read_manifest(tmp_path / "other")["config"]["text"]["tied_embeddings"]
+    assert not read_manifest(tmp_path / "other").config.text.tied_embeddings
     for name in ("equal", "other"):
         export(tmp_path / name, tmp_path / f"{name}_back")
         back = all_tensors(tmp_path / f"{name}_back")
@@ -175,15 +174,11 @@ def test_manifest_and_files(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "model", progress=lambda done, total, what: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and len(seen) > 50
     manifest = read_manifest(tmp_path / "model")
-    assert set(manifest["ignored"]) == {"vision_tower.vision_model.embeddings.position_ids", "config.json: text_config.mup"}
-    assert manifest["source"] == {
-        "name": "hf",
-        "revision": None,
-        "files": {"model.safetensors": (source / "model.safetensors").stat().st_size},
-    }
-    assert manifest["names"]["language_model.lm_head.weight"] == "language_model.lm_head.weight"
+    assert set(manifest.ignored) == {"vision_tower.vision_model.embeddings.position_ids", "config.json: text_config.mup"}
+    assert manifest.source == ModelSource("hf", None, {"model.safetensors": (source / "model.safetensors").stat().st_size})
+    assert manifest.names["language_model.lm_head.weight"] == "language_model.lm_head.weight"
     files = {path.name for path in (tmp_path / "model/hf").iterdir()}
-    assert files == set(manifest["hf"])
+    assert files == set(manifest.hf)
     assert {"config.json", "tokenizer.json", "carried.safetensors"} <= files
     assert not any(name.endswith((".py", ".bin")) for name in files)
     (tmp_path / "model/hf/carried.safetensors").unlink()
@@ -407,7 +402,7 @@ def test_hub_id(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(source, snapshot)
     convert("owner/name", tmp_path / "model")
     manifest = read_manifest(tmp_path / "model")
-    assert (manifest["source"]["name"], manifest["source"]["revision"]) == ("owner/name", "abc123")
+    assert manifest.source is not None and (manifest.source.name, manifest.source.revision) == ("owner/name", "abc123")
     assert len(asked) == 1 and "*.safetensors" not in asked[0] and "model-*.safetensors" in asked[0]
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights"):

@@ -36,7 +36,7 @@ def test_the_checkpoint_is_what_was_trained(made, tmp_path):
     vlm = load_backbone(tmp_path / "model")
     assert vlm.config.sinks == SinkConfig(vit_dims=(168,), vit_tau=33.0)
     rounded = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, jax.numpy.bfloat16).astype(np.float32), tree)
-    trained = read_step(out / list(LESSONS)[-1] / "run")[1]["gates"]
+    trained = read_step(out / list(LESSONS)[-1] / "run")[1]["trained"]
     assert set(trained) == {"projector", "language_model"}
     for part, leaves in trained.items():
         jax.tree.map(np.testing.assert_array_equal, vlm.frozen[part], rounded(leaves))

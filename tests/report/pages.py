@@ -8,6 +8,8 @@ import re
 import study_rows
 from PIL import Image
 
+from lsg_jax.checkpoint import RunRecord
+from lsg_jax.config import SinkConfig
 from lsg_jax.eval.benchmarks.questions import QUESTIONS
 from lsg_jax.eval.benchmarks.scenes import SCENES
 
@@ -90,8 +92,9 @@ def write(path, value):
 
 def write_run(folder, steps=6, total=6, **metrics):
     """A training run; the last line of its metrics was cut short by a kill."""
-    gate = {"layers": [1, 2], "grouping": "v_sink_rest"}
-    write(folder / "run.json", {"format": "lsg-run-1", "config": {"gate": gate}, "model_name": HOSTILE, "total_steps": total})
+    config = {"gate": {"layers": [1, 2], "grouping": "v_sink_rest"}}
+    run = RunRecord(config, SinkConfig(), "0" * 64, "1" * 64, total, HOSTILE, versions={}, devices="1 cpu", starts=())
+    write(folder / "run.json", run.as_json())
     lines = [
         {"step": step, "loss": 2.0 / step, "ratios": [[0.25, 0.75], [0.5, 0.5]], **metrics} for step in range(1, steps + 1)
     ]

@@ -145,7 +145,7 @@ def test_a_run_changes_its_parts_alone_and_becomes_a_checkpoint(config, vlm, tmp
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
     opened = open_trained(vlm, run)
     jax.tree.map(np.testing.assert_array_equal, opened.frozen["vision_tower"], vlm.frozen["vision_tower"])
-    trained = read_step(run)[1]["gates"]
+    trained = read_step(run)[1]["trained"]
     assert set(trained) == {"projector", "language_model"}
     jax.tree.map(np.testing.assert_array_equal, {part: opened.frozen[part] for part in trained}, trained)
 

@@ -71,7 +71,7 @@ def test_each_gate_is_what_a_run_of_its_own_gives(config, each, tmp_path, slot):
         assert (line["tokens"], line["learning_rate"]) == (expected["tokens"], expected["learning_rate"])
     assert own[0]["grad_norm"] > config.train.clip_norm and abs(own[-1]["ratios"][0][0] - 0.5) > 0.01
     (_, ours, _), (_, reference, _) = read_step(each), read_step(alone)
-    jax.tree.map(lambda a, b: close(a[slot], b[0]), ours["gates"], reference["gates"])
+    jax.tree.map(lambda a, b: close(a[slot], b[0]), ours["trained"], reference["trained"])
 
 
 def test_stopped_and_resumed_equals_whole_in_one_program_and_one_pass_over_the_data(config, each, tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_gate_that_fails_leaves_the_others_alone(config, each, tmp_path, caplo
     assert [line["loss"][::2] for line in lines] == [line["loss"][::2] for line in sound]
     assert f"step {STEPS}: loss or gradient at layers [2] is not finite, records [" in caplog.text
     (_, ours, _), (_, whole, _) = read_step(run.path), read_step(each)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[::2], b[::2]), ours["gates"], whole["gates"])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[::2], b[::2]), ours["trained"], whole["trained"])
     after = trainer.state
     for tree in ("gates", "opt_state"):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), getattr(after, tree), getattr(before, tree))
@@ -138,7 +138,7 @@ def test_a_run_of_which_every_gate_fails_is_aborted(config, tmp_path):
 
 
 def test_gates_are_loaded_by_layer(config, each, tmp_path, capsys):
-    stored = read_step(each)[1]["gates"]
+    stored = read_step(each)[1]["trained"]
     vlm = lsg_jax.load(config.model, f"{each}@2")
     assert vlm.gate == GateConfig(layers=(2,))
     jax.tree.map(lambda ours, all_: np.testing.assert_array_equal(ours, all_[1:2]), vlm.gates, stored)

@@ -229,7 +229,7 @@ def test_bad_numbers_are_skipped_and_then_abort(config, tmp_path, monkeypatch):
     assert [line["finite"] for line in lines] == [True] * 2 + [False] * 3
     assert lines[3]["loss"] is None  # NaN is no JSON
     (_, good, _), (last, after, _) = read_step(part.output, 2), read_step(part.output)
-    jax.tree.map(np.testing.assert_array_equal, good["gates"], after["gates"])
+    jax.tree.map(np.testing.assert_array_equal, good["trained"], after["trained"])
     assert last == 4 and after["skipped"] == 2
 
 

@@ -18,17 +18,19 @@ import pytest
 from sinks_for_tests import Wandb, points
 from tensorboardX import record_writer
 
-from lsg_jax.checkpoint import RunFolder
-from lsg_jax.config import GateConfig, MeshConfig, RunConfig, TrainConfig, to_dict
+from lsg_jax.checkpoint import Computation, RunFolder
+from lsg_jax.checkpoint.run_record import GitRevision
+from lsg_jax.config import GateConfig, MeshConfig, RunConfig, SinkConfig, TrainConfig, to_dict
 from lsg_jax.errors import ConfigError
 from lsg_jax.sharding import make_mesh
 from lsg_jax.train.goodput import PARTS, Goodput, start_of_process
 from lsg_jax.train.metrics import METRICS, JsonLines, MetricsLog
 from lsg_jax.train.profiler import StepProfiler
-from lsg_jax.train.run_record import check_meaning, git_revision, record_start
+from lsg_jax.train.run_record import check_same, git_revision, record_start
 
 BEFORE = time.monotonic()
 CONFIG = RunConfig(model="m", output="o", gate=GateConfig(layers=(1, 10)), train=TrainConfig(tensorboard=True))
+COMPUTATION = Computation(to_dict(CONFIG), SinkConfig(vit_tau=1.0), "b", "d", 9)
 
 
 def record(step):
@@ -101,7 +103,7 @@ def test_a_full_disk_costs_lines_but_never_half_a_line(tmp_path, caplog):
 @pytest.fixture
 def folder(tmp_path):
     """A run folder with run.json."""
-    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(CONFIG), "starts": [{"time": "2026-01-01"}]}))
+    record_start(RunFolder(tmp_path), COMPUTATION, mesh=make_mesh(MeshConfig()), step=0)
     return tmp_path
 
 
@@ -230,23 +232,22 @@ def test_revision_of_the_checkout_that_tracks_the_package(tmp_path, monkeypatch)
     assert git_revision(package) is None  # no commit yet
     git(package, "commit", "-q", "-m", "first")
     head = git(package, "rev-parse", "HEAD")
-    assert git_revision(package) == {"revision": head, "dirty": False}
+    assert git_revision(package) == GitRevision(head, dirty=False)
     assert git_revision(installed) is None
     (package / "module.py").write_text("a = 2\n")
-    assert git_revision(package) == {"revision": head, "dirty": True}
+    assert git_revision(package) == GitRevision(head, dirty=True)
     monkeypatch.setenv("PATH", "")
     assert git_revision(package) is None
 
 
-def test_run_json_lists_every_start_and_refuses_another_meaning(tmp_path):
+def test_run_json_lists_every_start_and_refuses_another_computation(tmp_path):
     run, mesh = RunFolder(tmp_path / "run"), make_mesh(MeshConfig())
-    meaning = {"config": to_dict(CONFIG), "sinks": {"vit_tau": 1.0}, "backbone": "b", "data": "d", "total_steps": 9}
-    check_meaning(run, meaning)
+    check_same(run, COMPUTATION)
     for step in (0, 4):
-        record_start(run, meaning, mesh=mesh, step=step)
-        check_meaning(run, meaning)
-    found = run.read_json("run.json")
-    assert found["format"] == "lsg-run-1" and {name: found[name] for name in meaning} == json.loads(json.dumps(meaning))
+        record_start(run, COMPUTATION, mesh=mesh, step=step)
+        check_same(run, COMPUTATION)
+    found, computed = run.read_json("run.json"), to_dict(COMPUTATION)
+    assert found["format"] == "lsg-run-1" and {name: found[name] for name in computed} == computed
     assert found["devices"] == "1 cpu" and found["model_name"] == "m"
     first, second = found["starts"]
     assert (first["from_step"], second["from_step"]) == (0, 4) and first["time"] < second["time"]
@@ -255,10 +256,10 @@ def test_run_json_lists_every_start_and_refuses_another_meaning(tmp_path):
     assert first["versions"] == found["versions"] and first["versions"]["jax"] == jax.__version__
     assert set(first["git"] or {"revision", "dirty"}) == {"revision", "dirty"}
     moved = replace(CONFIG, model="elsewhere", train=replace(CONFIG.train, log_every=7, profile=(1, 2)))
-    check_meaning(run, meaning | {"config": to_dict(moved)})
+    check_same(run, replace(COMPUTATION, config=to_dict(moved)))
     other = replace(CONFIG, seed=1, gate=replace(CONFIG.gate, width=8))
     with pytest.raises(ConfigError, match=r"holds a run with another gate\.width, seed, backbone; choose another output"):
-        check_meaning(run, meaning | {"config": to_dict(other), "backbone": "c"})
+        check_same(run, replace(COMPUTATION, config=to_dict(other), backbone="c"))
 
 
 CACHE = """
