@@ -1,7 +1,7 @@
-"""Several processes that compute together, one on each host: how they find each other, and how they part.
+"""Several processes that compute together, one on each host: joining them, and ending them.
 
-After `joined` has begun, `jax.process_index()` and `jax.devices()` are those of the whole, and every process must make the same
-collective calls in the same order. JAX ends all processes when one of them is gone for longer than the heartbeat.
+Inside `joined`, `jax.process_index()` and `jax.devices()` are those of the whole cluster, and every process must make the same
+collective calls in the same order. JAX ends all processes if one of them sends no heartbeat for longer than its timeout.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import jax
 
 from lsg_jax.errors import ConfigError, LsgError, Preempted
 
-HEARTBEAT = 60  # seconds without a sign of life after which a process counts as gone
-START = 300  # seconds in which all processes must have come
-FAREWELL = 5.0  # seconds for which a process that failed waits for the others to fail alike
+HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as gone
+START = 300  # seconds within which all processes must have joined
+SHUTDOWN = 5.0  # seconds for which a failed process waits for the others to shut down too
 
 _BY_HAND = "give --coordinator HOST:PORT, --num-processes N and --process-id I"
 
@@ -35,48 +35,48 @@ def joined(
     heartbeat: int = HEARTBEAT,
     start: float = START,
 ) -> Iterator[None]:
-    """Joins the other processes, and leaves them at the end of the block.
+    """Joins the cluster, and leaves it at the end of the block. Call it before anything is computed.
 
-    What is not given is found out by JAX: from the metadata of a TPU slice, from Slurm, Open MPI or Kubernetes, and the
-    coordinator from JAX_COORDINATOR_ADDRESS. Call it before anything is computed.
+    JAX finds what is not given: from the metadata of a TPU slice, from Slurm, Open MPI or Kubernetes, and the coordinator from
+    JAX_COORDINATOR_ADDRESS.
 
-    A process that fails inside the block does not wait for its partners, who may be waiting for it: it ends with the exit code
-    of its error, and they end within the heartbeat. Where all fail alike, as after a wrong file, each ends with its own code.
+    A process that fails inside the block does not wait for the others, which may be waiting for it: it ends with the exit code
+    of its error, and they end within the heartbeat. If all fail, as after a wrong file, each ends with its own code.
 
     Args:
         coordinator: HOST:PORT of process 0; the port must be free there and open to the others.
-        process_id: this process among `num_processes`, from 0.
-        heartbeat: seconds without a sign of life after which a process counts as gone.
-        start: seconds in which all processes must have come.
+        process_id: index of this process among `num_processes`, from 0.
+        heartbeat: seconds without a heartbeat after which a process counts as gone.
+        start: seconds within which all processes must have joined.
 
     Raises:
-        ConfigError: the others were not found, or not all of them came.
+        ConfigError: the cluster was not found, or not all processes joined.
     """
     _check(coordinator, num_processes, process_id, heartbeat)
     _join(coordinator, num_processes, process_id, heartbeat, start)
     try:
         if jax.default_backend() == "cpu" and jax.process_count() > 1:
-            # Only process 0 would find its programs there, and Gloo waits no more than 30 s for those who compile.
+            # Only process 0 would find its programs in the cache, and Gloo waits at most 30 s for the others to compile.
             jax.config.update("jax_enable_compilation_cache", False)
         yield
-    except (Preempted, BrokenPipeError):  # what all processes do at the same step, and what comes after all collectives
+    except (Preempted, BrokenPipeError):  # raised by all processes at the same step, or after the last collective
         jax.distributed.shutdown()
         raise
     except BaseException as error:
-        # The end is left to the very last: the error has yet to be reported.
-        atexit.register(_part, _begin(jax.distributed.shutdown), _exit_code(error))
+        # The process ends at exit, since the error has yet to be reported.
+        atexit.register(_end_after, _begin(jax.distributed.shutdown), _exit_code(error))
         raise
     else:
         jax.distributed.shutdown()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reports; does not start the devices where there is but one process."""
+    """Whether this process reports; does not initialise devices if there is only one process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat: int) -> None:
-    """Refuses what would make JAX crash or wait in vain."""
+    """Refuses arguments that would make JAX crash or wait for nothing."""
     if heartbeat < 1:
         raise ConfigError(f"--heartbeat {heartbeat}: it must be at least 1 second")
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
@@ -96,7 +96,7 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat: int, start: float) -> None:
-    """`jax.distributed.initialize` with a limit of time: JAX's own limit aborts the process without a word on the cause."""
+    """`jax.distributed.initialize` with a timeout: JAX's own timeout aborts the process and does not name the cause."""
 
     def initialize() -> None:
         jax.distributed.initialize(
@@ -114,7 +114,7 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
         raise ConfigError(f"--multihost: no cluster of several processes was found here ({what}): {_BY_HAND}")
     if joining.thread.is_alive():
         atexit.register(_end, ConfigError.exit_code)  # JAX is still waiting, and would abort the process later
-        raise ConfigError(f"--multihost: {_who_is_missing(coordinator, process_id)} within {start:g} s: {_TO_CHECK}")
+        raise ConfigError(f"--multihost: {_what_is_missing(coordinator, process_id)} within {start:g} s: {_TO_CHECK}")
 
 
 _TO_CHECK = (
@@ -123,7 +123,7 @@ _TO_CHECK = (
 )
 
 
-def _who_is_missing(coordinator: str | None, process_id: int | None) -> str:
+def _what_is_missing(coordinator: str | None, process_id: int | None) -> str:
     if coordinator is None or process_id == 0:
         return "not all processes came"
     host, _, port = coordinator.rpartition(":")
@@ -134,17 +134,17 @@ def _who_is_missing(coordinator: str | None, process_id: int | None) -> str:
     return "the coordinator answered, but not all processes came"
 
 
-def _part(farewell: _Begun, code: int) -> None:
-    """Ends this process with `code`: together with the others if they come soon, else without them.
+def _end_after(shutdown: _Begun, code: int) -> None:
+    """Ends this process with `code`, once all processes have shut down or after SHUTDOWN seconds.
 
-    Runs before JAX's own end (what was registered last runs first), which would wait for all of them.
+    Registered last and so run first, before JAX's own exit handler, which would wait for all processes.
     """
-    farewell.thread.join(FAREWELL)
+    shutdown.thread.join(SHUTDOWN)
     _end(code)
 
 
 def _end(code: int) -> None:
-    """Ends this process now, whatever its threads are waiting for."""
+    """Ends this process now, without waiting for its threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -152,7 +152,7 @@ def _end(code: int) -> None:
 
 @dataclass
 class _Begun:
-    """An action that cannot be interrupted, and what it raised."""
+    """A call in a thread, since it cannot be interrupted, and the exception that it raised."""
 
     thread: threading.Thread
     failure: Exception | None = None

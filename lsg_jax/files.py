@@ -1,4 +1,4 @@
-"""Small files: JSON written at once or not at all, and read strictly."""
+"""Small files: written atomically; JSON is read strictly."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MAX_JSON_BYTES = 64 << 20
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file through a temporary one: after a crash there is the old content or the new one, never a part.
+    """Writes a file through a temporary one: a crash leaves the old content or the new, never a part.
 
     Raises:
-        OSError: as the file system gives it; the old content is kept.
+        OSError: the old content is kept.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -41,10 +41,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Writes readable JSON atomically; with `sort_keys`, equal values give equal bytes.
+    """Writes indented JSON atomically. With `sort_keys`, equal values give equal bytes.
 
     Raises:
-        OSError: the file cannot be written. ValueError, TypeError: `value` is no JSON.
+        OSError: the file cannot be written.
+        ValueError, TypeError: `value` is no JSON.
     """
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode())
 
@@ -53,7 +54,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file, refusing NaN, duplicate keys and more than 64 MiB.
 
     Raises:
-        InputError: the file is missing, unreadable or no such JSON.
+        InputError: the file is missing, unreadable or not such JSON.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:

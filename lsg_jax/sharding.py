@@ -1,7 +1,7 @@
-"""The device mesh, and which axis of every parameter lies on which mesh axis.
+"""The device mesh, and the sharding of every parameter over it.
 
-Axes: `data` repeats the model, `fsdp` spreads parameters and batch, `tensor` splits heads and MLP width. Images go through the
-vision tower split along all three.
+Axes: `data` replicates the model, `fsdp` shards parameters and batch, `tensor` splits heads and MLP width. In the vision tower
+images are split over all three.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lsg_jax.errors import ConfigError
 from lsg_jax.types import Batch
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the mesh axes that a batch lies along
-ALL = ("fsdp", "tensor")  # of parameters whose computation is split by images or rows alone
+ROWS = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
+ALL = ("fsdp", "tensor")  # shard parameters whose computation is split by images or rows only
 
 Axes = str | tuple[str, ...] | None
 
@@ -86,8 +86,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 def answering_mesh(config: MeshConfig | None, text: TextConfig, devices: list | None = None) -> Mesh:
     """The mesh for prefill and decoding.
 
-    Under FSDP every chip would gather all weights for each token that is decoded. So without a `config` as many of up to eight
-    neighbouring devices as divide the heads hold a model together, and groups of them answer different questions.
+    Under FSDP every chip would gather all weights for each decoded token. So without a `config`, groups of up to eight
+    neighbouring devices, as many as divide the heads, hold the model along `tensor` and answer different questions.
     """
     if config is not None:
         return make_mesh(config, devices)
@@ -97,7 +97,7 @@ def answering_mesh(config: MeshConfig | None, text: TextConfig, devices: list | 
 
 
 def fitting_spec(shape: tuple[int, ...], axes: Iterable[Axes], mesh: Mesh) -> PartitionSpec:
-    """A spec for an array of this shape. Where the mesh axes do not divide a dimension, the last of them are left out."""
+    """A spec for an array of this shape. If the mesh axes do not divide a dimension, the last of them are dropped."""
 
     def fitting(size: int, names: Axes) -> Axes:
         names = (names,) if isinstance(names, str) else names or ()
@@ -109,12 +109,12 @@ def fitting_spec(shape: tuple[int, ...], axes: Iterable[Axes], mesh: Mesh) -> Pa
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
-    """Tells the compiler where the leading dimensions of a value lie; dimensions that are not named are whole."""
+    """Constrains the sharding of the leading dimensions of a value; the others are not sharded."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting_spec(x.shape, axes, mesh)))
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec of one parameter. An axis that the mesh does not divide stays whole.
+    """The spec of one parameter. A dimension that the mesh does not divide is not sharded.
 
     Raises:
         ConfigError: no rule, or more than one, matches.
@@ -136,15 +136,15 @@ def shard_params(abstract: Any, mesh: Mesh) -> Any:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """How XLA compiles a training step for the devices of a mesh."""
+    """Compiler options of XLA for a training step on a mesh; None for the defaults."""
     if mesh.devices.flat[0].platform != "tpu":
         return None
-    # "windowed" products fetch gathered weights in thousands of small permutes, and in all they move more
+    # windowed einsums fetch gathered weights in thousands of small permutes, and move more bytes in total
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches lie along `data` and `fsdp`."""
+    """Sharding of a batch: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
@@ -169,9 +169,9 @@ def abstract_batch(model: ModelConfig, mesh: Mesh, rows: int, length: int, *, an
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Where the leaves of a training state lie: what is trained, and what the optimiser keeps of it, as such parameters do.
+    """Shardings of a training state: trained parameters and their optimiser moments as `param_spec` says.
 
-    Gates and counters are on every device.
+    Gates and counters are replicated.
     """
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
@@ -184,12 +184,12 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device: gates, metrics."""
+    """A whole copy on every device: gates, metrics."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_rows(mesh: Mesh | None) -> int:
-    """Number of parts that a batch is cut into."""
+    """Number of shards of a batch."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -204,14 +204,14 @@ def local_rows(mesh: Mesh | None, size: int) -> list[int]:
 
 
 def place_rows(local: Any, mesh: Mesh | None, size: int) -> Any:
-    """Rows that `local_rows` named, as host arrays [len(rows), ...] in a pytree -> global arrays [size, ...] on the mesh."""
+    """The rows of `local_rows`, a pytree of host arrays [len(rows), ...] -> global arrays [size, ...] on the mesh."""
     if mesh is None:
         return local
     sharding, where = batch_sharding(mesh), {row: i for i, row in enumerate(local_rows(mesh, size))}
 
     def place(leaf: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(size)  # the rows of a device follow each other in `local` too
+            start, stop, _ = index[0].indices(size)  # the rows of a device are contiguous in `local` too
             return leaf[where[start] : where[start] + stop - start]
 
         return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, part)

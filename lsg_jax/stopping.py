@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as something that a loop looks at between its steps, so that it can save first."""
+"""SIGTERM and Ctrl-C as a flag that a loop checks between its steps, so that it can save first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a question that the loop asks after each step; a second SIGINT does not wait for it.
+    """Yields a function that tells whether SIGTERM or SIGINT came, to be called after each step. A second SIGINT interrupts.
 
-    With several processes all of them must ask after each step: a signal to one makes the answer True at the same step in all.
+    Several processes must all call it after each step: after a signal to one of them it returns True at the same step in all.
     """
     if jax.distributed.is_initialized():
-        # JAX handles SIGTERM itself, and a handler of ours would take it away.
+        # JAX handles SIGTERM itself; our handler would replace its own.
         with _handlers({signal.SIGINT: lambda: signal.raise_signal(signal.SIGTERM)}):
             yield _together
         return
@@ -31,7 +31,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _handlers(actions: dict[signal.Signals, Callable[[], Any]]) -> Iterator[None]:
-    """Does something on signals, where this is the main thread, which alone may; a second SIGINT interrupts."""
+    """Runs an action for each signal; a second SIGINT interrupts. Does nothing outside the main thread, which alone may."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -53,10 +53,10 @@ def _handlers(actions: dict[signal.Signals, Callable[[], Any]]) -> Iterator[None
 
 
 class _SyncPoint:
-    """Whether all processes have come to the step at which they stop together.
+    """Whether all processes have reached the step at which they stop together.
 
-    JAX agrees on that step once in the life of a process, by the highest number that any process has reached. So the numbers go
-    on through all loops of a command, and a step that a loop could not stop at stops the next one.
+    JAX agrees on that step once in the life of a process: the highest number that any process has reached. So the count goes on
+    through all loops of a command, and a loop that ends before that step passes the stop on to the next loop.
     """
 
     def __init__(self) -> None:

@@ -183,14 +183,14 @@ def test_state_that_cannot_be_stored(tmp_path):
     bad = make_state(2)
     bad.gates["1"]["kernel"] = bad.gates["1"]["kernel"].at[2, 2].set(jnp.nan)
     cases = [
-        (bad, {}, NonFiniteError, "gates/1/kernel"),
-        ({"a": jnp.asarray([jnp.inf], jnp.bfloat16)}, {}, NonFiniteError, "leaf a"),
-        ({"a": 3}, {}, CheckpointError, "leaf a is a int"),
-        ({"a": np.zeros(2)}, {}, CheckpointError, "float64"),
-        ({"a": jnp.zeros((0, 2))}, {}, CheckpointError, "leaf a"),
-        ({"a.b": jnp.ones(2)}, {}, CheckpointError, "a.b"),
-        ({"a/b": jnp.ones(2)}, {}, CheckpointError, "a/b"),
-        ({}, {}, CheckpointError, "no leaves"),
+        (bad, StepMeta(), NonFiniteError, "gates/1/kernel"),
+        ({"a": jnp.asarray([jnp.inf], jnp.bfloat16)}, StepMeta(), NonFiniteError, "leaf a"),
+        ({"a": 3}, StepMeta(), CheckpointError, "leaf a is a int"),
+        ({"a": np.zeros(2)}, StepMeta(), CheckpointError, "float64"),
+        ({"a": jnp.zeros((0, 2))}, StepMeta(), CheckpointError, "leaf a"),
+        ({"a.b": jnp.ones(2)}, StepMeta(), CheckpointError, "a.b"),
+        ({"a/b": jnp.ones(2)}, StepMeta(), CheckpointError, "a/b"),
+        ({}, StepMeta(), CheckpointError, "no leaves"),
         (make_state(2), StepMeta({"loss": float("nan")}), CheckpointError, "meta is no JSON"),
         (make_state(2), StepMeta({"loss": jnp.ones(1)}), CheckpointError, "meta is no JSON"),
     ]
@@ -304,7 +304,7 @@ def test_quarantine_keeps_every_damaged_step(tmp_path):
 def test_kill_during_save(tmp_path):
     code = """
 import sys
-from test_checkpoint_run import make_state, RunFolder
+from test_checkpoint_run import make_state, RunFolder, StepMeta
 run = RunFolder(sys.argv[1])
 with run.lock():
     start = run.steps()[-1]

@@ -1,8 +1,7 @@
 """Stored parameters: the read-only backbone of a model folder and the steps of a run folder.
 
-This package is the only one that imports Orbax and TensorStore, and it closes what they leave open: every leaf has a digest
-that is checked when it is read, a difference in name, shape or dtype is an error and never a cast, and a step is only given up
-for a better one.
+Only this package imports Orbax and TensorStore. It adds what they lack: every leaf has a digest that is checked when it is
+read; a difference in name, shape or dtype is an error, never a cast; a step is deleted only after a newer one was read back.
 """
 
 from lsg_jax.checkpoint.base import iter_base, load_base, verify_base

@@ -1,4 +1,4 @@
-"""Reads the backbone: into its shardings, or block by block. Every byte is compared with the manifest."""
+"""Reads the backbone, into shardings or block by block, and compares every byte with the manifest."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lsg_jax.errors import CheckpointError
 def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: bool = True) -> dict[str, Any]:
     """Loads the backbone of a model folder straight into its shardings; a collective of all processes.
 
-    Several processes share the reading (`shares`). The folder may be on a disk of each host, if it is the same model.
+    Several processes split the reading (`shares`). Each host may have its own copy of the folder.
 
     Args:
         folder: the model folder.
         abstract: nested dict of `jax.ShapeDtypeStruct`; a leaf without sharding goes to the first device.
-        dtype: cast float leaves to this dtype after the check; None keeps them as stored. With a dtype, the abstract float
-            leaves may have either. Integer leaves are never cast.
-        verify: compare the sha256 of every block with the manifest. Without it, chunks are still covered by their crc32c and by
-            the check of file sizes.
+        dtype: float leaves are cast to it after the check; None keeps the stored dtype. With a dtype, abstract float leaves
+            may have that or the stored one. Integer leaves are never cast.
+        verify: compare the sha256 of every block with the manifest. Without it, file sizes and the crc32c of each chunk are
+            still checked.
 
     Returns:
         Nested dict of `jax.Array` with the names, shapes and shardings of `abstract`.
@@ -41,7 +41,7 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
     Raises:
         InputError: no converted model at `folder`.
         CheckpointError: names, shapes or dtypes differ (all listed at once), or the stored data are damaged (names the leaf).
-            What one process finds is an error of all.
+            An error of one process is raised on all.
     """
     folder = Path(folder)
     wanted = flatten(abstract)
@@ -61,7 +61,7 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
 
 
 def _open_checked(folder: Path, wanted: dict[str, Any], target: np.dtype | None) -> tuple[Manifest, dict[str, LeafSpec]]:
-    """Manifest and leaves of a folder that holds what is wanted, whole by all that can be told without reading the blocks."""
+    """Manifest and leaves of a folder, after every check that needs no block."""
     manifest = read_manifest(folder)
     specs = leaf_specs(manifest)
     if found := differences(
@@ -74,10 +74,11 @@ def _open_checked(folder: Path, wanted: dict[str, Any], target: np.dtype | None)
 
 
 def iter_base(folder: str | Path, *, verify: bool = True) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Reads the backbone in the blocks it was written in: (leaf name, offset along axis 0, block), one at a time.
+    """Yields the stored blocks one at a time: (leaf name, offset along axis 0, block).
 
     Raises:
-        InputError: no converted model at `folder`. CheckpointError: a block is damaged.
+        InputError: no converted model at `folder`.
+        CheckpointError: a block is damaged.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -93,10 +94,10 @@ def verify_base(folder: str | Path) -> list[Problem]:
     """Compares every file and every block of the backbone with the manifest, one block at a time.
 
     Returns:
-        All problems, empty if there is none: damaged or missing blocks, changed files, and files that do not belong there.
+        All problems: damaged or missing blocks, changed files, and files that do not belong there. Empty if there is none.
 
     Raises:
-        InputError, CheckpointError: the manifest itself is missing or damaged, so that there is nothing to compare with.
+        InputError, CheckpointError: the manifest itself is missing or damaged.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -115,10 +116,10 @@ def verify_base(folder: str | Path) -> list[Problem]:
 
 
 def leaf_specs(manifest: Manifest) -> dict[str, LeafSpec]:
-    """The leaves of a manifest.
+    """Leaf name -> spec.
 
     Raises:
-        CheckpointError: an entry is not as `BaseWriter.finish` made it.
+        CheckpointError: the blocks of an entry do not fit its shape.
     """
     specs = {}
     for name, entry in manifest.leaves.items():
@@ -133,9 +134,9 @@ def leaf_specs(manifest: Manifest) -> dict[str, LeafSpec]:
 def _load_leaf(
     folder: Path, name: str, spec: LeafSpec, digests: Sequence[str] | None, sharding: Any, pool: ThreadPoolExecutor
 ) -> jax.Array:
-    """One leaf on its devices. A process reads a block once at most, and hashes and checks it before a device sees it.
+    """One leaf on its devices. A process reads each block at most once and checks its digest before the transfer.
 
-    `ocp.load` reads the folder as well, but reads a chunk once for every device that holds a part of it, and cannot hash.
+    `ocp.load` reads the same folder, but reads a chunk again for every device that holds a part of it, and cannot check sha256.
     """
     shares = shares_of(spec, sharding)
     offsets = spec.offsets() if shares is None else shares.offsets()
@@ -213,7 +214,7 @@ def _signature(specs: dict[str, LeafSpec]) -> dict[str, tuple[Any, str]]:
 
 
 def _wanted_dtype(leaf: Any, spec: LeafSpec | None, target: np.dtype | None) -> str:
-    """The dtype name that must be stored for this leaf; with a target dtype, any stored float will do."""
+    """Name of the dtype that must be stored for this leaf; with a target dtype, any float dtype may be."""
     dtype = np.dtype(leaf.dtype)
     if target is not None and spec is not None and _is_float(dtype) and dtype == target and _is_float(spec.numpy_dtype):
         return spec.dtype

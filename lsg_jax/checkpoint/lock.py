@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """Holds `folder/lock` while inside a `with` block.
+    """Holds `folder/lock` inside a `with` block.
 
-    The kernel holds the lock (flock) and drops it when the process dies, however it dies; the text in the file only names the
-    owner. A free lock with a name in it is therefore stale. Where the name is of another machine, the file system may not share
-    locks between machines, so that one is only taken over when `take_over` says that the other machine is gone.
+    The lock is an flock: the kernel drops it however the process ends. The text in the file only names the owner, so a name in
+    a free lock is stale. If it names another machine, the file system may not share locks between machines: then the lock is
+    taken only with `take_over`, which says that the other machine is gone.
     """
 
     def __init__(self, folder: str | Path, *, take_over: bool = False):
@@ -47,7 +47,8 @@ class FolderLock:
         """Takes the lock or raises at once.
 
         Raises:
-            BusyError: someone else holds it. InputError: the folder cannot be made or written.
+            BusyError: someone else holds it.
+        InputError: the folder cannot be made or written.
         """
         if self._descriptor is not None:
             raise BusyError(f"{self.folder}: already locked by this process")
@@ -65,7 +66,7 @@ class FolderLock:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Empties the file and frees the lock. The file stays: removing it would let two owners in."""
+        """Empties the file and frees the lock. The file stays: removing it would allow two owners."""
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
@@ -75,7 +76,7 @@ class FolderLock:
             os.close(descriptor)
 
     def _open_locked(self) -> int:
-        """A descriptor of the lock file with the kernel's lock on it."""
+        """Descriptor of the locked file."""
         while True:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ class FolderLock:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise self._busy(owner) from None
                 raise InputError(f"{self.path}: this file system cannot lock files: {error.strerror}") from None
-            # Someone may have deleted the file between open and flock; then the lock is on a file that no one else sees.
+            # If the file was deleted between open and flock, the lock is on a file that nobody else sees.
             try:
                 if os.fstat(descriptor).st_ino == os.stat(self.path).st_ino:
                     return descriptor
@@ -140,7 +141,7 @@ def _write_owner(descriptor: int, data: bytes) -> None:
 
 
 def _wait_for_owner(descriptor: int) -> dict[str, Any] | None:
-    """The owner's name; waits a moment for one who has just locked and is about to write it."""
+    """The owner; waits up to 0.2 s for one that has locked the file and not yet written its name."""
     for _ in range(10):
         if (owner := _read_owner(descriptor)) is not None:
             return owner

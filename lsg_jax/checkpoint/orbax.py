@@ -1,4 +1,4 @@
-"""The one door to Orbax: what it may print, and how its failures look."""
+"""Calls into Orbax: one place that turns its failures into one line and silences its logs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 
 class OrbaxError(Exception):
-    """What Orbax or TensorStore said, as one line."""
+    """An error of Orbax or TensorStore, as one line."""
 
 
 def call_orbax(action: Callable[[Any], T]) -> T:
-    """Runs `action(ocp)`, `ocp` being Orbax's v1 module, imported here since that takes a second.
+    """Runs `action(ocp)` with Orbax's v1 module, which is imported here since that takes a second.
 
-    All processes must make the same calls in the same order: Orbax numbers them and waits for each other by number.
+    All processes must make the same calls in the same order: Orbax matches them by their count.
 
     Raises:
-        OrbaxError: whatever Orbax raised: it wraps the errors of its threads and of TensorStore in several ways. Only a lack of
-            memory, on the host or a device, is passed on as it is: that is no damage.
+        OrbaxError: any error of Orbax, which wraps those of its threads and of TensorStore in several ways.
+        MemoryError, jax.errors.JaxRuntimeError: no memory left on the host or a device; passed on, since nothing is damaged.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -45,13 +45,13 @@ def call_orbax(action: Callable[[Any], T]) -> T:
                 cause = cause.__cause__
             text = first_line(cause)
             del cause
-        gc.collect()  # the tasks that Orbax gave up, which would complain later
+        gc.collect()  # unfinished tasks of Orbax, which would log when they are collected later
     raise OrbaxError(text)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """After a failure Orbax drops its other tasks unfinished, each with a traceback of its own: not on the user's terminal."""
+    """Silences the tracebacks of the tasks that Orbax abandons after a failure."""
 
     noise = ("was destroyed but it is pending", "exception was never retrieved")
 

@@ -1,4 +1,4 @@
-"""What a process knows, told to the others. With one process these functions return their argument."""
+"""Values shared between processes, and errors raised on all of them. With one process these functions do nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def is_primary() -> bool:
-    """Whether this process does the file operations. Call after `jax.distributed.initialize`."""
+    """Whether this process writes files. Call it after `jax.distributed.initialize`."""
     return jax.process_index() == 0
 
 
 def host_array(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole value on the host; for an array that is sharded across processes a collective of all of them."""
+    """The whole value on the host; a collective where the array is sharded across processes."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return np.asarray(leaf)
     if leaf.is_fully_replicated:
@@ -30,7 +30,7 @@ def host_array(leaf: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def share_bytes(data: bytes) -> bytes:
-    """The bytes of process 0, everywhere; a collective."""
+    """The bytes of process 0, on all processes; a collective."""
     if jax.process_count() == 1:
         return data
     from jax.experimental import multihost_utils
@@ -45,11 +45,11 @@ def share_bytes(data: bytes) -> bytes:
 
 
 def on_primary(action: Callable[[], T]) -> T | None:
-    """Runs `action` on process 0 and returns its result there, None elsewhere; a collective.
+    """Runs `action` on process 0; returns its result there and None elsewhere; a collective.
 
     Raises:
-        LsgError: what `action` raised, on process 0; a CheckpointError with the same text on the others, so that none of them
-            waits for a process that gave up.
+        LsgError: the error of `action` on process 0, and a CheckpointError with its text on the others, so that none of them
+            waits for a process that has failed.
     """
     if jax.process_count() == 1:
         return action()
@@ -68,10 +68,11 @@ def on_primary(action: Callable[[], T]) -> T | None:
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """Runs `action` on every process and returns its result; where it fails on one of them, it fails on all; a collective.
+    """Runs `action` on every process and returns its result; if it fails on one, it fails on all; a collective.
 
     Raises:
-        LsgError: what `action` raised, on the first process where it did; a CheckpointError that names it on the others.
+        LsgError: the error of `action` on the first process that failed, and a CheckpointError naming that process on the
+            others.
     """
     if jax.process_count() == 1:
         return action()
@@ -90,7 +91,7 @@ def on_all(action: Callable[[], T]) -> T:
 
 
 def gather_texts(text: str) -> list[str]:
-    """The texts of all processes, by their index; a collective."""
+    """The texts of all processes, in the order of their index; a collective."""
     if jax.process_count() == 1:
         return [text]
     from jax.experimental import multihost_utils

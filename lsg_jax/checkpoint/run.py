@@ -1,12 +1,12 @@
-"""The run folder: steps of gates and optimiser state, JSON files, a lock and a quarantine.
+"""The run folder: saved steps, JSON files, a lock and a quarantine.
 
     RUN/lock                  held while a run writes
-    RUN/run.json              through `RunFolder.write_json`
-    RUN/checkpoints/<step>/   Orbax v1, see steps.py
-    RUN/quarantine/<step>/    damaged steps, kept for a look
+    RUN/run.json              see run_record.py
+    RUN/checkpoints/<step>/   parameters and optimiser state, see steps.py
+    RUN/quarantine/<step>/    damaged steps, kept for inspection
 
-With several processes all of them call the same methods in the same order with the same path. Reading, the lock and all JSON
-are done by process 0, which tells the others; saving is done together, as Orbax wants it, so the folder must be shared.
+Several processes must call the same methods in the same order with the same path. Process 0 reads, locks and writes JSON, and
+sends the results to the others. Orbax saves with all processes, so the folder must be shared between hosts.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _NO_META = StepMeta()
 
 @dataclass(frozen=True)
 class Restored:
-    """A step that was read back.
+    """A restored step.
 
     Attributes:
         step: its number.
-        state: the pytree, of the structure and shardings of the abstract tree it was asked for.
+        state: pytree with the structure and shardings of the abstract tree.
         meta: what was saved with it; tuples have become lists.
     """
 
@@ -59,7 +59,7 @@ class RunFolder:
 
     Args:
         path: the folder; made by `lock`.
-        keep: how many steps to keep, at least 1; 2 or more leave something to fall back to.
+        keep: how many steps to keep, at least 1; with 2 or more a damaged one can be replaced by an earlier one.
     """
 
     def __init__(self, path: str | Path, *, keep: int = 3):
@@ -73,13 +73,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self, *, take_over: bool = False) -> Iterator[RunFolder]:
-        """Makes the folder, proves that it can be written, and owns it inside the block.
+        """Makes the folder, checks that it can be written, and holds its lock inside the block.
 
         Args:
-            take_over: also take the lock of another machine that is known to be gone (a spot slice that was deleted).
+            take_over: also take the lock of another machine that is known to be gone (a deleted spot slice).
 
         Raises:
-            BusyError: another run owns it. InputError: it cannot be written; raised before anything else is done.
+            BusyError: another run holds it.
+            InputError: it cannot be written.
         """
         lock = FolderLock(self.path, take_over=take_over)
         on_primary(lambda: self._acquire(lock))
@@ -95,12 +96,14 @@ class RunFolder:
 
         Args:
             step: above the latest step.
-            state: pytree of arrays (dicts, lists, tuples, optax states, flax dataclasses); typed random keys are fine.
-            meta: plain data that belong to the step.
+            state: pytree of arrays (dicts, lists, tuples, optax states, flax dataclasses); typed random keys are allowed.
+                Leaves under `trained` are stored under `gates` (`tree.stored_name`).
+            meta: JSON values.
 
         Raises:
-            NonFiniteError: a float leaf holds NaN or infinity. CheckpointError: not saved, for the reason given. Earlier steps
-                are intact in every case.
+            NonFiniteError: a float leaf holds NaN or infinity.
+            CheckpointError: the step was not saved, for the reason given.
+                Earlier steps are intact in either case.
         """
         if self._lock is None:
             raise RuntimeError("save() needs `with run.lock():`")
@@ -110,12 +113,13 @@ class RunFolder:
         on_primary(self._delete_old)
 
     def latest(self, abstract: Any) -> Restored | None:
-        """Restores the newest step whose digests hold, or returns None where no step was ever saved.
+        """Restores the newest undamaged step; None if there are no steps.
 
-        A damaged newer step is passed over with a warning and, for the owner of the lock, moved to `quarantine/`.
+        Damaged newer steps are skipped with a warning and, under the lock, moved to `quarantine/`.
 
         Args:
-            abstract: pytree of arrays or `jax.ShapeDtypeStruct`; its shardings are used where present.
+            abstract: pytree of arrays or `jax.ShapeDtypeStruct`; its shardings are used where present. Leaves under `trained`
+                are restored from `gates`, as `save` stored them.
 
         Raises:
             CheckpointError: names, shapes or dtypes differ from `abstract` (never cast), or every step is damaged.
@@ -154,7 +158,7 @@ class RunFolder:
         return problems
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes `RUN/<name>` at once or not at all.
+        """Writes `RUN/<name>` atomically, on process 0.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -198,7 +202,7 @@ class RunFolder:
 
     def _delete_old(self) -> None:
         for old in self.steps()[: -self.keep]:
-            # Renamed first: a deletion that is killed must not leave half a step.
+            # Renamed first, so that an interrupted deletion leaves no partial step.
             doomed = self.checkpoints / f"{old}.deleted"
             try:
                 os.rename(self.checkpoints / str(old), doomed)
@@ -207,7 +211,7 @@ class RunFolder:
                 logger.warning("%s: old step %d could not be deleted: %s", self.path, old, error.strerror)
 
     def _find(self, abstract: Any) -> tuple[StepRecord, dict[str, StoredLeaf]] | None:
-        """The newest good step; moves damaged newer ones away once a good one is found."""
+        """The newest undamaged step; once there is one, the damaged newer ones are moved away."""
         damaged: list[tuple[int, DamagedStep]] = []
         for step in reversed(self.steps()):
             try:
@@ -221,7 +225,7 @@ class RunFolder:
                 self._set_aside(bad, reason, step)
             return record, stored
         if damaged:
-            # They stay where they are: with an empty folder the next start would silently begin anew.
+            # They are not moved: with an empty folder the next start would silently begin at step 0.
             listed = "; ".join(f"step {step}: {first_line(reason)}" for step, reason in damaged)
             raise CheckpointError(
                 f"{self.checkpoints}: every step is damaged ({listed}); run `lsg verify {self.path}` or choose another output"
@@ -247,18 +251,19 @@ class RunFolder:
 
 
 def read_step(path: str | Path, step: int | None = None) -> tuple[int, dict[str, Any], StepMeta]:
-    """Reads a step without knowing its tree; changes nothing in the folder. One process.
+    """Reads a step without an abstract tree, on one process; changes nothing in the folder.
 
     Args:
         path: the run folder.
-        step: which step; None takes the newest whose digests hold.
+        step: which step; None for the newest undamaged one.
 
     Returns:
-        (step, nested dict of numpy arrays with string keys, meta). Positions of tuples are keys "0", "1", ..., and typed random
-        keys come as their uint32 key data.
+        (step, nested dict of numpy arrays, meta). The parameters are under `trained`. Positions in tuples are the keys "0",
+        "1", ...; typed random keys are uint32 key data.
 
     Raises:
-        InputError: no run folder, no steps, or no such step. CheckpointError: the step, or every step, is damaged.
+        InputError: no run folder, no steps, or no such step.
+        CheckpointError: the step, or every step, is damaged.
     """
     run = RunFolder(path)
     present = run.steps()
@@ -281,7 +286,7 @@ def read_step(path: str | Path, step: int | None = None) -> tuple[int, dict[str,
 
 
 def _share_leaf(entry: StepLeaf, leaf: StoredLeaf | None) -> StoredLeaf:
-    """A leaf of process 0, everywhere."""
+    """A leaf that process 0 has read, on all processes."""
     if jax.process_count() == 1:
         assert leaf is not None
         return leaf

@@ -1,6 +1,6 @@
-"""A leaf of the backbone in equal shares: each process reads some of the blocks, the interconnect brings them to their places.
+"""Splits the reading of a leaf between processes: each reads an equal share of the blocks, and a collective moves them on.
 
-So the storage is read once by all processes together, however many of them hold a part of a block.
+So each block is read from storage once, however many processes hold a part of it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ SMALL = 1 << 20  # bytes; a smaller leaf is read by every process, which takes l
 
 @dataclass(frozen=True)
 class Shares:
-    """How a leaf is read: the r-th process takes the r-th block of `rows` rows, the last ones less or nothing.
+    """How a leaf is read: process r reads rows r * `rows` to (r + 1) * `rows`; the last processes may read less or nothing.
 
     Attributes:
-        axis: the one that all devices divide. On the way it is split among all of them, so that none ever holds more than a few
-            shares of the leaf, whatever the target is.
+        target: the sharding that the leaf ends in.
+        axis: an axis that the number of devices divides. Intermediate shardings split it among all devices, so that none of
+            them ever holds more than a few shares of the leaf.
     """
 
     spec: LeafSpec
@@ -37,24 +38,24 @@ class Shares:
         return -(-len(self.spec.offsets()) // jax.process_count()) * self.spec.rows
 
     def offsets(self) -> range:
-        """Where the blocks of this process start along axis 0 of the leaf."""
+        """Where the blocks of this process start along axis 0."""
         start = jax.process_index() * self.rows
         return range(start, min(start + self.rows, self.spec.shape[0]), self.spec.rows)
 
     @property
     def read(self) -> NamedSharding:
-        """Of the shares of all processes one after the other; the devices of a process split its share."""
+        """Sharding of the concatenated shares; the devices of a process split its share along `axis`."""
         by_process = sorted(self.target.mesh.devices.flat, key=lambda device: (device.process_index, device.id))
         mesh = Mesh(np.reshape(by_process, (jax.process_count(), -1)), ("process", "local"))
         return NamedSharding(mesh, self._at_axis("local", first="process"))
 
     @property
     def program(self) -> Any:
-        """Jitted: the shares as they were read -> the leaf in its target sharding."""
-        return _program(self.spec.shape[0], self._stations(), self.target)
+        """Jitted: concatenated shares -> the leaf in its target sharding."""
+        return _program(self.spec.shape[0], self._intermediate(), self.target)
 
     def spread(self, share: np.ndarray) -> jax.Array:
-        """The leaf in its target sharding, from what each process has read: [rows, ...]; a collective."""
+        """Assembles the leaf in its target sharding from the share [rows, ...] of each process; a collective."""
         start = jax.process_index() * self.rows
 
         def part(index: Any) -> np.ndarray:
@@ -63,8 +64,8 @@ class Shares:
         whole = (self.rows * jax.process_count(), *self.spec.shape[1:])
         return self.program(jax.make_array_from_callback(whole, self.read, part))
 
-    def _stations(self) -> tuple[NamedSharding, ...]:
-        """Shardings on the way, each one collective from the last; left alone, the compiler may gather the whole leaf."""
+    def _intermediate(self) -> tuple[NamedSharding, ...]:
+        """Shardings between `read` and `target`, one collective apart. Without them XLA may gather the whole leaf."""
         names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in self.target.spec]
         here = names[self.axis] if self.axis < len(names) else ()
         used = (*here, *(name for entry in names for name in entry if name not in here))
@@ -76,7 +77,7 @@ class Shares:
 
 
 def shares_of(spec: LeafSpec, sharding: Any) -> Shares | None:
-    """How several processes share the reading of a leaf; None where each had better read all of it."""
+    """How several processes split the reading of a leaf; None where each of them should read all of it."""
     spans = jax.process_count() > 1 and isinstance(sharding, NamedSharding) and sharding.mesh.size == jax.device_count()
     if not spans or spec.block_bytes * len(spec.offsets()) < SMALL:
         return None
@@ -86,11 +87,11 @@ def shares_of(spec: LeafSpec, sharding: Any) -> Shares | None:
 
 
 @functools.cache
-def _program(length: int, stations: tuple[NamedSharding, ...], target: NamedSharding) -> Any:
-    """Brings an array over `stations` to the target, and cuts it to `length` rows; one program for all leaves of a shape."""
+def _program(length: int, intermediate: tuple[NamedSharding, ...], target: NamedSharding) -> Any:
+    """Reshards an array through `intermediate` to `target` and cuts it to `length` rows; one program for each leaf shape."""
 
     def move(x: jax.Array) -> jax.Array:
-        for sharding in stations:
+        for sharding in intermediate:
             x = jax.lax.with_sharding_constraint(x, sharding)
         return x[:length]
 

@@ -1,7 +1,6 @@
-"""One stored step: an Orbax checkpoint of numpy arrays whose metadata carry the digest of every leaf.
+"""One stored step: an Orbax checkpoint of numpy arrays, with the digest of every leaf in its metadata.
 
-Arrays are stored as host arrays, so a step knows nothing of devices: it can be read without the run's tree and placed on any
-mesh.
+Arrays are stored as host arrays, so a step can be read without the run's tree and placed on any mesh.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ FORMAT = "lsg-run-1"
 
 
 class DamagedStep(Exception):
-    """A step whose files are missing, cut off or changed. Callers fall back or turn it into a CheckpointError."""
+    """A step whose files are missing, truncated or changed. Callers use an earlier step or raise a CheckpointError."""
 
 
 @dataclass(frozen=True)
 class StoredLeaf:
-    """A leaf as it is stored.
+    """A leaf in the form in which it is stored.
 
     Attributes:
         data: the values; uint32 key data where the leaf is a typed random key.
@@ -109,8 +108,8 @@ def to_stored(state: Any) -> dict[str, StoredLeaf]:
     """Name on disk -> host copy, checked to be storable and finite; a collective when leaves span processes.
 
     Raises:
-        NonFiniteError: a float leaf holds NaN or infinity. CheckpointError: a leaf is no array, empty, or of a dtype that JAX
-            would change on the way back.
+        NonFiniteError: a float leaf holds NaN or infinity.
+        CheckpointError: a leaf is no array, is empty, or has a dtype that JAX would not restore.
     """
     stored = {}
     for name, leaf in stored_leaves(state).items():
@@ -134,10 +133,10 @@ def to_stored(state: Any) -> dict[str, StoredLeaf]:
 
 
 def write_step(folder: Path, step: int, stored: Mapping[str, StoredLeaf], meta: StepMeta) -> None:
-    """Writes `folder/<step>` atomically and reads it back; all processes together. On failure nothing is left of the step.
+    """Writes `folder/<step>` atomically and reads it back; a collective. A failed step is removed.
 
     Raises:
-        CheckpointError: `meta` is no JSON, the write failed (disk full), or what was written does not read back.
+        CheckpointError: `meta` is no JSON, the write failed (disk full), or the step does not read back.
     """
     try:
         leaves = {name: vars(leaf.entry()) for name, leaf in stored.items()}
@@ -154,7 +153,7 @@ def write_step(folder: Path, step: int, stored: Mapping[str, StoredLeaf], meta: 
         raise _lost(folder, step, error) from None
 
     def check() -> None:
-        """Before anyone deletes an older step for this one."""
+        """Reads the step back, before an older one is deleted."""
         try:
             sync_folder(folder)
             read_stored(folder, step)
@@ -175,7 +174,8 @@ def read_record(folder: Path, step: int) -> StepRecord:
     """The record of a step, checked against its own digest.
 
     Raises:
-        DamagedStep: missing or changed. CheckpointError: of a format that this version does not know.
+        DamagedStep: missing or changed.
+        CheckpointError: of a format that this version does not know.
     """
     try:
         custom = read_json(folder / str(step) / "_CHECKPOINT_METADATA")["custom_metadata"]
@@ -201,7 +201,8 @@ def read_stored(folder: Path, step: int) -> tuple[StepRecord, dict[str, StoredLe
     """The record and the leaves of a step, every leaf compared with its digest.
 
     Raises:
-        DamagedStep: anything is missing or changed. CheckpointError: unknown format.
+        DamagedStep: anything is missing or changed.
+        CheckpointError: unknown format.
     """
     record = read_record(folder, step)
     try:
@@ -220,7 +221,7 @@ def read_stored(folder: Path, step: int) -> tuple[StepRecord, dict[str, StoredLe
 
 
 def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """The arrays of a step through TensorStore: Orbax counts its calls, and one process alone would leave the others behind."""
+    """The arrays of a step, through TensorStore: calls to Orbax are matched between processes, and only one reads."""
     import tensorstore
 
     database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/state/"}}
@@ -257,7 +258,7 @@ def place(stored: StoredLeaf, abstract: Any) -> jax.Array:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed saves and deletions left: everything that is not a step. Only for the owner of the lock."""
+    """Removes what interrupted saves and deletions left: all that is not a step. Only under the lock."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if not is_step(path.name):
             shutil.rmtree(path, ignore_errors=True)

@@ -19,7 +19,7 @@ def _key_name(key: Any) -> str:
 
 
 def check_name(name: str) -> None:
-    """Refuses leaf names that two different trees could share on disk, where '.' joins the components.
+    """Refuses leaf names that are ambiguous on disk, where '.' joins the components.
 
     Raises:
         CheckpointError: an empty component, or one with a '.' or a '/'.
@@ -43,7 +43,7 @@ def loaded_name(name: str) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaf name -> leaf, in tree order. Nodes without leaves (an optax `EmptyState`) leave no trace.
+    """Leaf name -> leaf, in tree order. Nodes without leaves (an optax `EmptyState`) are dropped.
 
     Raises:
         CheckpointError: two leaves with one name, or a name that cannot be stored.
@@ -80,7 +80,7 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, tuple[Any, str]], wanted: Mapping[str, tuple[Any, str]], limit: int = 8) -> str:
-    """What differs between two maps of leaf name -> (shape, dtype name), as one line; empty if nothing does."""
+    """The differences between two maps of leaf name -> (shape, dtype name), as one line; empty if there are none."""
     found = [f"{name} is missing" for name in wanted if name not in stored]
     found += [f"{name} is not expected" for name in stored if name not in wanted]
     for name in wanted.keys() & stored.keys():

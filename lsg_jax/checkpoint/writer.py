@@ -1,7 +1,7 @@
 """Writes the backbone block by block, so that a model larger than memory can be converted.
 
-The result is an Orbax v1 checkpoint (zarr3, one folder a leaf, no OCDBT) that `ocp.load` reads. Two things differ from what
-Orbax itself writes: each chunk carries a crc32c, so that a flipped byte is an error, and the chunks follow the blocks.
+The result is an Orbax v1 checkpoint (zarr3, one folder a leaf, no OCDBT) that `ocp.load` reads. It differs from what Orbax
+itself writes in two ways: each chunk has a crc32c, so that a flipped byte is an error, and a chunk is one block.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CRC_BYTES = 4
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """Shape and dtype of one leaf, and how it is cut into blocks along axis 0.
+    """Shape and dtype of one leaf, and how it is split into blocks along axis 0.
 
     Attributes:
         shape: of the whole leaf, [L, ...] when stacked.
@@ -74,15 +74,16 @@ class LeafSpec:
 class BaseWriter:
     """Streams a parameter tree into `folder` (`MODEL.tmp/base`), holding one block at a time.
 
-    A second writer on the folder of an interrupted one goes on where that stopped: blocks whose digest is in the journal
-    (`MODEL.tmp/base.journal`, dropped by `write_manifest`) and whose file is there are skipped. Not safe for two processes.
+    A second writer on the same folder resumes an interrupted one: it skips blocks whose file is there and whose digest is in
+    the journal (`MODEL.tmp/base.journal`, removed by `write_manifest`). Not safe for two processes.
 
     Args:
         folder: where to write. Content of another set of leaves is removed.
-        leaves: '/'-joined leaf name -> LeafSpec, all of them.
+        leaves: '/'-joined leaf name -> LeafSpec, for the whole tree.
 
     Raises:
-        InputError: the folder cannot be written. CheckpointError: a leaf cannot be stored (name, shape or dtype).
+        InputError: the folder cannot be written.
+        CheckpointError: a leaf cannot be stored (name, shape or dtype).
     """
 
     def __init__(self, folder: str | Path, leaves: Mapping[str, LeafSpec]):
@@ -100,7 +101,7 @@ class BaseWriter:
             raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from None
 
     def put(self, name: str, offset: int, block: np.ndarray) -> bool:
-        """Writes rows `offset : offset + len(block)` of a leaf: one or several whole blocks.
+        """Writes rows `offset : offset + len(block)` of a leaf: one or more whole blocks.
 
         Args:
             name: the leaf.
@@ -108,10 +109,11 @@ class BaseWriter:
             block: [n, ...] in the leaf's dtype, n a multiple of `rows` or up to the end; one layer is [1, ...].
 
         Returns:
-            True if anything was written, False if all of it was there already.
+            Whether anything was written; False if all of it was there already.
 
         Raises:
-            ValueError: unknown leaf, wrong shape, dtype or alignment. CheckpointError: the write failed (disk full).
+            ValueError: unknown leaf, wrong shape, dtype or alignment.
+            CheckpointError: the write failed (disk full).
         """
         if name not in self.leaves:
             raise ValueError(f"unknown leaf {name}")
@@ -168,7 +170,7 @@ class BaseWriter:
         elif self.folder.exists():
             shutil.rmtree(self.folder)
         (self.folder / STATE).mkdir(parents=True, exist_ok=True)
-        # Rewritten rather than appended to: a line cut off by a crash would spoil the next one.
+        # Rewritten, not appended to: a line truncated by a crash would spoil the next one.
         kept = [header] + [{"leaf": n, "offset": o, "sha256": d} for (n, o), d in self._digests.items()]
         write_atomic(self._journal, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
@@ -179,7 +181,7 @@ class BaseWriter:
         try:
             store = self._store(name, spec)
             (store[offset : offset + len(block)] if spec.shape else store).write(block).result()
-            # Only now: the journal must never be ahead of the data (TensorStore syncs a file before it reports success).
+            # Last: the journal must never list data that are not on disk (TensorStore syncs a file before it returns).
             with open(self._journal, "a", encoding="utf-8") as journal:
                 journal.write(json.dumps({"leaf": name, "offset": offset, "sha256": digest}) + "\n")
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
@@ -219,7 +221,7 @@ def chunk_problem(folder: Path, name: str, spec: LeafSpec, offset: int) -> str |
 
 
 def open_store(folder: Path, name: str, spec: LeafSpec, *, create: bool = False) -> Any:
-    """The TensorStore of one leaf, made if `create`. A stored array of other metadata is a ValueError."""
+    """The TensorStore of one leaf, created if `create`. Raises ValueError if the stored array has other metadata."""
     import tensorstore
 
     return tensorstore.open(
@@ -236,7 +238,7 @@ def open_store(folder: Path, name: str, spec: LeafSpec, *, create: bool = False)
                 "chunk_key_encoding": {"name": "default"},
                 "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             },
-            # Otherwise a block of zeros has no file and cannot be told from a lost one.
+            # Otherwise a block of zeros has no file and looks like a lost one.
             "store_data_equal_to_fill_value": True,
         },
         create=create,
@@ -296,7 +298,7 @@ def _check_leaf(name: str, spec: LeafSpec) -> None:
 
 
 def _journal_records(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """The readable lines; one cut off by a crash is dropped, and its block written again."""
+    """The readable lines. A line truncated by a crash is dropped, so its block is written again."""
     for line in lines:
         try:
             record = json.loads(line)
