@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: settings, options, and what a queued resource is doing. Sourced, not run.
+# Shared by the scripts of this folder: settings, options, and the state of a queued resource. Sourced, not run.
 set -euo pipefail
 
 SCRIPT=tpu/${0##*/}
 # shellcheck disable=SC2034  # for those that source this
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 DEAD_STATES=" FAILED SUSPENDING SUSPENDED DELETING "
-export CLOUDSDK_CORE_DISABLE_PROMPTS=1 # nobody may be there to answer
+export CLOUDSDK_CORE_DISABLE_PROMPTS=1 # there may be no user to answer
 exec 3>&1 # where --dry-run prints, also from within $(...)
 
 shared_options() {
@@ -17,8 +17,8 @@ Shared options, each also as an environment variable:
   --project PROJECT         default: gcloud's (LSG_TPU_PROJECT)
   --accelerator-type TYPE   v4-*, v5litepod-*, v5p-* or v6e-* (LSG_TPU_ACCELERATOR_TYPE; default: v5litepod-16)
   --runtime-version VERSION default: the one that goes with the type (LSG_TPU_RUNTIME_VERSION)
-  --spot                    cheaper, and may be taken away at any time (LSG_TPU_SPOT=1)
-  --poll-seconds N          between looks at a state (LSG_TPU_POLL_SECONDS; default: 30)
+  --spot                    cheaper, but may be preempted at any time (LSG_TPU_SPOT=1)
+  --poll-seconds N          between checks of a state (LSG_TPU_POLL_SECONDS; default: 30)
   --dry-run                 print the commands instead of running them (LSG_TPU_DRY_RUN=1)
   --help
 TEXT
@@ -35,9 +35,8 @@ say() { printf '%s: %s\n' "$SCRIPT" "$*" >&2; }
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail 1 "needs bash 4.4 or later, this is $BASH_VERSION"
 
-# Reads the options in "$@"; `own_option` (of the script, if it has one) sees each first and returns how many words it took
-# in TAKEN. What follows `--` is left in REST. The settings are exported, so that a script that calls another need not repeat
-# them.
+# Reads the options in "$@". `own_option` of the script, if it has one, gets each option first and returns in TAKEN how many
+# words it used. REST gets the words after `--`. The settings are exported for scripts that this one calls.
 read_options() {
   REST=()
   while (($#)); do

@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<TEXT
-Asks for a TPU slice and waits until it is there. Run it again to go on waiting. A slice that is there is billed until
+Requests a TPU slice and waits until it is active. Run it again to continue waiting. An active slice is billed until
 tpu/delete.sh.
 
   $SCRIPT --zone ZONE [options] [-- FLAG...]

@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<TEXT
-Deletes a slice and its queued resource with all that is on its hosts' disks, and so ends its bill.
+Deletes a slice and its queued resource, with all data on the disks of its hosts. That ends its billing.
 
   $SCRIPT --zone ZONE [options]
 
@@ -20,7 +20,7 @@ own_option() {
 read_options "$@"
 
 state=$(slice_state)
-while [[ $state == SUSPENDING || $state == DELETING ]]; do # it cannot be deleted in between
+while [[ $state == SUSPENDING || $state == DELETING ]]; do # it cannot be deleted in these states
   sleep "$LSG_TPU_POLL_SECONDS"
   state=$(slice_state)
 done

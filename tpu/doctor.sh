@@ -4,11 +4,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<TEXT
-Looks at what a slice needs, from the account to the devices that JAX sees, one line each: ok, or FAIL and what to do.
+Checks what a slice needs, from the account to the devices that JAX sees, one line each: ok, or FAIL and what to do.
 
   $SCRIPT --zone ZONE [options]
 
-  --mount SERVER:/EXPORT:DIR  also whether DIR is mounted and writable on every host
+  --mount SERVER:/EXPORT:DIR  also check that DIR is mounted and writable on every host
 
 TEXT
 }
@@ -20,7 +20,7 @@ own_option() {
 read_options "$@"
 
 BAD=0
-report() { # TEXT WHAT_TO_DO COMMAND...: ok where the command prints something and does not fail
+report() { # TEXT REMEDY COMMAND...: ok if the command succeeds and prints something
   local text=$1 remedy=$2 said
   shift 2
   if said=$(call "$@" 2>/dev/null) && [[ -n $said && $said != "(unset)" ]]; then

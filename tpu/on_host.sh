@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the other scripts do on each host of a slice; they call it over ssh. All is kept in the home folder: lsg_jax.tar.gz and
-# lsg_jax (the checkout), lsg_venv (its environment), lsg_runs/ID (log, pid of supervisor and command, exit code).
+# The part of the other scripts that runs on each host of a slice, called over ssh. Files are in the home folder: lsg_jax.tar.gz
+# and lsg_jax (the checkout), lsg_venv (its environment), lsg_runs/ID (log, pids of supervisor and command, exit code).
 set -euo pipefail
 
 CHECKOUT=$HOME/lsg_jax VENV=$HOME/lsg_venv RUNS=$HOME/lsg_runs
@@ -33,7 +33,7 @@ mount_nfs() { # SERVER:/EXPORT DIR
   [[ -w $2 ]] || fail "$2 is mounted but cannot be written: run \`sudo chmod a+rwx $2\` on one host"
 }
 
-running() { # prints the ID of the run whose supervisor lives
+running() { # prints the ID of the run whose supervisor is alive
   local folder
   for folder in "$RUNS"/*/; do
     folder=${folder%/}
@@ -42,18 +42,18 @@ running() { # prints the ID of the run whose supervisor lives
   done
 }
 
-run() { # ID ARGUMENT...: starts lsg unless that was done, shows what it prints, ends with its code
+run() { # ID ARGUMENT...: starts lsg unless it runs already, shows its output, exits with its code
   local id=$1 current folder
   shift
   mkdir -p "$RUNS"
   current=$(running)
-  if [[ -n $current && $current != "$id" ]]; then # a terminal was lost, and the same command given again?
+  if [[ -n $current && $current != "$id" ]]; then # the same command again, after a lost terminal?
     printf '%s\0' "$@" | cmp -s - "$RUNS/$current/arguments" ||
       fail "$current is still running another command: show it with --id $current, stop it with tpu/run.sh --stop"
     id=$current
   fi
   folder=$RUNS/$id
-  if mkdir "$folder" 2>/dev/null; then # gcloud repeats a command whose connection was lost: only the first one starts it
+  if mkdir "$folder" 2>/dev/null; then # gcloud repeats a command after a lost connection: only the first call starts it
     printf '%s\0' "$@" >"$folder/arguments"
     : >"$folder/log"
     setsid bash "${BASH_SOURCE[0]}" supervise "$folder" "$@" </dev/null >>"$folder/log" 2>&1 &
@@ -65,11 +65,11 @@ run() { # ID ARGUMENT...: starts lsg unless that was done, shows what it prints,
   exit "$(<"$folder/exit")"
 }
 
-supervise() { # FOLDER ARGUMENT...: runs lsg apart from any terminal and writes down how it ended
+supervise() { # FOLDER ARGUMENT...: runs lsg without a terminal and records its exit code
   local folder=$1 child code=0
   shift
   cd "$CHECKOUT"
-  trap : TERM HUP INT # when the host goes down all get SIGTERM: lsg saves, and this one waits for its code
+  trap : TERM HUP INT # at shutdown every process gets SIGTERM: lsg saves, and the supervisor waits for its code
   PYTHONUNBUFFERED=1 "$VENV/bin/lsg" "$@" &
   child=$!
   echo "$child" >"$folder/child"

@@ -4,21 +4,21 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<TEXT
-Runs an lsg command on a slice until it is done: creates the slice, runs, and where the slice was taken away (or lsg ended
-with 75: stopped and saved) deletes it, creates it anew and runs again. Start it again any time: it goes on where things are.
+Runs an lsg command on a slice until it is done: creates the slice and runs; if the slice is preempted, or lsg ends with 75
+(stopped and saved), deletes the slice, creates it again and reruns. It may be restarted at any time and continues.
 
   $SCRIPT --zone ZONE --spot [options] -- train configs/llava15_7b.toml --set output=/mnt/lsg/runs/7b ...
 
   -- COMMAND...             as for tpu/run.sh
   --mount SERVER:/EXPORT:DIR  as for tpu/run.sh
-  --output DIR              the run's output on the hosts; after a slice was deleted, the lock that it left there is removed
+  --output DIR              the run's output on the hosts; the lock of a deleted slice is removed there
   --create-flag FLAG        a further flag of \`gcloud compute tpus queued-resources create\`; may be repeated
   --id ID                   names the runs ID-1, ID-2, ...
-  --max-failures N          give up after N failures in a row that each came soon (default: 3)
-  --soon SECONDS            what is soon (default: 600)
+  --max-failures N          give up after N failures in a row, each soon after its start (default: 3)
+  --soon SECONDS            how soon (default: 600)
   --delete-at-end           delete the slice when the command is done or has failed for good
 
-Ends with 0 when done; with 2, 65 or 70 at once, since the same would happen again.
+Ends with 0 when done; with 2, 65 or 70 at once, since another attempt would not help.
 
 TEXT
 }
@@ -51,7 +51,7 @@ end() { # CODE TEXT
 
 LOST_HOST="" ATTEMPT=0 FAILURES=0
 
-attempt() { # one run on a slice that is there; returns its code
+attempt() { # one run on an active slice; returns its code
   local options=(--id "$ID-$((++ATTEMPT))")
   if [[ -n $MOUNT ]]; then options+=(--mount "$MOUNT"); fi
   if [[ -n $OUTPUT && -n $LOST_HOST ]]; then options+=(--unlock "$OUTPUT=$LOST_HOST"); fi
@@ -62,7 +62,7 @@ attempt() { # one run on a slice that is there; returns its code
   "$HERE/run.sh" "${options[@]}" -- "${REST[@]}"
 }
 
-replace() { # deletes what is left of the slice
+replace() { # deletes the rest of the slice
   "$HERE/delete.sh" --yes || fail 1 "$STAYS"
   LOST_HOST=${HOST:-}
 }
@@ -74,7 +74,7 @@ count_failure() { # CODE TEXT
   sleep "$LSG_TPU_POLL_SECONDS"
 }
 
-is_lost() { # the slice was taken away; its queued resource may take a while to say so
+is_lost() { # the slice was preempted; the state of its queued resource may lag
   is_dead "$STATE" || [[ $STATE == NONE ]] ||
     [[ $(gcloud compute tpus tpu-vm describe "$LSG_TPU_NAME" "${WHERE[@]}" '--format=value(state)') == @(PREEMPTED|TERMINATED) ]]
 }

@@ -4,17 +4,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<TEXT
-Installs this checkout (what is committed of it) on every host of a slice, runs an lsg command there on all of them at once,
-shows its output and ends with its exit code. The command goes on when this terminal is lost.
+Installs this checkout (its last commit) on every host of a slice, runs an lsg command on all of them at once, shows its
+output and ends with its exit code. The command keeps running if this terminal is lost.
 
   $SCRIPT --zone ZONE [options] -- train configs/llava15_7b.toml --set output=/mnt/lsg/runs/7b ...
 
   -- COMMAND...             the command, without \`lsg\`; --multihost is added. Its folder is the checkout on the host.
   --mount SERVER:/EXPORT:DIR  first mount this NFS export (Filestore) on every host. All hosts must see the same models,
-                            records and output there: a bucket does not do, gcsfuse has no locks across hosts
+                            records and output there; not a bucket, since gcsfuse has no locks across hosts
   --unlock DIR=HOST         first remove the lock that a run on HOST, of a slice now deleted, left in the output DIR
-  --id ID                   names the run; that of an earlier run shows it again instead of starting one
-  --stop                    ask what runs on the hosts to save and end (SIGTERM); it ends with 75
+  --id ID                   names the run; the ID of an earlier run shows that run and starts none
+  --stop                    ask the run on the hosts to save and end (SIGTERM); it ends with 75
 
 Exit codes are those of lsg: 0 done, 2 usage, 65 bad input, 70 non-finite, 75 stopped and saved, 1 or other: failed.
 
@@ -55,8 +55,8 @@ install() {
   on_hosts all "tar -xzf lsg_jax.tar.gz && bash lsg_jax/tpu/on_host.sh $(quoted install ${MOUNT:+"$MOUNT"})"
 }
 
-# Hosts may end differently. gcloud returns the code of the first that failed; what tells most is what one of them knows for sure:
-# bad usage or input or non-finite values; then that the run was saved.
+# Hosts may exit with different codes, and gcloud returns that of the first that failed. The most informative one is bad usage, bad
+# input or non-finite values; then that the run was saved.
 worst_code() { # CODE FILE
   local codes wanted
   codes=" $(grep -oE '^on_host: .* ended with [0-9]+ on' "$2" | grep -oE '[0-9]+ on$' | grep -oE '[0-9]+' | tr '\n' ' ')" || true
