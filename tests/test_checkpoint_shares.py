@@ -1,9 +1,6 @@
 """The backbone read by several processes: each reads its share, and everything comes to its place."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -131,27 +128,3 @@ def test_small_leaves_are_read_by_all(monkeypatch, size, shared):
     spec = LeafSpec((1, size // 4), "float32")
     assert (shares.shares_of(spec, sharding) is not None) == shared
     assert shares.shares_of(spec, None) is None
-
-
-def test_no_device_holds_more_than_a_few_shares():
-    """Sixteen devices of four processes: the compiler must not gather a whole leaf, as it does without the stations."""
-    code = """
-import jax, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from lsg_jax.checkpoint.shares import shares_of
-from lsg_jax.checkpoint.writer import LeafSpec
-from lsg_jax.config import MeshConfig
-from lsg_jax.sharding import make_mesh
-
-jax.process_count = lambda: 4
-shape = (32, 64, 512)
-for sizes, spec in (((2, 4, 2), P(None, "fsdp", "tensor")), ((2, 1, 8), P(None, None, "tensor"))):
-    shares = shares_of(LeafSpec(shape, "float32", stacked=True), NamedSharding(make_mesh(MeshConfig(*sizes)), spec))
-    struct = jax.ShapeDtypeStruct(shape, np.float32, sharding=shares.read)
-    memory = shares.program.lower(struct).compile().memory_analysis()
-    share = 4 * np.prod(shape) / 16
-    assert memory.argument_size_in_bytes == share and memory.output_size_in_bytes == 2 * share, memory
-    assert memory.temp_size_in_bytes <= 8 * share, memory
-"""
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=16"}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  (np.dtype("bfloat16") needs it)
 import numpy as np
+from jax.sharding import Sharding
 
 from lsg_jax.checkpoint.manifest import Manifest, read_manifest
 from lsg_jax.checkpoint.problem import Problem, first_line
@@ -132,7 +133,7 @@ def leaf_specs(manifest: Manifest) -> dict[str, LeafSpec]:
 
 
 def _load_leaf(
-    folder: Path, name: str, spec: LeafSpec, digests: Sequence[str] | None, sharding: Any, pool: ThreadPoolExecutor
+    folder: Path, name: str, spec: LeafSpec, digests: Sequence[str] | None, sharding: Sharding | None, pool: ThreadPoolExecutor
 ) -> jax.Array:
     """One leaf on its devices. A process reads each block at most once and checks its digest before the transfer.
 
@@ -209,7 +210,7 @@ def _damage(folder: Path, what: str) -> CheckpointError:
     )
 
 
-def _signature(specs: dict[str, LeafSpec]) -> dict[str, tuple[Any, str]]:
+def _signature(specs: dict[str, LeafSpec]) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
 
 
@@ -221,5 +222,5 @@ def _wanted_dtype(leaf: Any, spec: LeafSpec | None, target: np.dtype | None) -> 
     return dtype.name
 
 
-def _is_float(dtype: Any) -> bool:
+def _is_float(dtype: np.dtype) -> bool:
     return jax.dtypes.issubdtype(dtype, np.floating)

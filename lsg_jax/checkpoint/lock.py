@@ -9,13 +9,25 @@ import logging
 import os
 import socket
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from lsg_jax.errors import BusyError, InputError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The text of a lock file. A field is None where somebody else wrote the file."""
+
+    pid: int | None
+    host: str | None
+    started: str | None
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host} since {self.started}"
 
 
 class FolderLock:
@@ -55,8 +67,7 @@ class FolderLock:
         descriptor = self._open_locked()
         try:
             self._check_previous(_read_owner(descriptor))
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
-            _write_owner(descriptor, json.dumps(owner).encode())
+            _write_owner(descriptor, Owner(os.getpid(), socket.gethostname(), _now()))
         except OSError as error:
             os.close(descriptor)
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
@@ -99,48 +110,39 @@ class FolderLock:
                 pass
             os.close(descriptor)
 
-    def _check_previous(self, owner: dict[str, Any] | None) -> None:
+    def _check_previous(self, owner: Owner | None) -> None:
         if owner is None:
             return
-        if owner.get("host") != socket.gethostname() and not self._take_over:
+        if owner.host != socket.gethostname() and not self._take_over:
             raise BusyError(
-                f"{self.folder}: locked by pid {owner.get('pid')} on another machine ({owner.get('host')}) since "
-                f"{owner.get('started')}; if that machine is gone, delete {self.path}"
+                f"{self.folder}: locked by pid {owner.pid} on another machine ({owner.host}) since "
+                f"{owner.started}; if that machine is gone, delete {self.path}"
             )
-        logger.warning(
-            "%s: taking over the lock of pid %s on %s (since %s), which ended without releasing it",
-            self.folder,
-            owner.get("pid"),
-            owner.get("host"),
-            owner.get("started"),
-        )
+        logger.warning("%s: taking over the lock of %s, which ended without releasing it", self.folder, owner)
 
-    def _busy(self, owner: dict[str, Any] | None) -> BusyError:
-        name = "another process"
-        if owner is not None:
-            name = f"pid {owner.get('pid')} on {owner.get('host')} since {owner.get('started')}"
-        return BusyError(f"{self.folder}: in use by {name}; wait or choose another output")
+    def _busy(self, owner: Owner | None) -> BusyError:
+        return BusyError(f"{self.folder}: in use by {owner or 'another process'}; wait or choose another output")
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _read_owner(descriptor: int) -> dict[str, Any] | None:
+def _read_owner(descriptor: int) -> Owner | None:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
         return None
-    return owner if isinstance(owner, dict) else None
+    return Owner(owner.get("pid"), owner.get("host"), owner.get("started")) if isinstance(owner, dict) else None
 
 
-def _write_owner(descriptor: int, data: bytes) -> None:
+def _write_owner(descriptor: int, owner: Owner) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, data, 0)
+    os.pwrite(descriptor, json.dumps(vars(owner)).encode(), 0)
     os.fsync(descriptor)
 
 
-def _wait_for_owner(descriptor: int) -> dict[str, Any] | None:
+def _wait_for_owner(descriptor: int) -> Owner | None:
     """The owner; waits up to 0.2 s for one that has locked the file and not yet written its name."""
     for _ in range(10):
         if (owner := _read_owner(descriptor)) is not None:

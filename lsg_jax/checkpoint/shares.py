@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lsg_jax.checkpoint.writer import LeafSpec
 
@@ -58,7 +58,7 @@ class Shares:
         """Assembles the leaf in its target sharding from the share [rows, ...] of each process; a collective."""
         start = jax.process_index() * self.rows
 
-        def part(index: Any) -> np.ndarray:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
             return share[(slice(index[0].start - start, index[0].stop - start), *index[1:])]
 
         whole = (self.rows * jax.process_count(), *self.spec.shape[1:])
@@ -72,11 +72,11 @@ class Shares:
         unused = tuple(name for name in self.target.mesh.axis_names if name not in used)
         return tuple(NamedSharding(self.target.mesh, self._at_axis(split)) for split in ((*used, *unused), used))
 
-    def _at_axis(self, split: Any, first: Any = None) -> PartitionSpec:
+    def _at_axis(self, split: tuple[str, ...] | str, first: str | None = None) -> PartitionSpec:
         return PartitionSpec(first, *[None] * (self.axis - 1), split)
 
 
-def shares_of(spec: LeafSpec, sharding: Any) -> Shares | None:
+def shares_of(spec: LeafSpec, sharding: Sharding | None) -> Shares | None:
     """How several processes split the reading of a leaf; None where each of them should read all of it."""
     spans = jax.process_count() > 1 and isinstance(sharding, NamedSharding) and sharding.mesh.size == jax.device_count()
     if not spans or spec.block_bytes * len(spec.offsets()) < SMALL:
