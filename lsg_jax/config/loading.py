@@ -10,11 +10,11 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from lsg_jax.config.ranges import Table, range_of, without_none
+from lsg_jax.config.ranges import field_types, range_of, without_none
 from lsg_jax.config.run import RunConfig
 from lsg_jax.errors import ConfigError
 
-T = TypeVar("T", bound=Table)
+T = TypeVar("T")
 
 
 def load_run_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -63,7 +63,7 @@ def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:
 
 
 def from_dict(cls: type[T], tree: Any, *, where: str) -> T:
-    """Builds a table of the configuration from plain data, strictly.
+    """Builds a dataclass, such as a table of the configuration, from plain data, strictly.
 
     Args:
         where: the source, which starts every error.
@@ -82,7 +82,7 @@ def _build(cls: type[T], tree: Any, table: str) -> T:
     start = f"{table}: " if table else ""
     if not isinstance(tree, dict):
         raise ConfigError(f"{start}expected a table, got {tree!r}")
-    types = cls.field_types()
+    types = field_types(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:
         if name not in fields:
@@ -120,7 +120,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{name}: expected a table, got {value!r}")
         return {key: _coerce(args[1], entry, f"{name}.{key}") for key, entry in value.items()}
-    if issubclass(inner, Table):
+    if dataclasses.is_dataclass(inner):
         return _build(inner, value, name)
     if not isinstance(value, inner):
         raise ConfigError(f"{name}: expected {inner.__name__}, got {value!r}")

@@ -64,15 +64,15 @@ class Table:
 
     def __post_init__(self) -> None:
         prefix = f"{self.table}." if self.table else ""
-        for name, hint in self.field_types().items():
+        for name, hint in field_types(type(self)).items():
             _check(hint, getattr(self, name), prefix + name)
 
-    @classmethod
-    @functools.cache
-    def field_types(cls) -> dict[str, Any]:
-        """The type of each field, `Annotated` kept."""
-        hints = typing.get_type_hints(cls, include_extras=True)
-        return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a subclass is one
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, `Annotated` kept."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def without_none(hint: Any) -> Any:
