@@ -187,7 +187,7 @@ def by_pipeline(made: Any, records: Path, count: int, threads: int) -> Callable[
 
     def run() -> int:
         data.set_state(start)
-        return sum(next(data).pixels.shape[0] for _ in range(count // BATCH))
+        return sum(len(next(data).images.patches) for _ in range(count // BATCH))
 
     return run
 
@@ -223,13 +223,14 @@ def start_up(model: Path, work: Path, count: int) -> dict[str, float]:
 
 def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, float]:
     """Trains the tiny model and sums the time that its steps waited for data; the first step, which compiles, apart."""
-    from lsg_jax.config import DataConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
+    from lsg_jax.config import DataConfig, GateConfig, SinkConfig, TrainConfig
+    from lsg_jax.run_config import RunConfig
     from lsg_jax.train.loop import METRICS, train
 
     config = RunConfig(
         model=str(model),
         output=str(work / "run"),
-        gate=GateConfig(layers=(1,)),
+        tables={"gate": GateConfig(layers=(1,))},
         sinks=SinkConfig(criterion="norm", vit_tau=10.0),
         data=DataConfig(records=str(records), max_length=384, max_answer_tokens=ANSWER),
         train=TrainConfig(batch_size=BATCH, epochs=steps, max_steps=steps, save_every=steps),

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from converters.hf_config import model_config
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import PromptPass, resume_cells
-from lsg_jax.config import FixedConfig, GateConfig, MeshConfig, ModelConfig, RunConfig, SinkConfig, load_run_config
+from lsg_jax.config import GateConfig, MeshConfig, ModelConfig, SinkConfig
+from lsg_jax.methods.fixed import Fixed, FixedConfig
+from lsg_jax.methods.method_model import abstract_model, assemble
 from lsg_jax.model.generate import last_token
-from lsg_jax.model.llava import Llava, abstract_model, assemble
 from lsg_jax.plan.chips import GIB, open_topology
 from lsg_jax.plan.hlo import analyse
 from lsg_jax.plan.programs import (
@@ -41,7 +42,8 @@ from lsg_jax.plan.programs import (
     train_program,
 )
 from lsg_jax.plan.traced import traced_flops
-from lsg_jax.sharding import make_mesh
+from lsg_jax.run_config import RunConfig, load_run_config
+from lsg_jax.sharding import abstract_batch, make_mesh
 from lsg_jax.train.remat import device_bytes, fastest_that_fits
 from lsg_jax.types import Batch, KVCache
 
@@ -84,7 +86,7 @@ Found = dict[str, tuple[float, float | None]]
 
 def settings(*, layers: tuple[int, ...] = ALL, remat: str = "full", rows: int = 64) -> RunConfig:
     config = load_run_config(CONFIG, [f"train.batch_size={rows}", f'train.remat="{remat}"'])
-    return dataclasses.replace(config, gate=GateConfig(layers=layers))
+    return config.with_settings(GateConfig(layers=layers))
 
 
 def model(name: str = "llava15_7b") -> ModelConfig:
@@ -201,31 +203,26 @@ def sweep_flops(config: ModelConfig) -> tuple[float, float]:
     """FLOPs of the prompt passes of a sweep over all layers for one question: as `lsg sweep` runs them, and each cell apart."""
     length, coefficients = 1024, coefficient_grid(2, 0.1)
     layers = range(config.text.num_layers)
-    batch = Batch(
-        input_ids=jax.ShapeDtypeStruct((1, length), jnp.int32),
-        attention_mask=jax.ShapeDtypeStruct((1, length), bool),
-        pixels=jax.ShapeDtypeStruct((1, config.image.size, config.image.size, 3), jnp.uint8),
-        gate_position=jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
+    batch = abstract_batch(config, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), 1, length)
     graphdef, params = abstract_model(config, dtype=jnp.bfloat16)
 
     def prompts(params: dict, batch: Batch) -> tuple[jax.Array, PromptPass]:
-        model: Llava = assemble(graphdef, params)
-        merged = model.merge(batch)
-        assert merged.visual is not None
-        rows = last_token(merged.valid)[:, None]
-        out = model(batch, merged=merged, rows=rows, keep_kv=True, observe=lambda view: view.hidden)
-        shared = PromptPass(batch, merged.visual, out.observed, KVCache(out.key, out.value, merged.valid))
+        model = assemble(graphdef, params)
+        sequence = model.sequence(batch)
+        assert sequence.visual is not None
+        rows = last_token(sequence.valid)[:, None]
+        out = model(batch, sequence=sequence, rows=rows, keep_kv=True, observe=lambda view: view.hidden)
+        shared = PromptPass(batch, sequence.visual, out.observed, KVCache(out.key, out.value, sequence.valid))
         return model.language_model.logits(out.hidden), shared
 
     def cells(params: dict, shared: PromptPass, layer: int) -> jax.Array:
-        model: Llava = assemble(graphdef, params)
+        model = assemble(graphdef, params)
         values = jnp.array(coefficients, jnp.float32)
         return model.language_model.logits(resume_cells(model, shared, layer, values, "v_sink_rest", room=0)[0])
 
     def alone(params: dict, batch: Batch, layer: int) -> jax.Array:
-        fixed, _ = abstract_model(config, method=FixedConfig((layer,), coefficients[0]), dtype=jnp.bfloat16)
-        model: Llava = assemble(fixed, params)
+        fixed, _ = abstract_model(config, Fixed(FixedConfig((layer,), coefficients[0])), dtype=jnp.bfloat16)
+        model = assemble(fixed, params)
         rows = last_token(batch.attention_mask)[:, None]
         return model.language_model.logits(model(batch, rows=rows, keep_kv=True).hidden)
 

@@ -25,6 +25,7 @@ import numpy as np
 
 IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
 PATCHES, TEXT, ANSWER, BATCH = 196, 128, 32, 8
+PATCH_SIZE = 16
 LAYER, NEW_TOKENS = 4, 64
 
 
@@ -63,7 +64,12 @@ def hugging_face_model() -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224, patch_size=16
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=224,
+        patch_size=PATCH_SIZE,
     )
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -158,10 +164,11 @@ def our_model(model: Any, gates: Any) -> tuple[Any, Any, dict[str, Any]]:
 
     from converters.convert import tree_from_tensors
     from converters.hf_config import model_config
-    from lsg_jax.model.llava import abstract_model
+    from lsg_jax.methods.gates import Gates
+    from lsg_jax.methods.method_model import abstract_model
 
     config = dataclasses.replace(model_config(model.config.to_diff_dict()), sinks=gates.sinks)
-    graphdef, _ = abstract_model(config, gates.gate)
+    graphdef, _ = abstract_model(config, Gates(gates.gate))
     frozen = tree_from_tensors(config, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
     return graphdef, jax.device_put(frozen), jax.device_put(gates.parameters)
 
@@ -170,16 +177,22 @@ def our_batch(inputs: dict[str, np.ndarray], *, answers: bool) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from lsg_jax.data.images import to_patches
     from lsg_jax.model.loss import answer_slots
-    from lsg_jax.types import Batch
+    from lsg_jax.types import Batch, VisualInput
 
     ids = inputs["ids"] if answers else inputs["ids"][:, :-ANSWER]
     index, target = answer_slots(inputs["labels"])
+    is_image = ids == IMAGE_TOKEN
+    source = np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1)[..., None]
     return jax.device_put(
         Batch(
             input_ids=ids.astype(np.int32),
             attention_mask=np.ones(ids.shape, bool),
-            pixels=inputs["pixels"].transpose(0, 2, 3, 1).copy(),
+            images=VisualInput(
+                np.stack([to_patches(image.transpose(1, 2, 0), PATCH_SIZE)[None] for image in inputs["pixels"]])
+            ),
+            source=source.astype(np.int32),
             gate_position=jnp.full((BATCH,), inputs["ids"].shape[1] - ANSWER - 1, jnp.int32),
             answer_index=index if answers else None,
             answer_target=target if answers else None,
@@ -217,8 +230,8 @@ def generate_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dic
     import torch
 
     from converters.torch_gate import attach
+    from lsg_jax.methods.method_model import assemble
     from lsg_jax.model.generate import generate
-    from lsg_jax.model.llava import assemble
 
     ids, pixels = torch.tensor(inputs["ids"][:, :-ANSWER]), torch.tensor(inputs["pixels"])
     asked = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}

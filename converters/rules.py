@@ -22,7 +22,7 @@ from converters.ops import Op, Rule, Shape
 from lsg_jax.checkpoint.tree import flatten
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import InputError
-from lsg_jax.model.llava import Llava
+from lsg_jax.model.multimodal import VisionLanguageModel
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -82,7 +82,7 @@ class Plan:
 
 def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Leaf name -> shape of the whole model, without making any array."""
-    model = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    model = nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     return {name: tuple(leaf.shape) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
 
 

@@ -12,19 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.checkpoint import LeafEntry, load_base, read_manifest, read_run, read_step
-from lsg_jax.config import (
-    DiySinkConfig,
-    GateConfig,
-    LoraConfig,
-    MeshConfig,
-    MethodConfig,
-    RunConfig,
-    SinkConfig,
-    from_dict,
-)
+from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, from_dict
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
-from lsg_jax.model.llava import abstract_model, join_trained
+from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method_model import abstract_model, join_trained
+from lsg_jax.methods.registry import METHODS
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import answering_mesh, replicated, shard_params, state_shardings
 from lsg_jax.vlm import VLM
 
@@ -89,14 +83,13 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
     gates = source if isinstance(source, PortableGates) else open_gates(source, backbone=vlm.digest)
     check_together(gates)
     check_width(gates, vlm.config.text.hidden_size, vlm.config.text.num_layers)
-    config = dataclasses.replace(vlm.config, sinks=sinks or gates.sinks)
     parameters = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), gates.parameters)
     parameters = jax.device_put(parameters, None if vlm.mesh is None else replicated(vlm.mesh))
-    return VLM(config, vlm.frozen, gate=gates.gate, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
+    return vlm.with_method(Gates(gates.gate), parameters, sinks=sinks or gates.sinks)
 
 
 def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: SinkConfig | None = None) -> VLM:
-    """The model with what a run has trained: gates, LoRA, DIYSink, or parts of the model, which come at its own dtype.
+    """The model with what a run has trained: gates, another method's parameters, or parts of the model itself.
 
     Args:
         source: the run folder; of gates all that `with_gates` takes.
@@ -111,22 +104,19 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
         raise InputError(f"{source}: what was trained there is {held}, not {method}")
     if run is None or held == "lsg":
         return with_gates(vlm, source, sinks=sinks)
-    sinks = sinks or run.sinks
-    config = dataclasses.replace(vlm.config, sinks=sinks)
-    parameters = read_step(source)[1]["trained"]
-    if held == "full":
-        parameters = jax.tree.map(
-            lambda new, old: new.astype(old.dtype), parameters, {part: vlm.frozen[part] for part in parameters}
-        )
-    parameters = jax.device_put(
-        parameters, None if vlm.mesh is None else state_shardings({"gates": parameters}, vlm.mesh)["gates"]
-    )
-    if held == "full":
-        return VLM(config, join_trained(vlm.frozen, parameters), folder=vlm.folder, mesh=vlm.mesh)
-    settings: MethodConfig = from_dict(
-        {"lora": LoraConfig, "diysink": DiySinkConfig}[held], run.table(held), where=f"{source}/run.json: {held}"
-    )
-    return VLM(config, vlm.frozen, method=settings, gates=parameters, folder=vlm.folder, digest=vlm.digest, mesh=vlm.mesh)
+    kind, sinks = METHODS[held], sinks or run.sinks
+    table = kind.Settings.table
+    opened = kind(from_dict(kind.Settings, run.table(table), where=f"{source}/run.json: {table}"))
+    trained = read_step(source)[1]["trained"]
+    if opened.parts:  # in the dtype of the weights that they replace
+        replaced = {part: vlm.frozen[part] for part in opened.parts}
+        trained = jax.tree.map(lambda new, old: new.astype(old.dtype), trained, replaced)
+    placed = None if vlm.mesh is None else state_shardings({"trained": trained}, vlm.mesh)["trained"]
+    trained = jax.device_put(trained, placed)
+    if opened.parts:
+        config = dataclasses.replace(vlm.config, sinks=sinks)
+        return VLM(config, join_trained(vlm.frozen, trained), folder=vlm.folder, mesh=vlm.mesh)
+    return vlm.with_method(opened, trained, sinks=sinks)
 
 
 def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGates:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lsg_jax.analysis.sinks import find_sinks
 from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
-from lsg_jax.config import DataConfig, EvalConfig, GateConfig, RunConfig, TrainConfig
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, TrainConfig
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.eval.runner import evaluate
@@ -23,6 +23,7 @@ from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.finished import read_sections
 from lsg_jax.report.page import write_report
 from lsg_jax.report.sink_files import write_sinks
+from lsg_jax.run_config import RunConfig
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import VLM
 
@@ -73,7 +74,7 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: Progr
     config = RunConfig(
         model=str(model),
         output=str(run),
-        gate=GateConfig(layers=(LAYER,), key_scale=2.0),
+        tables={"gate": GateConfig(layers=(LAYER,), key_scale=2.0)},
         data=DataConfig(records=str(records), max_length=160, max_answer_tokens=4),
         train=TrainConfig(batch_size=32, epochs=2, learning_rate=1e-3, save_every=16),
     )

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsg_jax.config import MeshConfig, ModelConfig, Part, TextConfig
 from lsg_jax.errors import ConfigError
-from lsg_jax.types import Batch
+from lsg_jax.types import Batch, VisualInput
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that shard the rows of a batch
@@ -30,7 +30,7 @@ Axes = str | tuple[str, ...] | None
 # (path, spec without the leading layer axis of stacked parameters); every parameter matches exactly one
 _VISION = r"vision_tower/layers/"
 _DECODER = r"language_model/layers/"
-_PROJECTORS = r"(?:gates/sink_|gates/other_|)projector/"
+_PROJECTORS = r"(?:trained/\w+_|)projector/"
 RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (_DECODER + r"attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
     (_DECODER + r"attention/[qkv]_proj/bias", ("tensor", None)),
@@ -61,7 +61,7 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (r"language_model/embed_tokens", ("tensor", "fsdp")),
     (r"language_model/norm/scale", (None,)),
     (r"language_model/lm_head/kernel", ("fsdp", "tensor")),
-    (r"gates/(?:weights/)?\w+", ()),
+    (r"trained/(?!\w+_projector/).+", ()),
 )
 
 
@@ -154,13 +154,14 @@ def abstract_batch(model: ModelConfig, mesh: Mesh, rows: int, length: int, *, an
     Args:
         answers: answer slots; None for questions.
     """
-    side, sharding = model.image.size, batch_sharding(mesh)
+    vision, sharding = model.vision, batch_sharding(mesh)
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
     batch = Batch(
         input_ids=of(np.int32, length),
         attention_mask=of(np.bool_, length),
-        pixels=of(np.uint8, side, side, model.vision.num_channels),
         gate_position=of(np.int32),
+        images=VisualInput(of(np.uint8, 1, vision.num_patches, vision.patch_size**2 * vision.num_channels)),
+        source=of(np.int32, length, 1),
     )
     if answers is None:
         return batch
@@ -176,7 +177,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        roots = [i for i, name in enumerate(names) if name in ("gates", *typing.get_args(Part))]
+        roots = [i for i, name in enumerate(names) if name in ("trained", *typing.get_args(Part))]
         parameter = "/".join(names[roots[-1] :]) if roots else ""
         return NamedSharding(mesh, param_spec(parameter, leaf.shape, mesh) if "/" in parameter else PartitionSpec())
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import flax.struct
+import jax
 
 Array: TypeAlias = Any
 """jax.Array on devices, numpy.ndarray on the host."""
@@ -23,29 +24,67 @@ IGNORE = -100
 
 
 @flax.struct.dataclass
-class Batch:
-    """Examples of one fixed shape. Rows may be padded on either side and hold at most one image.
+class VisualInput:
+    """The images of a batch, cut into patches on the host.
 
     Attributes:
-        input_ids: int32 [B, T], one image token per patch, as Hugging Face processors write them.
+        patches: [B, S, P, h w C], S images or tiles a row of P patches each, row by row; within a patch pixel rows, columns,
+            channels. uint8 as decoded, or float32 normalised by the processor's mean and std. Zeros for a row without an image.
+            One flat last axis, since a TPU pads short ones.
+    """
+
+    patches: Array
+
+
+@flax.struct.dataclass
+class Batch:
+    """Examples of one fixed shape. Rows may be padded on either side.
+
+    Attributes:
+        input_ids: int32 [B, T], one image token per visual token, as Hugging Face processors write them.
         attention_mask: bool [B, T], False on padding.
-        pixels: [B, H, W, C], uint8 as decoded, or float32 normalised by the processor's mean and std; None for text only.
-            A row without image tokens ignores its pixels.
         gate_position: int32 [B], index of the last prompt token, where the gates read.
+        images: None for text only.
+        source: int32 [B, T, K], the connector's outputs behind each position, counted over the row's images (VisualLayout);
+            negative for text. None without `images`.
+        weight: float32 [B, T, K], their weights; None for weights of 1.
         answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
         answer_target: int32 [B, A], token to predict; -100 where unused.
         row_id: int32 [B], position of the record in its data set, for error messages; -1 where unknown.
-        route: int32 [B], which patches take part under DIYSink (baselines.diysink); None for all.
+        route: int32 [B], what a method read of the model's reply to its own question (Method.first_question); None without.
     """
 
     input_ids: Array
     attention_mask: Array
-    pixels: Array
     gate_position: Array
+    images: VisualInput | None = None
+    source: Array = None
+    weight: Array = None
     answer_index: Array = None
     answer_target: Array = None
     row_id: Array = None
     route: Array = None
+
+    def without_images(self) -> Batch:
+        """The batch for programs that run on a cache, or for text only."""
+        return self.replace(images=None, source=None, weight=None)  # type: ignore[attr-defined]
+
+
+@flax.struct.dataclass
+class Sequence:
+    """What the decoder runs on: embeddings of text and visual tokens, and what says who attends to whom.
+
+    Attributes:
+        x: [B, T, D]; None where only the tokens are asked about.
+        valid: bool [B, T], tokens that take part.
+        positions: int32 [B, T], rotary positions; None where x is.
+        visual: the visual tokens; None for a batch without images.
+    """
+
+    x: Array
+    valid: Array
+    positions: Array = None
+    visual: VisualTokens | None = None
 
 
 @flax.struct.dataclass
@@ -71,11 +110,12 @@ class LayerChange:
 
     Attributes:
         key_scale: float32 [B, T], the factor of each key, before the softmax.
-        ratios: float32 [B, G], the gate ratios behind `key_scale`, for those who look on.
+        ratios: float32 [B, G], the gate ratios that `key_scale` came from, for observers.
         edit: attention weights float32 [B, N, A, S] on the first S keys, and `queries`, the positions of their queries int32
             [B, A] or None for all -> weights.
-        sinks: bool [B, T], tokens that `edit` takes for sinks, which a cache has to remember for later queries.
-        low_rank: projection name (`q_proj`, `k_proj`, `v_proj`, `o_proj`) -> a map whose output is added to the projection's.
+        sinks: bool [B, T], tokens that `edit` counts as sinks; the cache keeps them for later queries.
+        low_rank: projection name (`q_proj`, `k_proj`, `v_proj`, `o_proj`) -> function whose output is
+            added to the projection's.
     """
 
     key_scale: Array = None
@@ -99,13 +139,19 @@ class Intervention(Protocol):
     def first_layer(self) -> int: ...
 
     def per_layer(self, start: int, stop: int) -> Any:
-        """What a scan over the layers from `start` to `stop` walks along: a pytree of arrays with a leading layer axis.
+        """Scan inputs of the layers from `start` to `stop`: a pytree of arrays with a leading layer axis.
 
-        What is trained reaches the layers through it alone.
+        What is trained reaches the layers only through it.
         """
 
-    def layer(self, walked: Any, hidden: Array) -> LayerChange:
-        """The change of the layer that `hidden` [B, T, D] enters; `walked` is its part of `per_layer`."""
+    def layer(self, inputs: Any, hidden: Array) -> LayerChange:
+        """The change of the layer that `hidden` [B, T, D] enters; `inputs` is its slice of `per_layer`."""
+
+    def while_decoding(self, cache: KVCache, slot: jax.Array) -> Intervention | None:
+        """What is done to the next token of each row, which goes into `slot` int32 [] of the cache; None for nothing.
+
+        Keys of the prompt that it scaled are in the cache already.
+        """
 
 
 @flax.struct.dataclass
@@ -125,15 +171,17 @@ class LayerView:
 
 @flax.struct.dataclass
 class VisualTokens:
-    """Which positions of the merged sequence are image patches, and which of those the ViT made sinks.
+    """Which positions of a sequence are visual tokens, and which of those the ViT made sinks.
 
     Attributes:
         mask: bool [B, T].
         v_sink: bool [B, T], a subset of `mask`.
+        box: float32 [B, T, 4], x0, y0, x1, y1 of each token in units of the original image's sides; None on devices.
     """
 
     mask: Array
     v_sink: Array
+    box: Array = None
 
 
 @flax.struct.dataclass
@@ -156,13 +204,13 @@ class TrainState:
     """All that a training run changes. Of n independent gates, `opt_state` and `skipped` have a leading axis of n.
 
     Attributes:
-        gates: what is trained, the gate parameters or those of a baseline, float32, a nested dict.
-        opt_state: the optax state; holds slots for gate leaves only.
+        trained: parameters of the gates or of another trained method, float32, a nested dict.
+        opt_state: the optax state; holds slots for trained leaves only.
         step: int32 [], optimiser steps taken, skipped ones included.
         skipped: int32 [], steps in a row that were skipped for a non-finite loss or gradient.
     """
 
-    gates: Any
+    trained: Any
     opt_state: Any
     step: Array
     skipped: Array

@@ -11,41 +11,38 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsg_jax.baselines.diysink import ROUTE_TOKENS, read_route, routing_prompt
 from lsg_jax.checkpoint.processes import host_array
-from lsg_jax.config import (
-    Aspect,
-    DiySinkConfig,
-    GateConfig,
-    LoraConfig,
-    MethodConfig,
-    ModelConfig,
-    SinkConfig,
-    Template,
-)
+from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
+from lsg_jax.data.images import to_patches
+from lsg_jax.data.layout import lay_out, place_sources
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
+from lsg_jax.methods.method import BASE, Method
+from lsg_jax.methods.method_model import abstract_model, assemble, join_trained
+from lsg_jax.methods.registry import name_of
 from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, last_token, read_prompts
-from lsg_jax.model.llava import abstract_model, assemble, check_gate, check_method, join_trained
 from lsg_jax.model.loss import answer_loss, answer_slots
-from lsg_jax.types import IGNORE, Batch, KVCache
+from lsg_jax.types import IGNORE, Batch, KVCache, VisualInput, VisualTokens
 
 PROMPT_BUCKET = 64  # prompt lengths are rounded up to a multiple, so that few shapes compile
+REPLY_TOKENS = 8  # longest reply to a method's own question; a word is expected
 
 
 class VLM:
-    """A LLaVA-style model with its weights, gated or not.
+    """A vision-language model with its weights, under a method or as it is.
 
     Args:
         config: the model; its `sinks` are those in force.
         frozen: backbone parameters, a nested dict.
-        gate: what the gates are; None without gates.
-        gates: parameters of the gates (stacked over gate.layers), or those that a trained method has; None without either.
-        method: what is done to the model instead of gates, one of the baselines.
+        method: what is done to the model.
+        trained: parameters of a trained method, such as gates stacked over their layers; None for other methods.
         folder: the model folder, for tokenizer and processor files.
         digest: identity of the backbone's weights.
         mesh: the devices that hold the weights; None for one device.
+
+    Raises:
+        ConfigError: the model cannot carry the method, or lacks a sink dimension.
     """
 
     def __init__(
@@ -53,29 +50,29 @@ class VLM:
         config: ModelConfig,
         frozen: dict,
         *,
-        gate: GateConfig | None = None,
-        gates: dict | None = None,
-        method: MethodConfig | None = None,
+        method: Method = BASE,
+        trained: dict | None = None,
         folder: Path | None = None,
         digest: str = "",
         mesh: jax.sharding.Mesh | None = None,
     ):
         check_sinks(config)
-        if gate is not None:
-            check_gate_input(gate, config)
-        if method is not None:
-            check_method_input(method, config)
-        if isinstance(method, LoraConfig | DiySinkConfig) and gates is None:
-            raise ConfigError(f"{type(method).__name__}: this method is trained; open a run of `lsg train` with open_trained")
+        method = method.for_model(config)
+        if method.trains and trained is None:
+            raise ConfigError(f"method {name_of(method)} is trained: open a run of `lsg train` with it")
         self.config = config
-        self.gate = gate
         self.method = method
         self.frozen = frozen
-        self.gates = gates
+        self.trained = trained
         self.folder = folder
         self.digest = digest
         self.mesh = mesh
-        self.graphdef, _ = abstract_model(config, gate, method=method, mesh=mesh)
+        self.graphdef, _ = abstract_model(config, method, mesh=mesh)
+
+    @property
+    def gate(self) -> GateConfig | None:
+        """The gates of the model; None without any."""
+        return self.method.gate
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -88,29 +85,23 @@ class VLM:
             raise InputError("this model was not loaded from a folder: it has no tokenizer")
         return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect, template=template)
 
-    @functools.cached_property
-    def router(self) -> VLM | None:
-        """The plain model where it is asked first what a question needs (DIYSink with routing `cot`), else None."""
-        asks = isinstance(self.method, DiySinkConfig) and self.method.routing == "cot"
-        return self.plain() if asks else None
-
     @property
     def params(self) -> dict:
-        """All parameters, gates included, a nested dict."""
-        return join_trained(self.frozen, self.gates)
+        """All parameters, those of the method included, a nested dict."""
+        return join_trained(self.frozen, self.trained)
 
     def plain(self) -> VLM:
-        """The same weights without gates or any method."""
-        return VLM(self.config, self.frozen, folder=self.folder, digest=self.digest, mesh=self.mesh)
+        """The same weights without any method."""
+        return self.with_method(BASE)
 
-    def with_method(self, method: MethodConfig, *, sinks: SinkConfig | None = None) -> VLM:
-        """The same weights under a method that needs no training.
+    def with_method(self, method: Method, trained: dict | None = None, *, sinks: SinkConfig | None = None) -> VLM:
+        """The same backbone under another method; `trained` holds its parameters, for a method that is trained.
 
         Raises:
             ConfigError: the model cannot carry it, for example a layer that does not exist.
         """
         config = dataclasses.replace(self.config, sinks=sinks or self.config.sinks)
-        return VLM(config, self.frozen, method=method, folder=self.folder, digest=self.digest, mesh=self.mesh)
+        return VLM(config, self.frozen, method=method, trained=trained, folder=self.folder, digest=self.digest, mesh=self.mesh)
 
     # Arrays in, arrays out: `input_ids` int [B, T] hold one image token per patch; `pixel_values` float [B, C, H, W] as HF
     # image processors return them, one image a row or one for each row that has image tokens; None for text only.
@@ -137,7 +128,7 @@ class VLM:
         Raises:
             InputError: no gates are loaded, or a row has no label.
         """
-        if self.gates is None or self.gate is None:
+        if self.trained is None or self.gate is None:
             raise InputError("loss_and_grads needs gates: lsg_jax.load(model_dir, gates=...)")
         labels = np.asarray(labels)
         supervised = labels[:, 1:] != IGNORE
@@ -146,7 +137,7 @@ class VLM:
         index, target = answer_slots(labels)
         batch = self.batch(input_ids, pixel_values, attention_mask, index[:, 0])
         loss, gradients = _loss_and_grads(
-            self.gates, self.frozen, dataclasses.replace(batch, answer_index=index, answer_target=target), self.graphdef
+            self.trained, self.frozen, dataclasses.replace(batch, answer_index=index, answer_target=target), self.graphdef
         )
         return float(loss), to_torch_layout(jax.tree.map(np.asarray, gradients), self.gate.layers)
 
@@ -162,7 +153,40 @@ class VLM:
             raise ConfigError(
                 "no V-sink dimensions are known for this model: load it with sinks=SinkConfig(vit_dims=(...,), ...)"
             )
-        return np.asarray(_v_sinks(self.params, to_pixels(pixel_values), self.graphdef))
+        return np.asarray(_v_sinks(self.params, self._visual_input(to_pixels(pixel_values)), self.graphdef))
+
+    def visual_tokens(
+        self,
+        input_ids: Any,
+        pixel_values: Any,
+        attention_mask: Any = None,
+        gate_position: Any = None,
+        *,
+        image_sizes: Any = None,
+    ) -> VisualTokens:
+        """Where the visual tokens are, which of them are V-sinks, and where each lies in its image.
+
+        Args:
+            image_sizes: int [images, 2], height and width in pixels of the original images, as HF image processors return
+                them. None takes images for squares, so that boxes refer to the prepared square.
+
+        Returns:
+            mask bool [B, T]; v_sink bool [B, T], False where no V-sink dimensions are known; box float32 [B, T, 4], the corners
+            x0, y0, x1, y1 in units of the original image's sides, 0 outside `mask`. Patches of padding lie outside [0, 1].
+        """
+        batch = self.batch(input_ids, pixel_values, attention_mask, gate_position)
+        box = np.zeros((*batch.input_ids.shape, 4), np.float32)
+        if batch.images is None:
+            nothing = np.zeros(batch.input_ids.shape, bool)
+            return VisualTokens(mask=nothing, v_sink=nothing, box=box)
+        mask, v_sink = jax.tree.map(np.asarray, _visual_tokens(self.params, batch, self.graphdef))
+        shown = np.flatnonzero((batch.source >= 0).any((1, 2)))
+        sizes = np.ones((len(shown), 2), int) if image_sizes is None else np.asarray(image_sizes, int)
+        if sizes.shape != (len(shown), 2) or (sizes < 1).any():
+            raise InputError(f"image_sizes must be [{len(shown)}, 2], height and width of each image with tokens")
+        for row, (height, width) in zip(shown, sizes.tolist(), strict=True):
+            box[row, batch.source[row, :, 0] >= 0] = lay_out((width, height), self.config).box
+        return VisualTokens(mask=mask, v_sink=v_sink, box=box)
 
     def gate_ratios(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None) -> dict[int, np.ndarray]:
         """{layer: float32 [B, G]}, the softmax of each gate (sum 1, before `key_scale`); {} without gates or images."""
@@ -176,7 +200,7 @@ class VLM:
     def generate(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
         """Greedy answers. `images` holds paths, bytes, PIL images, or None for a question without an image.
 
-        Under DIYSink with routing `cot` each question is preceded by a short one, about what it needs.
+        A method that asks a first question (`Method.first_question`) has it answered by the plain model.
         """
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images for {len(prompts)} prompts")
@@ -189,10 +213,11 @@ class VLM:
         pixels = [None if image is None else self.processor.pixels(image) for image in images]
         batch = self.pad_questions(encoded, pixels)
         if all(image is None for image in images):
-            batch = dataclasses.replace(batch, pixels=None)
-        if self.router is not None:
-            said = self.router.generate([None] * len(prompts), [routing_prompt(prompt) for prompt in prompts], ROUTE_TOKENS)
-            batch = dataclasses.replace(batch, route=np.array([read_route(text) for text in said], np.int32))
+            batch = batch.without_images()
+        first = [question for prompt in prompts if (question := self.method.first_question(prompt)) is not None]
+        if first:
+            replies = self.plain().generate([None] * len(first), first, REPLY_TOKENS)
+            batch = dataclasses.replace(batch, route=np.array([self.method.read_reply(reply) for reply in replies], np.int32))
         return [self.processor.decode(row) for row in self.generate_batch(batch, max_new_tokens)]
 
     def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[np.ndarray | None]) -> Batch:
@@ -206,18 +231,18 @@ class VLM:
         return self.generate_in_full(batch, max_new_tokens).tokens
 
     def generate_in_full(self, batch: Batch, max_new_tokens: int) -> Generated:
-        """`generate_batch` with the leads and, of a gated model, the ratios float32 [gated layers, B, G]; on the host."""
+        """`generate_batch` with the margins and, of a gated model, the ratios float32 [gated layers, B, G]; on the host."""
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
-        # the answer slots play no part, and would only add shapes to compile
+        # the answer slots are not used, and would only add shapes to compile
         batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
         read, cache = read_batch(self.params, batch, self.graphdef, max_new_tokens)
-        asked = dataclasses.replace(batch, pixels=None)
-        tokens, steps, lead, ratios = answer_batch(self.params, asked, read, cache, self.graphdef, max_new_tokens)
+        asked = batch.without_images()
+        tokens, steps, margin, ratios = answer_batch(self.params, asked, read, cache, self.graphdef, max_new_tokens)
         steps = int(host_array(steps))
         if self.gate is not None and ratios is not None:
             ratios = host_array(ratios)[np.array(self.gate.layers) - min(self.gate.layers)]
-        return Generated(host_array(tokens)[:, :steps], steps, host_array(lead), ratios if self.gate is not None else None)
+        return Generated(host_array(tokens)[:, :steps], steps, host_array(margin), ratios if self.gate is not None else None)
 
     def batch(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> Batch:
         """Checks raw arrays and makes a Batch of them.
@@ -236,12 +261,16 @@ class VLM:
         if outside := ids[(ids < 0) | (ids >= self.config.text.vocab_size) & (ids != self.config.image_token_id)].tolist():
             raise InputError(f"token {outside[0]} is outside the vocabulary of {self.config.text.vocab_size}")
         position = last_token(mask) if gate_position is None else np.asarray(gate_position, np.int32)
-        return Batch(
-            input_ids=ids,
-            attention_mask=mask,
-            pixels=self._row_pixels(ids, mask, pixel_values),
-            gate_position=np.broadcast_to(position, ids.shape[:1]),
-        )
+        batch = Batch(input_ids=ids, attention_mask=mask, gate_position=np.broadcast_to(position, ids.shape[:1]))
+        if (pixels := self._row_pixels(ids, mask, pixel_values)) is None:
+            return batch
+        side, is_image = self.config.vision.image_size, (ids == self.config.image_token_id) & mask
+        source = np.stack([place_sources(row, lay_out((side, side), self.config)) for row in is_image])
+        return dataclasses.replace(batch, images=self._visual_input(pixels), source=source)
+
+    def _visual_input(self, pixels: np.ndarray) -> VisualInput:
+        """[B, H, W, C], an image a row."""
+        return VisualInput(np.stack([to_patches(image, self.config.vision.patch_size)[None] for image in pixels]))
 
     def _row_pixels(self, ids: np.ndarray, mask: np.ndarray, pixel_values: Any) -> np.ndarray | None:
         counts = ((ids == self.config.image_token_id) & mask).sum(1)
@@ -284,22 +313,6 @@ def check_sinks(config: ModelConfig) -> None:
             raise ConfigError(f"sinks.{name}: dimension {bad[0]} is outside the model width {width}")
 
 
-def check_gate_input(gate: GateConfig, config: ModelConfig) -> None:
-    """`check_gate` for settings that a user gave: raises ConfigError."""
-    try:
-        check_gate(gate, config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def check_method_input(method: MethodConfig, config: ModelConfig) -> None:
-    """Raises ConfigError for a method that the model cannot carry."""
-    try:
-        check_method(method, config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _logits(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
     model = assemble(graphdef, params)
@@ -307,13 +320,19 @@ def _logits(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _loss_and_grads(gates: dict, frozen: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, dict]:
-    return jax.value_and_grad(lambda g: answer_loss(assemble(graphdef, frozen, g), batch)[0])(gates)
+def _loss_and_grads(trained: dict, frozen: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, dict]:
+    return jax.value_and_grad(lambda t: answer_loss(assemble(graphdef, frozen, t), batch)[0])(trained)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _v_sinks(params: dict, pixels: jax.Array, graphdef: Any) -> jax.Array:
-    return assemble(graphdef, params).image_features(pixels)[1]
+def _v_sinks(params: dict, images: VisualInput, graphdef: Any) -> jax.Array:
+    return assemble(graphdef, params).image_features(images)[1]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _visual_tokens(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
+    visual = assemble(graphdef, params).sequence(batch).visual
+    return visual.mask, visual.v_sink
 
 
 @functools.partial(jax.jit, static_argnums=2)

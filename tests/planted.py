@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lsg_jax.config import ModelConfig, RopeConfig, SinkConfig
-from lsg_jax.model.llava import abstract_model
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.opening import load_backbone
 from lsg_jax.vlm import VLM
 

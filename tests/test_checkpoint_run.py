@@ -31,7 +31,7 @@ def make_state(seed: int) -> TrainState:
     gates["0"]["bias"] = jnp.asarray(rng.normal(size=30), jnp.bfloat16)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     opt_state = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 9, x.dtype), optimizer.init(gates))
-    return TrainState(gates=gates, opt_state=opt_state, step=jnp.int32(seed), skipped=jnp.int32(0))
+    return TrainState(trained=gates, opt_state=opt_state, step=jnp.int32(seed), skipped=jnp.int32(0))
 
 
 def abstract(state):
@@ -74,7 +74,7 @@ def test_orbax_itself_reads_a_step(tmp_path):
 
     run = saved_run(tmp_path, 1)
     tree = ocp.load(run.checkpoints / "1")
-    np.testing.assert_array_equal(tree["gates"]["1"]["kernel"], make_state(1).gates["1"]["kernel"])
+    np.testing.assert_array_equal(tree["trained"]["1"]["kernel"], make_state(1).trained["1"]["kernel"])
 
 
 def test_what_is_trained_is_stored_under_the_name_that_version_0_1_reads(tmp_path):
@@ -119,7 +119,7 @@ def test_read_step_needs_no_tree_and_changes_nothing(tmp_path):
     run = saved_run(tmp_path)
     step, tree, meta = read_step(tmp_path)
     assert step == 3 and meta.data["position"] == 3
-    np.testing.assert_array_equal(tree["trained"]["0"]["bias"], make_state(3).gates["0"]["bias"])
+    np.testing.assert_array_equal(tree["trained"]["0"]["bias"], make_state(3).trained["0"]["bias"])
     assert tree["trained"]["0"]["bias"].dtype == jnp.bfloat16
     assert read_step(tmp_path, 1)[0] == 1
     with pytest.raises(InputError, match="no step 9; there are 1, 2, 3"):
@@ -159,7 +159,7 @@ def test_save_needs_the_lock(tmp_path):
 def test_state_that_cannot_be_stored(tmp_path):
     run = saved_run(tmp_path, 1)
     bad = make_state(2)
-    bad.gates["1"]["kernel"] = bad.gates["1"]["kernel"].at[2, 2].set(jnp.nan)
+    bad.trained["1"]["kernel"] = bad.trained["1"]["kernel"].at[2, 2].set(jnp.nan)
     cases = [
         (bad, StepMeta(), NonFiniteError, "gates/1/kernel"),
         ({"a": jnp.asarray([jnp.inf], jnp.bfloat16)}, StepMeta(), NonFiniteError, "leaf a"),
@@ -183,8 +183,8 @@ def test_a_tree_that_does_not_fit_is_never_cast(tmp_path):
     run = saved_run(tmp_path)
     state = make_state(0)
     wrong = abstract(state.replace(step=jnp.float32(0)))
-    wrong.gates["1"]["kernel"] = jax.ShapeDtypeStruct((40, 5), np.float32)
-    wrong.gates["2"] = wrong.gates.pop("0")
+    wrong.trained["1"]["kernel"] = jax.ShapeDtypeStruct((40, 5), np.float32)
+    wrong.trained["2"] = wrong.trained.pop("0")
     with run.lock(), pytest.raises(CheckpointError) as error:
         run.latest(wrong)
     for part in ("step has dtype int32, expected float32", "gates/1/kernel has shape (40, 30), expected (40, 5)", "gates/2"):

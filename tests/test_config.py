@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lsg_jax.config import GateConfig, RunConfig, SinkConfig, from_dict, load_run_config, to_dict
+from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.errors import ConfigError
+from lsg_jax.run_config import RunConfig, load_run_config, run_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -34,8 +35,8 @@ def test_values_and_overrides(tmp_path):
 
 
 def test_round_trip():
-    config = RunConfig(model="m", output="o", gate=GateConfig(layers=(1, 2)), sinks=SinkConfig(vit_dims=(650,)))
-    assert from_dict(RunConfig, to_dict(config), where="x") == config
+    config = RunConfig(model="m", output="o", tables={"gate": GateConfig(layers=(1, 2))}, sinks=SinkConfig(vit_dims=(650,)))
+    assert run_config(config.as_dict(), where="x") == config
 
 
 @pytest.mark.parametrize(

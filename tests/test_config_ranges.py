@@ -15,16 +15,15 @@ from lsg_jax.config import (
     MeshConfig,
     ModelConfig,
     RopeConfig,
-    RunConfig,
     TextConfig,
     TrainConfig,
     VisionConfig,
     from_dict,
-    load_run_config,
     to_dict,
 )
 from lsg_jax.config.ranges import Range, Table, without_none
 from lsg_jax.errors import ConfigError
+from lsg_jax.run_config import RunSettings, load_run_config, method_tables
 
 MODEL = ModelConfig(
     vision=VisionConfig("clip", 336, 14, 1024, 4096, 24, 16, 1e-5, "quick_gelu"),
@@ -36,8 +35,9 @@ MODEL = ModelConfig(
     pad_token_id=32_001,
     image=ImageConfig(336, "pad", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 )
-RUN = RunConfig(model="m", output="o")
+RUN = RunSettings(model="m", output="o")
 TABLES = [cls for _, cls in inspect.getmembers(config, dataclasses.is_dataclass)]
+TABLES = [*dict.fromkeys([*TABLES, *method_tables().values(), RunSettings])]
 VALID = {type(c): c for c in (MODEL, MODEL.vision, MODEL.text, MODEL.text.rope, MODEL.image, RUN)}
 
 

@@ -13,8 +13,8 @@ import pytest
 from processes import free_address, run_processes, start_commands
 
 from lsg_jax.cli import main
-from lsg_jax.config import load_run_config
 from lsg_jax.errors import Preempted
+from lsg_jax.run_config import load_run_config
 from lsg_jax.train.loop import train
 
 HEARTBEAT = 10

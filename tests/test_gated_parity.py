@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, state_arrays, tiny_hf
+from whole_model import visual
 
 from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
 from converters.torch_gate import attach
 from lsg_jax.config import GateConfig, ModelConfig, SinkConfig
 from lsg_jax.gating.portable import PortableGates, to_torch_layout
+from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method import BASE
+from lsg_jax.methods.method_model import abstract_model, assemble
 from lsg_jax.model.generate import generate
-from lsg_jax.model.llava import abstract_model, assemble
 from lsg_jax.types import IGNORE, Batch
 
 TOLERANCE = 1e-4  # of the largest absolute value of the reference array
@@ -104,7 +107,7 @@ class Examples:
         return Batch(
             input_ids=jnp.asarray(self.ids, jnp.int32),
             attention_mask=jnp.asarray(self.mask),
-            pixels=jnp.asarray(pixels.transpose(0, 2, 3, 1)),
+            **jax.tree.map(jnp.asarray, visual(self.mask & (self.ids == IMAGE_TOKEN), pixels.transpose(0, 2, 3, 1), 14)),
             gate_position=jnp.asarray(self.gate_position, jnp.int32),
         )
 
@@ -179,7 +182,7 @@ def setup(case: Case, data: Examples):
     settings = {name: getattr(case, name) for name in ("signal", "grouping", "key_scale", "activation", "seed")}
     gates = random_gates(case.layers, sinks=sinks, **settings)
     config, frozen = ours(case.vision, case.text)
-    graphdef, _ = abstract_model(dataclasses.replace(config, sinks=sinks), gates.gate)
+    graphdef, _ = abstract_model(dataclasses.replace(config, sinks=sinks), Gates(gates.gate))
     return gates, graphdef, frozen
 
 
@@ -325,7 +328,7 @@ def rotate(x: torch.Tensor, theta: float = 10_000.0) -> torch.Tensor:
 def forward(case: Case, gates: PortableGates | None, sinks: SinkConfig, batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
     """Our logits and ratios; gates None is the model without any."""
     config, frozen = ours(case.vision, case.text)
-    graphdef, _ = abstract_model(dataclasses.replace(config, sinks=sinks), gates and gates.gate)
+    graphdef, _ = abstract_model(dataclasses.replace(config, sinks=sinks), Gates(gates.gate) if gates else BASE)
 
     return jax.tree.map(np.asarray, logits_and_ratios(gates and gates.parameters, frozen, batch, graphdef))
 
@@ -355,7 +358,7 @@ def test_text_passes_a_gated_model_unchanged(pixels):
     gates, _, _ = setup(case, data)
     ids = np.where(data.ids == IMAGE_TOKEN, 77, data.ids)
     batch = dataclasses.replace(data.batch(), input_ids=jnp.asarray(ids))
-    batch = batch if pixels else dataclasses.replace(batch, pixels=None)
+    batch = batch if pixels else batch.without_images()
     np.testing.assert_array_equal(forward(case, gates, gates.sinks, batch)[0], forward(case, None, gates.sinks, batch)[0])
     model = hf_model(case.vision, case.text)
     text = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(data.mask).long()}

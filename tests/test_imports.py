@@ -14,6 +14,8 @@ PACKAGE = ROOT / "lsg_jax"
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
 FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files"}
+BELOW_VLM = FOUNDATION | {"sinks", "gating", "sharding", "model", "methods", "data", "checkpoint"}
+OPENED = BELOW_VLM | {"vlm", "run_config", "opening"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
@@ -25,34 +27,20 @@ MAY_IMPORT = {
     "config": {"errors"},
     "sinks": FOUNDATION,
     "gating": FOUNDATION | {"sinks"},
-    "baselines": FOUNDATION | {"sinks", "gating"},
-    "model": FOUNDATION | {"sinks", "gating", "baselines", "sharding"},
-    "data": FOUNDATION,
     "sharding": FOUNDATION,
+    "model": FOUNDATION | {"sinks", "gating", "sharding"},
+    "methods": FOUNDATION | {"sinks", "gating", "sharding", "model"},
+    "run_config": FOUNDATION | {"methods"},
+    "data": FOUNDATION,
     "checkpoint": FOUNDATION,
-    "vlm": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint"},
-    "train": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint", "vlm", "opening"},
-    "eval": FOUNDATION | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint", "vlm", "opening"},
-    "analysis": FOUNDATION
-    | {"sinks", "gating", "baselines", "model", "data", "sharding", "checkpoint", "vlm", "opening", "train", "eval"},
-    "plan": FOUNDATION
-    | {
-        "sinks",
-        "gating",
-        "baselines",
-        "model",
-        "data",
-        "sharding",
-        "checkpoint",
-        "vlm",
-        "opening",
-        "train",
-        "eval",
-        "analysis",
-    },
+    "vlm": BELOW_VLM,
+    "opening": BELOW_VLM | {"vlm", "run_config"},
+    "train": OPENED,
+    "eval": OPENED,
+    "analysis": OPENED | {"train", "eval"},
+    "plan": OPENED | {"train", "eval", "analysis"},
     "report": FOUNDATION | {"gating", "checkpoint", "data", "eval"},  # see test_report_reads_files_and_runs_no_model
     "inspection": FOUNDATION | {"gating", "checkpoint", "data"},
-    "opening": FOUNDATION | {"gating", "model", "sharding", "checkpoint", "vlm"},
     "api": FOUNDATION | {"vlm", "opening"},
     "distributed": {"errors"},
 }
@@ -70,7 +58,7 @@ def imported(path):
 
 
 def room(name):
-    """`lsg_jax.model.llava.Llava` -> `model`; None outside the package."""
+    """`lsg_jax.model.layers.Linear` -> `model`; None outside the package."""
     parts = name.split(".")
     return parts[1] if parts[0] == "lsg_jax" and len(parts) > 1 else None
 

@@ -11,8 +11,8 @@ import pytest
 import lsg_jax
 from lsg_jax.checkpoint import read_manifest, read_run, verify_base
 from lsg_jax.checkpoint.run import RunFolder
-from lsg_jax.config import RunConfig, from_dict
 from lsg_jax.data.records import open_records
+from lsg_jax.run_config import run_config
 from lsg_jax.train.loop import METRICS, train
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0.1"
@@ -59,7 +59,7 @@ def test_what_is_trained_answers_as_it_did(work, method):
 def test_a_run_goes_on(work, tmp_path, monkeypatch, method):
     monkeypatch.chdir(work)  # paths in run.json are relative to it
     shutil.copytree(work / "runs" / method, tmp_path / "run")
-    config = from_dict(RunConfig, {**read_run(tmp_path / "run").config, "output": str(tmp_path / "run")}, where="run.json")
+    config = run_config({**read_run(tmp_path / "run").config, "output": str(tmp_path / "run")}, where="run.json")
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
     losses = EXPECTED[method]["losses"]

@@ -13,7 +13,8 @@ from converters.hf_config import model_config
 from converters.tiny_checkpoint import CONFIG
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig
 from lsg_jax.errors import ConfigError
-from lsg_jax.model.llava import abstract_model
+from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.sharding import make_mesh, param_spec, shard_params
 
 
@@ -31,9 +32,9 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 def test_every_parameter_has_a_rule():
     config = dataclasses.replace(model_config(CONFIG), sinks=SinkConfig(vit_dims=(1,)))
-    _, abstract = abstract_model(config, GateConfig(layers=(0,)))
+    _, abstract = abstract_model(config, Gates(GateConfig(layers=(0,))))
     sharded = shard_params(abstract, make_mesh(MeshConfig()))
-    assert sharded["gates"]["fc1_kernel"].sharding.spec == PartitionSpec()
+    assert sharded["trained"]["fc1_kernel"].sharding.spec == PartitionSpec()
     assert sharded["language_model"]["lm_head"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
 
 
@@ -41,8 +42,10 @@ SHARDED = """
 import dataclasses, os, sys
 import jax, numpy as np
 import lsg_jax
-from lsg_jax.config import FullConfig, MeshConfig, TrainConfig
-from lsg_jax.model.llava import abstract_model, initial_parameters
+from lsg_jax.config import MeshConfig, TrainConfig
+from lsg_jax.methods.full import Full
+from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.model.loss import answer_slots
 from lsg_jax.sharding import make_mesh, state_shardings
 from lsg_jax.train.step import compiled_step, init_state
@@ -74,9 +77,9 @@ for sizes, parts in {(2, 2, 2): 4, (8, 1, 1): 1, (1, 8, 1): 8, (1, 1, 8): 8}.ite
 
 def trained_in_full(vlm, mesh):
     # two steps of training the model itself
-    method, config = FullConfig(), TrainConfig(optimizer="sgd", learning_rate=0.1)
-    graphdef, _ = abstract_model(vlm.config, method=method, mesh=mesh)
-    parts = initial_parameters(vlm.config, None, method, vlm.frozen, jax.random.key(0))
+    method, config = Full(), TrainConfig(optimizer="sgd", learning_rate=0.1)
+    graphdef, _ = abstract_model(vlm.config, method, mesh=mesh)
+    parts = method.initial(vlm.config, vlm.frozen, jax.random.key(0))
     frozen = {"vision_tower": vlm.frozen["vision_tower"]}
     state = init_state(parts, frozen, config=config, total_steps=4)
     state = jax.device_put(state, state_shardings(state, mesh))

@@ -4,9 +4,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lsg_jax.model.llava import assemble
-from lsg_jax.types import IGNORE
+from lsg_jax.data.images import to_patches
+from lsg_jax.methods.method_model import assemble
+from lsg_jax.types import IGNORE, VisualInput
+
+
+def visual(is_image, pixels, patch_size):
+    """The fields of Batch for an image a row: is_image bool [B, T], pixels [B, H, W, C]."""
+    source = np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1)[..., None].astype(np.int32)
+    return {"images": VisualInput(np.stack([to_patches(image, patch_size)[None] for image in pixels])), "source": source}
 
 
 @partial(jax.jit, static_argnames=("graphdef", "remat"))

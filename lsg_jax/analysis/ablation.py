@@ -12,15 +12,16 @@ import jax
 from lsg_jax.analysis.scores import score_rows
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.checkpoint.processes import on_primary
-from lsg_jax.config import Grouping, ModelConfig, RunConfig, Signal, to_dict
+from lsg_jax.config import Grouping, ModelConfig, Signal
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, ask_all, evaluate
 from lsg_jax.files import write_json
+from lsg_jax.methods.gates import Gates
 from lsg_jax.opening import open_to_answer, open_trained
 from lsg_jax.progress import Progress, silent, training_progress
+from lsg_jax.run_config import RunConfig
 from lsg_jax.train.loop import train
-from lsg_jax.vlm import check_gate_input, check_method_input
 
 RESULT = "ablate.json"
 REFERENCE = "reference"
@@ -50,7 +51,7 @@ def plan_variants(
         raise ConfigError(f'method = "{config.method}": the reference of `lsg ablate` is gates, set method = "lsg"')
     if config.gate.independent:
         raise ConfigError("gate.layers: `lsg ablate` compares gates that are used together: name one layer, for example [10]")
-    check_gate_input(config.gate, model)
+    config.get_method().for_model(model)
     runs, skipped = {REFERENCE: config}, []
     for name in _names(config, wanted):
         try:
@@ -82,13 +83,11 @@ def _variant(config: RunConfig, name: str, model: ModelConfig) -> RunConfig:
     if name == "lora":
         if len(gate.layers) > 1:
             raise ConfigError(f"LoRA is at one layer, the gates are at {', '.join(map(str, gate.layers))}")
-        changed = replace(config, method="lora", lora=replace(config.lora, layer=gate.layers[0]))
-        check_method_input(changed.lora, model)
-        return changed
+        lora = config.get_method(name)
+        lora = replace(lora, settings=replace(lora.settings, layer=gate.layers[0]))
+        return replace(config.with_settings(lora.for_model(model).settings), method=name)
     kind = "signal" if name in KINDS["signal"] else "grouping"
-    changed = replace(config, gate=replace(gate, **{kind: name}))  # type: ignore[arg-type]
-    check_gate_input(changed.gate, model)
-    return changed
+    return config.with_settings(Gates(replace(gate, **{kind: name})).for_model(model).settings)  # type: ignore[arg-type]
 
 
 def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progress: Progress = silent) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progr
         "backbone": result["backbone"],
         "rows": [_variant_row(row) for row in score_rows(result, asked)],
         "skipped": skipped,
-        "parameters": {name: sum(leaf.size for leaf in jax.tree.leaves(models[name].gates)) for name in runs},
+        "parameters": {name: sum(leaf.size for leaf in jax.tree.leaves(models[name].trained)) for name in runs},
         "settings": _settings(config) | {"eval": result["settings"]},
         "variants": result["methods"],
         "versions": result["versions"],
@@ -145,5 +144,5 @@ def _variant_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What all runs have in common."""
-    tree = to_dict(config)
+    tree = config.as_dict()
     return {name: tree[name] for name in ("seed", "dtype", "data", "train")}

@@ -31,7 +31,7 @@ import numpy as np
 from lsg_jax.analysis.sinks import IMPLAUSIBLE_SHARE
 from lsg_jax.config import to_dict
 from lsg_jax.errors import InputError
-from lsg_jax.model.llava import Llava, assemble
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.calibrate import (
     FINE,
@@ -183,8 +183,8 @@ def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tup
     Returns:
         Counts of the features int32 [E, Dv], of the residual stream int32 [L, E, D]; norms of the features float32 [B, P].
     """
-    model: Llava = assemble(graphdef, params)
-    features, _ = model.image_features(jnp.asarray(batch.pixels))
+    model = assemble(graphdef, params)
+    features, _ = model.image_features(batch.images)
     everywhere = jnp.broadcast_to(counted[:, None], features.shape[:2])
     valid = batch.attention_mask & counted[:, None]
     streams = model(batch, observe=lambda view: reach(view.hidden, valid)).observed
@@ -221,9 +221,9 @@ def _count_peaks(sample: Sample, sites: dict[str, Site], dims: dict[str, tuple[i
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _peaks(params: dict, batch: Batch, graphdef: Any, vit_dims: tuple, llm_dims: tuple) -> tuple[jax.Array, jax.Array]:
     """max |h[d]| over the dimensions: of the features float32 [B, P], of the stream [L, B, T]; 0 without dimensions."""
-    model: Llava = assemble(graphdef, params)
+    model = assemble(graphdef, params)
     peak = lambda states, dims: jnp.abs(states[..., jnp.array(dims, int)].astype(jnp.float32)).max(-1, initial=0.0)
-    features, _ = model.image_features(jnp.asarray(batch.pixels))
+    features, _ = model.image_features(batch.images)
     return peak(features, vit_dims), model(batch, observe=lambda view: peak(view.hidden, llm_dims)).observed
 
 

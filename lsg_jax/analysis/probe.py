@@ -35,7 +35,7 @@ from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import to_dict
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.model.llava import Llava, assemble
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.sinks.attention import received_attention
@@ -216,9 +216,9 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
         Means over V-sinks and over L-sinks [L, B, 2, D]; states of the patches picked [L, B, R, X, D]; sinks bool
         [L + 1, B, P], see `_pool`.
     """
-    model: Llava = assemble(graphdef, params)
-    merged, sinks, valid = model.merge(batch), model.config.sinks, jnp.asarray(batch.attention_mask)
-    visual = merged.visual
+    model = assemble(graphdef, params)
+    sequence, sinks, valid = model.sequence(batch), model.config.sinks, jnp.asarray(batch.attention_mask)
+    visual = sequence.visual
     assert visual is not None
     places_BP = jax.vmap(lambda mask: jnp.flatnonzero(mask, size=model.config.num_image_tokens))(visual.mask)
     picked = jnp.take_along_axis(places_BP[:, None], picked_BRX, axis=-1)
@@ -251,7 +251,7 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
         states = jax.vmap(lambda hidden, places: hidden[places])(view.hidden, picked)
         return pools, states, jnp.take_along_axis(groups_BTG[..., 1], places_BP, axis=1)
 
-    out = model(batch, merged=merged, observe=observe, observe_attention=knows_l and sinks.llm_criterion == "attention")
+    out = model(batch, sequence=sequence, observe=observe, observe_attention=knows_l and sinks.llm_criterion == "attention")
     pools, states, l_sink = out.observed
     return pools, states, jnp.concatenate([l_sink, jnp.take_along_axis(visual.v_sink, places_BP, axis=1)[None]])
 

@@ -34,8 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.config import to_dict
+from lsg_jax.data.layout import NO_SOURCE
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.model.llava import Llava, assemble
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, side_by_side
@@ -139,7 +140,8 @@ def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np
     start = batch.input_ids.shape[1]
     ids[0, start : start + len(answer)] = answer
     valid[0, start : start + len(answer)] = True
-    whole = Batch(input_ids=ids, attention_mask=valid, pixels=batch.pixels, gate_position=batch.gate_position)
+    source = np.pad(batch.source, (*room, (0, 0)), constant_values=NO_SOURCE)
+    whole = dataclasses.replace(batch, input_ids=ids, attention_mask=valid, source=source)
     return whole, prompt, answer
 
 
@@ -151,9 +153,9 @@ def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: 
         {"vit": {masks bool [C, P], norms [P], dims [P, d]}, "llm": the same with leading L, and mass float32 [L, 2, N, 4]: the
         attention of QUERIES on GROUPS}.
     """
-    model: Llava = assemble(graphdef, params)
-    merged = model.merge(batch)
-    visual, valid = merged.visual, jnp.asarray(batch.attention_mask)
+    model = assemble(graphdef, params)
+    sequence = model.sequence(batch)
+    visual, valid = sequence.visual, jnp.asarray(batch.attention_mask)
     assert visual is not None
     patches = jnp.flatnonzero(visual.mask[0], size=model.config.num_image_tokens)
     asking = (prompt & (jnp.arange(valid.shape[1]) > patches[-1]), valid & ~prompt)
@@ -166,14 +168,12 @@ def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: 
         mass = jnp.stack([group_mass(view.attention, queries, members)[0] for queries in asking])
         return {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, **_sizes(view.hidden[0, patches], llm)}
 
-    seen = model(batch, merged=merged, observe=observe, observe_attention=True).observed
+    seen = model(batch, sequence=sequence, observe=observe, observe_attention=True).observed
     # the tower returns attention weights only if the criterion in force is `attention`
-    attention = next(r for r in vit if r.criterion == "attention")
+    sinks, attention = model.config.sinks, next(r for r in vit if r.criterion == "attention")
     if not attention.unknown:
-        sinks = dataclasses.replace(model.config.sinks, criterion="attention", vit_tau=attention.tau)
-        model = assemble(graphdef, params)
-        model.config = dataclasses.replace(model.config, sinks=sinks)
-    features, by_attention = model.image_features(jnp.asarray(batch.pixels))
+        sinks = dataclasses.replace(sinks, criterion="attention", vit_tau=attention.tau)
+    features, by_attention = model.image_features(batch.images, sinks=sinks)
     everywhere = jnp.ones(features.shape[:2], bool)
     masks = [by_attention if r is attention and not r.unknown else r.mask(features, everywhere, None) for r in vit]
     return {"vit": {"masks": jnp.stack([m[0] for m in masks]), **_sizes(features[0], vit)}, "llm": seen}

@@ -11,7 +11,7 @@ from typing import Any
 from lsg_jax.analysis.scores import Score, Selection, score_rows, selection
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.checkpoint.processes import on_primary
-from lsg_jax.config import RunConfig, SinkConfig, to_dict
+from lsg_jax.config import SinkConfig, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE, Asked, ask_all, evaluate
@@ -19,6 +19,7 @@ from lsg_jax.files import write_json
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
 from lsg_jax.opening import open_gates, open_to_answer, with_gates
 from lsg_jax.progress import Progress, silent, training_progress
+from lsg_jax.run_config import RunConfig
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import VLM
 
@@ -195,11 +196,12 @@ class _Study:
             nothing = dict.fromkeys(("value", "change", "low", "high"))
             return {"layers": chosen, **nothing, "reason": "one gate was chosen, and that was trained alone as it is"}
         stack = self.gates[stack_name(chosen)]
+        # a gate file does not say whether there are biases
+        gate = replace(stack.gate, biases=self.config.gate.biases)
         config = replace(
-            self.config,
+            self.config.with_settings(gate),
             output=str(self.out / JOINT / stack_name(stack.gate.layers)),
             method="lsg",
-            gate=replace(stack.gate, biases=self.config.gate.biases),  # a gate file does not say whether there are biases
             sinks=stack.sinks,
         )
         run = train(config, on_step=training_progress(self.progress, f"training {JOINT}"))

@@ -34,7 +34,7 @@ from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.runner import Asked, ask_all
 from lsg_jax.files import write_json
 from lsg_jax.gating.keys import GROUPS
-from lsg_jax.model.llava import check_gate
+from lsg_jax.methods.gates import check_gate
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.stopping import stop_signals
@@ -228,11 +228,11 @@ class _Answering:
             return
         (batch,) = self._place(members, encoded)
         vlm, limit = self.vlm, self.test.max_new_tokens
-        shared, tokens, lead = run_prompts(vlm.params, batch, vlm.graphdef, limit)
+        shared, tokens, margin = run_prompts(vlm.params, batch, vlm.graphdef, limit)
         self._check_sinks(shared)
         for layer in left:
             if layer == NO_LAYER:
-                answered = host_array(tokens)[:, None], host_array(lead)[:, None]
+                answered = host_array(tokens)[:, None], host_array(margin)[:, None]
             else:
                 answered = answer_cells(
                     vlm.params, shared, np.int32(layer), self.coefficients, vlm.graphdef, self.settings.grouping, limit
@@ -246,17 +246,17 @@ class _Answering:
                 )
 
     def _settle(
-        self, layer: int, members: list[int], encoded: Mapping[int, Any], tokens: np.ndarray, lead: np.ndarray
+        self, layer: int, members: list[int], encoded: Mapping[int, Any], tokens: np.ndarray, margin: np.ndarray
     ) -> dict[int, Cells]:
         """The cells of a batch, near ties computed again.
 
         Args:
             tokens: int32 [B, C, N].
-            lead: float32 [B, C], the smallest gap between the two highest logits of each answer.
+            margin: float32 [B, C], the smallest gap between the two highest logits of each answer.
         """
         own = {i: row for row, i in reversed(list(enumerate(members)))}  # the last batch of a length may repeat a question
         tokens = tokens.copy()
-        near = [(i, c) for i, row in own.items() for c in np.flatnonzero(lead[row] < near_tie_of(self.vlm, self.config))]
+        near = [(i, c) for i, row in own.items() for c in np.flatnonzero(margin[row] < near_tie_of(self.vlm, self.config))]
         coefficients = self.coefficients if layer != NO_LAYER else np.ones_like(self.coefficients[:1])
         size = batch_rows(self.vlm.mesh)
         for start in range(0, len(near), size):

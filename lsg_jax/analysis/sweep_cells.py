@@ -9,7 +9,6 @@ and values), and 0.37 GB for each coefficient tuple that is run at once, 4.6 GB 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -19,9 +18,10 @@ import jax.numpy as jnp
 
 from lsg_jax.config import GateConfig, Grouping
 from lsg_jax.gating.gate import KeyScaling
+from lsg_jax.methods.method_model import MethodModel, assemble
 from lsg_jax.model.generate import decode_greedily, last_token, with_room
-from lsg_jax.model.llava import Llava, assemble
-from lsg_jax.types import Array, Batch, KVCache, VisualTokens
+from lsg_jax.model.language_model import token_positions
+from lsg_jax.types import Array, Batch, KVCache, Sequence, VisualTokens
 
 NO_LAYER = -1
 """Stands for a layer where no key is scaled: the base model."""
@@ -52,19 +52,19 @@ def run_prompts(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) 
         graphdef: of the model without gates or method.
 
     Returns:
-        The pass; tokens int32 [B, max_new_tokens]; smallest lead of each answer float32 [B], as `generate` returns it.
+        The pass; tokens int32 [B, max_new_tokens]; smallest margin of each answer float32 [B], as `generate` returns it.
     """
-    model: Llava = assemble(graphdef, params)
+    model = assemble(graphdef, params)
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
-    merged = model.merge(batch)
-    assert merged.visual is not None
-    rows = last_token(merged.valid)[:, None]
-    out = model(batch, merged=merged, rows=rows, keep_kv=True, observe=lambda view: view.hidden)
-    cache = KVCache(out.key, out.value, merged.valid)
+    sequence = model.sequence(batch)
+    assert sequence.visual is not None
+    rows = last_token(sequence.valid)[:, None]
+    out = model(batch, sequence=sequence, rows=rows, keep_kv=True, observe=lambda view: view.hidden)
+    cache = KVCache(out.key, out.value, sequence.valid)
     room = with_room(cache, max_new_tokens)
-    tokens, _, lead = decode_greedily(model, out.hidden[:, 0], room, max_new_tokens=max_new_tokens)
-    shared = PromptPass(dataclasses.replace(batch, pixels=None), merged.visual, out.observed, cache)
-    return shared, tokens, lead
+    tokens, _, margin = decode_greedily(model, out.hidden[:, 0], room, max_new_tokens=max_new_tokens)
+    shared = PromptPass(batch.without_images(), sequence.visual, out.observed, cache)
+    return shared, tokens, margin
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -84,17 +84,17 @@ def answer_cells(
         coefficients: float32 [C, G].
 
     Returns:
-        tokens int32 [B, C, max_new_tokens]; smallest lead of each answer float32 [B, C].
+        tokens int32 [B, C, max_new_tokens]; smallest margin of each answer float32 [B, C].
     """
-    model: Llava = assemble(graphdef, params)
+    model = assemble(graphdef, params)
     hidden, cache = resume_cells(model, shared, layer, coefficients, grouping, room=max_new_tokens)
-    tokens, _, lead = decode_greedily(model, hidden, cache, max_new_tokens=max_new_tokens)
+    tokens, _, margin = decode_greedily(model, hidden, cache, max_new_tokens=max_new_tokens)
     shape = (-1, len(coefficients))
-    return tokens.reshape(*shape, max_new_tokens), lead.reshape(shape)
+    return tokens.reshape(*shape, max_new_tokens), margin.reshape(shape)
 
 
 def resume_cells(
-    model: Llava, shared: PromptPass, layer: jax.Array, coefficients: jax.Array, grouping: Grouping, *, room: int
+    model: MethodModel, shared: PromptPass, layer: jax.Array, coefficients: jax.Array, grouping: Grouping, *, room: int
 ) -> tuple[jax.Array, KVCache]:
     """The prompt passes of one layer's cells, from that layer on; row b C + c is question b under coefficients c.
 
@@ -121,7 +121,9 @@ def resume_cells(
     )
     entering = jax.lax.dynamic_index_in_dim(shared.boundaries, layer, keepdims=False)
     rows = last_token(batch.attention_mask)[:, None]
-    hidden, cache = model.language_model.resume(repeat(entering, axis=0), cache, scaling, layer, rows=rows)
+    valid = jnp.asarray(batch.attention_mask)
+    resumed = Sequence(x=repeat(entering, axis=0), valid=valid, positions=token_positions(valid), visual=visual)
+    hidden, cache = model.language_model.resume(resumed, cache, scaling, layer, rows=rows)
     return hidden[:, 0], cache
 
 
@@ -144,18 +146,18 @@ def answer_alone(
     Returns:
         tokens int32 [B, max_new_tokens].
     """
-    model: Llava = assemble(graphdef, params)
-    merged = model.merge(batch)
-    assert merged.visual is not None
-    scaling = scale_layer(model, batch, merged.visual, layer, coefficients, grouping)
-    rows = last_token(merged.valid)[:, None]
-    out = model.language_model(merged.x, merged.valid, scaling, rows=rows, keep_kv=True)
-    cache = with_room(KVCache(out.key, out.value, merged.valid), max_new_tokens)
+    model = assemble(graphdef, params)
+    sequence = model.sequence(batch)
+    assert sequence.visual is not None
+    scaling = scale_layer(model, batch, sequence.visual, layer, coefficients, grouping)
+    rows = last_token(sequence.valid)[:, None]
+    out = model.language_model(sequence, scaling, rows=rows, keep_kv=True)
+    cache = with_room(KVCache(out.key, out.value, sequence.valid), max_new_tokens)
     return decode_greedily(model, out.hidden[:, 0], cache, max_new_tokens=max_new_tokens)[0]
 
 
 def scale_layer(
-    model: Llava, batch: Batch, visual: VisualTokens, layer: jax.Array, coefficients: jax.Array, grouping: Grouping
+    model: MethodModel, batch: Batch, visual: VisualTokens, layer: jax.Array, coefficients: jax.Array, grouping: Grouping
 ) -> KeyScaling:
     """Key scales that differ from 1 in a single layer of each row.
 
@@ -166,4 +168,5 @@ def scale_layer(
     layers = jnp.arange(model.config.text.num_layers)
     by_layer = jnp.where((layers[:, None] == layer)[..., None], coefficients, 1.0)
     everywhere = jnp.ones(layers.shape, bool)  # multiplying by 1 is exact
-    return model.fixed_scaling(batch, visual, by_layer, everywhere, GateConfig(layers=(0,), grouping=grouping))
+    gate = GateConfig(layers=(0,), grouping=grouping)
+    return KeyScaling.for_batch(batch, visual, gate, model.config.sinks, source=by_layer, enabled=everywhere)

@@ -57,11 +57,11 @@ def _plan(options: argparse.Namespace) -> None:
 
     import jax
 
-    from lsg_jax.config import load_run_config
     from lsg_jax.errors import InputError
     from lsg_jax.plan.plan import PlanSettings, plan
     from lsg_jax.plan.recipe import assume
     from lsg_jax.plan.table import table
+    from lsg_jax.run_config import load_run_config
 
     use_compile_cache()
     jax.config.update("jax_platforms", "cpu")  # where there is a TPU, it is left alone

@@ -85,7 +85,7 @@ def _open(options: argparse.Namespace, study: str) -> tuple[Any, Path]:
     """The configuration with the benchmarks of the command line, and the folder to write."""
     import dataclasses
 
-    from lsg_jax.config import load_run_config
+    from lsg_jax.run_config import load_run_config
 
     config = load_run_config(options.config, options.overrides)
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))

@@ -57,11 +57,11 @@ def _sweep(options: argparse.Namespace) -> None:
 
     from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
     from lsg_jax.analysis.sweep_table import table
-    from lsg_jax.config import load_run_config
     from lsg_jax.eval.runner import ask_all
     from lsg_jax.gating.keys import GROUPS
     from lsg_jax.opening import open_to_answer
     from lsg_jax.report.figures import draw_oracle_map
+    from lsg_jax.run_config import load_run_config
 
     config = load_run_config(options.config, options.overrides)
     groups = len(GROUPS[options.grouping])

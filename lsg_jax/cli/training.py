@@ -80,8 +80,8 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     import jax
 
-    from lsg_jax.config import load_run_config
     from lsg_jax.progress import training_progress
+    from lsg_jax.run_config import load_run_config
     from lsg_jax.train.goodput import start_of_process
     from lsg_jax.train.loop import train
 
@@ -98,13 +98,13 @@ def _eval(options: argparse.Namespace) -> None:
 
     import jax
 
-    from lsg_jax.config import load_run_config
     from lsg_jax.eval.methods import open_methods
     from lsg_jax.eval.runner import ask_all, evaluate
     from lsg_jax.eval.table import table
     from lsg_jax.opening import open_to_answer
     from lsg_jax.report.figures import draw_gains, draw_gate_ratios
     from lsg_jax.report.gains import rows_of_gains
+    from lsg_jax.run_config import load_run_config
 
     config = load_run_config(options.config, options.overrides)
     settings = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))

@@ -1,25 +1,17 @@
 """Configuration: frozen dataclasses, strict TOML, dotted overrides.
 
-`ModelConfig` (model.py) describes a converted checkpoint and lives in its manifest. `RunConfig` (run.py; methods.py for what is
-done to the model) describes a training or evaluation run and is read from a TOML file (loading.py). Every number states its
-range beside it (ranges.py). Every unknown field, wrong type and impossible value is a `ConfigError` of one line.
+`ModelConfig` (model.py) describes a converted checkpoint and lives in its manifest. run.py and gates.py hold tables of a run's
+TOML file; other methods have theirs in lsg_jax/methods/, and lsg_jax/run_config.py is the whole. Every number states its range
+beside it (ranges.py). Every unknown field, wrong type and impossible value is a `ConfigError` of one line.
 """
 
-from lsg_jax.config.loading import apply_override, from_dict, load_run_config, to_dict
-from lsg_jax.config.methods import (
-    DiySinkConfig,
-    FixedConfig,
-    FullConfig,
+from lsg_jax.config.gates import (
     GateConfig,
     Grouping,
-    LoraConfig,
-    Method,
-    MethodConfig,
     Part,
     Signal,
-    SinkFrontConfig,
-    VarConfig,
 )
+from lsg_jax.config.loading import apply_override, from_dict, to_dict
 from lsg_jax.config.model import (
     Activation,
     Aspect,
@@ -31,40 +23,30 @@ from lsg_jax.config.model import (
     TextConfig,
     VisionConfig,
 )
-from lsg_jax.config.run import DataConfig, EvalConfig, MeshConfig, Protocol, Remat, RunConfig, Template, TrainConfig
+from lsg_jax.config.run import DataConfig, EvalConfig, MeshConfig, Protocol, Remat, Template, TrainConfig
 
 __all__ = [
     "Activation",
     "Aspect",
     "Criterion",
     "DataConfig",
-    "DiySinkConfig",
     "EvalConfig",
-    "FixedConfig",
-    "FullConfig",
     "GateConfig",
     "Grouping",
     "ImageConfig",
-    "LoraConfig",
     "MeshConfig",
-    "Method",
-    "MethodConfig",
     "ModelConfig",
     "Part",
     "Protocol",
     "Remat",
     "RopeConfig",
-    "RunConfig",
     "Signal",
     "SinkConfig",
-    "SinkFrontConfig",
     "Template",
     "TextConfig",
     "TrainConfig",
-    "VarConfig",
     "VisionConfig",
     "apply_override",
     "from_dict",
-    "load_run_config",
     "to_dict",
 ]

@@ -7,42 +7,12 @@ import difflib
 import json
 import tomllib
 import typing
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from lsg_jax.config.ranges import field_types, range_of, without_none
-from lsg_jax.config.run import RunConfig
 from lsg_jax.errors import ConfigError
 
 T = TypeVar("T")
-
-
-def load_run_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Reads a TOML file and applies `a.b=value` overrides (values in TOML syntax; a bare word is a string).
-
-    Raises:
-        ConfigError: the file is missing or no TOML, or a field is unknown, missing, of another type or out of range.
-    """
-    path = Path(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, or a number of thousands of digits
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        apply_override(tree, override, where="--set")
-    return from_dict(RunConfig, _spell_out_each(tree, where=str(path)), where=str(path))
-
-
-def _spell_out_each(tree: dict[str, Any], *, where: str) -> dict[str, Any]:
-    """Replaces `gate.layers = "each"` by the fields of GateConfig that it stands for."""
-    gate = tree.get("gate")
-    if not isinstance(gate, dict) or gate.get("layers") != "each":
-        return tree
-    if gate.get("independent", True) is not True:
-        raise ConfigError(f'{where}: gate: layers = "each" trains independent gates: name the layers, or drop independent')
-    return {**tree, "gate": {**gate, "layers": [], "independent": True}}
 
 
 def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:

@@ -5,17 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from lsg_jax.config.methods import (
-    DiySinkConfig,
-    FixedConfig,
-    FullConfig,
-    GateConfig,
-    LoraConfig,
-    Method,
-    SinkFrontConfig,
-    VarConfig,
-)
-from lsg_jax.config.model import Aspect, SinkConfig
+from lsg_jax.config.model import Aspect
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError
 
@@ -109,33 +99,3 @@ class EvalConfig(Table, name="eval"):
     image_aspect: Aspect | None = None
     template: Template | None = None
     mesh: MeshConfig | None = None  # None: as much along `tensor` as heads and hosts allow, the rest along `data`
-
-
-@dataclass(frozen=True)
-class RunConfig(Table):
-    """One run. Relative paths are taken from the current folder, as everywhere on the command line."""
-
-    model: str
-    output: str
-    seed: Annotated[int, Range("[0, 4294967295]")] = 0  # jax.random.key keeps 32 bits
-    dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
-    gate: GateConfig = field(default_factory=GateConfig)
-    sinks: SinkConfig | None = None  # None: those of the model folder
-    method: Method = "lsg"  # what is trained and evaluated; the others are its baselines, each with a table of its own
-    fixed: FixedConfig = field(default_factory=FixedConfig)
-    var: VarConfig = field(default_factory=VarConfig)
-    sink_front: SinkFrontConfig = field(default_factory=SinkFrontConfig)
-    diysink: DiySinkConfig = field(default_factory=DiySinkConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    full: FullConfig = field(default_factory=FullConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gate.independent and self.train.remat not in ("full", "auto"):
-            raise ConfigError(f'train.remat is "{self.train.remat}": independent gates recompute every layer, choose "full"')
-        if self.method == "lsg" and self.data.conversations == "whole":
-            raise ConfigError('data.conversations = "whole" has no one place for a gate to read at: choose "split"')

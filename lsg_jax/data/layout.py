@@ -67,6 +67,21 @@ def num_tokens(image_size: ImageSize, config: ModelConfig) -> int:
     return len(lay_out(image_size, config))
 
 
+def place_sources(is_image: NDArray[np.bool_], layout: VisualLayout) -> NDArray[np.int32]:
+    """`Batch.source` of one row: the connector outputs behind each position of its sequence.
+
+    Args:
+        is_image: bool [T], the positions of the image's visual tokens; none, or as many as the layout has.
+
+    Returns:
+        int32 [T, K], `NO_SOURCE` for text.
+    """
+    source = np.full((len(is_image), layout.source.shape[1]), NO_SOURCE, np.int32)
+    if is_image.any():
+        source[is_image] = layout.source
+    return source
+
+
 def _kind(config: ModelConfig) -> Kind:
     return "square"
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lsg_jax.config import DataConfig
 from lsg_jax.data.conversation import RecordError, examples
-from lsg_jax.data.processor import Encoded, Processor
+from lsg_jax.data.processor import Encoded, Processor, to_batch
 from lsg_jax.data.records import PreparedRecords, Record, open_records
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
@@ -137,7 +137,7 @@ class TrainingData(Iterator[Batch]):
             raise InputError(f"row {row} (record {record.record_id}): {error}") from None
 
     def __next__(self) -> Batch:
-        return Batch(**next(self._iterator))
+        return to_batch(next(self._iterator))
 
     def get_state(self) -> dict[str, Any]:
         """The position of the next batch, as JSON-able data. It is equal on all processes and valid for any number of them."""

@@ -24,9 +24,10 @@ from lsg_jax.data.conversation import (
     render,
     tag_front,
 )
-from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out
+from lsg_jax.data.images import to_patches
+from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out, place_sources
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.types import IGNORE, Batch
+from lsg_jax.types import IGNORE, Batch, VisualInput
 
 CHAT_TEMPLATE = "chat_template"
 """Name of the checkpoint's own template."""
@@ -310,7 +311,7 @@ class Processor:
         padding_side: Literal["left", "right"] = "right",
         row_id: int = -1,
     ) -> dict[str, np.ndarray]:
-        """The fields of `Batch` for one example, without the batch axis.
+        """The fields of `Batch` for one example, without the batch axis; `patches` for its images.
 
         Raises:
             InputError: the example is longer than `max_length`, its answer longer than `max_answer_tokens`, or its image
@@ -332,14 +333,16 @@ class Processor:
         input_ids = np.full(max_length, self.model.pad_token_id, np.int32)
         input_ids[start : start + length] = encoded.ids
         positions = np.arange(max_length)
+        valid = (positions >= start) & (positions < start + length)
         answer_index = np.zeros(max_answer_tokens, np.int32)
         answer_target = np.full(max_answer_tokens, IGNORE, np.int32)
         answer_index[: len(targets)] = start + answered - 1  # whose hidden state predicts it
         answer_target[: len(targets)] = targets
         return {
             "input_ids": input_ids,
-            "attention_mask": (positions >= start) & (positions < start + length),
-            "pixels": self.blank if pixels is None else pixels,
+            "attention_mask": valid,
+            "patches": to_patches(self.blank if pixels is None else pixels, self.model.vision.patch_size)[None],
+            "source": place_sources(valid & (input_ids == self.model.image_token_id), self._layout(None)),
             "gate_position": np.asarray(start + encoded.num_prompt - 1, np.int32),
             "answer_index": answer_index,
             "answer_target": answer_target,
@@ -370,4 +373,10 @@ class Processor:
             )
             for i, (e, p) in enumerate(zip(encoded, pixels, strict=True))
         ]
-        return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        return to_batch({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def to_batch(fields: dict[str, np.ndarray]) -> Batch:
+    """A `Batch` of stacked rows that `Processor.row` returned."""
+    fields = dict(fields)
+    return Batch(images=VisualInput(fields.pop("patches")), **fields)

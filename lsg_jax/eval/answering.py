@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lsg_jax.baselines.diysink import BOTH, ROUTE_TOKENS, read_route, routing_prompt
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.processor import Encoded, Processor
@@ -22,7 +21,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.model.generate import Generated
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
-from lsg_jax.vlm import PROMPT_BUCKET, VLM
+from lsg_jax.vlm import PROMPT_BUCKET, REPLY_TOKENS, VLM
 
 READ_AHEAD = 2  # batches whose images are read while one is computed
 
@@ -77,11 +76,11 @@ def answer(
         for members, pixels in _batches(plan(asked, size), rows, items, processor, config.num_threads):
             local = vlm.pad_questions([asked[members[row]] for row in rows], pixels)
             if text_only:
-                local = replace(local, pixels=None)
+                local = local.without_images()
             if routes is not None:
                 local = replace(local, route=np.array([routes[members[row]] for row in rows], np.int32))
             made = vlm.generate_in_full(place_rows(local, vlm.mesh, size), max_new_tokens)
-            near = {i for i, lead in zip(members, made.lead, strict=True) if lead < near_tie}
+            near = {i for i, margin in zip(members, made.margin, strict=True) if margin < near_tie}
             new = {i: _answer(processor, made, row, items[i]) for row, i in enumerate(members) if i not in near}
             undecided += sorted(near)
             outputs.update(new)
@@ -98,16 +97,17 @@ def answer(
 def ask_routes(
     vlm: VLM, items: Sequence[Item], prompts: Sequence[str], config: EvalConfig, *, which: Sequence[int]
 ) -> dict[int, int] | None:
-    """What the questions `which` need, in the words of the plain model: `Batch.route` by position; a collective.
+    """`Batch.route` of the questions `which` by position, from the plain model's replies; a collective.
 
-    None for a model that has no router. A question of text only is not asked about.
+    None for a method that asks no first question. A question without an image is not asked about: its route is 0.
     """
-    if vlm.router is None:
+    first = {i: vlm.method.first_question(prompts[i]) for i in which if items[i].image is not None}
+    asked = {i: question for i, question in first.items() if question is not None}
+    if not asked:
         return None
-    asked = [i for i in which if items[i].image is not None]
     blind = [replace(items[i], image=None) for i in asked]
-    said = answer(vlm.router, blind, [routing_prompt(prompts[i]) for i in asked], config, max_new_tokens=ROUTE_TOKENS)
-    return dict.fromkeys(which, BOTH) | {i: read_route(answer.text) for i, answer in zip(asked, said, strict=True)}
+    replies = answer(vlm.plain(), blind, list(asked.values()), config, max_new_tokens=REPLY_TOKENS)
+    return dict.fromkeys(which, 0) | {i: vlm.method.read_reply(reply.text) for i, reply in zip(asked, replies, strict=True)}
 
 
 def _answer(processor: Processor, made: Generated, row: int, item: Item) -> Answer:
@@ -116,7 +116,7 @@ def _answer(processor: Processor, made: Generated, row: int, item: Item) -> Answ
 
 
 def near_tie_of(vlm: VLM, config: EvalConfig) -> float:
-    """The lead in logits below which an answer is computed again alone (EvalConfig)."""
+    """The margin in logits below which an answer is computed again alone (EvalConfig)."""
     if config.near_tie is not None:
         return config.near_tie
     return 1e-3 if vlm.frozen["language_model"]["embed_tokens"].dtype == np.float32 else 0.0

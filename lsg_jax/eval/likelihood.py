@@ -19,7 +19,7 @@ from lsg_jax.data.processor import Encoded, Processor
 from lsg_jax.errors import InputError
 from lsg_jax.eval.answering import ask_routes, item_pixels, plan
 from lsg_jax.eval.benchmark import Item
-from lsg_jax.model.llava import assemble
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.types import IGNORE, Batch
 from lsg_jax.vlm import PROMPT_BUCKET, VLM

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from lsg_jax.config import Method, RunConfig
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.runner import BASE
+from lsg_jax.methods.registry import METHODS
 from lsg_jax.opening import open_trained
+from lsg_jax.run_config import RunConfig
 from lsg_jax.vlm import VLM
-
-TRAINED = ("lsg", "lora", "diysink", "full")
-"""Methods that need a run of `lsg train`."""
 
 
 def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: str | Path | None = None) -> dict[str, VLM]:
@@ -34,8 +31,8 @@ def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: st
         wanted = [f"{config.method}={source}"]
     for text in wanted:
         method, _, own = text.partition("=")
-        if method not in get_args(Method):
-            raise ConfigError(f"--method {method}: unknown; known are {', '.join(get_args(Method))}")
+        if method not in METHODS:
+            raise ConfigError(f"--method {method}: unknown; known are {', '.join(METHODS)}")
         if method == BASE:
             continue
         if method in models:
@@ -45,8 +42,8 @@ def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: st
 
 
 def _open(base: VLM, config: RunConfig, method: str, source: str | Path | None) -> VLM:
-    if method in TRAINED:
+    if METHODS[method].trains:
         if source is None:
             raise InputError(f"method {method}: there is no trained run; name one as --method {method}=RUN")
         return open_trained(base, source, method=method, sinks=config.sinks)
-    return base.with_method(getattr(config, method), sinks=config.sinks)
+    return base.with_method(config.get_method(method), sinks=config.sinks)

@@ -24,6 +24,7 @@ from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.statistics import interval, paired_test, resample_weights
 from lsg_jax.files import write_json
 from lsg_jax.gating.keys import GROUPS
+from lsg_jax.methods.method import BASE as PLAIN
 from lsg_jax.progress import Progress, silent
 from lsg_jax.stopping import stop_signals
 from lsg_jax.vlm import VLM
@@ -143,10 +144,10 @@ def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
 
 def settings_of(model: VLM) -> dict[str, Any]:
     """What is done to the model, as plain data: `gate`, `method` and `sinks`, null where they play no part."""
-    changed = model.gate is not None or model.method is not None
+    changed, settings = model.method != PLAIN, model.method.settings
     return {
         "gate": to_dict(model.gate) if model.gate else None,
-        "method": {"name": type(model.method).__name__, **to_dict(model.method)} if model.method else None,
+        "method": {"name": type(settings).__name__, **to_dict(settings)} if changed and model.gate is None else None,
         "sinks": to_dict(model.config.sinks) if changed else None,
     }
 
@@ -156,7 +157,7 @@ def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
         "backbone": model.digest,
         "dtype": str(jax.tree.leaves(model.frozen)[0].dtype),
         **settings_of(model),
-        "gates": _digest(model.gates) if model.gates else None,
+        "gates": _digest(model.trained) if model.trained else None,
         "files": sorted(test.files.values()),
         "max_new_tokens": test.max_new_tokens,
         "max_length": config.max_length,

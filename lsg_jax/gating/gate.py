@@ -17,7 +17,7 @@ from lsg_jax.activations import ACTIVATIONS, standardise
 from lsg_jax.config import GateConfig, Signal, SinkConfig
 from lsg_jax.gating.keys import GROUPS, group_members, key_scale
 from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
-from lsg_jax.types import LayerChange, VisualTokens
+from lsg_jax.types import Batch, KVCache, LayerChange, VisualTokens
 
 
 class GateParam(nnx.Param[jax.Array]):
@@ -103,10 +103,38 @@ class KeyScaling:
     sinks: SinkConfig = flax.struct.field(pytree_node=False)
     gate: Any = flax.struct.field(pytree_node=False, default=None)  # graphdef of one SinkGate; None: fixed coefficients
 
+    @classmethod
+    def for_batch(
+        cls,
+        batch: Batch,
+        visual: VisualTokens,
+        config: GateConfig,
+        sinks: SinkConfig,
+        *,
+        source: Any,
+        enabled: jax.Array,
+        graphdef: Any = None,
+    ) -> KeyScaling:
+        """Key scales for the visual tokens of a batch; `graphdef` of one gate, None for fixed coefficients."""
+        return cls(
+            source=source,
+            enabled=enabled,
+            visual=visual,
+            gate_position=jnp.asarray(batch.gate_position),
+            valid=jnp.asarray(batch.attention_mask),
+            first_layer=min(config.layers),
+            config=config,
+            sinks=sinks,
+            gate=graphdef,
+        )
+
     def per_layer(self, start: int, stop: int) -> tuple[Any, jax.Array]:
         """Scan inputs of the layers from `start` to `stop`."""
         inputs: tuple[Any, jax.Array] = jax.tree.map(lambda leaf: leaf[start:stop], (self.source, self.enabled))
         return inputs
+
+    def while_decoding(self, cache: KVCache, slot: jax.Array) -> None:
+        """Nothing: the scaled keys are in the cache."""
 
     def layer(self, inputs: tuple[Any, jax.Array], hidden: jax.Array) -> LayerChange:
         """Key scale and ratios of the layer that `hidden` [B, T, D] enters.

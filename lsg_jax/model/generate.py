@@ -8,33 +8,31 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lsg_jax.baselines.var import AttentionRedistribution
-from lsg_jax.gating.gate import KeyScaling
-from lsg_jax.model.llava import Llava, MergedSequence
+from lsg_jax.model.multimodal import VisionLanguageModel
 from lsg_jax.sharding import ROWS, constrain
-from lsg_jax.types import Array, Batch, Intervention, KVCache, VisualTokens
+from lsg_jax.types import Array, Batch, Intervention, KVCache, Sequence, VisualTokens
 
 
 class Generated(NamedTuple):
-    """What greedy generation gives.
+    """Greedy answers.
 
     Attributes:
         tokens: int32 [B, N = max_new_tokens], pad_token_id after the end-of-sequence token.
         steps: int32 [], the number of columns that were generated: the loop stops when every row has ended.
-        lead: float32 [B], the smallest lead of a chosen token over the next best, in logits: where it is as small as rounding
-            errors, a computation of another shape might have chosen otherwise.
+        margin: float32 [B], the smallest margin between the logits of a chosen token and the next best. Where it is as small as
+            rounding errors, a computation of another shape might choose another token.
         ratios: float32 [L - first gated layer, B, G], or None without key gating.
     """
 
     tokens: Array
     steps: Array
-    lead: Array
+    margin: Array
     ratios: Array
 
 
 @flax.struct.dataclass
 class ReadPrompts:
-    """What the pass over a batch of prompts leaves for their answers.
+    """Results of the pass over a batch of prompts, from which their answers are decoded.
 
     Attributes:
         hidden: [B, D], output of the last layer at the last token of each prompt, before the final norm.
@@ -47,7 +45,7 @@ class ReadPrompts:
     ratios: Array
 
 
-def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> Generated:
+def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> Generated:
     """Greedy continuation of each row; padding may be on either side.
 
     The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates. Edits
@@ -57,42 +55,49 @@ def generate(model: Llava, batch: Batch, *, max_new_tokens: int) -> Generated:
     return answer_prompts(model, batch, read, cache, max_new_tokens=max_new_tokens)
 
 
-def read_prompts(model: Llava, batch: Batch, *, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
+def read_prompts(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
     """The first half of `generate`: the pass over the prompts, and a cache with room for their answers."""
     model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
-    merged = model.merge(batch)
-    valid = merged.valid
-    out = model(batch, merged=merged, keep_kv=True, room=max_new_tokens, rows=last_token(valid)[:, None])
+    sequence = model.sequence(batch)
+    valid = sequence.valid
+    out = model(batch, sequence=sequence, keep_kv=True, room=max_new_tokens, rows=last_token(valid)[:, None])
     cache = KVCache(out.key, out.value, _pad_slots(valid, max_new_tokens), _pad_slots(out.sinks, max_new_tokens))
-    return ReadPrompts(out.hidden[:, 0], merged.visual, out.ratios), cache
+    return ReadPrompts(out.hidden[:, 0], sequence.visual, out.ratios), cache
 
 
-def answer_prompts(model: Llava, batch: Batch, read: ReadPrompts, cache: KVCache, *, max_new_tokens: int) -> Generated:
+def answer_prompts(
+    model: VisionLanguageModel, batch: Batch, read: ReadPrompts, cache: KVCache, *, max_new_tokens: int
+) -> Generated:
     """The second half of `generate`. Compiled apart, each half needs less memory than both in one program.
 
     Args:
-        batch: that of the prompts; its pixels play no part any more.
+        batch: that of the prompts; its images are not used.
     """
     valid = cache.valid[:, : batch.input_ids.shape[1]]
-    intervention = model.intervention(batch, MergedSequence(x=None, valid=valid, visual=read.visual))
-    tokens, steps, lead = decode_greedily(model, read.hidden, cache, max_new_tokens=max_new_tokens, intervention=intervention)
-    return Generated(tokens, steps, lead, read.ratios)
+    intervention = model.intervention(batch, Sequence(x=None, valid=valid, visual=read.visual))
+    tokens, steps, margin = decode_greedily(model, read.hidden, cache, max_new_tokens=max_new_tokens, intervention=intervention)
+    return Generated(tokens, steps, margin, read.ratios)
 
 
 def with_room(cache: KVCache, slots: int) -> KVCache:
-    """The cache with `slots` empty ones behind those that it has."""
+    """The cache with `slots` empty ones appended."""
     room = [(0, 0)] * 3 + [(0, slots), (0, 0)]
     valid, sinks = _pad_slots(cache.valid, slots), _pad_slots(cache.sinks, slots)
     return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), valid, sinks)
 
 
 def _pad_slots(found: jax.Array | None, slots: int) -> jax.Array | None:
-    """bool [..., S] with `slots` more that are False."""
+    """bool [..., S] with `slots` more columns of False."""
     return None if found is None else jnp.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, slots)])
 
 
 def decode_greedily(
-    model: Llava, hidden: jax.Array, cache: KVCache, *, max_new_tokens: int, intervention: Intervention | None = None
+    model: VisionLanguageModel,
+    hidden: jax.Array,
+    cache: KVCache,
+    *,
+    max_new_tokens: int,
+    intervention: Intervention | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Greedy continuation of prompts that were already run.
 
@@ -102,7 +107,7 @@ def decode_greedily(
         intervention: what was done to the prompts.
 
     Returns:
-        tokens, steps and lead, as Generated has them.
+        tokens, steps and margin, as in Generated.
     """
     config = model.config
     heads_apart = lambda x: constrain(x, model.mesh, None, ROWS, "tensor")
@@ -115,13 +120,13 @@ def decode_greedily(
         logits = model.language_model.logits(hidden)
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         others = jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], -jnp.inf, logits)
-        lead = logits.max(-1) - others.max(-1)
-        return jnp.where(done, config.pad_token_id, token), jnp.where(done, jnp.inf, lead)
+        margin = logits.max(-1) - others.max(-1)
+        return jnp.where(done, config.pad_token_id, token), jnp.where(done, jnp.inf, margin)
 
     def ended(token: jax.Array) -> jax.Array:
         return (token[:, None] == eos).any(-1)
 
-    token, lead = pick(hidden, jnp.zeros(batch, bool))
+    token, margin = pick(hidden, jnp.zeros(batch, bool))
     tokens = jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
 
     def cond(carry: tuple) -> jax.Array:
@@ -129,23 +134,16 @@ def decode_greedily(
         return (step < max_new_tokens) & ~done.all()
 
     def body(carry: tuple) -> tuple:
-        step, token, done, tokens, lead, cache = carry
+        step, token, done, tokens, margin, cache = carry
         slot = slots + step - 1
-        going_on = behind(intervention, cache, slot)
-        hidden, cache = model.language_model.decode(token, prompt_length + step - 1, slot, cache, going_on)
-        token, new_lead = pick(hidden, done)
+        now = None if intervention is None else intervention.while_decoding(cache, slot)
+        hidden, cache = model.language_model.decode(token, prompt_length + step - 1, slot, cache, now)
+        token, new_margin = pick(hidden, done)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-        return step + 1, token, done | ended(token), tokens, jnp.minimum(lead, new_lead), cache
+        return step + 1, token, done | ended(token), tokens, jnp.minimum(margin, new_margin), cache
 
-    step, _, _, tokens, lead, _ = jax.lax.while_loop(cond, body, (jnp.int32(1), token, ended(token), tokens, lead, cache))
-    return tokens, step, lead
-
-
-def behind(intervention: Intervention | None, cache: KVCache, slot: jax.Array) -> Intervention | None:
-    """What an intervention in the prompt still does to the token that goes into `slot`; the cache holds keys that it scaled."""
-    if isinstance(intervention, AttentionRedistribution):
-        return intervention.behind(cache, slot)
-    return None if isinstance(intervention, KeyScaling) else intervention
+    step, _, _, tokens, margin, _ = jax.lax.while_loop(cond, body, (jnp.int32(1), token, ended(token), tokens, margin, cache))
+    return tokens, step, margin
 
 
 def last_token(valid: Array) -> jax.Array:

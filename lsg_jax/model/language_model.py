@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,11 +17,10 @@ from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import TextConfig
 from lsg_jax.errors import InputError
 from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles, take_rows
-from lsg_jax.model.layer_scan import differentiated_from
 from lsg_jax.model.layers import Linear, RMSNorm, layer_at, stack_layers
 from lsg_jax.model.splash_attention import SAVED
 from lsg_jax.sharding import ROWS, constrain
-from lsg_jax.types import UNCHANGED, Array, Intervention, KVCache, LayerView
+from lsg_jax.types import UNCHANGED, Intervention, KVCache, LayerChange, LayerView, Sequence
 
 
 class GatedMLP(nnx.Module):
@@ -57,40 +57,107 @@ class DecoderLayer(nnx.Module):
     def attend(
         self, x: jax.Array, rope: Any, mask: jax.Array, *, rows: jax.Array | None = None, **attention: Any
     ) -> tuple[jax.Array, Any, Any]:
-        """The first half: x with the output of the attention added."""
+        """x plus the output of the attention."""
         out, kept, weights = self.attention(self.input_norm(x), rope, mask, rows=rows, **attention)
         return (x if rows is None else take_rows(x, rows)) + checkpoint_name(out, "attention_out"), kept, weights
 
     def feed(self, x: jax.Array) -> jax.Array:
-        """The second half, with the output of the MLP."""
+        """x plus the output of the MLP."""
         return x + self.mlp(self.post_attention_norm(x))
 
 
 @flax.struct.dataclass
 class DecoderOutput:
-    """What a run over the layers leaves.
+    """Outputs of a pass over the layers.
 
     Attributes:
-        hidden: [B, T, D], or [B, A, D] where only some rows were wanted; output of the last layer, before the final norm.
+        hidden: [B, T, D], or [B, A, D] with `rows`: output of the last layer that ran, before the final norm.
         key, value: [L, B, K, T + room, H], or None unless `keep_kv`.
         ratios: float32 [L - first changed layer, B, G], or None without key gating.
-        sinks: bool [L, B, T], what KVCache keeps of an intervention that asks for it, False below its first layer; or None.
-        observed: what the observer returned, stacked over the L layers, or None.
+        sinks: bool [L, B, T], the sinks that an intervention reports for the cache, False below its first layer; or None.
+        observed: results of the observer, stacked over the L layers, or None.
     """
 
-    hidden: Array
-    key: Array
-    value: Array
-    ratios: Array
-    sinks: Array
+    hidden: jax.Array
+    key: jax.Array | None
+    value: jax.Array | None
+    ratios: jax.Array | None
+    sinks: jax.Array | None
     observed: Any
+
+
+KeysAndValues = tuple[jax.Array, jax.Array]
+"""Keys and values of all layers, [L, B, K, S, H] each."""
+
+
+class LayerOutput(NamedTuple):
+    """Outputs of one layer: x [B, T, D] or [B, A, D], the updated keys and values, attention weights, and what was changed."""
+
+    x: jax.Array
+    kv: KeysAndValues | None
+    weights: jax.Array | None
+    change: LayerChange
+
+
+@dataclass(frozen=True)
+class LayerRunner:
+    """Runs single decoder layers, over whole sequences or over the next token of each row.
+
+    Attributes:
+        decoder: the stack that the layers are sliced from.
+        rope: cos and sin of the query positions.
+        mask: bool [B, T, S], keys that each query may attend to.
+        intervention: what is done in the layers, if anything.
+        slot: int32 [], cache slot of the one token of each row; None for whole sequences.
+    """
+
+    decoder: LanguageModel
+    rope: tuple[jax.Array, jax.Array]
+    mask: jax.Array
+    intervention: Intervention | None = None
+    slot: jax.Array | None = None
+
+    def layer(self, index: jax.Array) -> DecoderLayer:
+        """One layer out of the stack; `index` int32 [] may be traced."""
+        graphdef, stacked = nnx.split(self.decoder.layers)
+        return nnx.merge(graphdef, layer_at(stacked, index))
+
+    def __call__(
+        self,
+        index: jax.Array,
+        x: jax.Array,
+        *,
+        kv: KeysAndValues | None = None,
+        inputs: Any = None,
+        rows: jax.Array | None = None,
+        return_weights: bool = False,
+    ) -> LayerOutput:
+        """Runs layer `index` on x [B, T, D].
+
+        Args:
+            kv: where the layer's keys and values are written, in place under jit; None to drop them.
+            inputs: the layer's scan inputs of the intervention (`Intervention.per_layer`); None leaves the layer unchanged.
+            rows: int32 [B, A], positions whose output is wanted; None for all.
+        """
+        unchanged = self.intervention is None or inputs is None
+        change = UNCHANGED if unchanged else self.intervention.layer(inputs, x)  # type: ignore[union-attr]
+        attention: dict[str, Any] = {"change": change, "rows": rows, "return_weights": return_weights}
+        if self.slot is not None:
+            assert kv is not None
+            attention["cache"] = LayerCache(*kv, index, self.slot)
+        y, new, weights = self.layer(index)(x, self.rope, self.mask, **attention)
+        if isinstance(new, LayerCache):
+            kv = new.key, new.value
+        elif kv is not None:
+            kv = _write_layer(kv, index, new)
+        return LayerOutput(y, kv, weights, change)
 
 
 class LanguageModel(nnx.Module):
     """Token embeddings, decoder layers, final norm and output head (tied to the embeddings where the config says so).
 
-    On a mesh the residual stream lies along `data` and `fsdp` by rows, and along `tensor` by positions. Left to itself, XLA
-    keeps all rows on every device and splits D, as the embeddings are, and memory and transfers grow with the mesh.
+    On a mesh the residual stream is sharded along `data` and `fsdp` by rows, and along `tensor` by positions. Without
+    that constraint XLA keeps all rows on every device and splits D, and memory and transfers grow with the mesh.
     """
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any, mesh: Mesh | None = None):
@@ -111,12 +178,12 @@ class LanguageModel(nnx.Module):
         return self.by_rows(jnp.take(self.embed_tokens[...], input_ids, axis=0, mode="clip"))
 
     def by_rows(self, x: jax.Array) -> jax.Array:
-        """Lays a residual stream [B, T, D] out over the mesh."""
+        """Shards a residual stream [B, T, D] over the mesh."""
         return constrain(x, self.mesh, ROWS, "tensor")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and head: [..., D] -> float32 [..., V]."""
-        # bfloat16 logits would round away what tells close candidates apart
+        # bfloat16 logits would round away the differences between close candidates
         return jnp.einsum("...D,DV->...V", *self.head_inputs(hidden), preferred_element_type=jnp.float32)
 
     def head_inputs(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,145 +199,101 @@ class LanguageModel(nnx.Module):
                 f"{length} tokens exceed the sliding window of {c.sliding_window}, which is not supported: shorten the sequence"
             )
 
+    def runner(self, sequence: Sequence, intervention: Intervention | None = None) -> LayerRunner:
+        """Runs layers over whole sequences, causally; padding may be on either side."""
+        rope = rope_angles(sequence.positions, self.config.rope, self.config.head_dim)
+        return LayerRunner(self, rope, causal_mask(sequence.valid), intervention)
+
     def __call__(
         self,
-        x: jax.Array,
-        valid: jax.Array,
+        sequence: Sequence,
         intervention: Intervention | None = None,
         *,
-        differentiate: bool = False,
         rows: jax.Array | None = None,
+        stop: int | None = None,
+        differentiate: bool = False,
         keep_kv: bool = False,
         room: int = 0,
         remat: str = "none",
         observe: Callable[[LayerView], Any] | None = None,
         observe_attention: bool = False,
     ) -> DecoderOutput:
-        """Runs all layers over whole sequences, causally; padding may be on either side.
+        """Runs the layers over whole sequences: one scan below the first layer that the intervention changes, one from it on.
 
-        Layers below the first that the intervention changes are not differentiated (`layer_scan`), and without a gradient run
-        in a scan of their own. With `rows`, the last layer computes nothing but keys and values elsewhere, unless that would
-        not pay (`_last_layer_apart`).
+        With `rows`, the last layer computes only keys and values elsewhere, unless that would not pay (`_last_layer_apart`).
 
         Args:
-            x: merged embeddings [B, T, D].
-            valid: bool [B, T], unpadded tokens.
-            intervention: what is done in the layers, if anything.
-            differentiate: `x` or weights are trained: no layer is left out of the backward pass. Otherwise only what the
-                intervention hands to the layers (`per_layer`) gets a gradient.
             rows: int32 [B, A], positions whose output is wanted; None for all.
-            room: empty positions behind the keys and values that are kept.
-            remat: what of a layer is kept for the backward pass (TrainConfig).
-            observe: called with a LayerView in each layer; its results come back stacked.
+            stop: the number of layers to run; None for all.
+            differentiate: inputs or weights are trained, so the backward pass goes through every layer. Otherwise it stops at
+                the first changed layer, and only the intervention's `per_layer` gets a gradient.
+            keep_kv: return keys and values, with `room` empty positions after them.
+            remat: what the forward pass keeps of a layer for the backward pass (TrainConfig).
+            observe: called with a LayerView in each layer; its results are stacked.
         """
-        self.check_length(x.shape[1])
-        num_layers = self.config.num_layers
-        first = num_layers if intervention is None else intervention.first_layer
-        apart = rows is not None and _last_layer_apart(num_layers, rows.shape[1])
-        scanned = num_layers - 1 if apart else num_layers
-        run_layer = self.over(valid)
+        self.check_length(sequence.x.shape[1])
+        runner, stop = self.runner(sequence, intervention), self.config.num_layers if stop is None else stop
+        last_apart = rows is not None and _last_layer_apart(stop, rows.shape[1])
+        scanned = stop - 1 if last_apart else stop
+        first = stop if intervention is None else min(stop, intervention.first_layer)
 
-        def body(carry: tuple[jax.Array, Any], index: jax.Array, walked: Any, rows: jax.Array | None = None) -> tuple[Any, Any]:
-            x, kv = carry
+        def body(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any], rows: jax.Array | None = None) -> tuple[Any, Any]:
+            (x, kv), (index, inputs) = carry, xs
             x = checkpoint_name(self.by_rows(x), "layer_input")
-            change = UNCHANGED if intervention is None or walked is None else intervention.layer(walked, x)
-            y, new, weights = run_layer(x, index, change=change, rows=rows, return_weights=observe_attention and rows is None)
-            seen = observe(LayerView(hidden=x, attention=weights, ratios=change.ratios)) if observe else None
-            if keep_kv:
-                kv = _write_layer(kv, index, new)
-            return (y, kv), (change.ratios, seen, change.sinks if keep_kv else None)
+            out = runner(index, x, kv=kv, inputs=inputs, rows=rows, return_weights=observe_attention and rows is None)
+            seen = observe(LayerView(hidden=x, attention=out.weights, ratios=out.change.ratios)) if observe else None
+            return (out.x, out.kv), (out.change.ratios, out.change.sinks if keep_kv else None, seen)
 
-        # a scan already keeps the recomputation apart from the forward pass
+        # prevent_cse is not needed: a scan already keeps the recomputation apart from the forward pass
         step = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-
-        def run(carry: tuple[jax.Array, Any], start: int, stop: int, walked: Any) -> tuple[Any, Any]:
-            return jax.lax.scan(lambda c, xs: step(c, *xs), carry, (jnp.arange(start, stop), walked))
-
-        def run_split(walked: Any, carry: tuple[jax.Array, Any]) -> tuple[Any, Any]:
-            carry, _ = run(carry, 0, first, None)
-            return run(carry, first, scanned, jax.tree.map(lambda leaf: leaf[first:], walked))
-
-        carry, parts = (x, self._empty_kv(x, room) if keep_kv else None), []
-        one_body = 0 < first < scanned and not (differentiate or keep_kv or observe or remat == "offload")
-        if intervention is not None and one_body:
-            walked = intervention.per_layer(0, scanned)
-            carry, part = differentiated_from(first, run_split, lambda w, c, index: step(c, index, w), walked, carry)
-            parts.append(part)
-        else:
-            if first > 0:
-                if scanned > 0:
-                    carry, part = run(carry, 0, min(first, scanned), None)
-                    parts.append(part)
-                carry = carry if differentiate else jax.lax.stop_gradient(carry)
-            if intervention is not None and first < scanned:
-                carry, part = run(carry, first, scanned, intervention.per_layer(first, scanned))
+        inputs = lambda start, stop: intervention.per_layer(start, stop) if intervention and start >= first else None
+        carry, parts = (sequence.x, self._empty_kv(sequence.x, room) if keep_kv else None), []
+        for start, end in ((0, min(first, scanned)), (first, scanned)):
+            if start < end:
+                carry, part = jax.lax.scan(step, carry, (jnp.arange(start, end), inputs(start, end)))
                 parts.append(part)
-        if apart:
-            last = None if intervention is None else jax.tree.map(lambda v: v[0], intervention.per_layer(scanned, num_layers))
-            carry, part = body(carry, jnp.int32(scanned), last, rows)
-            parts.append(jax.tree.map(lambda v: v[None], part))
-        x, kv = carry
-        if rows is not None and not apart:
-            x = take_rows(x, rows)
-        observed = jax.tree.map(lambda *p: jnp.concatenate(p), *(p[1] for p in parts))
-        ratios, sinks = _join([p[0] for p in parts]), _join([p[2] for p in parts])
+            if end == first and not differentiate:
+                carry = jax.lax.stop_gradient(carry)
+        if last_apart:
+            of_last = jax.tree.map(lambda leaf: leaf[0], inputs(scanned, stop))
+            carry, part = body(carry, (jnp.int32(scanned), of_last), rows)
+            parts.append(jax.tree.map(lambda leaf: leaf[None], part))
+        (x, kv), (ratios, sinks, observed) = carry, map(_concatenate, zip(*parts, strict=True))
         if sinks is not None:
-            sinks = jnp.pad(sinks, ((num_layers - len(sinks), 0), (0, 0), (0, 0)))
-        key, value = kv or (None, None)
-        return DecoderOutput(hidden=x, key=key, value=value, ratios=ratios, sinks=sinks, observed=observed)
+            sinks = jnp.pad(sinks, ((stop - len(sinks), 0), (0, 0), (0, 0)))
+        x = take_rows(x, rows) if rows is not None and not last_apart else x
+        return DecoderOutput(x, *(kv or (None, None)), ratios=ratios, sinks=sinks, observed=observed)
 
-    def _empty_kv(self, x: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of all layers for x [B, T, D], zeros, which the layers fill in place."""
+    def _empty_kv(self, x: jax.Array, room: int) -> KeysAndValues:
+        """Zeros for the keys and values of all layers on x [B, T, D], which the layers fill in place."""
         c = self.config
         shape = (c.num_layers, x.shape[0], c.num_kv_heads, x.shape[1] + room, c.head_dim)
         empty = lambda: constrain(jnp.zeros(shape, x.dtype), self.mesh, None, ROWS, "tensor")
         return empty(), empty()
 
-    def over(self, valid: jax.Array, part: str = "__call__") -> Callable[..., tuple[jax.Array, Any, Any]]:
-        """A function that runs one layer over whole sequences whose tokens `valid` bool [B, T] are unpadded.
-
-        It takes x [B, T, D], the layer's index int32 [], which may be traced, and the keywords of `CausalAttention`, and
-        returns what `DecoderLayer` does, or its method `attend`.
-        """
-        rope = rope_angles(token_positions(valid), self.config.rope, self.config.head_dim)
-        mask = causal_mask(valid)
-
-        def run_layer(x: jax.Array, index: jax.Array, **attention: Any) -> tuple[jax.Array, Any, Any]:
-            return getattr(self.layer(index), part)(x, rope, mask, **attention)
-
-        return run_layer
-
-    def layer(self, index: jax.Array) -> DecoderLayer:
-        """One layer out of the stack; `index` int32 [] may be traced."""
-        graphdef, stacked = nnx.split(self.layers)
-        return nnx.merge(graphdef, layer_at(stacked, index))
-
     def resume(
-        self, x: jax.Array, cache: KVCache, intervention: Intervention, start: jax.Array, *, rows: jax.Array
+        self, sequence: Sequence, cache: KVCache, intervention: Intervention, start: jax.Array, *, rows: jax.Array
     ) -> tuple[jax.Array, KVCache]:
         """`__call__` from layer `start` on, which may be traced: one compiled program for every start. Not differentiable.
 
         Args:
-            x: [B, T, D], the residual stream that enters layer `start`.
-            cache: of S >= T slots; what it holds of the prompt [B, T] in the layers from `start` on is written anew.
+            sequence: its x [B, T, D] is the residual stream that enters layer `start`.
+            cache: of S >= T slots; the prompt's keys and values in the layers from `start` on are overwritten.
             start: int32 [], in 0..L-1.
             rows: int32 [B, A], positions whose output is wanted.
 
         Returns:
             hidden [B, A, D] before the final norm, and the cache.
         """
-        run_layer = self.over(cache.valid[:, : x.shape[1]])
-        last = self.config.num_layers - 1
-        walked = intervention.per_layer(0, last + 1)
+        runner, last = self.runner(sequence, intervention), self.config.num_layers - 1
+        inputs = intervention.per_layer(0, last + 1)
 
-        def body(index: jax.Array, carry: tuple, rows: jax.Array | None = None) -> tuple:
-            x, *kv = carry
-            change = intervention.layer(layer_at(walked, index), x)
-            y, new, _ = run_layer(x, index, change=change, rows=rows)
-            return y, *_write_layer(kv, index, new)
+        def body(index: jax.Array, carry: tuple[jax.Array, KeysAndValues], rows: jax.Array | None = None) -> tuple[Any, Any]:
+            out = runner(index, carry[0], kv=carry[1], inputs=layer_at(inputs, index), rows=rows)
+            return out.x, out.kv
 
-        carry = jax.lax.fori_loop(start, last, body, (x, cache.key, cache.value))
-        hidden, key, value = body(jnp.int32(last), carry, rows)
+        carry = jax.lax.fori_loop(start, last, body, (sequence.x, (cache.key, cache.value)))
+        hidden, (key, value) = body(jnp.int32(last), carry, rows)
         return hidden, cache.replace(key=key, value=value)  # type: ignore[attr-defined]
 
     def decode(
@@ -292,33 +315,27 @@ class LanguageModel(nnx.Module):
         Returns:
             hidden [B, D] before the final norm, and the cache with the slot filled.
         """
-        x = self.embed(token[:, None])
         rope = rope_angles(position[:, None], self.config.rope, self.config.head_dim)
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, jnp.ones_like(cache.valid[:, :1]), slot, axis=1)
-        graphdef, stacked = nnx.split(self.layers)
+        runner, num_layers = LayerRunner(self, rope, valid[:, None, :], intervention, slot), self.config.num_layers
 
-        num_layers = self.config.num_layers
-        walked = None if intervention is None else intervention.per_layer(0, num_layers)
+        def body(carry: tuple[jax.Array, KeysAndValues], xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+            out = runner(xs[0], carry[0], kv=carry[1], inputs=xs[1])
+            return (out.x, out.kv), out.change.sinks
 
-        def body(carry: tuple[jax.Array, jax.Array, jax.Array], xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
-            x, key, value = carry
-            index, walked = xs
-            change = UNCHANGED if intervention is None else intervention.layer(walked, x)
-            layer = nnx.merge(graphdef, layer_at(stacked, index))
-            x, kept, _ = layer(x, rope, valid[:, None, :], change=change, cache=LayerCache(key, value, index, slot))
-            return (x, kept.key, kept.value), change.sinks
-
-        (x, key, value), sinks = jax.lax.scan(body, (x, cache.key, cache.value), (jnp.arange(num_layers), walked))
+        inputs = None if intervention is None else intervention.per_layer(0, num_layers)
+        carry = self.embed(token[:, None]), (cache.key, cache.value)
+        (x, (key, value)), sinks = jax.lax.scan(body, carry, (jnp.arange(num_layers), inputs))
         if sinks is not None:
             sinks = jax.lax.dynamic_update_slice_in_dim(cache.sinks, sinks, slot, axis=2)
         return x[:, 0], KVCache(key=key, value=value, valid=valid, sinks=sinks)
 
 
 def _last_layer_apart(num_layers: int, rows: int) -> bool:
-    """Whether the last layer is a program of its own, for the rows that are wanted.
+    """Whether the last layer is compiled apart from the scan, for the wanted rows only.
 
-    It saves most of one layer's work. But it is the one part that compiles beside the scan, and for many rows that takes a
-    third of the whole compile time, more than a deep model's run of some hundred steps would get back.
+    That saves most of one layer's work. For many rows it takes a third of the compile time, which a deep model's run of some
+    hundred steps would not get back.
     """
     return rows == 1 or num_layers <= 16
 
@@ -329,10 +346,10 @@ def _write_layer(kv: Any, index: jax.Array, new: Any) -> tuple[jax.Array, ...]:
     return tuple(map(put, kv, new))
 
 
-def _join(parts: list[Any]) -> jax.Array | None:
-    """What runs over some of the layers gave, one behind the other; a run that gave nothing does not count."""
+def _concatenate(parts: Iterable[Any]) -> Any:
+    """Concatenates the outputs of the layer ranges along the layer axis, leaving out ranges without an output."""
     given = [part for part in parts if part is not None]
-    return jnp.concatenate(given) if given else None
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *given) if given else None
 
 
 def token_positions(valid: jax.Array) -> jax.Array:
@@ -354,7 +371,7 @@ def causal_mask(valid: jax.Array) -> jax.Array:
 
 
 def _keep_activations(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Saves everything but the layer's weights, which are sliced out of the stack again instead of being stacked twice."""
+    """Saves everything but the layer's weights: slicing them again beats a second copy of the stack."""
     return primitive.name not in ("dynamic_slice", "squeeze", "reshape")
 
 
@@ -371,4 +388,4 @@ REMAT: dict[str, Any] = {
         offload_dst="pinned_host",
     ),
 }
-"""What of a layer is kept for the backward pass, from the fastest to the smallest in memory (TrainConfig)."""
+"""Which residuals of a layer the forward pass saves, from the fastest to the smallest in memory (TrainConfig)."""

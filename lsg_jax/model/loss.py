@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_jax.model.llava import Llava
+from lsg_jax.config import GateConfig
+from lsg_jax.model.multimodal import VisionLanguageModel
 from lsg_jax.types import IGNORE, Batch
 
 VOCABULARY_CHUNK = 8192  # words
 
 
-def answer_loss(model: Llava, batch: Batch, *, remat: str = "none") -> tuple[jax.Array, dict[str, Any]]:
+def answer_loss(model: VisionLanguageModel, batch: Batch, *, remat: str = "none") -> tuple[jax.Array, dict[str, Any]]:
     """Mean cross-entropy over the answer tokens of the whole batch.
 
     Only the A answer slots of each row reach the output head, and the vocabulary is gone through in chunks, so that no array of
@@ -26,11 +27,13 @@ def answer_loss(model: Llava, batch: Batch, *, remat: str = "none") -> tuple[jax
         any).
     """
     out = model(batch, remat=remat, rows=jnp.asarray(batch.answer_index))
-    loss, told = score_answers(model, batch, out.hidden)
-    return loss, told if model.gate_config is None else {**told, "ratios": mean_ratios(model, batch, out.ratios)}
+    loss, metrics = score_answers(model, batch, out.hidden)
+    if model.gate is not None:
+        metrics["ratios"] = mean_ratios(model.gate, batch, out.ratios)
+    return loss, metrics
 
 
-def score_answers(model: Llava, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def score_answers(model: VisionLanguageModel, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`answer_loss` from the output of the last layer at the answer slots [B, A, D]: loss, `tokens` and `correct`."""
     used = batch.answer_target != IGNORE
     target = jnp.where(used, batch.answer_target, 0)
@@ -83,23 +86,24 @@ def chunked_cross_entropy(
     return largest + jnp.log(total) - hit, best
 
 
-def mean_ratios(model: Llava, batch: Batch, ratios: jax.Array | None) -> jax.Array:
+def mean_ratios(gate: GateConfig, batch: Batch, ratios: jax.Array | None) -> jax.Array:
     """Gate ratios [L - first gated layer, B, G] as means over the rows with an image: float32 [gated layers, G]."""
-    layers, groups = model.gate_config.layers, model.gate_config.num_groups  # type: ignore[union-attr]
     if ratios is None:  # a batch without images
-        return jnp.zeros((len(layers), groups))
-    return mean_over_images(model, batch, ratios[jnp.array(layers) - min(layers)])
+        return jnp.zeros((len(gate.layers), gate.num_groups))
+    return mean_over_images(batch, ratios[jnp.array(gate.layers) - min(gate.layers)])
 
 
-def mean_over_images(model: Llava, batch: Batch, ratios: jax.Array) -> jax.Array:
+def mean_over_images(batch: Batch, ratios: jax.Array) -> jax.Array:
     """float32 [n, B, G] -> [n, G], over the rows with an image."""
-    shown = has_image(model, batch)
+    shown = has_image(batch)
     return jnp.where(shown[:, None], ratios, 0.0).sum(1) / jnp.maximum(shown.sum(), 1)
 
 
-def has_image(model: Llava, batch: Batch) -> jax.Array:
+def has_image(batch: Batch) -> jax.Array:
     """bool [B]."""
-    return (batch.input_ids == model.config.image_token_id).any(-1)
+    if batch.source is None:
+        return jnp.zeros(batch.input_ids.shape[0], bool)
+    return (jnp.asarray(batch.source) >= 0).any((-2, -1))
 
 
 def answer_slots(labels: np.ndarray, slots: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -67,12 +67,12 @@ class VisionTower(nnx.Module):
         self.layers = stack_layers(lambda r: VisionLayer(config, rngs=r, dtype=dtype), rngs.params(), config.num_layers)
 
     def __call__(
-        self, pixels: jax.Array, feature_layers: tuple[int, ...], *, return_weights: bool = False
+        self, patches: jax.Array, feature_layers: tuple[int, ...], *, return_weights: bool = False
     ) -> tuple[list[jax.Array], jax.Array | None]:
         """Hidden states of the layers asked for.
 
         Args:
-            pixels: [B, H, W, C], normalised.
+            patches: [B, P, h w C], normalised.
             feature_layers: indices as in HF `hidden_states`: 0 is the input of the first layer, -1 the output of the last.
 
         Returns:
@@ -81,7 +81,7 @@ class VisionTower(nnx.Module):
         """
         total = self.config.num_layers + 1
         wanted = [layer % total if -total <= layer < total else _no_layer(layer, total) for layer in feature_layers]
-        x = self.embed(self.by_images(pixels))
+        x = self.embed(self.by_images(patches))
         states = {0: x}
         done, weights = 0, None
         graphdef, stacked = nnx.split(self.layers)
@@ -98,20 +98,17 @@ class VisionTower(nnx.Module):
         return [states[layer] for layer in wanted], weights
 
     def by_images(self, x: jax.Array) -> jax.Array:
-        """Lays images [B, ...] out over all devices, so that weights are gathered and no activations are summed."""
+        """Shards images [B, ...] over all devices, so that weights are gathered and no activations are summed."""
         return constrain(x, self.mesh, (*ROWS, "tensor"))
 
-    def embed(self, pixels: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, positions, D], the input of the first layer."""
+    def embed(self, patches: jax.Array) -> jax.Array:
+        """[B, P, h w C] -> [B, positions, D], the input of the first layer."""
         c = self.config
-        batch, height, width, _ = pixels.shape
-        if (height, width) != (c.image_size, c.image_size):
-            raise ValueError(f"image is {height} x {width}, the vision tower takes {c.image_size} x {c.image_size}")
-        # a convolution whose stride is its width is one matrix product over patches; a remainder at the edge is dropped
-        grid = c.image_size // c.patch_size
-        used = grid * c.patch_size
-        patches = pixels[:, :used, :used].reshape(batch, grid, c.patch_size, grid, c.patch_size, c.num_channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, c.patch_size, c.patch_size, c.num_channels)
+        batch, count, size = patches.shape
+        if (count, size) != (c.num_patches, c.patch_size**2 * c.num_channels):
+            raise ValueError(f"{count} patches of {size} values: not those of a square of {c.image_size} pixels")
+        # a convolution whose stride is its width is one matrix product over patches
+        patches = patches.reshape(batch, count, c.patch_size, c.patch_size, c.num_channels)
         x = self.patch_embedding(patches.astype(self.position_embedding[...].dtype))
         if c.has_class_token:
             x = jnp.concatenate([jnp.broadcast_to(self.class_embedding[...], (batch, 1, x.shape[-1])), x], axis=1)

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from lsg_jax.analysis.sweep import coefficient_grid
-from lsg_jax.config import ModelConfig, Remat, RunConfig
+from lsg_jax.config import ModelConfig, Remat
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.model.language_model import REMAT
-from lsg_jax.model.llava import abstract_model
 from lsg_jax.plan.chips import Topology, open_topology
 from lsg_jax.plan.measure import measure
 from lsg_jax.plan.programs import (
@@ -28,13 +28,13 @@ from lsg_jax.plan.programs import (
     sweep_cells,
     sweep_prompts,
     train_program,
-    trained,
+    trained_method,
 )
 from lsg_jax.plan.recipe import Assumptions, as_json, recipe
 from lsg_jax.plan.search import fastest, largest_batch, try_policies
 from lsg_jax.plan.traced import traced_flops
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import answering_mesh, batch_rows, make_mesh
-from lsg_jax.vlm import check_gate_input
 
 PROGRAMS = ("forward", "train", "each", "sweep", "eval")
 DEFAULT_PROGRAMS = ("train", "each", "sweep", "eval")
@@ -143,7 +143,7 @@ class _Slice:
     def train(self) -> None:
         """The step under the policies, then the largest batch under the fastest of them."""
         config = self.config
-        if config.gate.independent and config.method == "lsg":
+        if config.get_method().independent:
             self.each()
             return
         step = lambda policy, rows: self.run(self.training(config, policy, rows), f", remat {policy}")
@@ -211,11 +211,8 @@ class _Slice:
 
     def check(self) -> None:
         """Raises ConfigError for settings that `lsg train` would refuse."""
-        gate, method = trained(self.config, self.model)
-        if gate is None and method is None and "train" in self.settings.programs:
-            raise ConfigError(f'method = "{self.config.method}" has nothing to train: plan --programs eval')
-        if gate is not None:
-            check_gate_input(gate, self.model)
+        if "train" in self.settings.programs or self.config.get_method().trains:
+            trained_method(self.config, self.model)
         train = self.config.train
         if train.batch_size % (batch_rows(self.training_mesh) * train.accumulate):
             parts = f" times train.accumulate {train.accumulate}" if train.accumulate > 1 else ""

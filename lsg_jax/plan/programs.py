@@ -14,9 +14,14 @@ from jax.sharding import Mesh
 
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
-from lsg_jax.config import FullConfig, GateConfig, MethodConfig, ModelConfig, RunConfig
-from lsg_jax.model.llava import abstract_model, assemble
+from lsg_jax.config import GateConfig, ModelConfig
+from lsg_jax.errors import ConfigError
+from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method import BASE, Method
+from lsg_jax.methods.method_model import TRAINED, abstract_model, assemble
+from lsg_jax.methods.registry import name_of
 from lsg_jax.model.loss import answer_loss
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import abstract_batch, batch_rows, replicated, shard_params, state_shardings
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch
@@ -51,16 +56,14 @@ class Program:
 
 def train_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Program:
     """The training step of a configuration; `gate.independent` for gates of many layers in one run."""
-    gate, method = trained(config, model)
-    graphdef, params = _sharded_model(model, mesh, gate=gate, method=method, dtype=dtype)
-    if isinstance(method, FullConfig):
-        float32 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-        gates = jax.tree.map(float32, {part: params.pop(part) for part in method.parts})
-    else:
-        gates = params.pop("gates")
-    independent = gate is not None and gate.independent
+    method = trained_method(config, model)
+    independent = method.independent
+    graphdef, params = _sharded_model(model, mesh, method=method, dtype=dtype)
+    float32 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    parts = {part: params.pop(part) for part in method.parts}
+    trained = jax.tree.map(float32, parts) if parts else params.pop(TRAINED)
     state = jax.eval_shape(
-        lambda gates: init_state(gates, params, config=config.train, total_steps=100, independent=independent), gates
+        lambda trained: init_state(trained, params, config=config.train, total_steps=100, independent=independent), trained
     )
     state = _placed(state, state_shardings(state, mesh))
     batch = training_batch(config, model, mesh)
@@ -70,15 +73,15 @@ def train_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: A
         arguments=(state, params, batch),
         rows=config.train.batch_size,
         parts={"weights": params, "trained and optimiser": state, "batch": batch},
-        trips=_suffix_trips(gate, model) if independent and gate is not None else {},
+        trips=_suffix_trips(method.gate, model) if independent and method.gate is not None else {},
     )
 
 
 def each_config(config: RunConfig, model: ModelConfig) -> RunConfig:
     """The configuration with a gate at every layer, all trained in one run, each as if alone."""
-    gate = dataclasses.replace(config.gate, layers=tuple(range(model.text.num_layers)), independent=True)
+    gates = Gates(dataclasses.replace(config.gate, layers=tuple(range(model.text.num_layers)), independent=True))
     train = dataclasses.replace(config.train, remat="full")
-    return dataclasses.replace(config, gate=gate, train=train, method="lsg")
+    return dataclasses.replace(config.with_settings(gates.settings), train=train, method=name_of(gates))
 
 
 def forward_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Program:
@@ -93,9 +96,10 @@ def forward_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype:
 def eval_prompts(
     config: RunConfig, model: ModelConfig, mesh: Mesh, *, max_new_tokens: int, dtype: Any = jnp.bfloat16
 ) -> Program:
-    """The pass over the prompts of one batch of evaluation, gated if the configuration trains gates that make one model."""
-    gate, method = trained(config, model) if config.method == "lsg" and not config.gate.independent else (None, None)
-    graphdef, params = _sharded_model(model, mesh, gate=gate, method=method, dtype=dtype)
+    """The pass over the prompts of one batch of evaluation, under the configured method; without independent gates."""
+    method = config.get_method()
+    method = BASE if method.independent else method.for_model(model)
+    graphdef, params = _sharded_model(model, mesh, method=method, dtype=dtype)
     rows = config.eval.batch_size * batch_rows(mesh)
     batch = question_batch(model, mesh, rows)
     parts = {"weights": params, "batch": batch}
@@ -110,7 +114,7 @@ def eval_answers(prompts: Program, compiled: Any) -> Program:
     """
     params, batch = prompts.arguments
     read, cache = _results(prompts, compiled)
-    asked = dataclasses.replace(batch, pixels=None)
+    asked = batch.without_images()
     return Program(
         name="eval answers",
         function=answer_batch,
@@ -177,12 +181,16 @@ def _results(program: Program, compiled: Any) -> Any:
     return _placed(shapes, compiled.output_shardings)
 
 
-def trained(config: RunConfig, model: ModelConfig) -> tuple[GateConfig | None, MethodConfig | None]:
-    """What a configuration trains, gates, a baseline or the model itself; (None, None) for a method without training."""
-    if config.method == "lsg":
-        return config.gate.for_depth(model.text.num_layers), None
-    methods: dict[str, MethodConfig] = {"lora": config.lora, "diysink": config.diysink, "full": config.full}
-    return None, methods.get(config.method)
+def trained_method(config: RunConfig, model: ModelConfig) -> Method:
+    """The method that a configuration trains.
+
+    Raises:
+        ConfigError: it has nothing to train, or the model cannot carry it.
+    """
+    method = config.get_method()
+    if not method.trains:
+        raise ConfigError(f'method = "{config.method}" has nothing to train: plan --programs eval')
+    return method.for_model(model)
 
 
 def training_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Batch:

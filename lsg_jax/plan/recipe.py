@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.config import EvalConfig, RunConfig
+from lsg_jax.config import EvalConfig
 from lsg_jax.data.records import open_records
 from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.runner import MAX_NEW_TOKENS
 from lsg_jax.plan.chips import Topology
+from lsg_jax.run_config import RunConfig
 
 RECORDS = 10_000  # of the paper's sample of Cambrian-7M
 BENCHMARKS_OF_THE_PAPER = ("cv_bench", "mmstar")

@@ -1,7 +1,7 @@
 """Gates of several layers trained in one run, each as if it were the only one.
 
-Below its gate a model with one gate is the plain model. So vision tower, projector and plain decoder run once for all of them,
-and each gate adds the layers from its own up, forward and backward:
+Below its gate a model with one gate equals the plain model. So vision tower, connector and plain decoder run once for all
+gates, and each gate adds the layers from its own up, forward and backward:
 
     plain         0 - 1 - 2 - 3
                   |   |   |   |
@@ -10,9 +10,9 @@ and each gate adds the layers from its own up, forward and backward:
                   2   3
                   3
 
-A loop over the gates runs these suffixes one after the other. How long they are is data, not program: so one program serves all
-of them, and memory holds one at a time. JAX differentiates no loop of unknown length, hence the backward pass is written out
-here, layer by layer; the gate acts in the lowest layer alone, so nothing above it knows of gates.
+A loop over the gates runs these suffixes one after the other. Their lengths are traced values, so one program serves all gates,
+and memory holds one suffix at a time. JAX does not differentiate a loop of traced length, so the backward pass is written out
+here, layer by layer. The gate acts in the lowest layer of its suffix only; the layers above are unchanged ones.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lsg_jax.config import GateConfig, ModelConfig
+from lsg_jax.config import ModelConfig
+from lsg_jax.methods.method import Method
+from lsg_jax.methods.method_model import MethodModel, assemble
 from lsg_jax.model.layers import layer_at
-from lsg_jax.model.llava import Llava, assemble, initial_parameters
 from lsg_jax.model.loss import mean_over_images, score_answers
 from lsg_jax.sharding import ROWS, constrain
-from lsg_jax.types import UNCHANGED, Batch, LayerChange
+from lsg_jax.types import Batch, LayerChange
 
 
-def independent_gates(config: ModelConfig, gate: GateConfig, frozen: dict, key: jax.Array) -> dict:
+def independent_gates(config: ModelConfig, method: Method, frozen: dict, key: jax.Array) -> dict:
     """Stacked gates before the first step: each as a run of its own starts from the same key."""
-    one = dataclasses.replace(gate, layers=gate.layers[:1], independent=False)
-    alone = initial_parameters(config, one, None, frozen, key)
+    gate = method.settings
+    one = dataclasses.replace(method, settings=dataclasses.replace(gate, layers=gate.layers[:1], independent=False))
+    alone = one.initial(config, frozen, key)
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, len(gate.layers), axis=0), alone)
 
 
@@ -65,43 +67,39 @@ def losses_and_gradients(graphdef: Any, frozen: Any, gates: Any, batch: Batch) -
     if looped < len(layers):
         found = suffixes.of_last_gate(layer_at(gates, jnp.int32(looped)))
         parts.append(jax.tree.map(lambda leaf: leaf[None], found))
-    losses, told, ratios, gradients = jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
-    told |= {"tokens": told["tokens"][0], "ratios": mean_over_images(suffixes.model, batch, ratios)}
-    return losses, told, gradients
+    losses, metrics, ratios, gradients = jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+    metrics |= {"tokens": metrics["tokens"][0], "ratios": mean_over_images(batch, ratios)}
+    return losses, metrics, gradients
 
 
 class _Suffixes:
-    """The plain pass over a batch, and from it the layers from any gate up.
+    """The ungated pass over a batch, and from it the layers from any gate up.
 
     Attributes:
         entering: [L', B, T, D], the residual stream that enters each layer up to the highest gated one.
     """
 
-    def __init__(self, model: Llava, batch: Batch):
-        assert model.gate_config is not None
-        self.model, self.batch, self.gate = model, batch, model.gate_config
-        decoder, merged = model.language_model, model.merge(batch)
-        self.run_layer, self.attend = decoder.over(merged.valid), decoder.over(merged.valid, "attend")
-        self.scaling = model.intervention(batch, merged)  # None without images
+    def __init__(self, model: MethodModel, batch: Batch):
+        assert model.gate is not None
+        self.model, self.batch, self.gate = model, batch, model.gate
+        decoder, sequence = model.language_model, model.sequence(batch)
+        self.runner = decoder.runner(sequence, model.intervention(batch, sequence))
         self.last = decoder.config.num_layers - 1
-        whole = decoder.config
-        decoder.config = dataclasses.replace(whole, num_layers=self.gate.layers[-1] + 1)  # a decoder that ends there
-        self.entering = decoder(merged.x, merged.valid, observe=lambda view: view.hidden).observed
-        decoder.config = whole
+        self.entering = decoder(sequence, stop=self.gate.layers[-1] + 1, observe=lambda view: view.hidden).observed
 
     def room(self) -> tuple[jax.Array, jax.Array]:
-        """For what the backward pass starts the halves of each layer from: residual streams [L - 1, B, T, D] of a suffix."""
+        """Buffers for the residuals of a suffix: the inputs of both halves of each layer, [L - 1, B, T, D]."""
         like = self.entering
         empty = lambda: constrain(jnp.zeros((self.last, *like.shape[1:]), like.dtype), self.model.mesh, None, ROWS, "tensor")
         return empty(), empty()
 
     def of_gate(self, gate: Any, layer: jax.Array, kept: Any) -> tuple[tuple, Any]:
-        """Loss, what `score_answers` tells, ratios [B, G] and gradient of a gate below the last layer.
+        """Loss, metrics of `score_answers`, ratios [B, G] and gradient of a gate below the last layer.
 
         Args:
             gate: parameters of one gate.
             layer: int32 [].
-            kept: what `room` gave, returned for the next gate.
+            kept: the buffers of `room`, returned for the next gate.
         """
         hidden, of_gate, ratios = jax.vjp(lambda gate: self._gated(gate, layer), gate, has_aux=True)
 
@@ -120,43 +118,41 @@ class _Suffixes:
             return jax.vjp(lambda hidden: self._attended(hidden, index), entering)[1](gradient)[0]
 
         hidden, kept = jax.lax.fori_loop(layer + 1, self.last, up, (hidden, kept))
-        loss, of_loss, told = jax.vjp(lambda hidden: self._scored(hidden, UNCHANGED), hidden, has_aux=True)
+        loss, of_loss, (metrics, _) = jax.vjp(self._scored, hidden, has_aux=True)
         gradient = jax.lax.fori_loop(0, self.last - 1 - layer, down, of_loss(jnp.ones_like(loss))[0])
-        return (loss, told, ratios, of_gate(gradient)[0]), kept
+        return (loss, metrics, ratios, of_gate(gradient)[0]), kept
 
     def of_last_gate(self, gate: Any) -> tuple:
         """The same of a gate at the last layer."""
-
-        def scored(gate: Any) -> tuple[jax.Array, tuple]:
-            hidden = self.entering[self.last]
-            change = self._change(gate, hidden)
-            loss, told = self._scored(hidden, change)
-            return loss, (told, self._ratios(change))
-
-        (loss, (told, ratios)), gradient = jax.value_and_grad(scored, has_aux=True)(gate)
-        return loss, told, ratios, gradient
+        scored = lambda gate: self._scored(self.entering[self.last], gate)
+        (loss, (metrics, ratios)), gradient = jax.value_and_grad(scored, has_aux=True)(gate)
+        return loss, metrics, ratios, gradient
 
     def _gated(self, gate: Any, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden = jax.lax.dynamic_index_in_dim(self.entering, layer, keepdims=False)
-        change = self._change(gate, hidden)
-        return self.run_layer(hidden, layer, change=change)[0], self._ratios(change)
+        out = self.runner(layer, hidden, inputs=_scan_inputs(gate))
+        return out.x, self._ratios(out.change)
 
     def _attended(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
-        return self.model.language_model.by_rows(self.attend(hidden, layer)[0])
+        runner = self.runner
+        return self.model.language_model.by_rows(runner.layer(layer).attend(hidden, runner.rope, runner.mask)[0])
 
     def _fed(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
-        decoder = self.model.language_model
-        return decoder.by_rows(decoder.layer(layer).feed(hidden))
+        return self.model.language_model.by_rows(self.runner.layer(layer).feed(hidden))
 
-    def _scored(self, hidden: jax.Array, change: LayerChange) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The last layer and the loss."""
+    def _scored(self, hidden: jax.Array, gate: Any = None) -> tuple[jax.Array, tuple[dict[str, jax.Array], LayerChange]]:
+        """The last layer, gated or not, and the loss."""
         rows = jnp.asarray(self.batch.answer_index)
-        hidden, *_ = self.run_layer(hidden, jnp.int32(self.last), change=change, rows=rows)
-        return score_answers(self.model, self.batch, hidden)
-
-    def _change(self, gate: Any, hidden: jax.Array) -> LayerChange:
-        return UNCHANGED if self.scaling is None else self.scaling.layer((gate, jnp.array(True)), hidden)
+        inputs = None if gate is None else _scan_inputs(gate)
+        out = self.runner(jnp.int32(self.last), hidden, inputs=inputs, rows=rows)
+        loss, metrics = score_answers(self.model, self.batch, out.x)
+        return loss, (metrics, self._ratios(out.change))
 
     def _ratios(self, change: LayerChange) -> jax.Array:
         rows = self.batch.input_ids.shape[0]
         return jnp.zeros((rows, self.gate.num_groups)) if change.ratios is None else change.ratios
+
+
+def _scan_inputs(gate: Any) -> tuple[Any, jax.Array]:
+    """What KeyScaling takes for a gated layer."""
+    return gate, jnp.array(True)

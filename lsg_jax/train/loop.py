@@ -1,4 +1,4 @@
-"""`lsg train`: trains gates or a baseline, writes metrics and checkpoints, resumes where it stopped."""
+"""`lsg train`: trains gates or another method, writes metrics and checkpoints, resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from jax.sharding import Mesh
 from lsg_jax import sharding
 from lsg_jax.checkpoint import Computation, RunFolder, StepMeta
 from lsg_jax.checkpoint.processes import host_array, is_primary
-from lsg_jax.config import GateConfig, MethodConfig, RunConfig, to_dict
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, NonFiniteError, Preempted
-from lsg_jax.model.llava import abstract_model, initial_parameters
+from lsg_jax.methods.method import Method
+from lsg_jax.methods.method_model import abstract_model
+from lsg_jax.methods.registry import METHODS
 from lsg_jax.opening import load_backbone
+from lsg_jax.run_config import RunConfig
 from lsg_jax.stopping import stop_signals
 from lsg_jax.train.goodput import Goodput
 from lsg_jax.train.independent import independent_gates
@@ -34,7 +36,7 @@ from lsg_jax.train.remat import device_memory, fastest_that_fits
 from lsg_jax.train.run_record import check_same, record_start
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch, TrainState
-from lsg_jax.vlm import VLM, check_gate_input, check_method_input
+from lsg_jax.vlm import VLM
 
 __all__ = ["METRICS", "OnStep", "Trainer", "set_up", "train"]
 
@@ -68,7 +70,7 @@ class Trainer:
 
 
 def train(config: RunConfig, *, on_step: OnStep | None = None, began: float | None = None) -> Path:
-    """Trains what `config.method` says, gates or a baseline, and returns the run folder; continues the run that is there.
+    """Trains what `config.method` names and returns the run folder; continues the run that is there.
 
     Args:
         on_step: called on process 0 with (step, total steps, metrics) for each logged step, when the next one is under way; the
@@ -98,14 +100,10 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} is no multiple of the {rows} devices along data and fsdp{parts}"
         )
-    gate, method = _what_is_trained(config)
+    method = _trained_method(config)
     vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=mesh)
-    if gate is not None:
-        gate = gate.for_depth(vlm.config.text.num_layers)
-        check_gate_input(gate, vlm.config)
-        config = replace(config, gate=gate)
-    if method is not None:
-        check_method_input(method, vlm.config)
+    method = method.for_model(vlm.config)
+    config = config.with_settings(method.settings)
     data = TrainingData(
         config.data.records,
         vlm.make_processor(config.data.image_aspect, config.data.template),
@@ -116,19 +114,11 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         rows=sharding.local_rows(mesh, config.train.batch_size),
     )
     total = min(data.num_batches, config.train.max_steps or data.num_batches)
-    computation = Computation(to_dict(config), vlm.config.sinks, vlm.digest, data.digest, total)
+    computation = Computation(config.as_dict(), vlm.config.sinks, vlm.digest, data.digest, total)
     check_same(run, computation)
 
-    graphdef, _ = abstract_model(vlm.config, gate, method=method, mesh=mesh)
-    params = vlm.frozen
-    key, independent = jax.random.key(config.seed), gate is not None and gate.independent
-    if gate is not None and independent:
-        gates = independent_gates(vlm.config, gate, params, key)
-    else:
-        gates = initial_parameters(vlm.config, gate, method, params, key)
-    vlm.frozen = {part: params[part] for part in params if part not in gates}
-    state = init_state(gates, vlm.frozen, config=config.train, total_steps=total, independent=independent)
-    state = jax.device_put(state, sharding.state_shardings(state, mesh))
+    graphdef, _ = abstract_model(vlm.config, method, mesh=mesh)
+    state = _initial_state(config, method, vlm, mesh, total)
     if restored := run.latest(state):
         state = restored.state
         data.set_state(restored.meta.data)
@@ -138,7 +128,7 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     if step < total or not restored:
         record_start(run, computation, mesh=mesh, step=step)
     goodput.now("init")
-    compiled = _step(config, graphdef, total, mesh, state, vlm)
+    compiled = _step(config, method, graphdef, total, mesh, state, vlm)
     goodput.now("compile")
     return Trainer(
         config=config,
@@ -152,28 +142,35 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     )
 
 
-def _step(config: RunConfig, graphdef: Any, total_steps: int, mesh: Mesh, state: TrainState, vlm: VLM) -> Any:
+def _initial_state(config: RunConfig, method: Method, vlm: VLM, mesh: Mesh, total_steps: int) -> TrainState:
+    """The state before the first step; takes the parts that are trained out of `vlm.frozen`."""
+    params, key = vlm.frozen, jax.random.key(config.seed)
+    if method.independent:
+        trained = independent_gates(vlm.config, method, params, key)
+    else:
+        trained = method.initial(vlm.config, params, key)
+    vlm.frozen = {part: params[part] for part in params if part not in trained}
+    state = init_state(trained, vlm.frozen, config=config.train, total_steps=total_steps, independent=method.independent)
+    return jax.device_put(state, sharding.state_shardings(state, mesh))
+
+
+def _step(config: RunConfig, method: Method, graphdef: Any, total_steps: int, mesh: Mesh, state: TrainState, vlm: VLM) -> Any:
     """The jitted step; with `remat = "auto"`, the one that was compiled under the fastest policy that fits."""
     make = functools.partial(compiled_step, graphdef, total_steps=total_steps, mesh=mesh)
-    independent = config.method == "lsg" and config.gate.independent
-    if config.train.remat != "auto" or independent:
-        return make(config=config.train, independent=independent)
+    if config.train.remat != "auto" or method.independent:
+        return make(config=config.train, independent=method.independent)
     slots, length = config.data.max_answer_tokens, config.data.max_length
     batch = sharding.abstract_batch(vlm.config, mesh, config.train.batch_size, length, answers=slots)
     compile_with = lambda policy: make(config=replace(config.train, remat=policy)).lower(state, vlm.frozen, batch).compile()
     return fastest_that_fits(compile_with, device_memory())[1]
 
 
-def _what_is_trained(config: RunConfig) -> tuple[GateConfig | None, MethodConfig | None]:
-    """Gates, the model itself, or one of the baselines that have parameters."""
-    if config.method == "lsg":
-        return config.gate, None
-    methods: dict[str, MethodConfig] = {"lora": config.lora, "diysink": config.diysink, "full": config.full}
-    if config.method not in methods:
-        raise ConfigError(
-            f'method = "{config.method}" has nothing to train: choose lsg or {", ".join(methods)}, or run `lsg eval`'
-        )
-    return None, methods[config.method]
+def _trained_method(config: RunConfig) -> Method:
+    method = config.get_method()
+    if not method.trains:
+        trainable = ", ".join(name for name, kind in METHODS.items() if kind.trains)
+        raise ConfigError(f'method = "{config.method}" has nothing to train: choose one of {trainable}, or run `lsg eval`')
+    return method
 
 
 def _loop(trainer: Trainer, stopped: Callable[[], bool], on_step: OnStep | None) -> None:
@@ -309,7 +306,9 @@ class _Steps:
         """Warns of a skipped step, or aborts after too many in a row; independent gates go on while one of them is sound."""
         config, where = self._trainer.config, ""
         if isinstance(finite, list):
-            layers = [layer for layer, good in zip(config.gate.layers, finite, strict=True) if not good]
+            gate = config.get_method().gate
+            assert gate is not None
+            layers = [layer for layer, good in zip(gate.layers, finite, strict=True) if not good]
             where = f" at layers {layers}"
         records = host_array(done.row_id).tolist()
         what = f"step {done.step}: loss or gradient{where} is not finite, records {records}"

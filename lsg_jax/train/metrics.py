@@ -37,9 +37,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lsg_jax.checkpoint import read_run
-from lsg_jax.config import RunConfig, to_dict
+from lsg_jax.config import to_dict
 from lsg_jax.digest import text_sha256
 from lsg_jax.gating.keys import GROUPS
+from lsg_jax.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -216,9 +217,9 @@ class _Names:
     """One name for each number of a record."""
 
     def __init__(self, config: RunConfig):
-        gated = config.method == "lsg"
-        self._layers = [f"layer{layer}" for layer in config.gate.layers] if gated else []
-        self._groups = GROUPS[config.gate.grouping]
+        gate = config.get_method().gate
+        self._layers = [] if gate is None else [f"layer{layer}" for layer in gate.layers]
+        self._groups = () if gate is None else GROUPS[gate.grouping]
 
     def flat(self, record: dict[str, Any]) -> dict[str, float]:
         """The finite numbers of a record but its step: {"ratios/layer10/v_sink": 0.4, ...}."""

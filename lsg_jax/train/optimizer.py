@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lsg_jax.config import TrainConfig
-from lsg_jax.model.llava import join_trained
+from lsg_jax.methods.method_model import TRAINED, join_trained
 
 
 def learning_rate(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -56,4 +56,4 @@ def trained_updates(
     """
     nothing = jax.tree.map(lambda _: jnp.zeros(()), frozen)
     updates, opt_state = optimizer.update(join_trained(nothing, gradients), opt_state, join_trained(nothing, trained))
-    return (updates["gates"] if "gates" in updates else {part: updates[part] for part in trained}), opt_state
+    return (updates[TRAINED] if TRAINED in updates else {part: updates[part] for part in trained}), opt_state

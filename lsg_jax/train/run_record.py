@@ -19,6 +19,7 @@ from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.checkpoint.run_record import RUN, Computation, GitRevision, RunRecord, Start, read_run
 from lsg_jax.config import to_dict
 from lsg_jax.errors import ConfigError
+from lsg_jax.methods.registry import METHODS
 
 MAY_CHANGE = frozenset(
     {"model", "output", "mesh", "eval", "data.records", "data.num_threads", "data.prefetch"}
@@ -31,16 +32,20 @@ _PACKAGES = ("lsg_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-check
 
 
 def check_same(run: RunFolder, computation: Computation) -> None:
-    """Compares with the run in the folder, if there is one; a collective.
+    """Compares with the run in the folder, if there is one; a collective. Tables of other methods do not count.
 
     Raises:
         ConfigError: that run computes something else.
     """
 
+    method = computation.config["method"]
+    unused = {kind.Settings.table for name, kind in METHODS.items() if kind.Settings is not None and name != method}
+
     def compare() -> None:
         if not (run.path / RUN).exists():
             return
-        if changed := [name for name in _differences(read_run(run.path), computation) if name not in MAY_CHANGE]:
+        differ = _differences(read_run(run.path), computation)
+        if changed := [name for name in differ if name not in MAY_CHANGE and name.split(".")[0] not in unused]:
             raise ConfigError(
                 f"{run.path}: holds a run with another {', '.join(changed)}; choose another output, or undo the change"
             )

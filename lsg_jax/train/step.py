@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from lsg_jax.config import TrainConfig
-from lsg_jax.model.llava import assemble, join_trained
+from lsg_jax.methods.method_model import assemble, join_trained
 from lsg_jax.model.loss import answer_loss, has_image
 from lsg_jax.sharding import compiler_options, replicated, state_shardings
 from lsg_jax.train.independent import losses_and_gradients
@@ -19,19 +19,19 @@ from lsg_jax.train.optimizer import make_optimizer, trained_updates
 from lsg_jax.types import IGNORE, Batch, TrainState
 
 
-def init_state(gates: Any, frozen: Any, *, config: TrainConfig, total_steps: int, independent: bool = False) -> TrainState:
+def init_state(trained: Any, frozen: Any, *, config: TrainConfig, total_steps: int, independent: bool = False) -> TrainState:
     """The state before the first step. `frozen` may be abstract: only its tree matters.
 
     Args:
-        independent: the gates [n, ...] are trained each as if alone: every leaf of the optimiser state, and `skipped`, has a
+        independent: n gates [n, ...] are trained, each as if alone: every leaf of the optimiser state, and `skipped`, has a
             leading axis of n.
     """
 
-    def init(gates: Any) -> tuple[Any, jax.Array]:
-        return make_optimizer(config, total_steps, frozen, gates).init(join_trained(frozen, gates)), jnp.int32(0)
+    def init(trained: Any) -> tuple[Any, jax.Array]:
+        return make_optimizer(config, total_steps, frozen, trained).init(join_trained(frozen, trained)), jnp.int32(0)
 
-    opt_state, skipped = (jax.vmap(init) if independent else init)(gates)
-    return TrainState(gates=gates, opt_state=opt_state, step=jnp.int32(0), skipped=skipped)
+    opt_state, skipped = (jax.vmap(init) if independent else init)(trained)
+    return TrainState(trained=trained, opt_state=opt_state, step=jnp.int32(0), skipped=skipped)
 
 
 def train_step(
@@ -44,11 +44,11 @@ def train_step(
     total_steps: int,
     independent: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Updates the gates; a step with a non-finite loss or gradient changes nothing but the counters.
+    """Updates what is trained; a step with a non-finite loss or gradient changes nothing but the counters.
 
     Args:
         frozen: the backbone's parameters, a nested dict; not differentiated, not changed.
-        graphdef: graph definition of the whole model (model.llava.abstract_model).
+        graphdef: graph definition of the whole model (methods.method_model.abstract_model).
         total_steps: length of the learning-rate schedule.
         independent: each of n gates has its own loss, gradient norm, optimiser and guard, as if it were trained alone.
 
@@ -58,53 +58,54 @@ def train_step(
         [gated layers, G] as means over rows with an image. Of independent gates, loss, correct, grad_norm and finite are [n].
     """
     differentiate = losses_and_gradients if independent else functools.partial(_loss_and_gradients, remat=config.remat)
-    loss, told, gradients = in_parts(differentiate, graphdef, frozen, state.gates, batch, parts=config.accumulate)
+    loss, metrics, gradients = in_parts(differentiate, graphdef, frozen, state.trained, batch, parts=config.accumulate)
     update = functools.partial(_update, frozen=frozen, config=config, total_steps=total_steps)
-    before = (state.gates, state.opt_state, state.skipped)
-    (gates, opt_state, skipped), measured = (jax.vmap(update) if independent else update)(before, gradients, loss)
-    return TrainState(gates=gates, opt_state=opt_state, step=state.step + 1, skipped=skipped), {
+    before = (state.trained, state.opt_state, state.skipped)
+    (trained, opt_state, skipped), measured = (jax.vmap(update) if independent else update)(before, gradients, loss)
+    if "ratios" in metrics:
+        measured |= {"gate_norm": _layer_norms(state.trained), "gate_grad_norm": _layer_norms(gradients)}
+    return TrainState(trained=trained, opt_state=opt_state, step=state.step + 1, skipped=skipped), {
         "loss": loss,
-        **told,
+        **metrics,
         **measured,
-        **({"gate_norm": _layer_norms(state.gates), "gate_grad_norm": _layer_norms(gradients)} if "ratios" in told else {}),
     }
 
 
 def _loss_and_gradients(
-    graphdef: Any, frozen: Any, gates: Any, batch: Batch, *, remat: str
+    graphdef: Any, frozen: Any, trained: Any, batch: Batch, *, remat: str
 ) -> tuple[jax.Array, dict[str, Any], Any]:
     """The loss of the model with what is trained, what `answer_loss` tells besides, and the gradient."""
 
-    def loss_of(gates: Any) -> tuple[jax.Array, dict[str, Any]]:
-        return answer_loss(assemble(graphdef, frozen, gates), batch, remat=remat)
+    def loss_of(trained: Any) -> tuple[jax.Array, dict[str, Any]]:
+        return answer_loss(assemble(graphdef, frozen, trained), batch, remat=remat)
 
-    (loss, told), gradients = jax.value_and_grad(loss_of, has_aux=True)(gates)
-    return loss, told, gradients
+    (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    return loss, metrics, gradients
 
 
 def in_parts(
-    differentiate: Any, graphdef: Any, frozen: Any, gates: Any, batch: Batch, *, parts: int
+    differentiate: Any, graphdef: Any, frozen: Any, trained: Any, batch: Batch, *, parts: int
 ) -> tuple[jax.Array, dict[str, Any], Any]:
     """What `differentiate` gives for the batch, from parts of its rows one after the other: gradient accumulation.
 
     Every token counts alike, whatever part it is in, so the sum is that of the whole batch.
     """
     if parts == 1:
-        return differentiate(graphdef, frozen, gates, batch)
+        return differentiate(graphdef, frozen, trained, batch)
     # part i has the rows i, parts + i, ...: some of each device's
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch)
     tokens = (batch.answer_target != IGNORE).sum()
-    images = has_image(assemble(graphdef, frozen, gates), batch).sum()
+    images = has_image(batch).sum()
 
     def add(total: Any, part: Batch) -> tuple[Any, None]:
-        loss, told, gradients = differentiate(graphdef, frozen, gates, part)
-        share = told["tokens"] / jnp.maximum(tokens, 1)
-        shown = has_image(assemble(graphdef, frozen, gates), part).sum() / jnp.maximum(images, 1)
-        told |= {"ratios": told["ratios"] * shown} if "ratios" in told else {}
-        weighted = share * loss, told, jax.tree.map(lambda leaf: share * leaf, gradients)
+        loss, metrics, gradients = differentiate(graphdef, frozen, trained, part)
+        share = metrics["tokens"] / jnp.maximum(tokens, 1)
+        shown = has_image(part).sum() / jnp.maximum(images, 1)
+        metrics |= {"ratios": metrics["ratios"] * shown} if "ratios" in metrics else {}
+        weighted = share * loss, metrics, jax.tree.map(lambda leaf: share * leaf, gradients)
         return jax.tree.map(jnp.add, total, weighted), None
 
-    shapes = jax.eval_shape(differentiate, graphdef, frozen, gates, jax.tree.map(lambda leaf: leaf[0], rows))
+    shapes = jax.eval_shape(differentiate, graphdef, frozen, trained, jax.tree.map(lambda leaf: leaf[0], rows))
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, nothing, rows)[0]
 
@@ -112,15 +113,15 @@ def in_parts(
 def _update(
     before: tuple[Any, Any, jax.Array], gradients: Any, loss: jax.Array, *, frozen: Any, config: TrainConfig, total_steps: int
 ) -> tuple[tuple[Any, Any, jax.Array], dict[str, jax.Array]]:
-    """(gates, optimiser state, skipped) after the step, and `grad_norm` and `finite`."""
-    gates, opt_state, skipped = before
+    """(trained, optimiser state, skipped) after the step, and `grad_norm` and `finite`."""
+    trained, opt_state, skipped = before
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    optimizer = make_optimizer(config, total_steps, frozen, gates)
-    updates, new_opt_state = trained_updates(optimizer, gradients, opt_state, frozen, gates)
+    optimizer = make_optimizer(config, total_steps, frozen, trained)
+    updates, new_opt_state = trained_updates(optimizer, gradients, opt_state, frozen, trained)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     after = (
-        keep(optax.apply_updates(gates, updates), gates),
+        keep(optax.apply_updates(trained, updates), trained),
         keep(new_opt_state, opt_state),
         jnp.where(finite, 0, skipped + 1),
     )
@@ -142,7 +143,7 @@ def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, mesh: Me
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
-def _layer_norms(gates: Any) -> jax.Array:
+def _layer_norms(trained: Any) -> jax.Array:
     """Euclidean norm of each layer's gate: leaves [n, ...] -> float32 [n]."""
-    squares = [jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gates)]
+    squares = [jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(trained)]
     return jnp.sqrt(sum(squares))  # type: ignore[arg-type]

@@ -16,11 +16,13 @@ from converters.convert import convert
 from converters.export import export, trained_leaves
 from converters.hf_config import model_config
 from lsg_jax.checkpoint import RunFolder
-from lsg_jax.config import load_run_config
+from lsg_jax.data.images import to_patches
 from lsg_jax.data.records import prepare_llava
-from lsg_jax.model.llava import assemble
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.opening import load_backbone
+from lsg_jax.run_config import load_run_config
 from lsg_jax.train.loop import train
+from lsg_jax.types import VisualInput
 from lsg_jax.vlm import VLM
 from recipes.embedded_model.alignment import WORDS, AlignmentRecipe, align_projector, patch_kinds, targets
 from recipes.embedded_model.conversations import Lesson, write_conversations
@@ -115,8 +117,9 @@ def _teach(folder: Path, model: Path, lesson: Lesson, conversations: int, overri
 def _aligned(vlm: VLM, scenes: LabelledScenes) -> dict[str, Any]:
     """Parameters of the projector, aligned with the word embeddings."""
     image_features = jax.jit(lambda params, images: assemble(vlm.graphdef, params).image_features(images))
-    images = scenes.images[: ALIGNMENT.scenes]
-    pairs = [image_features(vlm.params, images[start : start + 250]) for start in range(0, len(images), 250)]
+    patches = np.stack([to_patches(image, vlm.config.vision.patch_size)[None] for image in scenes.images[: ALIGNMENT.scenes]])
+    starts = range(0, len(patches), 250)
+    pairs = [image_features(vlm.params, VisualInput(patches[start : start + 250])) for start in starts]
     features, v_sinks = (np.concatenate([np.asarray(pair[part]) for pair in pairs]) for part in (0, 1))
     embeddings, encode = np.asarray(vlm.frozen["language_model"]["embed_tokens"]), vlm.processor.tokenizer.encode
     words = {word: embeddings[encode(f" {word}", add_special_tokens=False)].sum(0) for word in WORDS}

@@ -20,6 +20,7 @@ from flax import nnx
 
 from lsg_jax.checkpoint import RunFolder
 from lsg_jax.config import MeshConfig, ModelConfig
+from lsg_jax.data.images import to_patches
 from lsg_jax.data.shapes import CORNERS, LETTERS
 from lsg_jax.model.layers import Linear
 from lsg_jax.model.vision_tower import VisionTower
@@ -82,7 +83,8 @@ class TowerWithHeads(nnx.Module):
         """uint8 [B, H, W, 3] -> features [B, P, D] of the last layer."""
         image = self.config.image
         pixels = (images.astype(jnp.float32) / 255 - jnp.array(image.mean)) / jnp.array(image.std)
-        (*_, features), _ = self.tower(pixels, self.config.feature_layers)
+        patches = jax.vmap(functools.partial(to_patches, patch_size=self.config.vision.patch_size))(pixels)
+        (*_, features), _ = self.tower(patches, self.config.feature_layers)
         return features[:, 1:]
 
 

@@ -10,8 +10,9 @@ import pytest
 from lsg_jax.analysis.ablation import ablation_study, plan_variants
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.cli import main
-from lsg_jax.config import DataConfig, EvalConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import ConfigError, InputError, Preempted
+from lsg_jax.run_config import RunConfig
 
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
 ALL = ["reference", "mean_all", "mean_visual", "l_sink_rest", "three", "lora"]
@@ -28,7 +29,7 @@ def config(tiny_model, records, scenes, tmp_path_factory):
     return RunConfig(
         model=str(tiny_model),
         output=str(questions.parent / "run"),
-        gate=GateConfig(layers=(1,)),
+        tables={"gate": GateConfig(layers=(1,))},
         sinks=SINKS,
         data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
         train=TrainConfig(batch_size=2, epochs=1, max_steps=3),
@@ -55,8 +56,8 @@ def test_variants_differ_from_the_reference_in_one_thing(config, model):
     }
     assert runs["lora"].method == "lora" and runs["lora"].lora.layer == 1
     for name, run in runs.items():
-        assert replace(run, gate=able.gate, method="lsg", lora=able.lora) == able, name
-    other = replace(able, gate=replace(able.gate, signal="mean_visual", grouping="three"))
+        assert replace(run, tables=able.tables, method="lsg") == able, name
+    other = able.with_settings(replace(able.gate, signal="mean_visual", grouping="three"))
     assert list(plan_variants(other, ("signal", "grouping"), model)[0])[1:] == [
         "last",
         "mean_all",
@@ -71,7 +72,7 @@ def test_what_the_model_cannot_carry_is_skipped_with_the_reason(config, model):
     assert list(runs) == ["reference", "mean_all", "mean_visual", "lora"]
     assert [row["variant"] for row in skipped] == ["l_sink_rest", "three"]
     assert all("no L-sink dimensions are known" in row["reason"] for row in skipped)
-    two = replace(config, gate=GateConfig(layers=(1, 3)))
+    two = config.with_settings(GateConfig(layers=(1, 3)))
     assert plan_variants(two, ("signal", "lora"), model)[1] == [
         {"variant": "lora", "reason": "LoRA is at one layer, the gates are at 1, 3"}
     ]
@@ -84,8 +85,8 @@ def test_refusals(config, model, tmp_path):
         (config, ("last", "v_sink_rest"), "nothing is left .* this is the reference itself"),
         (config, ("layers",), "--variants layers: unknown; known are signal, grouping, lora, last, mean_all"),
         (replace(config, method="lora"), (), 'method = "lora": the reference of `lsg ablate` is gates'),
-        (replace(config, gate=GateConfig(independent=True)), (), "name one layer"),
-        (replace(config, gate=GateConfig(layers=(9,))), (), "layer 9 does not exist"),
+        (config.with_settings(GateConfig(independent=True)), (), "name one layer"),
+        (config.with_settings(GateConfig(layers=(9,))), (), "layer 9 does not exist"),
         (replace(config, sinks=SinkConfig()), (), "no V-sink dimensions are known"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -8,9 +8,10 @@ from PIL import Image
 from planted import planted_model
 
 from lsg_jax.analysis.calibrate import as_toml, calibrate
-from lsg_jax.config import SinkConfig, load_run_config
+from lsg_jax.config import SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.opening import load_backbone
+from lsg_jax.run_config import load_run_config
 from lsg_jax.vlm import VLM
 
 

@@ -18,7 +18,7 @@ from lsg_jax.config import MeshConfig, SinkConfig
 from lsg_jax.data import clevr, shapes
 from lsg_jax.data.shapes import ATTRIBUTES
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.model.llava import assemble
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.sharding import make_mesh
 from lsg_jax.vlm import VLM
 
@@ -45,7 +45,7 @@ def test_pooled_states_are_means_over_tokens(vlm, tmp_path):
     @jax.jit
     def everything(params, batch):
         model = assemble(vlm.graphdef, params)
-        return model.image_features(batch.pixels)[0], model(batch, observe=lambda view: view.hidden).observed
+        return model.image_features(batch.images)[0], model(batch, observe=lambda view: view.hidden).observed
 
     features, states = map(np.asarray, everything(vlm.params, batch))
     v_sinks = np.linalg.norm(features, axis=-1) >= SINKS.vit_tau

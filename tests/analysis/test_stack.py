@@ -14,13 +14,14 @@ from lsg_jax.analysis.scores import Selection, selection
 from lsg_jax.analysis.stack import StackConfig, first_best, greedy_stacks, open_singles, stack_name, stack_study
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.cli import main
-from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import ConfigError, InputError, Preempted
 from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, mean
 from lsg_jax.eval.runner import ask, evaluate
 from lsg_jax.gating.portable import PortableGates, combine_gates, read_gates, write_gates
 from lsg_jax.opening import load_backbone, with_gates
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import make_mesh
 
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
@@ -202,7 +203,7 @@ def script(singles, monkeypatch):
         if vlm.gate is None:
             return "base"
         for row, layer in enumerate(vlm.gate.layers):
-            if any((np.asarray(leaf)[row] != singles[layer].parameters[name][0]).any() for name, leaf in vlm.gates.items()):
+            if any((np.asarray(leaf)[row] != singles[layer].parameters[name][0]).any() for name, leaf in vlm.trained.items()):
                 return "joint"
         return next(m for m in RIGHT if set(m.split("+")) == {f"L{layer}" for layer in vlm.gate.layers})
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_model import visual
 
 import lsg_jax
 from lsg_jax.analysis import sweep as sweep_module
@@ -18,13 +19,14 @@ from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
 from lsg_jax.analysis.sweep_cells import NO_LAYER, answer_cells, resume_cells, run_prompts
 from lsg_jax.analysis.sweep_table import Grader, best_cells, count_questions, table
 from lsg_jax.cli import main
-from lsg_jax.config import EvalConfig, FixedConfig, GateConfig, SinkConfig
+from lsg_jax.config import EvalConfig, GateConfig, SinkConfig
 from lsg_jax.errors import Preempted
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, by, macro, mean
 from lsg_jax.eval.runner import ask, ask_all, grade, summary
+from lsg_jax.methods.fixed import Fixed, FixedConfig
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.generate import last_token
-from lsg_jax.model.llava import assemble
 
 LAYERS, PATCHES, IMAGE, LENGTH = 6, 49, 3, 320
 SINKS = SinkConfig(criterion="norm", vit_tau=19.0, llm_criterion="norm", llm_tau=21.0)
@@ -46,7 +48,7 @@ def shared(vlm):
     mask = np.ones((3, LENGTH), bool)
     mask[0, :4] = mask[1, -7:] = False
     pixels = rng.integers(0, 256, (3, 56, 56, 3), np.uint8)
-    batch = replace(vlm.batch(ids, np.zeros((3, 3, 56, 56)), mask), pixels=pixels)
+    batch = replace(vlm.batch(ids, np.zeros((3, 3, 56, 56)), mask), **visual(mask & (ids == IMAGE), pixels, 8))
     done = run_prompts(vlm.params, batch, vlm.graphdef, 4)[0]  # of the same shape as the questions below
     some = done.visual.mask & (jnp.arange(LENGTH) % 5 == 0)
     return replace(done, visual=replace(done.visual, v_sink=some))
@@ -146,7 +148,7 @@ def test_every_cell_answers_as_a_separate_run(vlm, questions, whole):
     base = [logged(folder, "mine.base")[name][0] for name in names]
     assert base == told(vlm) and len(set(base)) > 4
     assert of_cell(1, 0) == of_cell(4, 0) == base  # coefficients (1, 1)
-    separate_run = told(vlm.with_method(FixedConfig((4,), CELLS.coefficients[2])))
+    separate_run = told(vlm.with_method(Fixed(FixedConfig((4,), CELLS.coefficients[2]))))
     assert of_cell(4, 2) == separate_run and separate_run[6] == base[6]
     assert separate_run != base and of_cell(1, 2) != separate_run
     assert [row["change"] for row in result["rows"] if row["coefficients"] == [1.0, 1.0]] == [0.0, 0.0]

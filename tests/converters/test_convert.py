@@ -33,7 +33,7 @@ from converters.export import export
 from converters.hf_config import model_config
 from lsg_jax.checkpoint import ModelSource, load_base, read_manifest, verify_base
 from lsg_jax.errors import BusyError, CheckpointError, ConfigError, InputError
-from lsg_jax.model.llava import Llava
+from lsg_jax.model.multimodal import VisionLanguageModel
 
 FAMILIES = [
     ("clip", "llama", False),
@@ -58,7 +58,7 @@ def source(saved: Path, tmp_path: Path) -> Path:
 def load(model: Path) -> dict:
     config = read_manifest(model).config
     dtype = read_manifest(model).leaves["language_model/embed_tokens"].dtype
-    abstract = nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+    abstract = nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     return load_base(model, nnx.to_pure_dict(nnx.state(abstract)))
 
 

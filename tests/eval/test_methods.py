@@ -8,13 +8,15 @@ import pytest
 from test_vlm import SINKS, gates
 
 import lsg_jax
-from lsg_jax.config import EvalConfig, FixedConfig, RunConfig
+from lsg_jax.config import EvalConfig
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.methods import open_methods
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.gating.portable import write_gates
+from lsg_jax.methods.fixed import FixedConfig
+from lsg_jax.run_config import RunConfig
 
-CONFIG = RunConfig(model="", output="", sinks=SINKS, fixed=FixedConfig(layers=(1, 4), coefficients=(0.5, 0.5)))
+CONFIG = RunConfig(model="", output="", sinks=SINKS, tables={"fixed": FixedConfig(layers=(1, 4), coefficients=(0.5, 0.5))})
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, state_arrays, tiny_hf
 
 from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
+from lsg_jax.data.images import to_patches
 from lsg_jax.errors import InputError
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.attention import SHORTEST_BLOCK, attend, attend_causally
 from lsg_jax.model.language_model import causal_mask
-from lsg_jax.model.llava import assemble
-from lsg_jax.types import Batch
+from lsg_jax.types import Batch, VisualInput
 from lsg_jax.vlm import VLM
 
 TOLERANCE = 1e-4  # absolute; stage outputs are of order 1
@@ -97,10 +98,10 @@ def close(ours, reference):
 def stages(params, batch: Batch, graphdef, remat="none"):
     """Image features, projected features, merged sequence, what enters each layer, logits."""
     model = assemble(graphdef, params)
-    features, _ = model.image_features(batch.pixels)
-    merged = model.merge(batch)
-    out = model(batch, merged=merged, observe=lambda view: view.hidden, remat=remat)
-    return features, model.projector(features), merged.x, out.observed, model.language_model.logits(out.hidden)
+    features, _ = model.image_features(batch.images)
+    sequence = model.sequence(batch)
+    out = model(batch, sequence=sequence, observe=lambda view: view.hidden, remat=remat)
+    return features, model.projector(features), sequence.x, out.observed, model.language_model.logits(out.hidden)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -201,7 +202,8 @@ def test_uint8_pixels_are_normalised_as_the_processor_does():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 42, 42, 3), np.uint8)
     by_hand = ((pixels / 255 - np.array(image.mean)) / np.array(image.std)).astype(np.float32)
     model = assemble(vlm.graphdef, vlm.params)
-    close(model.image_features(jnp.asarray(pixels))[0], model.image_features(jnp.asarray(by_hand))[0])
+    features = lambda pixels: model.image_features(VisualInput(np.stack([to_patches(image, 14)[None] for image in pixels])))[0]
+    close(features(pixels), features(by_hand))
 
 
 def test_attention_by_query_blocks_equals_attention():

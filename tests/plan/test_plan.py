@@ -11,8 +11,9 @@ import pytest
 
 from lsg_jax.checkpoint import RunFolder
 from lsg_jax.cli import main
-from lsg_jax.config import DataConfig, EvalConfig, GateConfig, LoraConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import InputError
+from lsg_jax.methods.lora import LoraConfig
 from lsg_jax.opening import load_backbone
 from lsg_jax.plan import chips
 from lsg_jax.plan.chips import CHIPS, Topology, open_topology, parse_topology
@@ -22,6 +23,7 @@ from lsg_jax.plan.programs import each_config, question_batch, shard_bytes, swee
 from lsg_jax.plan.recipe import assume, recipe
 from lsg_jax.plan.search import fastest, largest_batch, try_policies
 from lsg_jax.plan.traced import traced_flops
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import answering_mesh, make_mesh, place_rows
 from lsg_jax.train.loop import set_up
 
@@ -39,7 +41,7 @@ def run_config(tiny_model, records, tmp_path_factory):
     return RunConfig(
         model=str(tiny_model),
         output=str(tmp_path_factory.mktemp("plan") / "run"),
-        gate=GateConfig(layers=(1, 2)),
+        tables={"gate": GateConfig(layers=(1, 2))},
         sinks=SINKS,
         data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
         train=TrainConfig(batch_size=2, epochs=3),
@@ -47,9 +49,9 @@ def run_config(tiny_model, records, tmp_path_factory):
 
 
 def test_the_planned_step_is_the_one_that_is_trained(run_config):
-    for config in (run_config, dataclasses.replace(run_config, method="lora", lora=LoraConfig(layer=2)), "each"):
+    for config in (run_config, dataclasses.replace(run_config.with_settings(LoraConfig(layer=2)), method="lora"), "each"):
         if config == "each":
-            config = dataclasses.replace(run_config, gate=GateConfig(independent=True))
+            config = run_config.with_settings(GateConfig(independent=True))
         run = RunFolder(f"{run_config.output}-{config.method}-{config.gate.independent}", keep=1)
         with run.lock():
             trainer = set_up(config, run)
@@ -191,7 +193,7 @@ def test_known_shapes_are_those_of_the_models():
     from importlib.resources import files
 
     from converters.hf_config import model_config
-    from lsg_jax.model.llava import abstract_model
+    from lsg_jax.methods.method_model import abstract_model
 
     billions = {}
     for entry in (files("lsg_jax.plan") / "models").iterdir():

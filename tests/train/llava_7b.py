@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from lsg_jax.config import GateConfig, ImageConfig, ModelConfig, RopeConfig, SinkConfig, TextConfig, TrainConfig, VisionConfig
-from lsg_jax.model.llava import abstract_model
+from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.train.step import init_state, train_step
-from lsg_jax.types import Batch
+from lsg_jax.types import Batch, VisualInput
 
 LAYERS, ROWS, TOKENS, ANSWER = 32, 64, 1024, 256
 
@@ -49,15 +50,16 @@ CONFIG = ModelConfig(
 
 def abstract_step(gate, remat="full"):
     """`train_step` with these gates, and the (state, frozen, batch) that it takes: bfloat16, 64 rows of 1,024 tokens."""
-    graphdef, frozen = abstract_model(CONFIG, gate, dtype=jnp.bfloat16)
-    gates = frozen.pop("gates")
+    graphdef, frozen = abstract_model(CONFIG, Gates(gate), dtype=jnp.bfloat16)
+    gates = frozen.pop("trained")
     settings = {"config": TrainConfig(remat=remat), "total_steps": 100, "independent": gate.independent}
     state = jax.eval_shape(lambda gates: init_state(gates, frozen, **settings), gates)
     rows = lambda dtype, *shape: jax.ShapeDtypeStruct((ROWS, *shape), dtype)
     batch = Batch(
         input_ids=rows(jnp.int32, TOKENS),
         attention_mask=rows(jnp.bool_, TOKENS),
-        pixels=rows(jnp.uint8, 336, 336, 3),
+        images=VisualInput(rows(jnp.uint8, 1, 576, 14 * 14 * 3)),
+        source=rows(jnp.int32, TOKENS, 1),
         gate_position=rows(jnp.int32),
         answer_index=rows(jnp.int32, ANSWER),
         answer_target=rows(jnp.int32, ANSWER),

@@ -12,13 +12,15 @@ from hf_models import save_tiny, state_arrays, tiny_hf
 from converters.convert import convert, tree_from_tensors
 from converters.export import export, trained_leaves
 from lsg_jax.checkpoint import read_step
-from lsg_jax.config import DataConfig, FullConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.config import DataConfig, GateConfig, SinkConfig, TrainConfig
 from lsg_jax.data.conversation import Turn, examples
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.model.llava import abstract_model, initial_parameters
+from lsg_jax.methods.full import Full, FullConfig
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.opening import load_backbone, open_trained
+from lsg_jax.run_config import RunConfig
 from lsg_jax.train.loop import METRICS, train
 from lsg_jax.train.step import _loss_and_gradients
 
@@ -50,15 +52,19 @@ def vlm(model):
     return load_backbone(model)
 
 
+def image_of(seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (42, 42, 3), np.uint8)
+
+
 def batch_of(vlm, encoded, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 255, (42, 42, 3), np.uint8)
+    pixels = image_of(seed)
     return vlm.processor.collate(encoded, [pixels] * len(encoded), max_length=400, max_answer_tokens=40)
 
 
 def gradients_of(vlm, batch, parts=PARTS):
-    method = FullConfig(parts=parts)
-    graphdef, _ = abstract_model(vlm.config, method=method)
-    trained = initial_parameters(vlm.config, None, method, vlm.frozen, jax.random.key(0))
+    method = Full(FullConfig(parts=parts))
+    graphdef, _ = abstract_model(vlm.config, method)
+    trained = method.initial(vlm.config, vlm.frozen, jax.random.key(0))
     frozen = {part: leaf for part, leaf in vlm.frozen.items() if part not in trained}
     return jax.jit(lambda frozen, trained: _loss_and_gradients(graphdef, frozen, trained, batch, remat="full"))(frozen, trained)
 
@@ -67,7 +73,7 @@ def test_gradients_of_all_parts_equal_those_of_pytorch(torch_model, vlm):
     encoded = vlm.processor.encode_conversation(TURNS, max_length=400, max_answer_tokens=40)
     batch = batch_of(vlm, [encoded])
     image = vlm.config.image
-    pixels = (batch.pixels.astype(np.float32) / 255 - np.array(image.mean)) / np.array(image.std)
+    pixels = (image_of()[None].astype(np.float32) / 255 - np.array(image.mean)) / np.array(image.std)
     out = torch_model(
         input_ids=torch.tensor(encoded.ids[None].astype(np.int64)),
         pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32),
@@ -170,14 +176,14 @@ def test_whole_conversations_are_one_example_each(config, vlm, records):
 
 def test_refusals(config, model, tmp_path):
     with pytest.raises(ConfigError, match="no one place for a gate"):
-        replace(config, method="lsg", gate=GateConfig(layers=(1,)))
+        replace(config.with_settings(GateConfig(layers=(1,))), method="lsg")
     with pytest.raises(ConfigError, match="each once"):
         FullConfig(parts=("projector", "projector"))
     gates = replace(
         config,
         output=str(tmp_path / "gates"),
         method="lsg",
-        gate=GateConfig(layers=(1,)),
+        tables={"gate": GateConfig(layers=(1,))},
         data=replace(config.data, conversations="split"),
         train=replace(config.train, max_steps=1),
     )

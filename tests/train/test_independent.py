@@ -10,11 +10,12 @@ import pytest
 import lsg_jax
 from lsg_jax.checkpoint import RunFolder, read_step
 from lsg_jax.cli import main
-from lsg_jax.config import DataConfig, GateConfig, RunConfig, SinkConfig, TrainConfig, load_run_config
+from lsg_jax.config import DataConfig, GateConfig, SinkConfig, TrainConfig
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, InputError, NonFiniteError, Preempted
 from lsg_jax.gating.portable import check_together, combine_gates, read_gates, write_gates
 from lsg_jax.opening import open_gates
+from lsg_jax.run_config import RunConfig, load_run_config
 from lsg_jax.train.loop import METRICS, _loop, set_up, train
 
 STEPS, LAYERS = 5, (0, 2, 5)
@@ -30,7 +31,7 @@ def config(tiny_model, records, tmp_path_factory):
     return RunConfig(
         model=str(tiny_model),
         output=str(tmp_path_factory.mktemp("runs") / "each"),
-        gate=GateConfig(layers=LAYERS, independent=True),
+        tables={"gate": GateConfig(layers=LAYERS, independent=True)},
         sinks=SinkConfig(criterion="norm", vit_tau=10.0),
         data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
         train=TrainConfig(
@@ -58,7 +59,7 @@ def metrics(folder):
 
 @pytest.mark.parametrize("slot", [0, 2])
 def test_each_gate_is_what_a_run_of_its_own_gives(config, each, tmp_path, slot):
-    alone = train(replace(config, output=str(tmp_path / "alone"), gate=GateConfig(layers=(LAYERS[slot],))))
+    alone = train(replace(config.with_settings(GateConfig(layers=(LAYERS[slot],))), output=str(tmp_path / "alone")))
     together, own = metrics(each), metrics(alone)
     assert len(together) == len(own) == STEPS
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -91,7 +92,7 @@ def test_stopped_and_resumed_equals_whole_in_one_program_and_one_pass_over_the_d
     jax.tree.map(np.testing.assert_array_equal, ours, whole)
     assert [line["loss"] for line in metrics(run.path)] == [line["loss"] for line in metrics(each)]
     jax.tree.map(np.testing.assert_array_equal, backbone, second.vlm.frozen)
-    gates = [leaf.shape for leaf in jax.tree.leaves(second.state.gates)]
+    gates = [leaf.shape for leaf in jax.tree.leaves(second.state.trained)]
     counters = {(len(LAYERS),)}  # each gate counts its own steps
     slots = [leaf.shape for leaf in jax.tree.leaves(second.state.opt_state) if leaf.shape not in counters]
     assert sorted(slots) == sorted(2 * gates)
@@ -99,10 +100,10 @@ def test_stopped_and_resumed_equals_whole_in_one_program_and_one_pass_over_the_d
 
 def spoil(trainer, slots):
     """Gates whose forward pass overflows, though they are finite themselves."""
-    scale = np.array(trainer.state.gates["norm_scale"])
+    scale = np.array(trainer.state.trained["norm_scale"])
     scale[slots] = 3e38
-    scale = jax.device_put(scale, trainer.state.gates["norm_scale"].sharding)
-    trainer.state = trainer.state.replace(gates=trainer.state.gates | {"norm_scale": scale})
+    scale = jax.device_put(scale, trainer.state.trained["norm_scale"].sharding)
+    trainer.state = trainer.state.replace(trained=trainer.state.trained | {"norm_scale": scale})
 
 
 def test_a_gate_that_fails_leaves_the_others_alone(config, each, tmp_path, caplog):
@@ -141,7 +142,7 @@ def test_gates_are_loaded_by_layer(config, each, tmp_path, capsys):
     stored = read_step(each)[1]["trained"]
     vlm = lsg_jax.load(config.model, f"{each}@2")
     assert vlm.gate == GateConfig(layers=(2,))
-    jax.tree.map(lambda ours, all_: np.testing.assert_array_equal(ours, all_[1:2]), vlm.gates, stored)
+    jax.tree.map(lambda ours, all_: np.testing.assert_array_equal(ours, all_[1:2]), vlm.trained, stored)
     stack = open_gates(f"{each}@5,0", backbone=vlm.digest)
     assert stack.gate == GateConfig(layers=(0, 5))
     jax.tree.map(lambda ours, all_: np.testing.assert_array_equal(ours, all_[[0, 2]]), stack.parameters, stored)
@@ -191,7 +192,7 @@ def test_each_in_a_configuration(config, tmp_path):
     assert read().for_depth(4).layers == (0, 1, 2, 3) and GateConfig().for_depth(4).layers == ()
     run = RunFolder(tmp_path / "run")
     with run.lock():
-        trainer = set_up(replace(config, output=str(run.path), gate=GateConfig(independent=True)), run)
+        trainer = set_up(replace(config.with_settings(GateConfig(independent=True)), output=str(run.path)), run)
     assert run.read_json("run.json")["config"]["gate"]["layers"] == [0, 1, 2, 3, 4, 5]
-    kernel = np.asarray(trainer.state.gates["fc1_kernel"])
+    kernel = np.asarray(trainer.state.trained["fc1_kernel"])
     assert kernel.shape[0] == 6 and (kernel == kernel[:1]).all()

@@ -14,11 +14,13 @@ import pytest
 from sinks_for_tests import Wandb, points
 
 from lsg_jax.checkpoint import RunFolder, read_step
-from lsg_jax.config import DataConfig, GateConfig, RunConfig, SinkConfig, TrainConfig
+from lsg_jax.config import DataConfig, GateConfig, SinkConfig, TrainConfig
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import BusyError, ConfigError, InputError, NonFiniteError, Preempted
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import place_rows
 from lsg_jax.train.loop import METRICS, _loop, set_up, train
+from lsg_jax.types import VisualInput
 
 STEPS = 9
 
@@ -29,7 +31,7 @@ def config(tiny_model, records, tmp_path_factory):
     return RunConfig(
         model=str(tiny_model),
         output=str(tmp_path_factory.mktemp("runs") / "whole"),
-        gate=GateConfig(layers=(1, 3)),
+        tables={"gate": GateConfig(layers=(1, 3))},
         sinks=SinkConfig(criterion="norm", vit_tau=10.0),
         data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
         train=TrainConfig(batch_size=2, epochs=2, max_steps=STEPS, learning_rate=0.05, save_every=2),
@@ -91,7 +93,7 @@ def test_backbone_is_bit_identical_and_only_gates_have_optimiser_state(config, t
     with run.lock():
         trainer = set_up(part, run)
         before = jax.tree.map(np.array, trainer.vlm.frozen)
-        gates = jax.tree.map(np.array, trainer.state.gates)
+        gates = jax.tree.map(np.array, trainer.state.trained)
         _loop(trainer, lambda: False, None)
     assert int(trainer.state.step) == 20
     jax.tree.map(
@@ -99,7 +101,7 @@ def test_backbone_is_bit_identical_and_only_gates_have_optimiser_state(config, t
     )
     assert all(
         (np.asarray(now) != then).any()
-        for now, then in zip(jax.tree.leaves(trainer.state.gates), jax.tree.leaves(gates), strict=True)
+        for now, then in zip(jax.tree.leaves(trainer.state.trained), jax.tree.leaves(gates), strict=True)
     )
     slots = [leaf.shape for leaf in jax.tree.leaves(trainer.state.opt_state) if leaf.ndim]
     assert sorted(slots) == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(gates)])  # two moments a gate leaf, no more
@@ -175,7 +177,7 @@ def test_folder_in_use_is_refused(config, whole):
     "change, named",
     [
         ({"seed": 1}, "seed"),
-        ({"gate": GateConfig(layers=(1,))}, "gate.layers"),
+        ({"tables": {"gate": GateConfig(layers=(1,))}}, "gate.layers"),
         ({"sinks": SinkConfig(criterion="norm", vit_tau=11.0)}, "sinks.vit_tau"),
     ],
 )
@@ -191,9 +193,9 @@ def test_run_may_go_on_with_other_bookkeeping(config, whole):
 def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
     out = str(tmp_path / "run")
     for change, message in [
-        ({"gate": GateConfig(layers=(99,))}, "layer 99 does not exist, the model has layers 0 to 5"),
-        ({"gate": GateConfig(layers=())}, "gate.layers is empty"),
-        ({"gate": GateConfig(layers=(3, 1))}, "must ascend"),
+        ({"tables": {"gate": GateConfig(layers=(99,))}}, "layer 99 does not exist, the model has layers 0 to 5"),
+        ({"tables": {"gate": GateConfig(layers=())}}, "gate.layers is empty"),
+        ({"tables": {"gate": GateConfig(layers=(3, 1))}}, "must ascend"),
         ({"sinks": SinkConfig()}, "no V-sink dimensions are known"),
         ({"train": replace(config.train, batch_size=64)}, "64"),
     ]:
@@ -215,8 +217,8 @@ def test_bad_numbers_are_skipped_and_then_abort(config, tmp_path, monkeypatch):
     def poisoned(self):
         batch = draw(self)
         drawn.append(batch.row_id.tolist())
-        pixels = batch.pixels.astype(np.float32)
-        return batch.replace(pixels=np.full_like(pixels, np.nan) if len(drawn) > 2 else pixels)
+        patches = batch.images.patches.astype(np.float32)
+        return batch.replace(images=VisualInput(np.full_like(patches, np.nan) if len(drawn) > 2 else patches))
 
     monkeypatch.setattr(TrainingData, "__next__", poisoned)
     part = replace(config, output=str(tmp_path / "run"), train=replace(config.train, max_skipped=3))

@@ -20,8 +20,9 @@ from tensorboardX import record_writer
 
 from lsg_jax.checkpoint import Computation, RunFolder
 from lsg_jax.checkpoint.run_record import GitRevision
-from lsg_jax.config import GateConfig, MeshConfig, RunConfig, SinkConfig, TrainConfig, to_dict
+from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, TrainConfig, to_dict
 from lsg_jax.errors import ConfigError
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import make_mesh
 from lsg_jax.train.goodput import PARTS, Goodput, start_of_process
 from lsg_jax.train.metrics import METRICS, JsonLines, MetricsLog
@@ -29,8 +30,8 @@ from lsg_jax.train.profiler import StepProfiler
 from lsg_jax.train.run_record import check_same, git_revision, record_start
 
 BEFORE = time.monotonic()
-CONFIG = RunConfig(model="m", output="o", gate=GateConfig(layers=(1, 10)), train=TrainConfig(tensorboard=True))
-COMPUTATION = Computation(to_dict(CONFIG), SinkConfig(vit_tau=1.0), "b", "d", 9)
+CONFIG = RunConfig(model="m", output="o", tables={"gate": GateConfig(layers=(1, 10))}, train=TrainConfig(tensorboard=True))
+COMPUTATION = Computation(CONFIG.as_dict(), SinkConfig(vit_tau=1.0), "b", "d", 9)
 
 
 def record(step):
@@ -115,7 +116,7 @@ def test_wandb_goes_on_with_the_same_run(folder, monkeypatch):
     first, second = wandb.runs
     assert first.settings == second.settings and first.ended == second.ended == 1
     assert first.settings["project"] == "sinks" and first.settings["resume"] == "allow" and first.settings["id"]
-    assert first.settings["config"] == json.loads(json.dumps(to_dict(CONFIG)))
+    assert first.settings["config"] == json.loads(json.dumps(CONFIG.as_dict()))
     assert first.told == {1: pytest.approx(names_and_values(1))} and second.told == {3: pytest.approx(names_and_values(3))}
     assert not (folder / "tensorboard").exists()
 
@@ -256,10 +257,10 @@ def test_run_json_lists_every_start_and_refuses_another_computation(tmp_path):
     assert first["versions"] == found["versions"] and first["versions"]["jax"] == jax.__version__
     assert set(first["git"] or {"revision", "dirty"}) == {"revision", "dirty"}
     moved = replace(CONFIG, model="elsewhere", train=replace(CONFIG.train, log_every=7, profile=(1, 2)))
-    check_same(run, replace(COMPUTATION, config=to_dict(moved)))
-    other = replace(CONFIG, seed=1, gate=replace(CONFIG.gate, width=8))
+    check_same(run, replace(COMPUTATION, config=moved.as_dict()))
+    other = replace(CONFIG.with_settings(replace(CONFIG.gate, width=8)), seed=1)
     with pytest.raises(ConfigError, match=r"holds a run with another gate\.width, seed, backbone; choose another output"):
-        check_same(run, replace(COMPUTATION, config=to_dict(other), backbone="c"))
+        check_same(run, replace(COMPUTATION, config=other.as_dict(), backbone="c"))
 
 
 CACHE = """

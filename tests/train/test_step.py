@@ -8,8 +8,9 @@ import pytest
 
 import lsg_jax
 from lsg_jax.config import GateConfig, SinkConfig
+from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.model.language_model import REMAT
-from lsg_jax.model.llava import abstract_model, initial_parameters
 from lsg_jax.model.loss import answer_slots, chunked_cross_entropy
 from lsg_jax.train.independent import losses_and_gradients
 from lsg_jax.train.step import _loss_and_gradients, in_parts
@@ -46,9 +47,9 @@ def batch(model):
 
 def graph_and_gates(model, layers, independent=False):
     gate = GateConfig(layers=layers, independent=independent)
-    gates = initial_parameters(model.config, gate, None, model.frozen, jax.random.key(0))
+    gates = Gates(gate).initial(model.config, model.frozen, jax.random.key(0))
     gates["fc2_kernel"] = 0.3 * jax.random.normal(jax.random.key(1), gates["fc2_kernel"].shape)
-    return abstract_model(model.config, gate)[0], gates
+    return abstract_model(model.config, Gates(gate))[0], gates
 
 
 def test_remat_policies_and_parts_of_a_batch_change_nothing(model, batch):

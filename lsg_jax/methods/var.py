@@ -6,16 +6,36 @@ it to the other visual tokens. What is a sink is decided at each layer, on the r
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lsg_jax.config import VarConfig
+from lsg_jax.config import ModelConfig
+from lsg_jax.config.ranges import Range, Table
+from lsg_jax.errors import ConfigError
+from lsg_jax.methods.method import Method
+from lsg_jax.model.multimodal import VisionLanguageModel
 from lsg_jax.sinks.criteria import dim_rms
-from lsg_jax.types import KVCache, LayerChange
+from lsg_jax.types import Batch, KVCache, LayerChange, Sequence
+
+
+@dataclass(frozen=True)
+class VarConfig(Table, name="var"):
+    """VAR (arXiv 2503.03321): in image-centric heads, attention goes from sinks to the other visual tokens. Not trained.
+
+    It edits the queries after the image, in all layers from `first_layer` but the last.
+    """
+
+    # a token is a sink if |h[d]| / rms(h) >= tau for some d of sinks.llm_dims; the ratio cannot exceed sqrt(D)
+    tau: Annotated[float, Range("(0, 1e6]")] = 20.0
+    # image-centric heads: at most `rho` of their visual attention is on visual sinks, at least `min_visual` of all is visual
+    rho: Annotated[float, Range("[0, 1]")] = 0.5
+    min_visual: Annotated[float, Range("[0, 1]")] = 0.2
+    p: Annotated[float, Range("[0, 1]")] = 0.6  # share of the attention that sinks keep
+    first_layer: Annotated[int, Range("[0, 1e4]")] = 2
 
 
 def redistribute(
@@ -50,7 +70,7 @@ def redistribute(
 
 @flax.struct.dataclass
 class AttentionRedistribution:
-    """VAR in the decoder layers, over a whole sequence or for one token behind a cache.
+    """VAR in the decoder layers, over a whole sequence, or for one token that attends to a cache.
 
     Attributes:
         visual: bool [B, S], keys that are image patches.
@@ -75,12 +95,12 @@ class AttentionRedistribution:
         return self.config.first_layer
 
     def per_layer(self, start: int, stop: int) -> Any:
-        """What a scan over the layers from `start` to `stop` walks along."""
+        """Scan inputs of the layers from `start` to `stop`."""
         return jax.tree.map(lambda leaf: leaf[start:stop], (self.enabled, self.cached))
 
-    def layer(self, walked: Any, hidden: jax.Array) -> LayerChange:
+    def layer(self, inputs: Any, hidden: jax.Array) -> LayerChange:
         """The edit of the layer that `hidden` [B, T, D] enters, and its sinks bool [B, T]."""
-        enabled, cached = walked
+        enabled, cached = inputs
         sinks = dim_rms(hidden, self.dims, self.config.tau)
         keys = sinks if cached is None else jax.lax.dynamic_update_slice_in_dim(cached, sinks, self.slot, axis=1)
 
@@ -93,7 +113,7 @@ class AttentionRedistribution:
 
         return LayerChange(edit=edit, sinks=sinks)
 
-    def behind(self, cache: KVCache, slot: jax.Array) -> AttentionRedistribution:
+    def while_decoding(self, cache: KVCache, slot: jax.Array) -> AttentionRedistribution:
         """The same for the next token of each row, which goes into `slot` of the cache."""
         room = cache.valid.shape[1] - self.visual.shape[1]
         return self.replace(  # type: ignore[attr-defined]
@@ -122,16 +142,31 @@ def attention_redistribution(
     )
 
 
-def check_var(config: VarConfig, *, dims: tuple[int, ...], num_layers: int) -> None:
-    """Raises ValueError for settings that mean nothing in a model of `num_layers` layers with these sink dimensions."""
-    if not dims:
-        raise ValueError("VAR needs the sink dimensions of the language model, and none are known: set sinks.llm_dims")
-    if not (math.isfinite(config.tau) and config.tau > 0):
-        raise ValueError(f"var.tau is {config.tau}: it must be a number above 0")
-    for name in ("rho", "min_visual", "p"):
-        if not 0 <= (share := getattr(config, name)) <= 1:
-            raise ValueError(f"var.{name} is {share}: it must lie in [0, 1]")
-    if not 0 <= config.first_layer < num_layers - 1:
-        raise ValueError(
-            f"var.first_layer is {config.first_layer}: it must be one of the layers before the last, 0 to {num_layers - 2}"
+@dataclass(frozen=True)
+class Var(Method):
+    """VAR: attention goes from sinks to other visual tokens."""
+
+    settings: VarConfig = field(default_factory=VarConfig)
+
+    Settings = VarConfig
+
+    def for_model(self, config: ModelConfig) -> Var:
+        """Refuses a model without known sink dimensions, and a first layer that is not below the last."""
+        num_layers = config.text.num_layers
+        if not config.sinks.llm_dims:
+            raise ConfigError("VAR needs the sink dimensions of the language model, and none are known: set sinks.llm_dims")
+        if not 0 <= self.settings.first_layer < num_layers - 1:
+            raise ConfigError(
+                f"var.first_layer is {self.settings.first_layer}: it must be one of the layers before the last, "
+                f"0 to {num_layers - 2}"
+            )
+        return self
+
+    def intervention(self, model: VisionLanguageModel, batch: Batch, sequence: Sequence) -> AttentionRedistribution | None:
+        """Edited attention; None for a batch without images."""
+        if sequence.visual is None:
+            return None
+        dims, num_layers = model.config.sinks.llm_dims, model.config.text.num_layers
+        return attention_redistribution(
+            self.settings, visual=sequence.visual.mask, valid=sequence.valid, dims=dims, num_layers=num_layers
         )

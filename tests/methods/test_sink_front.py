@@ -10,10 +10,10 @@ from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, state_arrays, tiny_hf
 
 from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
-from lsg_jax.baselines.sink_front import sinks_to_front
-from lsg_jax.config import SinkConfig, SinkFrontConfig
+from lsg_jax.config import SinkConfig
 from lsg_jax.errors import ConfigError
-from lsg_jax.model.llava import assemble
+from lsg_jax.methods.method_model import assemble
+from lsg_jax.methods.sink_front import SinkFront, SinkFrontConfig, sinks_to_front
 from lsg_jax.vlm import VLM
 
 TOLERANCE = 1e-4  # of the largest absolute value of the reference array
@@ -69,7 +69,7 @@ def embeddings(tau):
 def test_logits_equal_hugging_face_and_v_sinks_move_along():
     hf, base = pair()
     sinks = SinkConfig(criterion="norm", vit_tau=middle_norm())
-    front = base.with_method(SinkFrontConfig(tau=middle_norm()), sinks=sinks)
+    front = base.with_method(SinkFront(SinkFrontConfig(tau=middle_norm())), sinks=sinks)
     ids, pixels, mask = inputs()
     with torch.no_grad():
         reference = hf(inputs_embeds=embeddings(middle_norm()), attention_mask=torch.tensor(mask)).logits.numpy()
@@ -81,8 +81,8 @@ def test_logits_equal_hugging_face_and_v_sinks_move_along():
     @jax.jit
     def logits_and_sinks(params, batch):
         model = assemble(front.graphdef, params)
-        merged = model.merge(batch)
-        return model.language_model.logits(model(batch, merged=merged).hidden), merged.visual.v_sink
+        sequence = model.sequence(batch)
+        return model.language_model.logits(model(batch, sequence=sequence).hidden), sequence.visual.v_sink
 
     logits, in_sequence = jax.tree.map(np.asarray, logits_and_sinks(front.params, front.batch(ids, pixels, mask)))
     assert np.abs(logits - reference)[real].max() <= TOLERANCE * largest
@@ -114,4 +114,4 @@ def test_groups_keep_their_order_and_v_sinks_move_along():
 @pytest.mark.parametrize("tau", [0.0, -3.0, float("nan"), float("inf")])
 def test_a_threshold_that_is_no_norm_is_refused(tau):
     with pytest.raises(ConfigError, match=rf"sink_front.tau is {tau}: it must lie in \(0, 1e9\]"):
-        pair()[1].with_method(SinkFrontConfig(tau=tau))
+        pair()[1].with_method(SinkFront(SinkFrontConfig(tau=tau)))

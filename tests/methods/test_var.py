@@ -11,10 +11,11 @@ from transformers.models.llama import modeling_llama
 
 from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
-from lsg_jax.baselines.var import attention_redistribution, redistribute
-from lsg_jax.config import SinkConfig, VarConfig
+from lsg_jax.config import SinkConfig
 from lsg_jax.errors import ConfigError
-from lsg_jax.model.llava import MergedSequence, assemble
+from lsg_jax.methods.method_model import assemble
+from lsg_jax.methods.var import Var, VarConfig, attention_redistribution, redistribute
+from lsg_jax.types import Sequence
 from lsg_jax.vlm import VLM
 
 TOLERANCE = 1e-4  # of the largest absolute value of the reference array
@@ -38,7 +39,7 @@ def pair(name):
 
 
 def ours(name):
-    return pair(name)[1].with_method(CONFIG, sinks=SinkConfig(llm_dims=DIMS))
+    return pair(name)[1].with_method(Var(CONFIG), sinks=SinkConfig(llm_dims=DIMS))
 
 
 def inputs(side):
@@ -170,7 +171,7 @@ def test_cache_gives_the_logits_of_the_whole_sequence():
         chosen = logits[row, length - 1 : length - 1 + NEW_TOKENS]
         np.testing.assert_array_equal(chosen.argmax(-1), tokens[row])
         best = np.sort(chosen, axis=-1)
-        np.testing.assert_allclose(written.lead[row], (best[:, -1] - best[:, -2]).min(), atol=1e-4)
+        np.testing.assert_allclose(written.margin[row], (best[:, -1] - best[:, -2]).min(), atol=1e-4)
 
 
 def moved(weights, sinks, visual, **settings):
@@ -245,7 +246,7 @@ def test_queries_and_layers():
 def test_text_alone_is_the_base_model():
     var = ours("heads")
     batch = var.batch([[BOS, 50, 60, 70]], None)
-    merged = MergedSequence(x=None, valid=batch.attention_mask, visual=None)
+    merged = Sequence(x=None, valid=batch.attention_mask, visual=None)
     assert assemble(var.graphdef, var.params).intervention(batch, merged) is None
 
 
@@ -264,9 +265,9 @@ def test_text_alone_is_the_base_model():
 def test_settings_that_mean_nothing_are_refused(settings, message):
     _, base = pair("heads")
     with pytest.raises(ConfigError, match=message):
-        base.with_method(VarConfig(**settings), sinks=SinkConfig(llm_dims=DIMS))
+        base.with_method(Var(VarConfig(**settings)), sinks=SinkConfig(llm_dims=DIMS))
 
 
 def test_unknown_sink_dimensions_are_refused():
     with pytest.raises(ConfigError, match=r"none are known: set sinks\.llm_dims"):
-        pair("heads")[1].with_method(VarConfig())
+        pair("heads")[1].with_method(Var())

@@ -14,18 +14,24 @@ without its image, that training with `cot` keeps both sets, and the form of the
 from __future__ import annotations
 
 import functools
-import math
 import re
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lsg_jax.activations import ACTIVATIONS, standardise
-from lsg_jax.config import DiySinkConfig
+from lsg_jax.config import ModelConfig
+from lsg_jax.config.ranges import Range, Table
 from lsg_jax.gating.gate import GateParam
+from lsg_jax.methods.full import float32_copy
+from lsg_jax.methods.method import Method
+from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.model.projector import Projector
 from lsg_jax.sinks.criteria import norm
+from lsg_jax.types import Batch
 
 BOTH, GLOBAL, LOCAL = 0, 1, 2
 """Values of `Batch.route`: which patches take part. GLOBAL keeps the sinks, LOCAL the others."""
@@ -36,6 +42,19 @@ _ROUTING_PROMPT = """Here is a question about an image, between quotation marks:
 "{question}"
 Do not answer it. Say only what one must look at to answer it: the scene as a whole (global), small details in single places \
 (local), or both. Reply with one word: global, local or both."""
+
+
+@dataclass(frozen=True)
+class DiySinkConfig(Table, name="diysink"):
+    """DIYSink (arXiv 2510.08510): one projector for sinks, one for the others, and a choice between them for each question.
+
+    The projectors start from the weights of the frozen one and are trained, and so is the network of `mlp`. With `cot`,
+    training keeps both sets of patches, and each question is answered after a short one on what it needs.
+    """
+
+    tau: Annotated[float, Range("(0, 1e9]")] = 100.0  # norm of the features before the projector
+    routing: Literal["cot", "mlp"] = "cot"  # the model's own answer on what the question needs; or weights of a small network
+    width: Annotated[int, Range("[1, 1e6]")] = 64  # of that network
 
 
 class QuestionWeights(nnx.Module):
@@ -57,7 +76,7 @@ class QuestionWeights(nnx.Module):
         return 2 * jax.nn.softmax(exact(ACTIVATIONS["gelu"](x), self.fc2_kernel[...]) + self.fc2_bias[...], axis=-1)
 
 
-class DiySink(nnx.Module):
+class SinkProjectors(nnx.Module):
     """What DIYSink trains. Its parameters are float32 and are used in the dtype of the backbone.
 
     Args:
@@ -121,15 +140,49 @@ def mean_question(embedded: jax.Array, text: jax.Array) -> jax.Array:
     return total / jnp.maximum(text.sum(-1, keepdims=True), 1)
 
 
-def check_diysink(method: DiySinkConfig) -> None:
-    """Raises ValueError for a threshold that is no norm."""
-    if not (math.isfinite(method.tau) and method.tau > 0):
-        raise ValueError(f"diysink.tau is {method.tau}: it must be a number above 0")
+@dataclass(frozen=True)
+class DiySink(Method):
+    """Two projectors, and a choice between sinks and other patches for each question."""
 
+    settings: DiySinkConfig = field(default_factory=DiySinkConfig)
 
-def routing_prompt(question: str) -> str:
-    """What the base model is asked, without the image, before the question itself."""
-    return _ROUTING_PROMPT.format(question=question.strip())
+    Settings = DiySinkConfig
+    trains = True
+    trains_inputs = True
+
+    def module(self, config: ModelConfig, key: jax.Array) -> SinkProjectors:
+        """Two projectors, and the network of the routing `mlp`."""
+        rngs = nnx.Rngs(key)
+        mlp = self.settings.routing == "mlp"
+        weights = QuestionWeights(config.text.hidden_size, self.settings.width, rngs=rngs) if mlp else None
+        sinks, others = (Projector(config, rngs=rngs, dtype=jnp.float32) for _ in range(2))
+        return SinkProjectors(sinks, others, weights)
+
+    def initial(self, config: ModelConfig, params: dict, key: jax.Array) -> dict:
+        """Both projectors start from the frozen one."""
+        parameters = super().initial(config, params, key)
+        for name in ("sink_projector", "other_projector"):
+            parameters[name] = float32_copy(params["projector"])
+        return parameters
+
+    def first_question(self, question: str) -> str | None:
+        """What the base model is asked, without the image, before the question itself."""
+        return _ROUTING_PROMPT.format(question=question.strip()) if self.settings.routing == "cot" else None
+
+    def read_reply(self, reply: str) -> int:
+        """The route that a routing answer names."""
+        return read_route(reply)
+
+    def connect(
+        self, model: VisionLanguageModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
+    ) -> ConnectorTokens:
+        """Patches by their own projectors; those that the route leaves out are not kept."""
+        is_sink = sink_patches(features, self.settings.tau)
+        is_text = jnp.asarray(batch.attention_mask) & (jnp.asarray(batch.source)[..., 0] < 0)
+        prompt = is_text & (jnp.arange(text.shape[1]) <= batch.gate_position[:, None])
+        tokens = model.trained(features, is_sink, mean_question(text, prompt))
+        kept = None if batch.route is None else taking_part(is_sink, batch.route)
+        return ConnectorTokens(tokens, v_sink, kept)
 
 
 def read_route(answer: str) -> int:

@@ -11,12 +11,12 @@ from flax import nnx
 from test_gated_parity import LENGTH, assert_close, continuation, examples, hf_model, ours
 from whole_model import loss_and_gradients, plain_logits
 
-from lsg_jax.baselines.lora import PROJECTIONS, LowRankUpdate
 from lsg_jax.checkpoint import read_step
 from lsg_jax.cli import main
-from lsg_jax.config import LoraConfig, RopeConfig, TextConfig
+from lsg_jax.config import RopeConfig, TextConfig
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.model.llava import abstract_model, check_method, initial_parameters
+from lsg_jax.methods.lora import PROJECTIONS, Lora, LoraConfig, LowRankUpdate
+from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.opening import load_backbone, open_gates, open_trained
 
 LORA = LoraConfig(layer=2, rank=3, alpha=5.0)
@@ -32,7 +32,7 @@ def test_parameter_count_at_7b(kv_heads, parameters):
 
 def trained(config, seed=0):
     """Parameters far from their start."""
-    start = initial_parameters(config, None, LORA, {}, jax.random.key(0))
+    start = Lora(LORA).initial(config, {}, jax.random.key(0))
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(rng.normal(size=leaf.shape) * leaf.shape[0] ** -0.5, jnp.float32) for name, leaf in start.items()}
 
@@ -53,7 +53,7 @@ def attach(model, parameters):
 def test_logits_gradients_and_generation_against_hugging_face():
     data, model = examples("left"), hf_model("siglip", "qwen2")  # grouped keys, and biases of its own
     config, frozen = ours("siglip", "qwen2")
-    graphdef, _ = abstract_model(config, method=LORA)
+    graphdef, _ = abstract_model(config, Lora(LORA))
     parameters = trained(config)
     plain = plain_logits(frozen, data.batch(), abstract_model(config)[0])
     (loss, logits), gradients = loss_and_gradients(parameters, frozen, data.batch(), data.labels, graphdef)
@@ -76,7 +76,7 @@ def test_logits_gradients_and_generation_against_hugging_face():
     for hook in hooks:
         hook.remove()
 
-    start = initial_parameters(config, None, LORA, frozen, jax.random.key(0))
+    start = Lora(LORA).initial(config, frozen, jax.random.key(0))
     (_, untrained), _ = loss_and_gradients(start, frozen, data.batch(), data.labels, graphdef)
     np.testing.assert_allclose(untrained, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
     merged = plain_logits(merge(frozen, parameters), data.batch(), abstract_model(config)[0])
@@ -97,8 +97,8 @@ def merge(frozen, parameters):
 
 def test_settings_that_mean_nothing_are_refused():
     config, _ = ours("siglip", "qwen2")
-    with pytest.raises(ValueError, match=r"lora\.layer: layer 5 does not exist, the model has layers 0 to 4"):
-        check_method(LoraConfig(layer=5), config)
+    with pytest.raises(ConfigError, match=r"lora\.layer: layer 5 does not exist, the model has layers 0 to 4"):
+        Lora(LoraConfig(layer=5)).for_model(config)
     for settings, message in [
         ({"layer": -1}, "lora.layer is -1"),
         ({"layer": 2, "alpha": float("nan")}, "lora.alpha is nan"),
@@ -138,11 +138,11 @@ def test_trained_on_the_command_line_and_opened_again(config_file, tiny_model, s
 
     base = load_backbone(tiny_model)
     vlm = open_trained(base, run, method="lora")
-    assert vlm.method == LoraConfig(layer=2) and vlm.gate is None
+    assert vlm.method == Lora(LoraConfig(layer=2)) and vlm.gate is None
     stored = read_step(run)[1]["trained"]
     assert stored.keys() == {f"{name}_{part}" for name in PROJECTIONS for part in "ab"}
     assert all(np.abs(leaf).max() > 0 for leaf in stored.values())
-    jax.tree.map(np.testing.assert_array_equal, vlm.gates, stored)
+    jax.tree.map(np.testing.assert_array_equal, vlm.trained, stored)
     image, question = scenes / "images/0.png", "How many?"
     assert len(vlm.generate([image], [question], 4)) == 1
     assert vlm.plain().params is vlm.frozen
@@ -151,7 +151,7 @@ def test_trained_on_the_command_line_and_opened_again(config_file, tiny_model, s
         (lambda: open_gates(run), "a run of method lora holds no gates"),
         (lambda: open_trained(base, run, method="diysink"), "what was trained there is lora, not diysink"),
         (lambda: open_trained(base, tmp_path / "none"), "none"),
-        (lambda: base.with_method(LORA), "this method is trained"),
+        (lambda: base.with_method(Lora(LORA)), "method lora is trained"),
     ]:
         with pytest.raises((InputError, ConfigError), match=message):
             refused()

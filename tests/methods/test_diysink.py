@@ -13,19 +13,17 @@ from jax.sharding import PartitionSpec
 from test_gated_parity import PATCHES, assert_close, between, examples, hf_model, ours
 from whole_model import loss_and_gradients, plain_logits
 
-import lsg_jax.eval.answering
-import lsg_jax.vlm
-from lsg_jax.baselines.diysink import BOTH, GLOBAL, LOCAL, QuestionWeights, read_route, routing_prompt, taking_part
 from lsg_jax.checkpoint import RunFolder, read_step
-from lsg_jax.config import DataConfig, DiySinkConfig, EvalConfig, MeshConfig, RunConfig, TrainConfig
+from lsg_jax.config import DataConfig, EvalConfig, MeshConfig, TrainConfig
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Item
-from lsg_jax.model.llava import abstract_model, assemble, initial_parameters
+from lsg_jax.methods.diysink import BOTH, GLOBAL, LOCAL, DiySink, DiySinkConfig, QuestionWeights, read_route, taking_part
+from lsg_jax.methods.method_model import abstract_model, assemble
 from lsg_jax.opening import load_backbone, open_trained
+from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import make_mesh, shard_params
 from lsg_jax.train.loop import _loop, set_up
 from lsg_jax.types import IGNORE
-from lsg_jax.vlm import VLM
 
 TAU = 18.5  # of the drawn scenes: their patches have norms from 13.8 to 20.6 in the tiny model, 18.4 in the middle
 
@@ -44,7 +42,7 @@ def test_routes_are_read_from_words():
         ("", BOTH),
     ]:
         assert read_route(text) == route, text
-    assert '"How many {dogs}?"' in routing_prompt(" How many {dogs}?\n")
+    assert '"How many {dogs}?"' in DiySink().first_question(" How many {dogs}?\n")
 
 
 def test_a_route_that_would_keep_nothing_keeps_all():
@@ -131,10 +129,10 @@ def test_logits_and_gradients_against_hugging_face():
     method = DiySinkConfig(tau=between(np.linalg.norm(features, axis=-1), 0.3), routing="mlp", width=8)
     sinks = (np.linalg.norm(features, axis=-1) >= method.tau).sum(1)
     assert sinks.min() > 0 and sinks.max() < PATCHES
-    graphdef, _ = abstract_model(config, method=method)
+    graphdef, _ = abstract_model(config, DiySink(method))
     batch, everything = data.batch().replace(route=jnp.array(routes)), data.batch().replace(route=jnp.zeros(3, int))
 
-    start = initial_parameters(config, None, method, frozen, jax.random.key(0))
+    start = DiySink(method).initial(config, frozen, jax.random.key(0))
     (_, untrained), gradients = loss_and_gradients(start, frozen, everything, data.labels, graphdef, "full")
     plain = plain_logits(frozen, data.batch(), abstract_model(config)[0])
     np.testing.assert_allclose(untrained, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
@@ -176,23 +174,23 @@ def test_untrained_weights_are_one_and_add_up_to_two():
 
 def test_projectors_lie_on_a_mesh_as_the_stock_one():
     config, _ = ours("clip", "llama")
-    _, abstract = abstract_model(config, method=DiySinkConfig(routing="mlp"))
+    _, abstract = abstract_model(config, DiySink(DiySinkConfig(routing="mlp")))
     sharded = shard_params(abstract, make_mesh(MeshConfig()))
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
     for name in ("sink_projector", "other_projector"):
-        assert specs(sharded["gates"][name]) == specs(sharded["projector"])
-    assert set(specs(sharded["gates"]["weights"]).values()) == {PartitionSpec()}
+        assert specs(sharded["trained"][name]) == specs(sharded["projector"])
+    assert set(specs(sharded["trained"]["weights"]).values()) == {PartitionSpec()}
 
 
 def test_projectors_are_used_in_the_backbones_dtype():
     config, frozen = ours("clip", "llama")
     method = DiySinkConfig(tau=5.0)
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), frozen)
-    start = initial_parameters(config, None, method, half, jax.random.key(0))
+    start = DiySink(method).initial(config, half, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype("float32")}
-    model = assemble(abstract_model(config, method=method)[0], half, start)
+    model = assemble(abstract_model(config, DiySink(method))[0], half, start)
     features = jax.random.normal(jax.random.key(1), (1, 9, 40), jnp.bfloat16)
-    ours_, stock = model.gates(features, features[..., 0] > 0, None), model.projector(features)
+    ours_, stock = model.trained(features, features[..., 0] > 0, None), model.projector(features)
     assert ours_.dtype == stock.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours_, stock)
 
@@ -203,7 +201,7 @@ def run_config(tiny_model, records, tmp_path_factory):
         model=str(tiny_model),
         output=str(tmp_path_factory.mktemp("runs") / "whole"),
         method="diysink",
-        diysink=DiySinkConfig(tau=TAU, routing="mlp"),
+        tables={"diysink": DiySinkConfig(tau=TAU, routing="mlp")},
         data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
         train=TrainConfig(batch_size=4, epochs=3, learning_rate=0.003, save_every=3),
     )
@@ -213,7 +211,7 @@ def test_trained_stopped_and_resumed(run_config, tiny_model, tmp_path):
     run = RunFolder(run_config.output)
     with run.lock():
         trainer = set_up(run_config, run)
-        before, start = jax.tree.map(np.array, (trainer.vlm.frozen, trainer.state.gates))
+        before, start = jax.tree.map(np.array, (trainer.vlm.frozen, trainer.state.trained))
         stops = iter([False] * 3 + [True])
         with pytest.raises(Exception, match="stopped at step 4 of 9"):
             _loop(trainer, lambda: next(stops), None)
@@ -237,22 +235,20 @@ def test_trained_stopped_and_resumed(run_config, tiny_model, tmp_path):
     assert all((now != then).any() for now, then in zip(jax.tree.leaves(stored), jax.tree.leaves(start), strict=True))
 
     vlm = open_trained(load_backbone(tiny_model), run.path)
-    assert vlm.method == run_config.diysink and vlm.router is None
-    jax.tree.map(np.testing.assert_array_equal, vlm.gates, stored)
+    assert vlm.method == run_config.get_method() and vlm.method.first_question("Why?") is None
+    jax.tree.map(np.testing.assert_array_equal, vlm.trained, stored)
 
 
 def test_questions_are_asked_in_two_steps(tiny_model, scenes, monkeypatch):
     """`generate` and `answer` agree, and each answer is that of its own route."""
     base = load_backbone(tiny_model)
-    method = DiySinkConfig(tau=TAU)
-    parameters = initial_parameters(base.config, None, method, base.frozen, jax.random.key(0))
-    vlm = VLM(base.config, base.frozen, method=method, gates=parameters, folder=base.folder, digest=base.digest)
+    method = DiySink(DiySinkConfig(tau=TAU))
+    vlm = base.with_method(method, method.initial(base.config, base.frozen, jax.random.key(0)))
     images = [scenes / f"images/{i}.png" for i in range(4)]
     prompts = ["How many?", "Colour?", "How many?", "Which one?"]
-    said = base.generate([None] * 4, [routing_prompt(prompt) for prompt in prompts], 8)
+    said = base.generate([None] * 4, [method.first_question(prompt) for prompt in prompts], 8)
     routes = {text: (GLOBAL, LOCAL, BOTH)[i % 3] for i, text in enumerate(dict.fromkeys(said))}
-    for module in (lsg_jax.vlm, lsg_jax.eval.answering):
-        monkeypatch.setattr(module, "read_route", routes.__getitem__)
+    monkeypatch.setattr(DiySink, "read_reply", lambda self, reply: routes[reply])
     answers = vlm.generate(images, prompts, 4)
     assert len(set(routes.values())) > 1
 

@@ -1,0 +1,93 @@
+"""What a method is: something done to the model, and perhaps trained, while everything else stays frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from lsg_jax.config import GateConfig, ModelConfig, Part
+from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.types import Batch, Intervention, Sequence
+
+
+@dataclass(frozen=True)
+class Method:
+    """The base model: does nothing and trains nothing. Subclasses override what they do otherwise.
+
+    Instances are hashable and static under jit; what is trained is a part of the model's state, `model.trained`.
+
+    Class attributes:
+        Settings: the dataclass of its table in a configuration file, a config.ranges.Table; None without a table.
+        trains: whether `lsg train` has something to train.
+        trains_inputs: whether something is trained on which the decoder's inputs or its weights depend. The backward pass then
+            goes through every layer, instead of stopping at the first that the intervention changes.
+    """
+
+    settings: Any = None
+
+    Settings: ClassVar[type | None] = None
+    trains: ClassVar[bool] = False
+    trains_inputs: ClassVar[bool] = False
+
+    def for_model(self, config: ModelConfig) -> Method:
+        """The method with everything filled in that depends on the model.
+
+        Raises:
+            ConfigError: the model cannot carry it.
+        """
+        return self
+
+    # What is trained.
+
+    @property
+    def gate(self) -> GateConfig | None:
+        """The gates whose ratios and norms are reported, and which portable gate files hold; None for other methods."""
+        return None
+
+    @property
+    def independent(self) -> bool:
+        """Whether its gates are trained each as if it were the only one (`train.independent`)."""
+        return False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts of the model itself that are trained in place of the frozen ones."""
+        return ()
+
+    def module(self, config: ModelConfig, key: jax.Array) -> nnx.Module | None:
+        """What is trained beside the model, float32; None for nothing."""
+        return None
+
+    def initial(self, config: ModelConfig, params: dict, key: jax.Array) -> dict:
+        """The values that training starts from: a nested dict of float32 arrays of its own.
+
+        Args:
+            params: of the backbone.
+        """
+        return nnx.to_pure_dict(nnx.state(self.module(config, key)))
+
+    # What is done to a batch.
+
+    def first_question(self, question: str) -> str | None:
+        """What the model, as it is, is asked in words before each question; None for nothing."""
+        return None
+
+    def read_reply(self, reply: str) -> int:
+        """`Batch.route` from the reply to the first question; 0 is the route of a question without an image."""
+        raise TypeError(f"{type(self).__name__} asks no first question")
+
+    def connect(
+        self, model: VisionLanguageModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
+    ) -> ConnectorTokens:
+        """The visual tokens that it makes of features, in the order that it gives them; see VisionLanguageModel.connect."""
+        return ConnectorTokens(model.projector(features), v_sink)
+
+    def intervention(self, model: VisionLanguageModel, batch: Batch, sequence: Sequence) -> Intervention | None:
+        """What it does in the decoder layers; None for nothing."""
+        return None
+
+
+BASE = Method()

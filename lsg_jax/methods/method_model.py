@@ -1,0 +1,79 @@
+"""The model under a method, its parameters, and programs' view of both."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lsg_jax.config import GateConfig, ModelConfig, Part
+from lsg_jax.methods.method import BASE, Method
+from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.types import Batch, Intervention, Sequence
+
+TRAINED = "trained"
+"""Where the parameters of a method are in the model's tree; everything else in it is frozen, except `Method.parts`."""
+
+
+class MethodModel(VisionLanguageModel):
+    """A vision-language model under a method. The parameters that the method trains beside the model are in `trained`."""
+
+    def __init__(
+        self, config: ModelConfig, method: Method, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    ):
+        super().__init__(config, rngs=rngs, dtype=dtype, mesh=mesh)
+        self.method = method
+        if (module := method.module(config, rngs.trained())) is not None:
+            self.trained = module
+
+    def connect(self, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array) -> ConnectorTokens:
+        """`Method.connect`."""
+        return self.method.connect(self, features, v_sink, batch, text)
+
+    def intervention(self, batch: Batch, sequence: Sequence) -> Intervention | None:
+        """`Method.intervention`."""
+        return self.method.intervention(self, batch, sequence)
+
+    @property
+    def gate(self) -> GateConfig | None:
+        """`Method.gate`."""
+        return self.method.gate
+
+    @property
+    def trains_inputs(self) -> bool:
+        """`Method.trains_inputs`."""
+        return self.method.trains_inputs
+
+
+def abstract_model(
+    config: ModelConfig, method: Method = BASE, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef[MethodModel], dict]:
+    """The model's graph definition and its parameters as a nested dict of ShapeDtypeStruct; allocates nothing."""
+    graphdef, state = _traced(config, method, jnp.dtype(dtype), mesh)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+@functools.cache  # tracing takes a good part of a second, and a study opens the same model under many methods
+def _traced(config: ModelConfig, method: Method, dtype: Any, mesh: Mesh | None) -> tuple[nnx.GraphDef[MethodModel], nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: MethodModel(config, method, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)))
+
+
+def assemble(graphdef: nnx.GraphDef[MethodModel], frozen: dict, trained: dict | None = None) -> MethodModel:
+    """The model around given parameters; `trained` as in `join_trained`."""
+    return nnx.merge(graphdef, join_trained(frozen, trained))
+
+
+def join_trained(frozen: Any, trained: Any) -> dict:
+    """The model's tree of parameters, or of what there is for each of them.
+
+    Args:
+        trained: parameters of a method, or whole parts of the model (`Method.parts`), which then replace those in `frozen`;
+            None for a model that is not trained.
+    """
+    if trained is None:
+        return frozen
+    return {**frozen, **(trained if trained.keys() <= set(get_args(Part)) else {TRAINED: trained})}

@@ -1,0 +1,57 @@
+"""Sink-to-the-front (Luo et al., arXiv 2510.08510): the visual tokens that the ViT made sinks go before the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from lsg_jax.config.ranges import Range, Table
+from lsg_jax.methods.method import Method
+from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.sinks.criteria import norm
+from lsg_jax.types import Batch
+
+
+@dataclass(frozen=True)
+class SinkFrontConfig(Table, name="sink_front"):
+    """Sink-to-the-front (arXiv 2510.08510): visual tokens of large ViT norm come first among the visual tokens. Not trained.
+
+    `VLM.v_sinks` still lists the patches in the order of the image.
+    """
+
+    tau: Annotated[float, Range("(0, 1e9]")] = 100.0  # norm of the features before the projector
+
+
+def sinks_to_front(features: jax.Array, v_sink: jax.Array, config: SinkFrontConfig) -> tuple[jax.Array, jax.Array]:
+    """Reorders the patches of each image: those whose norm reaches `tau`, then the others, each group in its old order.
+
+    Position follows the order of the sequence, so a moved patch has the position of its new place.
+
+    Args:
+        features: [B, P, Dv], before the projector; feature layers that lie side by side count as one vector.
+        v_sink: bool [B, P], the model's own V-sinks, which need not be the same.
+
+    Returns:
+        Both, reordered.
+    """
+    order = jnp.argsort(~norm(features, config.tau), axis=1, stable=True)
+    return jnp.take_along_axis(features, order[..., None], axis=1), jnp.take_along_axis(v_sink, order, axis=1)
+
+
+@dataclass(frozen=True)
+class SinkFront(Method):
+    """ViT sinks before the other visual tokens of their image."""
+
+    settings: SinkFrontConfig = field(default_factory=SinkFrontConfig)
+
+    Settings = SinkFrontConfig
+
+    def connect(
+        self, model: VisionLanguageModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
+    ) -> ConnectorTokens:
+        """The model's own tokens, reordered."""
+        features, v_sink = sinks_to_front(features, v_sink, self.settings)
+        return super().connect(model, features, v_sink, batch, text)
