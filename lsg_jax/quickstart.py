@@ -95,7 +95,7 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: Progr
     report = out / "report.html"
     sections = read_sections([out / "eval", out / "sinks", out / "sweep", run])
     write_report(report, title="Attention sinks, quickstart", notes=NOTES, sections=sections)
-    print(table(result))
+    print(table(result.benchmarks))
     return report.resolve()
 
 

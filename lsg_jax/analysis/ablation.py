@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,8 @@ from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.config import Grouping, ModelConfig, Signal
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.eval.runner import BASE, ask_all, evaluate
+from lsg_jax.eval.results import BASE
+from lsg_jax.eval.runner import ask_all, evaluate
 from lsg_jax.files import write_json
 from lsg_jax.methods.gates import Gates
 from lsg_jax.opening import open_to_answer, open_trained
@@ -120,15 +121,15 @@ def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progr
     result = evaluate(models, config.eval, out, asked=asked, progress=progress)
     study = {
         "format": "lsg-ablate-1",
-        "model": result["model"],
-        "backbone": result["backbone"],
+        "model": result.model,
+        "backbone": result.backbone,
         "rows": [_variant_row(row) for row in score_rows(result, asked)],
         "skipped": skipped,
         "parameters": {name: sum(leaf.size for leaf in jax.tree.leaves(models[name].trained)) for name in runs},
-        "settings": _settings(config) | {"eval": result["settings"]},
-        "variants": result["methods"],
-        "versions": result["versions"],
-        "devices": result["devices"],
+        "settings": _settings(config) | {"eval": result.settings},
+        "variants": {name: asdict(settings) for name, settings in result.methods.items()},
+        "versions": result.versions,
+        "devices": result.devices,
     }
     on_primary(lambda: write_json(out / RESULT, study, sort_keys=False))
     return study

@@ -11,7 +11,8 @@ import numpy as np
 
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.benchmark import Graded, Metrics
-from lsg_jax.eval.runner import BASE, Asked
+from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult
+from lsg_jax.eval.runner import Asked
 
 Score = dict[str, Any]
 """`value`, in percent or in what unit the metric has; `change` over the base model with its interval `low`, `high`; or null."""
@@ -39,7 +40,7 @@ class Selection:
             return next(iter(self.metrics.values()))
         return "mean of " + " and ".join(f"{benchmark} {metric}" for benchmark, metric in self.metrics.items())
 
-    def score(self, result: Mapping[str, Any], method: str) -> Score:
+    def score(self, result: EvaluationResult, method: str) -> Score:
         """What a method scores.
 
         The benchmarks of a mean are independent: the distances from their changes to the bounds add up as squares.
@@ -50,7 +51,7 @@ class Selection:
         Raises:
             InputError: a metric has no value under this method.
         """
-        scores = {name: _score(result["benchmarks"][name], metric, method) for name, metric in self.metrics.items()}
+        scores = {name: _score(result.benchmarks[name], metric, method) for name, metric in self.metrics.items()}
         for name, score in scores.items():
             if score["change"] is None:
                 raise InputError(f"{name}: {self.metrics[name]} has no value under {method}: choose another by --select")
@@ -90,21 +91,20 @@ def counted_metric(test: Asked) -> str:
     return test.score or next(iter(_all_right(test)))
 
 
-def score_rows(result: Mapping[str, Any], asked: Mapping[str, Asked]) -> list[dict[str, Any]]:
+def score_rows(result: EvaluationResult, asked: Mapping[str, Asked]) -> list[dict[str, Any]]:
     """`{benchmark, metric, method, value, change, low, high}` of every benchmark's counted metric; the base has no change."""
     return [
-        {"benchmark": name, "metric": metric, "method": method, **_score(result["benchmarks"][name], metric, method)}
+        {"benchmark": name, "metric": metric, "method": method, **_score(result.benchmarks[name], metric, method)}
         for name, metric in ((name, counted_metric(test)) for name, test in asked.items())
-        for method in result["methods"]
+        for method in result.methods
     ]
 
 
-def _score(entry: Mapping[str, Any], metric: str, method: str) -> Score:
+def _score(found: BenchmarkResult, metric: str, method: str) -> Score:
     if method == BASE:
-        return {"value": entry["methods"][BASE][metric]["value"], "change": None, "low": None, "high": None}
-    change = entry["change"][method][metric]
-    value = entry["methods"][method][metric]["value"]
-    return {"value": value, "change": change["value"], "low": change["low"], "high": change["high"]}
+        return {"value": found.methods[BASE][metric].value, "change": None, "low": None, "high": None}
+    change = found.change[method][metric]
+    return {"value": found.methods[method][metric].value, "change": change.value, "low": change.low, "high": change.high}
 
 
 def _all_right(test: Asked) -> Metrics:

@@ -14,7 +14,8 @@ from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.config import SinkConfig, to_dict
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.eval.runner import BASE, Asked, ask_all, evaluate
+from lsg_jax.eval.results import BASE, EvaluationResult
+from lsg_jax.eval.runner import Asked, ask_all, evaluate
 from lsg_jax.files import write_json
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
 from lsg_jax.opening import open_gates, open_to_answer, with_gates
@@ -149,8 +150,8 @@ def stack_study(
     result = study.result
     written = {
         "format": "lsg-stack-1",
-        "model": result["model"],
-        "backbone": result["backbone"],
+        "model": result.model,
+        "backbone": result.backbone,
         "selection": study.decides.name,
         "metric": study.decides.metric,
         "singles": alone,
@@ -158,11 +159,11 @@ def stack_study(
         "chosen": chosen,
         **joint,
         "by_benchmark": score_rows(result, asked),
-        "settings": {**to_dict(settings), "gates": origin, "eval": result["settings"]},
+        "settings": {**to_dict(settings), "gates": origin, "eval": result.settings},
         "gate": to_dict(stack.gate),
         "sinks": to_dict(stack.sinks),
-        "versions": result["versions"],
-        "devices": result["devices"],
+        "versions": result.versions,
+        "devices": result.devices,
     }
     on_primary(lambda: write_json(out / RESULT, written, sort_keys=False))
     return written
@@ -179,7 +180,7 @@ class _Study:
     def __init__(self, config: RunConfig, out: Path, asked: dict[str, Asked], decides: Selection, progress: Progress):
         self.config, self.out, self.asked, self.decides, self.progress = config, out, asked, decides, progress
         self.gates: dict[str, PortableGates] = {}
-        self.result: dict[str, Any] = {}
+        self.result: EvaluationResult
 
     def grow(self, singles: Mapping[int, PortableGates], max_gates: int) -> tuple[list[Row], list[Row]]:
         """Every gate alone, then the stacks: a row for each layer, a row for each size."""

@@ -118,8 +118,9 @@ def _eval(options: argparse.Namespace) -> None:
     with progress_bar("eval") as progress:
         result = evaluate(models, settings, out, asked=asked, progress=progress)
     if jax.process_index() == 0:
+        plain = dataclasses.asdict(result)
         if len(models) > 1:
-            draw_gains(rows_of_gains(result), out / "gains")
-        if result["ratios"]:
-            draw_gate_ratios(result["ratios"], out / "ratios")
-        print(json.dumps(result, indent=2) if options.json else table(result))
+            draw_gains(rows_of_gains(plain), out / "gains")
+        if result.ratios:
+            draw_gate_ratios(plain["ratios"], out / "ratios")
+        print(json.dumps(plain, indent=2) if options.json else table(result.benchmarks))

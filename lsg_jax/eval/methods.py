@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.eval.runner import BASE
+from lsg_jax.eval.results import BASE
 from lsg_jax.methods.registry import METHODS
 from lsg_jax.opening import open_trained
 from lsg_jax.run_config import RunConfig

@@ -1,10 +1,9 @@
-"""`lsg eval`: asks the questions of the benchmarks under every method, grades, and writes what was asked and answered."""
+"""`lsg eval`: asks the questions of every benchmark under every method, grades the answers and writes the results."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,30 +20,43 @@ from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics
 from lsg_jax.eval.parquet import digests
 from lsg_jax.eval.registry import find_benchmark
+from lsg_jax.eval.results import (
+    BASE,
+    BenchmarkResult,
+    Estimate,
+    EvaluationResult,
+    MethodSettings,
+    QuestionRow,
+    RatioRow,
+    questions_file,
+    write_questions,
+    write_result,
+)
 from lsg_jax.eval.statistics import interval, paired_test, resample_weights
-from lsg_jax.files import write_json
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method import BASE as PLAIN
 from lsg_jax.progress import Progress, silent
 from lsg_jax.stopping import stop_signals
 from lsg_jax.vlm import VLM
 
-RESULT = "result.json"
-BASE = "base"  # the method that the others are compared with: the model as it is
-MAX_NEW_TOKENS = 32  # where neither the run nor the protocol says
+MAX_NEW_TOKENS = 32  # where neither the run nor the protocol sets a limit
+RATIO_DIGITS = 3  # of gate ratios in files: further digits depend on the batch size
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A benchmark as it is put to the model.
+    """A benchmark with the prompts of a run.
 
     Attributes:
-        rules: the protocol whose prompts, matcher and score are used: the run's, or `paper` if that has none of its own.
+        path: as given to `--benchmark`.
+        rules: the protocol whose prompts, matcher and score are used: that of the run, or `paper` if the benchmark has no
+            rules for it.
         rows: number of items in the file, before `eval.limit`.
         files: sha256 of each file, {} for drawn scenes.
     """
 
     benchmark: Benchmark
+    path: str
     items: list[Item]
     prompts: list[str]
     rules: Protocol
@@ -54,12 +66,12 @@ class Asked:
 
     @property
     def partial(self) -> bool:
-        """Whether questions are missing: by `eval.limit`, or since the file is not the whole benchmark."""
+        """Whether this is not exactly the official set of questions: `eval.limit`, or a file of another size."""
         return len(self.items) != (self.benchmark.size or self.rows)
 
     @property
     def score(self) -> str | None:
-        """The metric that is the official score; None for a partial run, and where there is none."""
+        """The metric that is the official score; None for a partial run or a benchmark without one."""
         return None if self.partial else self.benchmark.official.get(self.rules)
 
 
@@ -70,62 +82,59 @@ def evaluate(
     *,
     asked: dict[str, Asked] | None = None,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Answers every question of `config.benchmarks` under every method; a collective.
+) -> EvaluationResult:
+    """Answers every question of `config.benchmarks` under every method. All processes must call it.
 
-    Writes into `out`: `result.json`; `<name>.<method>.jsonl`, a line a question with prompt, output, what it was read as and
-    how the gates stood; `answers/`, the log by which a stopped run goes on (questions answered under the same settings are not
-    asked again).
+    Writes into `out`: the files of `lsg_jax.eval.results`, and `answers/`, the log from which an interrupted run resumes:
+    questions that were answered under the same settings are not asked again.
 
     Args:
-        models: method -> the model under it; `base` is the one that the others are compared with.
-        asked: what `ask_all(config)` gave, for a caller who looked at the files before loading the model.
+        models: method -> the model under it; the others are compared with `base`.
+        asked: `ask_all(config)`, if the caller has read the files before loading the model.
         progress: counts the questions of each benchmark and method.
 
-    Returns:
-        What result.json holds.
-
     Raises:
-        InputError: no benchmarks, or a file that is none; raised before anything is computed.
-        Preempted: SIGTERM or SIGINT came; what was answered is kept.
+        InputError: no benchmarks, or a wrong file; before anything is computed.
+        Preempted: SIGTERM or SIGINT was received; finished answers are kept.
     """
     asked = ask_all(config) if asked is None else asked
     first = next(iter(models.values()))
     on_primary(lambda: out.mkdir(parents=True, exist_ok=True))
-    result: dict[str, Any] = {
-        "format": "lsg-eval-3",
-        "model": first.folder.name if first.folder else None,
-        "backbone": first.digest,
-        "methods": {method: settings_of(model) for method, model in models.items()},
-        "settings": {k: v for k, v in to_dict(config).items() if k != "benchmarks"} | {"decoding": "greedy"},
-        "versions": {name: version(name) for name in ("lsg_jax", "jax")},
-        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "benchmarks": {},
-        "ratios": [],
-    }
+    benchmarks: dict[str, BenchmarkResult] = {}
+    ratios: list[RatioRow] = []
     for name, test in asked.items():
         answers = {m: _answers(model, f"{name}.{m}", test, config, out, progress) for m, model in models.items()}
         graded = {method: grade(test, [answer.text for answer in found]) for method, found in answers.items()}
         if is_primary():
             for method, found in answers.items():
-                _write_outputs(out / f"{name}.{method}.jsonl", test, found, graded[method])
-        result["benchmarks"][name] = {"path": config.benchmarks[name], **summary(test, graded)}
+                write_questions(questions_file(out, name, method), question_rows(test, found, graded[method]))
+        benchmarks[name] = summary(test, graded)
         for method, model in models.items():
             if model.gate is not None:
-                result["ratios"] += [{"method": method, **row} for row in ratio_rows(name, test, answers[method], model.gate)]
-    on_primary(lambda: write_json(out / RESULT, result, sort_keys=False))
+                ratios += ratio_rows(method, name, test, answers[method], model.gate)
+    result = EvaluationResult(
+        model=first.folder.name if first.folder else None,
+        backbone=first.digest,
+        methods={method: settings_of(model) for method, model in models.items()},
+        settings={k: v for k, v in to_dict(config).items() if k != "benchmarks"} | {"decoding": "greedy"},
+        versions={name: version(name) for name in ("lsg_jax", "jax")},
+        devices=f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        benchmarks=benchmarks,
+        ratios=tuple(ratios),
+    )
+    on_primary(lambda: write_result(out, result))
     return result
 
 
 def ask_all(config: EvalConfig) -> dict[str, Asked]:
-    """Reads every benchmark of the configuration, by name. Raises InputError if there are none, or a file is wrong."""
+    """Reads every benchmark of the configuration, by name. Raises InputError if there is none, or a file is wrong."""
     if not config.benchmarks:
         raise InputError("nothing to evaluate: give --benchmark NAME=PATH, or [eval.benchmarks] in the configuration")
     return {name: ask(find_benchmark(name, path), path, config) for name, path in config.benchmarks.items()}
 
 
 def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
-    """Reads a benchmark and makes its prompts. With `config.limit`, items are taken evenly from the whole file."""
+    """Reads a benchmark and makes its prompts. With `config.limit`, items are evenly spaced over the whole file."""
     items = benchmark.read(path)
     rows = len(items)
     if config.limit is not None and config.limit < rows:
@@ -133,6 +142,7 @@ def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
     rules: Protocol = config.protocol if config.protocol in benchmark.official else "paper"
     return Asked(
         benchmark=benchmark,
+        path=path,
         items=items,
         prompts=[benchmark.prompt(item, rules) for item in items],
         rules=rules,
@@ -142,21 +152,21 @@ def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
     )
 
 
-def settings_of(model: VLM) -> dict[str, Any]:
-    """What is done to the model, as plain data: `gate`, `method` and `sinks`, null where they play no part."""
+def settings_of(model: VLM) -> MethodSettings:
+    """What the method of a model does to it."""
     changed, settings = model.method != PLAIN, model.method.settings
-    return {
-        "gate": to_dict(model.gate) if model.gate else None,
-        "method": {"name": type(settings).__name__, **to_dict(settings)} if changed and model.gate is None else None,
-        "sinks": to_dict(model.config.sinks) if changed else None,
-    }
+    return MethodSettings(
+        gate=to_dict(model.gate) if model.gate else None,
+        method={"name": type(settings).__name__, **to_dict(settings)} if changed and model.gate is None else None,
+        sinks=to_dict(model.config.sinks) if changed else None,
+    )
 
 
 def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress) -> list[Answer]:
     meaning = {
         "backbone": model.digest,
         "dtype": str(jax.tree.leaves(model.frozen)[0].dtype),
-        **settings_of(model),
+        **asdict(settings_of(model)),
         "gates": _digest(model.trained) if model.trained else None,
         "files": sorted(test.files.values()),
         "max_new_tokens": test.max_new_tokens,
@@ -191,45 +201,42 @@ def _digest(parameters: Any) -> str:
 
 
 def grade(test: Asked, outputs: Sequence[str]) -> Graded:
-    """Reads and scores the outputs, every item counting once."""
+    """Matches and scores the outputs; every item has weight one."""
     matches = [test.benchmark.match(item, text, test.rules) for item, text in zip(test.items, outputs, strict=True)]
     score = np.array([match.score for match in matches], np.float64)
     return Graded(test.items, [match.parsed for match in matches], score, np.ones((1, len(matches))))
 
 
-def summary(test: Asked, graded: dict[str, Graded]) -> dict[str, Any]:
-    """One benchmark's part of the result: every aggregate with its interval, and what each method changed over the base."""
+def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
+    """Every metric of every method with its interval, and the change over the base model."""
     benchmark = test.benchmark
     units = [item.id if benchmark.unit is None else item.fields[benchmark.unit] for item in test.items]
     weight = resample_weights(units)
-    resampled = {m: benchmark.metrics(Graded(g.items, g.parsed, g.score, weight)) for m, g in graded.items()}
-    entry: dict[str, Any] = {
-        "files": test.files,
-        "protocol": test.rules,
-        "questions": len(test.items),
-        "of": benchmark.size or test.rows,
-        "partial": test.partial,
-        "prompts_sha256": text_sha256("\0".join(test.prompts)),
-        "max_new_tokens": test.max_new_tokens,
-        "score": test.score,
-        "unread": {method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},
-        "majority": _plain(benchmark.metrics(grade(test, _most_frequent(test)))),
-        "methods": {},
-        "change": {},
-        "paired_test": {},
-    }
     points = {method: benchmark.metrics(g) for method, g in graded.items()}
-    for method in graded:
-        entry["methods"][method] = _with_intervals(points[method], resampled[method])
-        if method != BASE and BASE in graded:
-            change = lambda of, method=method: {metric: of[method][metric] - of[BASE][metric] for metric in of[BASE]}
-            entry["change"][method] = _with_intervals(change(points), change(resampled))
-            entry["paired_test"][method] = paired_test(graded[BASE].score, graded[method].score)
-    return entry
+    resampled = {m: benchmark.metrics(Graded(g.items, g.parsed, g.score, weight)) for m, g in graded.items()}
+    difference = lambda of, method: {metric: of[method][metric] - of[BASE][metric] for metric in of[BASE]}
+    others = [method for method in graded if method != BASE] if BASE in graded else []
+    majority = benchmark.metrics(grade(test, _most_frequent(test)))
+    return BenchmarkResult(
+        path=test.path,
+        files=test.files,
+        protocol=test.rules,
+        questions=len(test.items),
+        of=benchmark.size or test.rows,
+        partial=test.partial,
+        prompts_sha256=text_sha256("\0".join(test.prompts)),
+        max_new_tokens=test.max_new_tokens,
+        score=test.score,
+        unread={method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},
+        majority={name: _number(values[0]) for name, values in majority.items()},
+        methods={method: _estimates(points[method], resampled[method]) for method in graded},
+        change={m: _estimates(difference(points, m), difference(resampled, m)) for m in others},
+        paired_test={method: paired_test(graded[BASE].score, graded[method].score) for method in others},
+    )
 
 
-def ratio_rows(name: str, test: Asked, answers: Sequence[Answer], gate: GateConfig) -> list[dict[str, Any]]:
-    """How the gates stood, by task: mean and standard deviation of each layer's ratios over the questions with an image."""
+def ratio_rows(method: str, name: str, test: Asked, answers: Sequence[Answer], gate: GateConfig) -> list[RatioRow]:
+    """The gate ratios of a method by task, layer and token group, over the questions with an image."""
     field = test.benchmark.task
     tasks: dict[str, list[np.ndarray]] = {}
     for item, found in zip(test.items, answers, strict=True):
@@ -237,18 +244,36 @@ def ratio_rows(name: str, test: Asked, answers: Sequence[Answer], gate: GateConf
             tasks.setdefault(item.fields.get(field, "") if field else "", []).append(found.ratios)
     rows = []
     for task in sorted(tasks):
-        values = np.stack(tasks[task])
+        values = np.stack(tasks[task])  # [questions, layers, groups]
         for i, layer in enumerate(gate.layers):
             for j, group in enumerate(GROUPS[gate.grouping]):
                 at = values[:, i, j].astype(np.float64)
-                # three digits: the rest depends on the batch size
-                stands = {"mean": round(float(at.mean()), 3), "std": round(float(at.std()), 3), "questions": len(at)}
-                rows.append({"benchmark": name, "task": task or name, "layer": layer, "group": group, **stands})
+                mean, std = (round(float(of), RATIO_DIGITS) for of in (at.mean(), at.std()))
+                rows.append(RatioRow(method, name, task or name, layer, group, mean, std, len(at)))
     return rows
 
 
+def question_rows(test: Asked, answers: Sequence[Answer], graded: Graded) -> list[QuestionRow]:
+    """One row per question."""
+    return [
+        QuestionRow(
+            id=item.id,
+            prompt=prompt,
+            output=found.text,
+            parsed=parsed,
+            answers=item.answers,
+            score=float(score),
+            ratios=None if found.ratios is None else np.round(found.ratios.astype(np.float64), RATIO_DIGITS).tolist(),
+            fields=item.fields,
+        )
+        for item, prompt, found, parsed, score in zip(
+            test.items, test.prompts, answers, graded.parsed, graded.score, strict=True
+        )
+    ]
+
+
 def _most_frequent(test: Asked) -> list[str]:
-    """For every item the most frequent answer of its kind: what one who never looks, but knows the test set, would say."""
+    """For every item the most frequent answer of its kind: what guessing without the image, knowing the test set, gives."""
     of = test.benchmark.guess_by
     kinds = ["" if of is None else item.fields[of] for item in test.items]
     counts: dict[str, dict[str, int]] = {}
@@ -258,43 +283,9 @@ def _most_frequent(test: Asked) -> list[str]:
     return [max(counts[kind], key=counts[kind].__getitem__) for kind in kinds]
 
 
-def _plain(metrics: Metrics) -> dict[str, float | None]:
-    return {name: _number(values[0]) for name, values in metrics.items()}
-
-
-def _with_intervals(point: Metrics, resampled: Metrics) -> dict[str, dict[str, float | None]]:
-    entries = {}
-    for name, values in point.items():
-        low, high = interval(resampled[name])
-        entries[name] = {"value": _number(values[0]), "low": _number(low), "high": _number(high)}
-    return entries
+def _estimates(point: Metrics, resampled: Metrics) -> dict[str, Estimate]:
+    return {name: Estimate(_number(values[0]), *map(_number, interval(resampled[name]))) for name, values in point.items()}
 
 
 def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None  # NaN is no JSON
-
-
-def _write_outputs(path: Path, test: Asked, answers: Sequence[Answer], graded: Graded) -> None:
-    lines = [
-        json.dumps(
-            {
-                "id": item.id,
-                **item.fields,
-                "prompt": prompt,
-                "output": answer.text,
-                "parsed": parsed,
-                "answers": item.answers,
-                "score": float(score),
-                **_ratios(answer),
-            }
-        )
-        for item, prompt, answer, parsed, score in zip(
-            test.items, test.prompts, answers, graded.parsed, graded.score, strict=True
-        )
-    ]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def _ratios(answer: Answer) -> dict[str, Any]:
-    """The gate ratios of one question by layer and token group; three digits, as more would depend on the batch size."""
-    return {} if answer.ratios is None else {"ratios": np.round(answer.ratios.astype(np.float64), 3).tolist()}
+    return float(value) if np.isfinite(value) else None  # JSON has no NaN

@@ -1,9 +1,9 @@
-"""How sure a score is: bootstrap intervals, and a paired test of base against gated."""
+"""Statistical certainty of scores: bootstrap intervals, and a paired test of a method against the base model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,11 +12,20 @@ LEVEL = 95.0
 """Percent of the resamples that an interval covers."""
 
 
+@dataclass(frozen=True)
+class PairedTest:
+    """Number of items whose score rose (`better`) or fell (`worse`), and the p-value of the two being equally likely."""
+
+    better: int
+    worse: int
+    p_value: float
+
+
 def resample_weights(units: Sequence[str], *, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each item is drawn in resamples with replacement: float64 [count, N].
+    """How often each item is drawn in `count` resamples with replacement: float64 [count, N].
 
     Args:
-        units: of each item; items of equal unit are drawn together (a cluster bootstrap).
+        units: one per item; items with the same unit are drawn together (cluster bootstrap).
     """
     _, index = np.unique(np.asarray(units), return_inverse=True)
     total = int(index.max()) + 1
@@ -26,9 +35,9 @@ def resample_weights(units: Sequence[str], *, count: int = RESAMPLES, seed: int 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The percentile interval of resampled scores [R], those that are no number left out; (nan, nan) if none is left.
+    """Percentile interval of resampled scores [R], without those that are NaN; (nan, nan) if all are.
 
-    It is empty where all items score the same: resamples of few items say nothing about scores that were never seen.
+    The interval has width 0 where all items score the same.
     """
     values = values[np.isfinite(values)]
     if not len(values):
@@ -37,19 +46,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_test(base: np.ndarray, gated: np.ndarray) -> dict[str, Any]:
-    """Exact two-sided test of whether the items whose score changed got better or worse equally often.
+def paired_test(base: np.ndarray, gated: np.ndarray) -> PairedTest:
+    """Exact two-sided binomial test: among items whose score changed, are better and worse equally likely?
 
-    On right/wrong scores this is McNemar's test; on graded scores (soft accuracy) the sign test. Items count as independent.
+    For right/wrong scores this is McNemar's test, for graded scores (soft accuracy) the sign test. Items count as independent.
 
     Args:
         base, gated: float [N], scores of the same items.
-
-    Returns:
-        better, worse: items whose score rose or fell; p_value.
     """
     from scipy.stats import binomtest
 
     better, worse = int((gated > base).sum()), int((gated < base).sum())
     p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return {"better": better, "worse": worse, "p_value": float(p_value)}
+    return PairedTest(better, worse, float(p_value))

@@ -1,32 +1,32 @@
-"""A result as plain text, a line a metric."""
+"""Evaluation results as plain text, one line per metric."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
-from lsg_jax.eval.runner import BASE
+from lsg_jax.eval.results import BASE, BenchmarkResult, Estimate
 
 
-def table(result: dict[str, Any]) -> str:
-    """The metrics of every benchmark of `eval.runner`'s result; the official score is marked `*`, or said to be missing.
+def table(benchmarks: Mapping[str, BenchmarkResult]) -> str:
+    """The metrics of every benchmark by name; `*` marks the official score, and the title says if there is none.
 
-    Beside one method the base has both scores; of several, each is shown by what it changes.
+    With one method beside the base model, both scores are shown; with several, only what each changes.
     """
-    return "\n\n".join(_benchmark(name, entry) for name, entry in result["benchmarks"].items())
+    return "\n\n".join(_benchmark(name, found) for name, found in benchmarks.items())
 
 
-def _benchmark(name: str, entry: dict[str, Any]) -> str:
-    methods, changed = entry["methods"], entry["change"]
-    if len(changed) > 1:  # the width of a screen: of each method what it changes only
+def _benchmark(name: str, found: BenchmarkResult) -> str:
+    methods, changes = found.methods, found.change
+    if len(changes) > 1:  # scores of several methods would not fit on a screen
         methods = {BASE: methods[BASE]}
-    rows = [["metric", "majority", *(f"{m} [95 %]" for m in methods), *(f"{m}: change [95 %]" for m in changed)]]
-    for metric, majority in entry["majority"].items():
+    rows = [["metric", "majority", *(f"{m} [95 %]" for m in methods), *(f"{m}: change [95 %]" for m in changes)]]
+    for metric, majority in found.majority.items():
         rows.append(
             [
-                metric + (" *" if metric == entry["score"] else ""),
+                metric + (" *" if metric == found.score else ""),
                 _value(majority),
-                *(_interval(found[metric]) for found in methods.values()),
-                *(_interval(found[metric], sign="+") for found in changed.values()),
+                *(_estimate(scores[metric]) for scores in methods.values()),
+                *(_estimate(scores[metric], sign="+") for scores in changes.values()),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -35,27 +35,27 @@ def _benchmark(name: str, entry: dict[str, Any]) -> str:
         for row in rows
     ]
     lines = ["  ".join(row) for row in aligned]
-    return "\n".join([_title(name, entry), *lines, *_unread(entry), *_test(entry)])
+    return "\n".join([_title(name, found), *lines, *_unread(found), *_tests(found)])
 
 
-def _title(name: str, entry: dict[str, Any]) -> str:
-    title = f"{name}: {entry['questions']} questions, protocol {entry['protocol']}"
-    if entry["questions"] > entry["of"]:
-        return f"{title}; the official file has {entry['of']}: no official score"
-    if entry["partial"]:
-        return f"{title}; PARTIAL, {entry['questions']} of {entry['of']}: no official score"
-    return title + (f"; * official score: {entry['score']}" if entry["score"] else "")
+def _title(name: str, found: BenchmarkResult) -> str:
+    title = f"{name}: {found.questions} questions, protocol {found.protocol}"
+    if found.questions > found.of:
+        return f"{title}; the official file has {found.of}: no official score"
+    if found.partial:
+        return f"{title}; PARTIAL, {found.questions} of {found.of}: no official score"
+    return title + (f"; * official score: {found.score}" if found.score else "")
 
 
-def _unread(entry: dict[str, Any]) -> list[str]:
-    counts = ", ".join(f"{method} {count}" for method, count in entry["unread"].items() if count)
+def _unread(found: BenchmarkResult) -> list[str]:
+    counts = ", ".join(f"{method} {count}" for method, count in found.unread.items() if count)
     return [f"outputs that the matcher found no answer in: {counts}"] if counts else []
 
 
-def _test(entry: dict[str, Any]) -> list[str]:
+def _tests(found: BenchmarkResult) -> list[str]:
     return [
-        f"{method} against base: {found['better']} questions better, {found['worse']} worse, p = {found['p_value']:.3g}"
-        for method, found in entry["paired_test"].items()
+        f"{method} against base: {test.better} questions better, {test.worse} worse, p = {test.p_value:.3g}"
+        for method, test in found.paired_test.items()
     ]
 
 
@@ -63,5 +63,5 @@ def _value(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.2f}"
 
 
-def _interval(entry: dict[str, float | None], sign: str = "") -> str:
-    return f"{_value(entry['value'], sign)} [{_value(entry['low'], sign)}, {_value(entry['high'], sign)}]"
+def _estimate(at: Estimate, sign: str = "") -> str:
+    return f"{_value(at.value, sign)} [{_value(at.low, sign)}, {_value(at.high, sign)}]"

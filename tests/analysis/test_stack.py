@@ -18,6 +18,7 @@ from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, SinkC
 from lsg_jax.errors import ConfigError, InputError, Preempted
 from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, mean
+from lsg_jax.eval.results import BenchmarkResult, Estimate, EvaluationResult
 from lsg_jax.eval.runner import ask, evaluate
 from lsg_jax.gating.portable import PortableGates, combine_gates, read_gates, write_gates
 from lsg_jax.opening import load_backbone, with_gates
@@ -98,9 +99,10 @@ def scored(**benchmarks):
     """An evaluation whose only other method is L3; each benchmark as (metric, value, change, low, high)."""
     entries = {}
     for name, (metric, value, change, low, high) in benchmarks.items():
-        moved = {metric: {"value": change, "low": low, "high": high}}
-        entries[name] = {"methods": {"L3": {metric: {"value": value}}}, "change": {"L3": moved}}
-    return {"benchmarks": entries}
+        methods, changes = {metric: Estimate(value, None, None)}, {metric: Estimate(change, low, high)}
+        scores = {"methods": {"L3": methods}, "change": {"L3": changes}}
+        entries[name] = BenchmarkResult(protocol="paper", questions=4, of=4, **scores)
+    return EvaluationResult(model=None, backbone="", methods={}, settings={}, benchmarks=entries)
 
 
 def test_selection_is_the_official_score_else_the_first_metric():

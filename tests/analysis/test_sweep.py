@@ -275,9 +275,9 @@ def test_rows_are_those_of_an_evaluation_and_hold_no_nan():
     rows = [*grader.cell_rows(3, (0.5, 0.5), better), *grader.cell_rows(3, (1, 1), right), *grader.cell_rows(3, (0, 1), base)]
     told = summary(test, {"base": grade(test, base), "lsg": grade(test, better)})
     for row in rows[:3]:
-        change = told["change"]["lsg"][row["task"]]
-        assert (row["change"], row["low"], row["high"]) == (change["value"], change["low"], change["high"])
-        assert row["value"] == told["methods"]["lsg"][row["task"]]["value"]
+        change = told.change["lsg"][row["task"]]
+        assert (row["change"], row["low"], row["high"]) == (change.value, change.low, change.high)
+        assert row["value"] == told.methods["lsg"][row["task"]].value
         assert {key: row[key] for key in ("benchmark", "layer", "coefficients")} == {
             "benchmark": "made",
             "layer": 3,

@@ -84,8 +84,8 @@ def test_pytorch_gives_the_same_answers_with_gates(base):
 def test_the_card_says_what_is_measured_and_each_kind_is_better_than_the_majority(base, tmp_path):
     settings = EvalConfig(benchmarks={"scenes": ""}, batch_size=50, max_new_tokens=NEW_TOKENS)
     result = evaluate({"base": base, "lsg": with_gates(base, GATES)}, settings, tmp_path)
-    assert table(result) in (CHECKPOINT / "README.md").read_text(encoding="utf-8")
-    scores = result["benchmarks"]["scenes"]
-    kinds = {name: majority for name, majority in scores["majority"].items() if name.startswith("kind: ")}
-    for method in scores["methods"].values():
-        assert len(kinds) == 8 and all(method[name]["low"] > majority for name, majority in kinds.items())
+    assert table(result.benchmarks) in (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    scores = result.benchmarks["scenes"]
+    kinds = {name: majority for name, majority in scores.majority.items() if name.startswith("kind: ")}
+    for method in scores.methods.values():
+        assert len(kinds) == 8 and all(method[name].low > majority for name, majority in kinds.items())

@@ -19,6 +19,7 @@ from lsg_jax.eval.answering import Answer, answer, plan
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.benchmarks.scenes import SCENES
 from lsg_jax.eval.registry import BENCHMARKS
+from lsg_jax.eval.results import read_result
 from lsg_jax.sharding import local_rows, make_mesh, place_rows
 
 CONFIG = EvalConfig(batch_size=3, max_new_tokens=6)
@@ -51,6 +52,7 @@ TWO_PROCESSES = (
     + """
 from lsg_jax.eval.benchmarks.scenes import SCENES
 from lsg_jax.eval.registry import BENCHMARKS
+from lsg_jax.eval.results import read_result
 from lsg_jax.eval.runner import evaluate
 from test_vlm import gates
 
@@ -69,9 +71,9 @@ BENCHMARKS["scenes"] = dataclasses.replace(SCENES, read=lambda path: items)
 config = dataclasses.replace(CONFIG, benchmarks={"scenes": ""})
 mesh = make_mesh(MeshConfig())
 models = {"base": lsg_jax.load(model, mesh=mesh), "lsg": lsg_jax.load(model, gates(), mesh=mesh)}
-results = [evaluate(models, config, out / "eval")]
+results = [dataclasses.asdict(evaluate(models, config, out / "eval"))]
 once = list(read)
-results.append(evaluate(models, config, out / "eval"))
+results.append(dataclasses.asdict(evaluate(models, config, out / "eval")))
 assert read == once, "what the log holds was asked again"
 (out / f"process{jax.process_index()}.json").write_text(json.dumps({"results": results, "read": read}))
 """
@@ -162,10 +164,10 @@ def test_a_stopped_evaluation_goes_on(tiny_model, outputs, tmp_path, monkeypatch
     assert asked[0] > 9
     rows = [json.loads(line) for line in (tmp_path / "scenes.base.jsonl").read_text().splitlines()]
     assert [row["output"] for row in rows] == outputs
-    assert result["benchmarks"]["scenes"]["partial"]
+    assert result.benchmarks["scenes"].partial
     asked.clear()
     again = runner.evaluate(models, settings, tmp_path, progress=lambda done, total, what: asked.append(done))
-    assert not asked and again == result == json.loads((tmp_path / "result.json").read_text())
+    assert not asked and again == result == read_result(tmp_path / "result.json")
 
 
 def test_plan_fills_batches_and_keeps_lengths_apart():

@@ -4,6 +4,7 @@ Runs where lmms-eval is installed, which is an extra of its own (`pip install ls
 What can be held without it is in test_lmms_tasks.py.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -104,7 +105,8 @@ def ours(model, gates, folder, tmp_path_factory):
     config = replace(SETTINGS, benchmarks={"cv_bench": str(folder / "cv.parquet")})
     result = evaluate({"base": lsg_jax.load(model), "lsg": lsg_jax.load(model, gates)}, config, out)
     lines = {m: (out / f"cv_bench.{m}.jsonl").read_text().splitlines() for m in ("base", "lsg")}
-    return result["benchmarks"]["cv_bench"], {method: list(map(json.loads, found)) for method, found in lines.items()}
+    entry = dataclasses.asdict(result.benchmarks["cv_bench"])
+    return entry, {method: list(map(json.loads, found)) for method, found in lines.items()}
 
 
 def assert_same(samples, scores, entry, lines):

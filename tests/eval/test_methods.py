@@ -63,8 +63,8 @@ def test_fresh_gates_answer_as_fixed_halves(base, fresh_gates, scenes, tmp_path)
     result = evaluate(models, settings, tmp_path)
     answers = {m: [json.loads(line)["output"] for line in (tmp_path / f"mine.{m}.jsonl").open()] for m in models}
     assert answers["lsg"] == answers["fixed"] != answers["base"]
-    entry = result["benchmarks"]["mine"]
-    assert entry["change"]["lsg"] == entry["change"]["fixed"] and entry["change"].keys() == {"lsg", "fixed"}
-    assert result["methods"]["fixed"]["method"]["coefficients"] == [0.5, 0.5]
-    assert {(row["method"], row["mean"], row["std"]) for row in result["ratios"]} == {("lsg", 0.5, 0.0)}
-    assert {row["task"] for row in result["ratios"]} == {"colour", "count"}
+    entry = result.benchmarks["mine"]
+    assert entry.change["lsg"] == entry.change["fixed"] and entry.change.keys() == {"lsg", "fixed"}
+    assert result.methods["fixed"].method["coefficients"] == [0.5, 0.5]
+    assert {(row.method, row.mean, row.std) for row in result.ratios} == {("lsg", 0.5, 0.0)}
+    assert {row.task for row in result.ratios} == {"colour", "count"}

@@ -1,18 +1,28 @@
 """Asking, grading, resuming and telling of results, without a model."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from lsg_jax.config import EvalConfig
+from lsg_jax.config import EvalConfig, GateConfig
 from lsg_jax.errors import InputError
 from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, by, mean
 from lsg_jax.eval.registry import find_benchmark
-from lsg_jax.eval.runner import ask, grade, summary
+from lsg_jax.eval.results import (
+    Estimate,
+    EvaluationResult,
+    MethodSettings,
+    read_questions,
+    read_result,
+    write_questions,
+    write_result,
+)
+from lsg_jax.eval.runner import ask, grade, question_rows, ratio_rows, summary
+from lsg_jax.eval.statistics import PairedTest
 from lsg_jax.eval.table import table
 
 ITEMS = [
@@ -50,7 +60,7 @@ def test_a_partial_run_has_no_official_score(limit, count, partial):
     if partial:
         assert [item.id for item in asked.items] == ["0", "6", "12", "17", "23"]  # spread over the file
     graded = {"base": grade(asked, ["yes"] * count)}
-    text = table({"benchmarks": {"made": summary(asked, graded)}})
+    text = table({"made": summary(asked, graded)})
     assert ("PARTIAL, 5 of 24: no official score" in text) == partial == ("official score: accuracy" not in text)
     assert ("accuracy *" in text) != partial
 
@@ -59,7 +69,7 @@ def test_a_partial_run_has_no_official_score(limit, count, partial):
 def test_a_file_that_is_not_the_whole_benchmark_has_no_official_score(size, told):
     asked = ask(replace(MADE, size=size), "", EvalConfig())
     assert asked.partial and asked.score is None
-    assert told in table({"benchmarks": {"made": summary(asked, {"base": grade(asked, ["yes"] * 24)})}}).splitlines()[0]
+    assert told in table({"made": summary(asked, {"base": grade(asked, ["yes"] * 24)})}).splitlines()[0]
 
 
 def test_summary_of_base_and_gated():
@@ -68,19 +78,19 @@ def test_summary_of_base_and_gated():
     better = ["?"] * 6 + right[6:]
     worse = ["?"] * 12 + right[12:]
     entry = summary(asked, {"base": grade(asked, worse), "lsg": grade(asked, better)})
-    methods, change = entry["methods"], entry["change"]["lsg"]["accuracy"]
-    assert methods["base"]["accuracy"]["value"] == 50.0 and methods["lsg"]["accuracy"]["value"] == 75.0
-    assert change["value"] == 25.0 and change["low"] < 25.0 < change["high"]
-    assert entry["paired_test"]["lsg"] == {"better": 6, "worse": 0, "p_value": pytest.approx(2 * 0.5**6)}
+    methods, change = entry.methods, entry.change["lsg"]["accuracy"]
+    assert methods["base"]["accuracy"].value == 50.0 and methods["lsg"]["accuracy"].value == 75.0
+    assert change.value == 25.0 and change.low < 25.0 < change.high
+    assert entry.paired_test["lsg"] == PairedTest(6, 0, pytest.approx(2 * 0.5**6))
     # 16 of 24 are "yes", in either kind 8 of 12
-    assert entry["majority"] == {name: pytest.approx(200 / 3) for name in ("accuracy", "a", "b")}
-    json.dumps(entry, allow_nan=False)
-    lines = table({"benchmarks": {"made": entry}}).splitlines()
+    assert entry.majority == {name: pytest.approx(200 / 3) for name in ("accuracy", "a", "b")}
+    json.dumps(asdict(entry), allow_nan=False)
+    lines = table({"made": entry}).splitlines()
     assert lines[2].split()[:3] == ["accuracy", "*", "66.67"] and lines[-1].endswith("6 questions better, 0 worse, p = 0.0312")
     assert lines[-2] == "outputs that the matcher found no answer in: base 12, lsg 6"
     # of several methods the table has the changes only
     more = summary(asked, {"base": grade(asked, worse), "lsg": grade(asked, better), "var": grade(asked, right)})
-    head, first = table({"benchmarks": {"made": more}}).splitlines()[1:3]
+    head, first = table({"made": more}).splitlines()[1:3]
     assert head.split("  ")[-1].strip() == "var: change [95 %]" and "lsg [95 %]" not in head.replace("lsg: ", "")
     assert "+25.00 [" in first and "+50.00 [" in first and "75.00" not in first
 
@@ -89,8 +99,8 @@ def test_a_metric_that_is_no_number_is_null():
     nothing = replace(MADE, metrics=lambda graded: {"none": mean(graded, np.zeros(24, bool))})
     asked = ask(nothing, "", EvalConfig())
     entry = summary(asked, {"base": grade(asked, ["yes"] * 24)})
-    assert entry["methods"]["base"]["none"] == {"value": None, "low": None, "high": None}
-    assert table({"benchmarks": {"made": entry}}).splitlines()[2].split()[-1] == "-]"
+    assert entry.methods["base"]["none"] == Estimate(None, None, None)
+    assert table({"made": entry}).splitlines()[2].split()[-1] == "-]"
 
 
 def test_the_log_gives_back_what_it_holds(tmp_path):
@@ -120,3 +130,35 @@ def test_names():
     ]:
         with pytest.raises(InputError, match=message):
             find_benchmark(name, path)
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    asked = ask(MADE, "", EvalConfig())
+    right = [item.answers[0] for item in ITEMS]
+    graded = {"base": grade(asked, ["?", *right[1:]]), "lsg": grade(asked, right)}
+    ratios = np.array([[0.25, 0.75]], np.float32)
+    answers = [Answer(text, None if i else ratios) for i, text in enumerate(right)]
+    rows = question_rows(asked, answers, graded["lsg"])
+    write_questions(tmp_path / "made.lsg.jsonl", rows)
+    assert read_questions(tmp_path / "made.lsg.jsonl") == rows
+    assert json.loads((tmp_path / "made.lsg.jsonl").read_text().splitlines()[0]) == {
+        "id": "0", "kind": "a", "picture": "0", "prompt": "paper: 0", "output": "no", "parsed": "no", "answers": ["no"],
+        "score": 1.0, "ratios": [[0.25, 0.75]],
+    }  # fmt: skip
+    result = EvaluationResult(
+        model="tiny",
+        backbone="0",
+        methods={"base": MethodSettings(), "lsg": MethodSettings(gate={"layers": [1]})},
+        settings={"limit": None},
+        benchmarks={"made": summary(asked, graded)},
+        ratios=tuple(ratio_rows("lsg", "made", asked, answers, GateConfig(layers=(1,)))),
+    )
+    write_result(tmp_path, result)
+    assert read_result(tmp_path / "result.json") == result and len(result.ratios) == 2
+    (tmp_path / "made.lsg.jsonl").write_text('{"id": "0"}\n')
+    with pytest.raises(InputError, match=r"made\.lsg\.jsonl: not as lsg writes it"):
+        read_questions(tmp_path / "made.lsg.jsonl")
+    for number, message in ((2, "this version of lsg reads lsg-eval-3"), (3, "not as lsg writes it")):
+        (tmp_path / "result.json").write_text(f'{{"format": "lsg-eval-{number}"}}')
+        with pytest.raises(InputError, match=message):
+            read_result(tmp_path / "result.json")

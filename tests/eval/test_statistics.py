@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom
 
 from lsg_jax.eval.benchmark import Graded, Item, by, macro, mean
-from lsg_jax.eval.statistics import interval, paired_test, resample_weights
+from lsg_jax.eval.statistics import PairedTest, interval, paired_test, resample_weights
 
 
 def test_an_interval_of_a_mean_is_that_of_the_normal_law():
@@ -52,10 +52,10 @@ def test_paired_test_is_mcnemars_exact_one(better, worse):
     gated = np.array([1.0] * better + [0.0] * worse + [1.0, 0.0])
     found = paired_test(base, gated)
     tail = binom.cdf(min(better, worse), better + worse, 0.5)
-    assert (found["better"], found["worse"]) == (better, worse)
-    assert found["p_value"] == pytest.approx(min(1.0, 2 * tail) if better + worse else 1.0, rel=1e-9)
+    assert (found.better, found.worse) == (better, worse)
+    assert found.p_value == pytest.approx(min(1.0, 2 * tail) if better + worse else 1.0, rel=1e-9)
 
 
 def test_graded_scores_count_by_their_sign():
     found = paired_test(np.array([0.3, 0.6, 1.0]), np.array([0.6, 0.3, 1.0]))
-    assert (found["better"], found["worse"], found["p_value"]) == (1, 1, 1.0)
+    assert found == PairedTest(1, 1, 1.0)

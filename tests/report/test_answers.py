@@ -25,7 +25,7 @@ def test_outcomes_agree_with_the_paired_test():
     scores = rng.choice([0.0, 0.3, 1.0], (300, 2))
     found = [question(i, *row).outcome("lsg") for i, row in enumerate(scores)]
     told = paired_test(scores[:, 0], scores[:, 1])
-    assert (found.count("gained"), found.count("lost")) == (told["better"], told["worse"])
+    assert (found.count("gained"), found.count("lost")) == (told.better, told.worse)
     assert found.count("both wrong") == int((scores.sum(-1) == 0).sum()) and found.count("both right") > 0
     several = question(0, 1.0, 1.0, 0.0)
     assert several.outcomes == ["both right", "lost"] and OUTCOMES[several.rank] == "lost"

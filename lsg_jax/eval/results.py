@@ -1,0 +1,212 @@
+"""The files that an evaluation writes: `result.json`, and `<benchmark>.<method>.jsonl` with one line per question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lsg_jax.config import Protocol
+from lsg_jax.errors import InputError
+from lsg_jax.eval.statistics import PairedTest
+from lsg_jax.files import read_json, write_json
+
+RESULT = "result.json"
+FORMAT = "lsg-eval-3"
+BASE = "base"  # the unchanged model, which the other methods are compared with
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric or its change, with its 95 % bootstrap interval. None: there is no item to compute it from."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """Scores of all methods on one benchmark. Metrics are in percent unless the benchmark says otherwise.
+
+    Attributes:
+        path: as given to `--benchmark`; None in files of versions that did not store it.
+        files: sha256 of each file.
+        protocol: the protocol whose prompts, matcher and score were used.
+        questions: number of questions asked. of: number in the official file.
+        partial: whether the two differ; a partial run has no official score.
+        prompts_sha256: of all prompts.
+        max_new_tokens: longest answer in tokens.
+        score: the metric that is the official score, if there is one.
+        unread: method -> number of outputs in which the matcher found no answer.
+        majority: metric -> its value when every answer is the most frequent one.
+        methods: method -> metric -> its value.
+        change: method -> metric -> its difference from the base model.
+        paired_test: method -> test of its scores against those of the base model.
+    """
+
+    path: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    protocol: Protocol
+    questions: int
+    of: int
+    partial: bool = False
+    prompts_sha256: str = ""
+    max_new_tokens: int = 0
+    score: str | None = None
+    unread: Mapping[str, int] = field(default_factory=dict)
+    majority: Mapping[str, float | None] = field(default_factory=dict)
+    methods: Mapping[str, Mapping[str, Estimate]]
+    change: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    paired_test: Mapping[str, PairedTest] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RatioRow:
+    """Gate ratios of one token group at one layer: mean and standard deviation over the questions of a task."""
+
+    method: str
+    benchmark: str
+    task: str
+    layer: int
+    group: str
+    mean: float
+    std: float
+    questions: int
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What a method does to the model, as plain data; None where a part is not used."""
+
+    gate: Mapping[str, Any] | None = None
+    method: Mapping[str, Any] | None = None
+    sinks: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """The content of result.json.
+
+    Attributes:
+        model: name of the model folder. backbone: digest of its weights.
+        methods: method -> its settings, `base` first.
+        settings: the `[eval]` table without its benchmarks.
+        devices: number and kind.
+    """
+
+    format: str = FORMAT
+    model: str | None
+    backbone: str
+    methods: Mapping[str, MethodSettings]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    devices: str = ""
+    benchmarks: Mapping[str, BenchmarkResult]
+    ratios: tuple[RatioRow, ...] = ()
+
+
+def write_result(folder: Path, result: EvaluationResult) -> None:
+    """Writes result.json."""
+    write_json(folder / RESULT, asdict(result), sort_keys=False)
+
+
+def read_result(path: Path) -> EvaluationResult:
+    """Reads result.json. Raises InputError if it is missing, broken or of another format."""
+    tree = read_json(path)
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{path}: format {found}, but this version of lsg reads {FORMAT}; run the evaluation again")
+    try:
+        return result_of(tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not as lsg writes it ({type(error).__name__}: {error}); run the evaluation again") from None
+
+
+def result_of(tree: Mapping[str, Any]) -> EvaluationResult:
+    """The result from its plain data. Raises KeyError, TypeError or AttributeError if that is not as written."""
+    return EvaluationResult(
+        **{
+            **tree,
+            "methods": {name: MethodSettings(**settings) for name, settings in tree["methods"].items()},
+            "benchmarks": {name: _benchmark(entry) for name, entry in tree["benchmarks"].items()},
+            "ratios": tuple(RatioRow(**row) for row in tree.get("ratios", ())),
+        }
+    )
+
+
+def _benchmark(entry: Mapping[str, Any]) -> BenchmarkResult:
+    scores = lambda of: {m: {metric: Estimate(**at) for metric, at in metrics.items()} for m, metrics in of.items()}
+    tests = {method: PairedTest(**test) for method, test in entry.get("paired_test", {}).items()}
+    nested = {"methods": scores(entry["methods"]), "change": scores(entry.get("change", {})), "paired_test": tests}
+    return BenchmarkResult(**{**entry, **nested})
+
+
+# ------------------------------------------------------------------------------------------------------------- question rows
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """One question under one method.
+
+    Attributes:
+        fields: of the item, such as its category; stored beside the other columns.
+        parsed: how the matcher read the output; None: it found no answer.
+        answers: the accepted ones.
+        score: in [0, 1].
+        ratios: gate ratios, [gated layers][groups]; None without gates or without an image.
+    """
+
+    id: str
+    prompt: str
+    output: str
+    parsed: str | None
+    answers: tuple[str, ...]
+    score: float
+    ratios: list[list[float]] | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+_COLUMNS = ("id", "prompt", "output", "parsed", "answers", "score", "ratios")
+
+
+def questions_file(folder: Path, benchmark: str, method: str) -> Path:
+    """Where the question rows of a benchmark and a method are."""
+    return folder / f"{benchmark}.{method}.jsonl"
+
+
+def write_questions(path: Path, rows: Iterable[QuestionRow]) -> None:
+    """Writes one JSON line per row."""
+    path.write_text("".join(json.dumps(_line(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_questions(path: Path) -> list[QuestionRow]:
+    """Reads the rows of one file. Raises InputError if it cannot be read or is not as written."""
+    try:
+        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
+        return [_row(line) for line in lines]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not as lsg writes it ({type(error).__name__}: {error}); run the evaluation again") from None
+
+
+def _line(row: QuestionRow) -> dict[str, Any]:
+    columns = {name: getattr(row, name) for name in _COLUMNS if name != "ratios" or row.ratios is not None}
+    return {"id": row.id, **row.fields, **columns}
+
+
+def _row(line: Mapping[str, Any]) -> QuestionRow:
+    fields = {name: value for name, value in line.items() if name not in _COLUMNS}
+    return QuestionRow(
+        id=str(line["id"]),
+        prompt=str(line["prompt"]),
+        output=str(line["output"]),
+        parsed=line["parsed"],
+        answers=tuple(map(str, line["answers"])),
+        score=float(line["score"]),
+        ratios=line.get("ratios"),
+        fields=fields,
+    )
