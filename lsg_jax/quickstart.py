@@ -1,19 +1,21 @@
 """`lsg quickstart`: convert the embedded model, find its sinks, train a gate, evaluate, draw an oracle map, report.
 
-The model is a small LLaVA that the package brings, trained on drawn scenes; every step is the one that a checkpoint of any size
-takes.
+The model is a small LLaVA that comes with the package, trained on rendered scenes. Each step is the one that a checkpoint of
+any size takes, with the settings that `config.toml` in the output folder holds.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from lsg_jax.analysis.sinks import find_sinks
 from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
-from lsg_jax.config import DataConfig, EvalConfig, GateConfig, TrainConfig
+from lsg_jax.config import EvalConfig
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.eval.runner import evaluate
@@ -23,7 +25,7 @@ from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.finished import read_sections
 from lsg_jax.report.page import write_report
 from lsg_jax.report.sink_files import write_sinks
-from lsg_jax.run_config import RunConfig
+from lsg_jax.run_config import load_run_config
 from lsg_jax.train.loop import train
 from lsg_jax.vlm import VLM
 
@@ -33,20 +35,48 @@ CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
 """The embedded model in Hugging Face format; its README.md is the model card."""
 
 GATES = CHECKPOINT.parent / "gates.safetensors"
-"""Gates for it, as the model card measures them."""
+"""Gates for it, those that the model card measures."""
 
-LAYER = 6  # whose gate alone gains most on validation questions (docs/embedded_gating.md)
+LAYER = 6  # its gate gains most on validation questions (docs/embedded_gating.md)
 TRAIN_SCENES, TEST_QUESTIONS, ORACLE_QUESTIONS, SHOWN_SCENES = 1024, 400, 80, 6
 NOTES = [
     "The embedded model was taught to have V-sinks (see its model card). Scores are of a part of the test questions.",
 ]
+CONFIG = """\
+# Written by `lsg quickstart`, which trained and evaluated the gate with it; `lsg train` and `lsg eval` take it as it is.
+model = {model}
+output = {output}
+
+[gate]
+layers = [{layer}]
+key_scale = 2.0 # the untrained gate changes nothing
+
+[data]
+records = {records}
+max_length = 160
+max_answer_tokens = 4
+
+[train]
+batch_size = 32
+epochs = 2
+learning_rate = 1e-3
+save_every = 16
+
+[eval]
+batch_size = 40
+max_new_tokens = 4
+limit = {questions}
+
+[eval.benchmarks]
+validation = {validation}
+"""
 
 ProgressBar = Callable[[str], AbstractContextManager[Progress]]
 """Title -> a context that shows the progress reported to it."""
 
 
 def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: ProgressBar) -> Path:
-    """Runs the story in `out` and returns the path of its HTML report. What is finished is kept when it is run again.
+    """Runs all steps in `out` and returns the path of the HTML report. Finished steps are not repeated in a second run.
 
     Args:
         convert: `converters.convert.convert`.
@@ -71,18 +101,12 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: Progr
         prepare_llava(written.with_name("llava.jsonl"), out / "train", records)
 
     logger.info("4/6 training a gate at layer %d", LAYER)
-    config = RunConfig(
-        model=str(model),
-        output=str(run),
-        tables={"gate": GateConfig(layers=(LAYER,), key_scale=2.0)},
-        data=DataConfig(records=str(records), max_length=160, max_answer_tokens=4),
-        train=TrainConfig(batch_size=32, epochs=2, learning_rate=1e-3, save_every=16),
-    )
+    config = load_run_config(_write_config(out, model=model, output=run, records=records, validation=validation))
     with progress_bar("train") as progress:
         train(config, on_step=training_progress(progress))
 
     logger.info("5/6 asking %d test questions, base and gated", TEST_QUESTIONS)
-    settings = EvalConfig(benchmarks={"scenes": ""}, limit=TEST_QUESTIONS, batch_size=40, max_new_tokens=4)
+    settings = replace(config.eval, benchmarks={"scenes": ""})
     with progress_bar("eval") as progress:
         result = evaluate({"base": vlm, "lsg": with_gates(vlm, run)}, settings, out / "eval", progress=progress)
 
@@ -97,6 +121,13 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: Progr
     write_report(report, title="Attention sinks, quickstart", notes=NOTES, sections=sections)
     print(table(result.benchmarks))
     return report.resolve()
+
+
+def _write_config(out: Path, **paths: Path) -> Path:
+    file = out / "config.toml"
+    strings = {name: json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
+    file.write_text(CONFIG.format(**strings, layer=LAYER, questions=TEST_QUESTIONS), encoding="utf-8")
+    return file
 
 
 def _find_sinks(vlm: VLM, out: Path, progress: Progress) -> None:

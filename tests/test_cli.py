@@ -221,21 +221,3 @@ def test_verify_names_the_damage(lsg, tiny_model, tmp_path):
 
 def test_traceback_on_request(lsg):
     assert "Traceback" in lsg("inspect", "nowhere", "--traceback")[2]
-
-
-def test_quickstart_tells_the_whole_story_and_can_be_run_again(lsg, tmp_path, monkeypatch):
-    import lsg_jax.quickstart as quickstart
-
-    for name, number in {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2}.items():
-        monkeypatch.setattr(quickstart, name, number)
-    printed = []
-    for _ in range(2):
-        code, out, err = lsg("quickstart", "--out", tmp_path / "q")
-        assert code == 0 and "6/6" in err, err
-        printed.append(out)
-    assert printed[0] == printed[1] and "accuracy" in printed[0]
-    report = (tmp_path / "q" / "report.html").resolve()
-    assert printed[0].endswith(f"\n{report}\n")
-    page = report.read_text()
-    assert all(title in page for title in ("Evaluation", "Sinks", "Oracle sweep", "Training"))
-    assert "<img" in page and "http://" not in page and "https://" not in page

@@ -17,7 +17,7 @@ from lsg_jax.errors import LsgError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 usage, others as lsg_jax.errors has them."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
     )
@@ -46,24 +46,42 @@ def _exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, LsgError) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lsg", description="Find, understand and tame attention sinks in vision-language models."
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = _described(
+        argparse.ArgumentParser,
+        "find, understand and tame attention sinks in vision-language models",
+        ("lsg quickstart", models.ASK),
+        prog="lsg",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for part in (models, sinks, training, sweep, probe, stack, plan, report):
         part.add(_adder(commands))
-    below = commands.add_parser("gates", help="portable gate files")
+    below = _described(commands.add_parser, "portable gate files", gates.EXAMPLES, name="gates", help="portable gate files")
     gates.add(_adder(below.add_subparsers(required=True, metavar="ACTION", dest="action")))
-    return parser
+    return top
 
 
 def _adder(commands: Any) -> Command:
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, examples: tuple[str, str]
+    ) -> argparse.ArgumentParser:
+        sub = _described(commands.add_parser, text, examples, name=name, help=text)
         sub.set_defaults(run=run)
         sub.add_argument("--traceback", action="store_true", help="print the whole traceback of an error")
         sub.add_argument("--verbose", action="store_true", help="log what the libraries do")
         return sub
 
     return command
+
+
+def _described(
+    make: Callable[..., argparse.ArgumentParser], text: str, examples: tuple[str, str], **settings: Any
+) -> argparse.ArgumentParser:
+    """A parser whose help begins with `text` and ends with the examples."""
+    return make(
+        **settings,
+        description=text[0].upper() + text[1:] + ".",
+        epilog="\n  ".join(["examples (`lsg quickstart` writes the folder lsg-quickstart):", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -7,16 +7,39 @@ from pathlib import Path
 
 from lsg_jax.cli.options import Command, sink_config, sink_option
 
+EXAMPLES = (
+    "lsg gates export lsg-quickstart/run gate.safetensors",
+    "lsg gates combine lsg-quickstart/run runs/layer4 --out stack.safetensors",
+)
+
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("export", _gates_export, "write the gates of a run as a portable file")
+    sub = command(
+        "export",
+        _gates_export,
+        "write the gates of a run as a portable file",
+        (EXAMPLES[0], "lsg gates export runs/each@4,6 two.safetensors"),
+    )
     sub.add_argument("source", metavar="RUN", help="run folder, or layers of it as RUN@3,6")
     sub.add_argument("file", type=Path, metavar="FILE.safetensors")
-    sub = command("combine", _gates_combine, "join gates of several layers that were trained apart")
+    sub = command(
+        "combine",
+        _gates_combine,
+        "join gates of several layers that were trained apart",
+        (EXAMPLES[1], "lsg gates combine runs/each@4 gate.safetensors --out two.safetensors"),
+    )
     sub.add_argument("sources", nargs="+", metavar="G", help="run folders or gate files, or layers of one as RUN@3,6")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    sub = command("import", _gates_import, "turn a published PyTorch gate file into a portable one")
+    sub = command(
+        "import",
+        _gates_import,
+        "turn a published PyTorch gate file into a portable one",
+        (
+            "lsg gates import gates.pt imported.safetensors",
+            "lsg gates import layer10.pt imported.safetensors --layer 10 --sinks criterion=norm vit_tau=100",
+        ),
+    )
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("out", type=Path, metavar="OUT.safetensors")
     sub.add_argument("--layer", type=int, metavar="L", help="the gated layer, where the file does not say")

@@ -8,30 +8,66 @@ from pathlib import Path
 
 from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
 
+IMAGE = "lsg-quickstart/validation/images/00000.png"
+ASK = f'lsg generate lsg-quickstart/model --image {IMAGE} --prompt "How many shapes are there?"'
+
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("quickstart", _quickstart, "the whole story on the embedded model, on CPU, in minutes")
+    sub = command(
+        "quickstart",
+        _quickstart,
+        "the whole story on the embedded model, on CPU, in minutes",
+        ("lsg quickstart", "lsg quickstart --out story"),
+    )
     sub.add_argument("--out", type=Path, default=Path("lsg-quickstart"), metavar="DIR")
 
-    sub = command("convert", _convert, "convert a Hugging Face LLaVA checkpoint into a model folder")
+    sub = command(
+        "convert",
+        _convert,
+        "convert a Hugging Face LLaVA checkpoint into a model folder",
+        (
+            "lsg convert llava-hf/llava-1.5-7b-hf models/llava15_7b --dtype bfloat16",
+            "lsg convert hf/embedded models/embedded --dtype float32",
+        ),
+    )
     sub.add_argument("source", metavar="SOURCE", help="local folder in HF format, or a Hub id")
     sub.add_argument("model", type=Path, metavar="MODEL", help="folder to write")
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
 
-    sub = command("export", _export, "write a model folder back in Hugging Face format")
+    sub = command(
+        "export",
+        _export,
+        "write a model folder back in Hugging Face format",
+        ("lsg export lsg-quickstart/model hf/embedded", "lsg export models/llava15_7b hf/llava15_7b --trained runs/full"),
+    )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("hf_dir", type=Path, metavar="HF_DIR")
     sub.add_argument("--trained", type=Path, metavar="RUN", help='with what a run of method = "full" has trained')
 
-    sub = command("inspect", _inspect, "what a model folder, run folder, prepared records or gate file holds")
+    sub = command(
+        "inspect",
+        _inspect,
+        "what a model folder, run folder, prepared records or gate file holds",
+        ("lsg inspect lsg-quickstart/model", "lsg inspect lsg-quickstart/run --json"),
+    )
     sub.add_argument("path", type=Path, metavar="PATH")
     sub.add_argument("--json", action="store_true")
 
-    sub = command("verify", _verify, "check every digest of a model folder, run folder, prepared records or gate file")
+    sub = command(
+        "verify",
+        _verify,
+        "check every digest of a model folder, run folder, prepared records or gate file",
+        ("lsg verify lsg-quickstart/model", "lsg verify lsg-quickstart/records"),
+    )
     sub.add_argument("path", type=Path, metavar="PATH")
 
-    sub = command("generate", _generate, "answer a question about an image; prints the answer only")
+    sub = command(
+        "generate",
+        _generate,
+        "answer a question about an image; prints the answer only",
+        (ASK, f"{ASK} --gates lsg-quickstart/run"),
+    )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--image", type=Path, metavar="FILE", help="leave out for a text-only question")
     sub.add_argument("--prompt", required=True, metavar="TEXT")

@@ -16,8 +16,8 @@ from lsg_jax.progress import Progress, silent
 
 SECONDS_BETWEEN_LINES = 30.0
 
-Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
-"""Adds a command: (name, what it runs, its help) -> its parser."""
+Command = Callable[[str, Callable[[argparse.Namespace], None], str, tuple[str, str]], argparse.ArgumentParser]
+"""Adds a command: (name, the function that runs it, its help, two examples) -> its parser."""
 
 
 def gate_options(sub: argparse.ArgumentParser) -> None:

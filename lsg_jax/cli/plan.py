@@ -15,7 +15,15 @@ UTILISATION = 0.5
 
 def add(command: Command) -> None:
     """Adds the command."""
-    sub = command("plan", _plan, "compile for a TPU slice without one: memory, work, time bounds, cost of the study")
+    sub = command(
+        "plan",
+        _plan,
+        "compile for a TPU slice without one: memory, work, time bounds, cost of the study",
+        (
+            "lsg plan lsg-quickstart/config.toml --topology v5e:2x2 --programs train",
+            "lsg plan lsg-quickstart/config.toml --topology v5e:4x4 v5p:2x2x1 --rows-per-chip 8 --json",
+        ),
+    )
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     sub.add_argument("--topology", nargs="+", required=True, metavar="NAME", help="slices such as v5e:4x4 or v5p:2x2x1")

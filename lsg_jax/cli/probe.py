@@ -16,7 +16,15 @@ SCENES = "scenes"
 
 def add(command: Command) -> None:
     """Adds the command."""
-    sub = command("probe", _probe, "what sinks and ordinary tokens tell about an image, layer by layer, by linear probes")
+    sub = command(
+        "probe",
+        _probe,
+        "what sinks and ordinary tokens tell about an image, layer by layer, by linear probes",
+        (
+            "lsg probe lsg-quickstart/model --data scenes --images 500 --layers 0 4 7 --out probe",
+            "lsg probe models/llava15_7b --data records/clevr --out probe",
+        ),
+    )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument(
         "--data", required=True, metavar="scenes|FOLDER", help="rendered scenes, or what `lsg prepare --format clevr` wrote"

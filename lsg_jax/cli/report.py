@@ -10,7 +10,12 @@ from lsg_jax.cli.options import Command
 
 def add(command: Command) -> None:
     """Adds the command."""
-    sub = command("report", _report, "figures and tables of finished work, as one HTML page")
+    sub = command(
+        "report",
+        _report,
+        "figures and tables of finished work, as one HTML page",
+        ("lsg report lsg-quickstart --out report.html", "lsg report lsg-quickstart/run lsg-quickstart/eval --out gate.html"),
+    )
     sub.add_argument(
         "paths", type=Path, nargs="+", metavar="RUN", help="folder of a run, an evaluation or a study, or of several"
     )

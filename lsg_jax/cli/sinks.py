@@ -18,7 +18,15 @@ logger = logging.getLogger(__name__)
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("sinks", _sinks, "V- and L-sinks of images, every criterion, attention by group: JSON, overlays, figures")
+    sub = command(
+        "sinks",
+        _sinks,
+        "V- and L-sinks of images, every criterion, attention by group: JSON, overlays, figures",
+        (
+            "lsg sinks lsg-quickstart/model --images lsg-quickstart/validation/images/00000.png --out sinks",
+            "lsg sinks lsg-quickstart/model --images lsg-quickstart/validation/images/00001.png --sinks vit_tau=30",
+        ),
+    )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="FILE")
     sub.add_argument("--out", type=Path, metavar="DIR", help="write sinks.json, an overlay of each image, and figures")
@@ -27,7 +35,15 @@ def add(command: Command) -> None:
     sub.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=text)
     gate_options(sub)
 
-    sub = command("calibrate", _calibrate, "propose sink dimensions and thresholds from a folder of images, as TOML")
+    sub = command(
+        "calibrate",
+        _calibrate,
+        "propose sink dimensions and thresholds from a folder of images, as TOML",
+        (
+            "lsg calibrate lsg-quickstart/model --images lsg-quickstart/validation/images --out sinks.toml",
+            "lsg calibrate lsg-quickstart/model --images lsg-quickstart/train/images --limit 64 --json",
+        ),
+    )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, with those below it")
     sub.add_argument("--out", type=Path, metavar="FILE", help="write the TOML here as well")

@@ -13,7 +13,15 @@ from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("stack", _stack, "put gates of single layers together, greedily by what each gains alone")
+    sub = command(
+        "stack",
+        _stack,
+        "put gates of single layers together, greedily by what each gains alone",
+        (
+            "lsg stack lsg-quickstart/config.toml --gates lsg-quickstart/run runs/layer4 --benchmark scenes",
+            "lsg stack lsg-quickstart/config.toml --gates runs/each --benchmark scenes --select validation --joint",
+        ),
+    )
     _common_options(sub)
     sub.add_argument(
         "--gates", nargs="+", action="extend", required=True, metavar="G", help="run folders or gate files, one gate a layer"
@@ -27,7 +35,15 @@ def add(command: Command) -> None:
     sub.add_argument("--max-gates", type=int, default=5, metavar="N", help="the largest stack to try; default: 5")
     sub.add_argument("--joint", action="store_true", help="also train the gates of the chosen layers together, from scratch")
 
-    sub = command("ablate", _ablate, "train the gates of CONFIG with other signals and groupings, and LoRA in their place")
+    sub = command(
+        "ablate",
+        _ablate,
+        "train the gates of CONFIG with other signals and groupings, and LoRA in their place",
+        (
+            "lsg ablate lsg-quickstart/config.toml --benchmark scenes",
+            "lsg ablate lsg-quickstart/config.toml --benchmark scenes --variants signal lora",
+        ),
+    )
     _common_options(sub)
     sub.add_argument(
         "--variants",

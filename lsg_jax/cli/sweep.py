@@ -13,7 +13,15 @@ from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("sweep", _sweep, "what fixed key coefficients do to each task, layer by layer")
+    sub = command(
+        "sweep",
+        _sweep,
+        "what fixed key coefficients do to each task, layer by layer",
+        (
+            "lsg sweep lsg-quickstart/config.toml --layers 6 --step 0.5",
+            "lsg sweep lsg-quickstart/config.toml --benchmark scenes --coefficients 0,1 1,0 --out sweeps/scenes",
+        ),
+    )
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     benchmark_option(sub)

@@ -14,7 +14,15 @@ from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_
 
 def add(command: Command) -> None:
     """Adds the commands."""
-    sub = command("prepare", _prepare, "turn LLaVA JSON/JSONL or Cambrian-7M into training records, or CLEVR into probe data")
+    sub = command(
+        "prepare",
+        _prepare,
+        "turn LLaVA JSON/JSONL or Cambrian-7M into training records, or CLEVR into probe data",
+        (
+            "lsg prepare lsg-quickstart/train/llava.jsonl records/scenes",
+            "lsg prepare Cambrian7M.jsonl records/cambrian10k --format cambrian --images IMAGES --sample 10000",
+        ),
+    )
     sub.add_argument("source", type=Path, metavar="SOURCE", help="JSON array or JSONL; the folder CLEVR_v1.0 for clevr")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     sub.add_argument("--format", choices=["llava", "cambrian", "clevr"], default="llava", help="default: llava")
@@ -29,12 +37,28 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--threads", type=int, metavar="N", help="threads that read images; default: one a core")
 
-    sub = command("train", _train, "train gates; run it again to resume")
+    sub = command(
+        "train",
+        _train,
+        "train gates; run it again to resume",
+        (
+            "lsg train lsg-quickstart/config.toml --set output=runs/layer4 'gate.layers=[4]'",
+            "lsg train lsg-quickstart/config.toml --set output=runs/each gate.layers=each train.remat=full",
+        ),
+    )
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     process_options(sub)
 
-    sub = command("eval", _eval, "accuracy of the base model, with gates, and under the baselines")
+    sub = command(
+        "eval",
+        _eval,
+        "accuracy of the base model, with gates, and under the baselines",
+        (
+            "lsg eval lsg-quickstart/config.toml --benchmark scenes",
+            "lsg eval lsg-quickstart/config.toml --method lsg sink_front --out eval/mine",
+        ),
+    )
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     sub.add_argument("--gates", metavar="G", help="run folder or gate file; default: the run of CONFIG if there is one")

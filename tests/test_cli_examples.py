@@ -1,0 +1,89 @@
+"""Every help ends with two examples. All parse, and those that take seconds run where `lsg quickstart` was run."""
+
+import argparse
+import json
+import shlex
+
+import pytest
+
+import lsg_jax.quickstart as quickstart
+from lsg_jax.cli import main, parser
+
+SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2}
+
+
+def helps():
+    """Command, its help, for the program and every command and action."""
+    pending = [parser()]
+    while pending:
+        one = pending.pop()
+        yield one.prog, one.format_help()
+        for action in one._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                pending += action.choices.values()
+
+
+def examples(text):
+    """The command lines at the end of a help."""
+    head, _, tail = text.rpartition("examples (")
+    assert head, text
+    return [line.strip() for line in tail.splitlines()[1:]]
+
+
+EXAMPLES = list(dict.fromkeys(line for _, text in helps() for line in examples(text)))
+SLOW = {"quickstart", "train", "probe", "sweep", "stack", "ablate", "plan"}
+"""Commands that compile a lot; the tutorial, which `.ci/run` runs, and the tests of the studies have them."""
+ELSEWHERE = ("llava15_7b", "runs/", "Cambrian7M", ".pt ")
+"""What only other examples or other people's files provide."""
+QUICK = [line for line in EXAMPLES if line.split()[1] not in SLOW and not any(name in line for name in ELSEWHERE)]
+
+
+@pytest.mark.parametrize(("command", "text"), list(helps()))
+def test_every_help_ends_with_two_examples_that_parse(command, text, capsys):
+    lines = examples(text)
+    assert len(set(lines)) == 2
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "lsg" and line.split()[: len(command.split())] == command.split()
+        parser().parse_args(arguments)
+    with pytest.raises(SystemExit):
+        parser().parse_args([*arguments, "--no-such-option"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a small quickstart was run."""
+    where = tmp_path_factory.mktemp("examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        for name, number in SMALL.items():
+            patch.setattr(quickstart, name, number)
+        assert main(["quickstart"]) == 0
+    return where
+
+
+def test_quickstart_tells_the_whole_story_and_can_be_run_again(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    for name, number in SMALL.items():
+        monkeypatch.setattr(quickstart, name, number)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.zarr")}
+    assert main(["quickstart"]) == 0
+    out, err = capfd.readouterr()
+    report = (folder / "lsg-quickstart" / "report.html").resolve()
+    assert "6/6" in err and "accuracy" in out and out.endswith(f"\n{report}\n")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.zarr")}
+    page = report.read_text()
+    assert all(title in page for title in ("Evaluation", "Sinks", "Oracle sweep", "Training"))
+    assert "<img" in page and "http://" not in page and "https://" not in page
+
+
+def test_quick_examples_run(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    assert len(QUICK) >= 15
+    # an export before the conversion that reads it
+    for line in sorted(QUICK, key=lambda line: line.split()[1] == "convert"):
+        code = main(shlex.split(line)[1:])
+        out, err = capfd.readouterr()
+        assert code == 0 and out, (line, err)
+        if "--json" in line:
+            json.loads(out)
