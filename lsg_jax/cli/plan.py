@@ -68,6 +68,7 @@ def _plan(options: argparse.Namespace) -> None:
     from lsg_jax.errors import InputError
     from lsg_jax.plan.plan import PlanSettings, plan
     from lsg_jax.plan.recipe import assume
+    from lsg_jax.plan.results import as_json
     from lsg_jax.plan.table import table
     from lsg_jax.run_config import load_run_config
 
@@ -89,9 +90,8 @@ def _plan(options: argparse.Namespace) -> None:
         find_largest=options.largest_batch,
     )
     assumed = assume(config, utilisation=options.utilisation, records=options.records, questions=options.questions)
-    result = plan(config, model, settings, assumed)
-    result["model"]["from"] = source
-    print(json.dumps(result, indent=2) if options.json else table(result))
+    result = plan(config, model, settings, assumed, source=source)
+    print(json.dumps(as_json(result), indent=2) if options.json else table(result))
 
 
 def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:

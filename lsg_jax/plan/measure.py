@@ -1,13 +1,16 @@
-"""One program on one topology: compiled, weighed and counted."""
+"""Compiles one program for one topology and counts its memory and work."""
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
+from jax.stages import Compiled
 
 from lsg_jax.plan.chips import GIB, Topology
 from lsg_jax.plan.hlo import Work, analyse
@@ -15,82 +18,134 @@ from lsg_jax.plan.programs import Program, shard_bytes
 
 logger = logging.getLogger(__name__)
 
-STORM = 1000
-"""More collective-permutes than this in one run: products were rewritten to loops that pass pieces from chip to chip."""
+STORM = 1000  # collective-permutes in one run
 
 _UNITS = {"": 1 / GIB, "K": 2**10 / GIB, "M": 2**20 / GIB, "G": 1.0, "T": 2.0**10}
 
 
-def measure(program: Program, topology: Topology, what: str) -> dict[str, Any]:
-    """Compiles a program and says what it needs of each chip.
+@dataclass(frozen=True)
+class Seconds:
+    """Times of one run of a program.
+
+    Attributes:
+        mxu, hbm, ici: matrix units, main memory and links at their peak rates: no run is faster.
+        expected: the longest of the three, divided by the utilisation.
+    """
+
+    mxu: float
+    hbm: float
+    ici: float
+    expected: float
+
+    @property
+    def bound(self) -> float:
+        """The longest of the three."""
+        return max(self.mxu, self.hbm, self.ici)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One compiled program; all numbers are those of one chip. What does not apply is None.
+
+    Attributes:
+        rows: of the whole batch.
+        memory_gib: by part, with `peak`; of a program that does not fit only its arguments and `peak`.
+        work, seconds: of one run; None for a program that does not fit.
+        over_gib: by how much it does not fit. advice: what to change then.
+        remat: policy of a training step.
+        take: whether this is the training step to choose.
+        times_forward: FLOPs in units of a forward pass over the same rows.
+    """
+
+    program: str
+    rows: int
+    memory_gib: Mapping[str, float]
+    compile_s: float
+    work: Work | None = None
+    seconds: Seconds | None = None
+    over_gib: float | None = None
+    advice: str | None = None
+    remat: str | None = None
+    take: bool = False
+    times_forward: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.seconds is not None
+
+    @property
+    def bound(self) -> float:
+        """Seconds of one run at peak rates; infinite for a program that does not fit."""
+        return math.inf if self.seconds is None else self.seconds.bound
+
+    @property
+    def storm(self) -> bool:
+        """Whether XLA has rewritten products into loops that pass pieces from chip to chip."""
+        return self.work is not None and self.work.collectives.get("collective-permute", 0) > STORM
+
+
+def measure(program: Program, topology: Topology, what: str, *, utilisation: float) -> tuple[Measured, Compiled | None]:
+    """Compiles a program; returns what it needs, and the compiled program if it fits.
 
     Args:
-        what: names the program in progress messages.
-
-    Returns:
-        `fits`, `rows`, `memory_gib` by part with `peak`, `compile_s`; of a program that fits also the fields of Work and
-        `seconds`. One that does not fit has no parts but its arguments: the compiler says only how much it would need.
+        what: the program's name in the log.
+        utilisation: as in `times`.
     """
     logger.info("%s, %s: compiling", topology.name, what)
     began = time.perf_counter()
     arguments = {name: shard_bytes(tree) / GIB for name, tree in program.parts.items()}
-    found: dict[str, Any] = {"program": program.name, "rows": program.rows}
     try:
         compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = needed_gib(str(error))
         if needed is None:
             raise
-        over = needed - topology.chip.hbm_gib
-        return found | {
-            "fits": False,
-            "memory_gib": arguments | {"peak": needed},
-            "over_gib": over,
-            "compile_s": time.perf_counter() - began,
-        }
-    memory = memory_gib(compiled, arguments)
+        refused = Measured(
+            program=program.name,
+            rows=program.rows,
+            memory_gib=arguments | {"peak": needed},
+            over_gib=needed - topology.chip.hbm_gib,
+            compile_s=time.perf_counter() - began,
+        )
+        return refused, None
     work = analyse(compiled.as_text(), trips=program.trips)
-    found |= {
-        "fits": True,
-        "memory_gib": memory,
-        "compile_s": time.perf_counter() - began,
-        "flops": work.flops,
-        "hbm_bytes": work.hbm_bytes,
-        "host_bytes": work.host_bytes,
-        "received_bytes": dict(work.received),
-        "collectives": dict(work.collectives),
-        "seconds": bounds(work, topology),
-        "storm": work.collectives.get("collective-permute", 0) > STORM,
-        "compiled": compiled,
-    }
-    return found
+    measured = Measured(
+        program=program.name,
+        rows=program.rows,
+        memory_gib=memory_gib(compiled, arguments),
+        compile_s=time.perf_counter() - began,
+        work=work,
+        seconds=times(work, topology, utilisation),
+    )
+    return measured, compiled
 
 
 def needed_gib(message: str) -> float | None:
-    """What a program would need, by the compiler's refusal; None for an error of another kind."""
+    """The memory that a program needs, read from the compiler's error message; None for an error of another kind."""
     for pattern in (r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"):
         if found := re.search(pattern, message):
             return float(found[1]) * _UNITS[found[2]]
     return None
 
 
-def memory_gib(compiled: Any, arguments: dict[str, float]) -> dict[str, float]:
+def memory_gib(compiled: Compiled, arguments: dict[str, float]) -> dict[str, float]:
     """Main memory of one chip by part: arguments, temporaries (activations, gathered weights), results, code; and `peak`."""
     stats = compiled.memory_analysis()
     results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     code = stats.generated_code_size_in_bytes
-    layout = stats.argument_size_in_bytes / GIB - sum(arguments.values())  # what tiles of arguments waste
+    layout = stats.argument_size_in_bytes / GIB - sum(arguments.values())  # padding of the arguments' tiles
     parts = arguments | {"padding": max(0.0, layout), "temporaries": stats.temp_size_in_bytes / GIB}
     parts |= {"results": results / GIB, "code": code / GIB}
     return parts | {"peak": sum(parts.values()), "host": stats.host_temp_size_in_bytes / GIB}
 
 
-def bounds(work: Work, topology: Topology) -> dict[str, float]:
-    """Seconds that no run can beat at peak rates: matrix units, main memory and links; `bound` is the longest of them."""
+def times(work: Work, topology: Topology, utilisation: float) -> Seconds:
+    """The times that the work takes.
+
+    Args:
+        utilisation: the share of the peak rate that a run reaches.
+    """
     chip = topology.chip
-    seconds = {
-        "mxu": work.flops / (chip.tflops * 1e12),
-        "hbm": work.hbm_bytes / (chip.hbm_gbps * 1e9),
-        "ici": work.received_bytes / (topology.ici_gbps * 1e9),
-    }
-    return seconds | {"bound": max(seconds.values())}
+    mxu, hbm = work.flops / (chip.tflops * 1e12), work.hbm_bytes / (chip.hbm_gbps * 1e9)
+    ici = work.received_bytes / (topology.ici_gbps * 1e9)
+    return Seconds(mxu, hbm, ici, expected=max(mxu, hbm, ici) / utilisation)

@@ -1,4 +1,4 @@
-"""`lsg plan`: what the programs of a configuration need on TPU slices, and what a study costs there. Nothing is allocated."""
+"""`lsg plan`: memory, work and cost of the programs of a configuration on TPU slices, without a TPU and without weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Compiled
 
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.config import ModelConfig, Remat
@@ -18,7 +18,7 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.model.language_model import REMAT
 from lsg_jax.plan.chips import Topology, open_topology
-from lsg_jax.plan.measure import measure
+from lsg_jax.plan.measure import Measured, measure
 from lsg_jax.plan.programs import (
     Program,
     each_config,
@@ -30,7 +30,8 @@ from lsg_jax.plan.programs import (
     train_program,
     trained_method,
 )
-from lsg_jax.plan.recipe import Assumptions, as_json, recipe
+from lsg_jax.plan.recipe import Assumptions, recipe
+from lsg_jax.plan.results import LargestBatch, Plan, SlicePlan
 from lsg_jax.plan.search import fastest, largest_batch, try_policies
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig
@@ -38,7 +39,7 @@ from lsg_jax.sharding import answering_mesh, batch_rows, make_mesh
 
 PROGRAMS = ("forward", "train", "each", "sweep", "eval")
 DEFAULT_PROGRAMS = ("train", "each", "sweep", "eval")
-TRAINING = ("forward", "train", "each")  # of a training batch, and so multiples of its forward pass
+TRAINING = ("forward", "train", "each")  # programs of a training batch: their FLOPs are given in units of its forward pass
 POLICIES: tuple[Remat, ...] = tuple(REMAT)  # type: ignore[arg-type]
 
 
@@ -49,9 +50,9 @@ class PlanSettings:
     Attributes:
         topologies: names such as `v5e:4x4`.
         programs: some of PROGRAMS.
-        policies: remat policies to compile; None for the fastest that fits, and that of the configuration.
-        rows_per_chip: training batch for each chip, instead of the configuration's batch.
-        find_largest: whether the largest training batch is looked for.
+        policies: remat policies to compile; None: up to the fastest that fits, and the configuration's.
+        rows_per_chip: training batch of each chip, in place of the configuration's batch.
+        find_largest: whether to search for the largest training batch.
     """
 
     topologies: tuple[str, ...]
@@ -61,25 +62,29 @@ class PlanSettings:
     find_largest: bool = True
 
 
-def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed: Assumptions) -> dict[str, Any]:
-    """Compiles the programs of a configuration for every topology and says what they need.
+def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed: Assumptions, *, source: str = "") -> Plan:
+    """Compiles the programs of a configuration for every topology and measures them.
+
+    Args:
+        source: where the shapes of `model` were found, for the result.
 
     Raises:
         InputError: an unknown topology, or no TPU compiler. ConfigError: the configuration does not fit the model or the slice.
     """
     if unknown := [name for name in settings.programs if name not in PROGRAMS]:
         raise InputError(f"--programs {unknown[0]}: no such program; known: {', '.join(PROGRAMS)}")
-    # what is wrong shows before the first minute of compiling
+    # errors are raised before the first minute of compiling
     slices = [_Slice(config, model, settings, assumed, open_topology(name)) for name in settings.topologies]
     dtype = jnp.dtype(config.dtype or "bfloat16")
     _, params = abstract_model(model, dtype=dtype)
-    return {
-        "format": "lsg-plan-1",
-        "model": {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "dtype": str(dtype)},
-        "assumptions": as_json(assumed),
-        "versions": {name: _version(name) for name in ("lsg_jax", "jax", "libtpu")},
-        "topologies": [found.plan() for found in slices],
-    }
+    return Plan(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        dtype=str(dtype),
+        assumptions=assumed,
+        versions={name: _version(name) for name in ("lsg_jax", "jax", "libtpu")},
+        topologies=tuple(found.plan() for found in slices),
+        source=source,
+    )
 
 
 def _version(package: str) -> str | None:
@@ -102,40 +107,38 @@ class _Slice:
         self.dtype = jnp.dtype(config.dtype or "bfloat16")
         self.training_mesh = make_mesh(config.mesh, devices)
         self.answering_mesh = answering_mesh(config.eval.mesh, model.text, devices)
-        self.measured: list[dict[str, Any]] = []
-        self.taken: dict[str, dict[str, Any]] = {}
-        self.largest: dict[str, Any] | None = None
+        self.measured: list[Measured] = []
+        self.taken: dict[str, Measured] = {}
+        self.largest: LargestBatch | None = None
         if set(settings.programs) & set(TRAINING):
             self.check()
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> SlicePlan:
         for name in self.settings.programs:
             {"forward": self.forward, "train": self.train, "each": self.each, "sweep": self.sweep, "eval": self.eval}[name]()
-        for found in self.measured:
-            if found["fits"] and found["program"] in TRAINING:
-                found["times_forward"] = (
-                    found["flops"] * len(self.topology.devices) / (self.forward_flops_a_row * found["rows"])
-                )
-            if found["fits"]:
-                found["seconds"]["expected"] = found["seconds"]["bound"] / self.assumed.utilisation
-            else:
-                found["advice"] = self.advice(found)
-        chip = self.topology.chip
-        return {
-            "name": self.topology.name,
-            "devices": len(self.topology.devices),
-            "hosts": self.topology.hosts,
-            "device": {**dataclasses.asdict(chip), "ici_gbps": self.topology.ici_gbps},
-            "mesh": {"training": dict(self.training_mesh.shape), "answering": dict(self.answering_mesh.shape)},
-            "programs": self.measured,
-            "largest_batch": self.largest,
-            "recipe": recipe(self.taken, self.config, self.model.text.num_layers, self.topology, self.assumed),
-        }
+        return SlicePlan(
+            topology=self.topology,
+            training_mesh=dict(self.training_mesh.shape),
+            answering_mesh=dict(self.answering_mesh.shape),
+            programs=tuple(self.compared(found) for found in self.measured),
+            largest_batch=self.largest,
+            costs=recipe(self.taken, self.config, self.model.text.num_layers, self.topology, self.assumed),
+        )
 
-    def run(self, program: Program, what: str = "") -> dict[str, Any]:
-        found = measure(program, self.topology, f"{program.name}{what}, {program.rows} rows")
-        found.pop("compiled", None)
-        return found
+    def compared(self, found: Measured) -> Measured:
+        """Adds the FLOPs in units of a forward pass, or what to change where the program does not fit."""
+        if found.work is None:
+            return dataclasses.replace(found, advice=self.advice(found))
+        if found.program not in TRAINING:
+            return found
+        forward = self.forward_flops_a_row * found.rows
+        return dataclasses.replace(found, times_forward=found.work.flops * len(self.topology.devices) / forward)
+
+    def run(self, program: Program, what: str = "") -> Measured:
+        return self.compile(program, f"{program.name}{what}, {program.rows} rows")[0]
+
+    def compile(self, program: Program, what: str) -> tuple[Measured, Compiled | None]:
+        return measure(program, self.topology, what, utilisation=self.assumed.utilisation)
 
     def forward(self) -> None:
         self.measured.append(self.run(forward_program(self.config, self.model, self.training_mesh, dtype=self.dtype)))
@@ -152,22 +155,21 @@ class _Slice:
         if chosen is None:
             found = try_policies(POLICIES, lambda p: step(p, rows), also=[own] if own in POLICIES else [])
         else:
-            found = [step(policy, rows) | {"remat": policy} for policy in chosen]
-        self.measured += found
+            found = [dataclasses.replace(step(policy, rows), remat=policy) for policy in chosen]
         best = fastest(found)
+        self.measured += [dataclasses.replace(one, take=one is best) for one in found]
         if best is not None:
-            best["take"] = True
             self.taken["train"] = best
         if self.settings.find_largest:
             start = best or found[-1]
             largest = largest_batch(
                 start,
-                lambda rows: step(start["remat"], rows),
+                lambda rows: step(start.remat, rows),
                 unit=batch_rows(self.training_mesh) * config.train.accumulate,
                 limit_gib=self.topology.chip.hbm_gib,
             )
-            peak = largest and largest["memory_gib"]["peak"]
-            self.largest = {"remat": start["remat"], "rows": largest["rows"] if largest else None, "peak_gib": peak}
+            rows_and_peak = (largest.rows, largest.memory_gib["peak"]) if largest else (None, None)
+            self.largest = LargestBatch(start.remat, *rows_and_peak)
 
     def training(self, config: RunConfig, policy: Remat, rows: int) -> Program:
         train = dataclasses.replace(config.train, remat=policy, batch_size=rows)
@@ -177,7 +179,8 @@ class _Slice:
         if "each" in self.taken:
             return
         config = each_config(self.config, self.model)
-        found = self.run(train_program(config, self.model, self.training_mesh, dtype=self.dtype)) | {"remat": "full"}
+        found = self.run(train_program(config, self.model, self.training_mesh, dtype=self.dtype))
+        found = dataclasses.replace(found, remat="full")
         self.measured.append(found)
         self.taken["each"] = found
 
@@ -198,10 +201,9 @@ class _Slice:
         prompts = eval_prompts(self.config, self.model, self.answering_mesh, max_new_tokens=tokens, dtype=self.dtype)
         self.in_turn(prompts, lambda compiled: eval_answers(prompts, compiled))
 
-    def in_turn(self, prompts: Program, then: Callable[[Any], Program]) -> None:
-        """Measures a program, and the one that goes on from what it gives."""
-        first = measure(prompts, self.topology, f"{prompts.name}, {prompts.rows} questions")
-        compiled = first.pop("compiled", None)
+    def in_turn(self, prompts: Program, then: Callable[[Compiled], Program]) -> None:
+        """Measures a program, and the one that takes its outputs."""
+        first, compiled = self.compile(prompts, f"{prompts.name}, {prompts.rows} questions")
         found = {prompts.name: first}
         if compiled is not None:
             program = then(compiled)
@@ -210,7 +212,7 @@ class _Slice:
         self.taken |= found
 
     def check(self) -> None:
-        """Raises ConfigError for settings that `lsg train` would refuse."""
+        """Raises ConfigError for settings that `lsg train` refuses."""
         if "train" in self.settings.programs or self.config.get_method().trains:
             trained_method(self.config, self.model)
         train = self.config.train
@@ -223,19 +225,18 @@ class _Slice:
 
     @functools.cached_property
     def forward_flops_a_row(self) -> float:
-        """Of all chips together, for one row of the training batch."""
+        """FLOPs of a forward pass over one row of the training batch, all chips together."""
         program = forward_program(self.config, self.model, self.training_mesh, dtype=self.dtype)
         return traced_flops(program.function, *program.arguments) / program.rows
 
-    def advice(self, found: dict[str, Any]) -> str:
+    def advice(self, found: Measured) -> str:
         """What to change where a program does not fit."""
-        rows = found["rows"]
-        if found["program"] in TRAINING:
-            smaller = POLICIES[POLICIES.index(found["remat"]) + 1 :] if found["program"] == "train" else ()
-            per_chip = rows // batch_rows(self.training_mesh)
+        if found.program in TRAINING:
+            smaller = POLICIES[POLICIES.index(found.remat) + 1 :] if found.program == "train" else ()
+            per_chip = found.rows // batch_rows(self.training_mesh)
             ways = [f"remat {smaller[0]}" if smaller else ""]
             ways += [f"train.accumulate = {2 * self.config.train.accumulate}", "a smaller batch"] if per_chip > 1 else []
-        elif found["program"].startswith("eval"):
+        elif found.program.startswith("eval"):
             ways = ["a smaller eval.batch_size"] if self.config.eval.batch_size > 1 else []
         else:
             ways = ["fewer coefficients at a time"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.records import open_records
 from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.runner import MAX_NEW_TOKENS
 from lsg_jax.plan.chips import Topology
+from lsg_jax.plan.measure import Measured
 from lsg_jax.run_config import RunConfig
 
 RECORDS = 10_000  # of the paper's sample of Cambrian-7M
@@ -39,6 +39,16 @@ class Assumptions:
     max_new_tokens: int
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one part of the study costs: `runs` says of what, in words."""
+
+    part: str
+    runs: str
+    hours: float
+    chip_hours: float
+
+
 def assume(config: RunConfig, *, utilisation: float, records: int | None, questions: int | None) -> Assumptions:
     """What was given, else what the files of the configuration say, else what the paper has."""
     counted, source = records, "--records"
@@ -63,36 +73,32 @@ def _limited(questions: int, config: EvalConfig, benchmarks: int) -> int:
 
 
 def recipe(
-    measured: dict[str, dict[str, Any]], config: RunConfig, layers: int, topology: Topology, assumed: Assumptions
-) -> list[dict[str, Any]]:
-    """Hours and device-hours of each part that was measured and fits.
+    measured: Mapping[str, Measured], config: RunConfig, layers: int, topology: Topology, assumed: Assumptions
+) -> tuple[Cost, ...]:
+    """Hours and chip-hours of each part whose programs were measured and fit.
 
     Args:
-        measured: program name -> what was measured of it, with the settings to take.
+        measured: program name -> the program under the settings to take.
     """
-    seconds = {name: found["seconds"]["bound"] / assumed.utilisation for name, found in measured.items() if found.get("fits")}
+    seconds = {name: found.bound / assumed.utilisation for name, found in measured.items() if found.fits}
     rows: list[tuple[str, str, float]] = []
     for name in ("train", "each"):
         if name in seconds:
-            steps = training_steps(config, assumed.records, measured[name]["rows"])
+            steps = training_steps(config, assumed.records, measured[name].rows)
             rows.append((name, f"{steps} steps", steps * seconds[name]))
     if "sweep prompts" in seconds and "sweep cells" in seconds:
-        batches = math.ceil(assumed.questions / measured["sweep prompts"]["rows"])
+        batches = math.ceil(assumed.questions / measured["sweep prompts"].rows)
         once = seconds["sweep prompts"] + layers * seconds["sweep cells"]
         rows.append(("sweep", f"{batches} batches x {layers} layers", batches * once))
     if "eval prompts" in seconds and "eval answers" in seconds:
-        batches = METHODS * math.ceil(assumed.questions / measured["eval prompts"]["rows"])
+        batches = METHODS * math.ceil(assumed.questions / measured["eval prompts"].rows)
         once = seconds["eval prompts"] + seconds["eval answers"]
         rows.append(("eval", f"{batches} batches, {METHODS} methods", batches * once))
     chips = len(topology.devices) / topology.chip.per_chip
-    return [{"part": part, "runs": runs, "hours": time / 3600, "chip_hours": time * chips / 3600} for part, runs, time in rows]
+    return tuple(Cost(part, runs, time / 3600, time * chips / 3600) for part, runs, time in rows)
 
 
 def training_steps(config: RunConfig, records: int, batch_size: int) -> int:
     """Optimiser steps of a run, by the number of examples."""
     steps = max(1, records * config.train.epochs // batch_size)
     return min(steps, config.train.max_steps or steps)
-
-
-def as_json(assumed: Assumptions) -> dict[str, Any]:
-    return dataclasses.asdict(assumed)

@@ -1,60 +1,57 @@
-"""Which remat policy to take, and how large a batch may be: as few compilations as will do."""
+"""Chooses the remat policy and the largest batch with as few compilations as possible."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
 
-Measured = dict[str, Any]
+from lsg_jax.plan.measure import Measured
 
 VERIFICATIONS = 3
 
 
 def try_policies(policies: Iterable[str], run: Callable[[str], Measured], *, also: Iterable[str] = ()) -> list[Measured]:
-    """Measures policies, the fastest first, up to the first that fits, and those of `also`."""
+    """Measures remat policies, the fastest first, up to the first that fits, and those of `also`."""
     found: list[Measured] = []
     for policy in policies:
-        found.append(run(policy) | {"remat": policy})
-        if found[-1]["fits"]:
+        found.append(replace(run(policy), remat=policy))
+        if found[-1].fits:
             break
-    tried = {entry["remat"] for entry in found}
-    return found + [run(policy) | {"remat": policy} for policy in also if policy not in tried]
+    tried = {measured.remat for measured in found}
+    return found + [replace(run(policy), remat=policy) for policy in also if policy not in tried]
 
 
 def fastest(measured: Iterable[Measured]) -> Measured | None:
-    """The one that fits and whose bound is the shortest; None if none fits."""
-    fitting = [entry for entry in measured if entry["fits"]]
-    return min(fitting, key=lambda entry: entry["seconds"]["bound"]) if fitting else None
+    """The program that fits and has the shortest time bound; None if none fits."""
+    return min((one for one in measured if one.fits), key=lambda one: one.bound, default=None)
 
 
 def largest_batch(known: Measured, run: Callable[[int], Measured], *, unit: int, limit_gib: float) -> Measured | None:
-    """The largest number of rows that fits: from two points of a line, then tried.
+    """The largest number of rows that fits: extrapolated from two measurements, then verified.
 
     Args:
         known: of some number of rows, whether it fits or not.
         run: rows -> measured.
-        unit: rows come in multiples of it.
+        unit: the number of rows is a multiple of it.
 
     Returns:
         The largest that was compiled and fits; None if none of the few tried does.
     """
-    rows = known["rows"]
-    half = max(unit, rows // 2 // unit * unit)
-    points = [known, run(half if half < rows else rows + unit)]
+    half = max(unit, known.rows // 2 // unit * unit)
+    points = [known, run(half if half < known.rows else known.rows + unit)]
     for _ in range(VERIFICATIONS):
-        low, high = sorted(points, key=lambda entry: entry["rows"])[:: len(points) - 1]
-        slope = (high["memory_gib"]["peak"] - low["memory_gib"]["peak"]) / (high["rows"] - low["rows"])
+        low, high = sorted(points, key=lambda point: point.rows)[:: len(points) - 1]
+        slope = (high.memory_gib["peak"] - low.memory_gib["peak"]) / (high.rows - low.rows)
         if slope <= 0:
             break
-        guess = low["rows"] + (limit_gib - low["memory_gib"]["peak"]) / slope
-        best = max((entry["rows"] for entry in points if entry["fits"]), default=0)
-        worst = min((entry["rows"] for entry in points if not entry["fits"]), default=math.inf)
+        guess = low.rows + (limit_gib - low.memory_gib["peak"]) / slope
+        best = max((point.rows for point in points if point.fits), default=0)
+        worst = min((point.rows for point in points if not point.fits), default=math.inf)
         chosen = int(min(guess, worst - 1)) // unit * unit
         if chosen <= best:
             break
         points.append(run(max(chosen, unit)))
-        if points[-1]["fits"]:
+        if points[-1].fits:
             break
-    fitting = [entry for entry in points if entry["fits"]]
-    return max(fitting, key=lambda entry: entry["rows"]) if fitting else None
+    return max((point for point in points if point.fits), key=lambda point: point.rows, default=None)

@@ -2,57 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+
+from lsg_jax.plan.hlo import Work
+from lsg_jax.plan.measure import Measured, Seconds
+from lsg_jax.plan.results import Plan, SlicePlan
 
 
-def table(result: dict[str, Any]) -> str:
-    """Every topology with its programs, what fits, and what the study costs; then what all of it rests on."""
-    slices = result["topologies"]
-    parts = [_model(result), *map(_slice, slices)]
-    if len(slices) > 1:
-        parts.append(_side_by_side(slices))
-    return "\n\n".join([*parts, _assumptions(result)])
+def table(plan: Plan) -> str:
+    """Every topology with its programs, what fits and what the study costs; then the assumptions."""
+    parts = [_model(plan), *map(_slice, plan.topologies)]
+    if len(plan.topologies) > 1:
+        parts.append(_side_by_side(plan.topologies))
+    return "\n\n".join([*parts, _assumptions(plan)])
 
 
-def _model(result: dict[str, Any]) -> str:
-    model = result["model"]
-    source = f", {model['from']}" if "from" in model else ""
-    return f"model: {model['parameters'] / 1e9:.2f} billion parameters, {model['dtype']}{source}"
+def _model(plan: Plan) -> str:
+    source = f", {plan.source}" if plan.source else ""
+    return f"model: {plan.parameters / 1e9:.2f} billion parameters, {plan.dtype}{source}"
 
 
-def _slice(found: dict[str, Any]) -> str:
-    device, mesh = found["device"], found["mesh"]
-    what = "chips" if device["per_chip"] == 1 else f"devices ({device['per_chip']} a chip)"
+def _slice(found: SlicePlan) -> str:
+    topology, chip = found.topology, found.topology.chip
+    what = "chips" if chip.per_chip == 1 else f"devices ({chip.per_chip} a chip)"
     lines = [
-        f"{found['name']}: {found['devices']} {what} on {found['hosts']} hosts; each {device['hbm_gib']:g} GiB, "
-        f"{device['tflops']:g} TFLOP/s, {device['hbm_gbps']:g} GB/s of memory, {device['ici_gbps']:g} GB/s from its neighbours",
-        f"mesh: training {_mesh(mesh['training'])}; answering {_mesh(mesh['answering'])}",
+        f"{topology.name}: {len(topology.devices)} {what} on {topology.hosts} hosts; each {chip.hbm_gib:g} GiB, "
+        f"{chip.tflops:g} TFLOP/s, {chip.hbm_gbps:g} GB/s of memory, {topology.ici_gbps:g} GB/s from its neighbours",
+        f"mesh: training {_mesh(found.training_mesh)}; answering {_mesh(found.answering_mesh)}",
         "",
-        *_aligned([_MEMORY, *map(_memory, found["programs"])]),
+        *_aligned([_MEMORY, *map(_memory, found.programs)]),
         "",
-        *_aligned([_WORK, *(_work(entry) for entry in found["programs"] if "flops" in entry)]),
+        *_aligned([_WORK, *(_work(m, m.work, m.seconds) for m in found.programs if m.work and m.seconds)]),
     ]
     notes = [
-        f"{_name(entry)}: does not fit, {entry['memory_gib']['peak']:.2f} GiB a chip are {entry['over_gib']:.2f} too many: "
-        f"{entry['advice']}"
-        for entry in found["programs"]
-        if not entry["fits"]
+        f"{_name(measured)}: does not fit, {measured.memory_gib['peak']:.2f} GiB a chip are {measured.over_gib:.2f} too many: "
+        f"{measured.advice}"
+        for measured in found.programs
+        if not measured.fits
     ]
     notes += [
-        f"{_name(entry)}: {entry['collectives']['collective-permute']:.0f} collective-permutes: products were cut to pieces "
-        "that go from chip to chip"
-        for entry in found["programs"]
-        if entry.get("storm")
+        f"{_name(measured)}: {measured.work.collectives['collective-permute']:.0f} collective-permutes: products were cut to "
+        "pieces that go from chip to chip"
+        for measured in found.programs
+        if measured.work and measured.storm
     ]
-    if largest := found["largest_batch"]:
-        fits = (
-            f"{largest['rows']} rows, {largest['peak_gib']:.2f} GiB a chip" if largest["rows"] else "none was found that fits"
-        )
-        notes.append(f"largest training batch with remat {largest['remat']}: {fits}")
+    if largest := found.largest_batch:
+        fits = f"{largest.rows} rows, {largest.peak_gib:.2f} GiB a chip" if largest.rows else "none was found that fits"
+        notes.append(f"largest training batch with remat {largest.remat}: {fits}")
     lines += ["", *notes] if notes else []
-    if found["recipe"]:
+    if found.costs:
         rows = [["the study", "", "hours", "chip-hours"]]
-        rows += [[r["part"], r["runs"], _number(r["hours"]), _number(r["chip_hours"])] for r in found["recipe"]]
+        rows += [[cost.part, cost.runs, _number(cost.hours), _number(cost.chip_hours)] for cost in found.costs]
         lines += ["", *_aligned(rows)]
     return "\n".join(lines)
 
@@ -60,68 +60,67 @@ def _slice(found: dict[str, Any]) -> str:
 _MEMORY = ["GiB a chip", "rows", "weights", "trained", "other", "temporaries", "peak", "fits"]
 
 
-def _memory(entry: dict[str, Any]) -> list[str]:
-    memory = entry["memory_gib"]
+def _memory(measured: Measured) -> list[str]:
+    memory = measured.memory_gib
     weights, trained = memory.get("weights", 0.0), memory.get("trained and optimiser", 0.0)
     temporaries = memory.get("temporaries")
     other = None if temporaries is None else memory["peak"] - weights - trained - temporaries
     shown = [f"{value:.2f}" if value is not None else "-" for value in (weights, trained, other, temporaries, memory["peak"])]
-    return [_name(entry), str(entry["rows"]), *shown, "yes" if entry["fits"] else "NO"]
+    return [_name(measured), str(measured.rows), *shown, "yes" if measured.fits else "NO"]
 
 
 _WORK = ["work of a chip", "TFLOP", "x forward", "GB memory", "GB received", "collectives"]
 _WORK += ["MXU s", "HBM s", "ICI s", "expected s"]
 
 
-def _work(entry: dict[str, Any]) -> list[str]:
-    seconds = entry["seconds"]
+def _work(measured: Measured, work: Work, seconds: Seconds) -> list[str]:
     return [
-        _name(entry),
-        _number(entry["flops"] / 1e12),
-        f"{entry['times_forward']:.2f}" if "times_forward" in entry else "-",
-        _number(entry["hbm_bytes"] / 1e9),
-        _number(sum(entry["received_bytes"].values()) / 1e9),
-        f"{sum(entry['collectives'].values()):.0f}",
-        *(_number(seconds[name]) for name in ("mxu", "hbm", "ici", "expected")),
+        _name(measured),
+        _number(work.flops / 1e12),
+        "-" if measured.times_forward is None else f"{measured.times_forward:.2f}",
+        _number(work.hbm_bytes / 1e9),
+        _number(work.received_bytes / 1e9),
+        f"{sum(work.collectives.values()):.0f}",
+        *map(_number, (seconds.mxu, seconds.hbm, seconds.ici, seconds.expected)),
     ]
 
 
-def _side_by_side(slices: list[dict[str, Any]]) -> str:
-    """The training step that is to be taken on each topology: how it scales."""
+def _side_by_side(slices: Sequence[SlicePlan]) -> str:
+    """The training step to take on each topology: how it scales."""
     rows = [["topology", "chips", "rows", "remat", "peak GiB", "TFLOP", "GB received", "expected s", "rows a second"]]
     for found in slices:
-        for entry in found["programs"]:
-            if entry.get("take"):
-                expected = entry["seconds"]["expected"]
-                received = sum(entry["received_bytes"].values())
-                numbers = entry["flops"] / 1e12, received / 1e9, expected, entry["rows"] / expected
-                named = found["name"], str(found["devices"]), str(entry["rows"]), entry["remat"]
-                rows.append([*named, f"{entry['memory_gib']['peak']:.2f}", *map(_number, numbers)])
+        for measured in found.programs:
+            if measured.take and measured.work and measured.seconds:
+                work, expected = measured.work, measured.seconds.expected
+                numbers = work.flops / 1e12, work.received_bytes / 1e9, expected, measured.rows / expected
+                named = found.topology.name, str(len(found.topology.devices)), str(measured.rows), str(measured.remat)
+                rows.append([*named, f"{measured.memory_gib['peak']:.2f}", *map(_number, numbers)])
     return "\n".join(_aligned(rows))
 
 
-def _assumptions(result: dict[str, Any]) -> str:
-    assumed, versions = result["assumptions"], result["versions"]
-    sources = sorted({f"{s['device']['name']}: {s['device']['source']}" for s in result["topologies"]})
+def _assumptions(plan: Plan) -> str:
+    assumed, versions = plan.assumptions, plan.versions
+    chips = {found.topology.chip.name: found.topology.chip.source for found in plan.topologies}
+    sources = sorted(f"{name}: {source}" for name, source in chips.items())
     return "\n".join(
         [
             f"Of one chip and one run of a program (a step, or a batch), as compiled by libtpu {versions['libtpu']} for jax "
             f"{versions['jax']}; no TPU was run. trained: with optimiser; temporaries: activations and gathered weights; "
             "MXU, HBM, ICI: seconds at peak rates; * marks the policy to take.",
-            f"expected: the longest of the three at {assumed['utilisation']:.0%} utilisation. {assumed['records']} records "
-            f"({assumed['records_from']}), {assumed['questions']} questions ({assumed['questions_from']}), answers of "
-            f"{assumed['max_new_tokens']} tokens. Starting, compiling, reading data and saving are not counted.",
+            f"expected: the longest of the three at {assumed.utilisation:.0%} utilisation. {assumed.records} records "
+            f"({assumed.records_from}), {assumed.questions} questions ({assumed.questions_from}), answers of "
+            f"{assumed.max_new_tokens} tokens. Starting, compiling, reading data and saving are not counted.",
             f"peak rates: {'; '.join(sources)}",
         ]
     )
 
 
-def _name(entry: dict[str, Any]) -> str:
-    remat = f", remat {entry['remat']}" if "remat" in entry else ""
-    return entry["program"] + remat + (" *" if entry.get("take") else "")
+def _name(measured: Measured) -> str:
+    remat = f", remat {measured.remat}" if measured.remat else ""
+    return measured.program + remat + (" *" if measured.take else "")
 
 
-def _mesh(sizes: dict[str, int]) -> str:
+def _mesh(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
 
 

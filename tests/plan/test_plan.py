@@ -18,7 +18,7 @@ from lsg_jax.opening import load_backbone
 from lsg_jax.plan import chips
 from lsg_jax.plan.chips import CHIPS, Topology, open_topology, parse_topology
 from lsg_jax.plan.hlo import analyse
-from lsg_jax.plan.measure import needed_gib
+from lsg_jax.plan.measure import Measured, Seconds, needed_gib
 from lsg_jax.plan.programs import each_config, question_batch, shard_bytes, sweep_cells, sweep_prompts, train_program
 from lsg_jax.plan.recipe import assume, recipe
 from lsg_jax.plan.search import fastest, largest_batch, try_policies
@@ -28,6 +28,12 @@ from lsg_jax.sharding import answering_mesh, make_mesh, place_rows
 from lsg_jax.train.loop import set_up
 
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
+
+
+def measured(*, bound, rows=1, peak=0.0):
+    """A program that takes `bound` seconds, or does not fit."""
+    seconds = None if bound is None else Seconds(mxu=bound, hbm=0.0, ici=0.0, expected=2 * bound)
+    return Measured(program="made", rows=rows, memory_gib={"peak": peak}, compile_s=0.0, seconds=seconds)
 
 
 def shapes(tree):
@@ -97,23 +103,22 @@ def test_the_largest_batch_of_a_line_is_found_in_few_compilations():
         def run(rows, fixed=fixed, slope=slope, ran=ran, limit=limit):
             ran.append(rows)
             peak = fixed + slope * rows
-            return {"rows": rows, "fits": peak <= limit, "memory_gib": {"peak": peak}}
+            return measured(rows=rows, peak=peak, bound=1.0 if peak <= limit else None)
 
         found = largest_batch(run(start), run, unit=unit, limit_gib=limit)
         expected = math.floor((limit - fixed) / slope + 1e-9) // unit * unit
-        assert (found["rows"] if found else 0) == max(0, expected), (fixed, slope)
+        assert (found.rows if found else 0) == max(0, expected), (fixed, slope)
         assert len(ran) <= 4 and all(rows % unit == 0 for rows in ran)
 
 
 def test_policies_are_tried_until_one_fits():
     def run(policy):
         bounds = {"none": None, "dots": 2.0, "mlp": 2.5, "full": 3.0}
-        bound = bounds[policy]
-        return {"fits": bound is not None, "seconds": {"bound": bound}}
+        return measured(bound=bounds[policy])
 
     found = try_policies(("none", "dots", "mlp", "full"), run, also=("full",))
-    assert [entry["remat"] for entry in found] == ["none", "dots", "full"]
-    assert fastest(found)["remat"] == "dots" and fastest(found[:1]) is None
+    assert [one.remat for one in found] == ["none", "dots", "full"]
+    assert fastest(found).remat == "dots" and fastest(found[:1]) is None
 
 
 def test_needed_memory_is_read_from_the_compilers_refusal():
@@ -133,14 +138,13 @@ def test_costs_are_steps_and_batches_times_seconds(run_config):
     assumed = assume(config, utilisation=0.5, records=None, questions=None)
     assert (assumed.records, assumed.questions, assumed.max_new_tokens) == (10_000, 1_500, 32)
     assert assume(run_config, utilisation=1.0, records=None, questions=7).records == 12  # those that are there
-    fits = lambda bound, rows: {"fits": True, "seconds": {"bound": bound}, "rows": rows}
-    measured = {
-        "train": fits(0.5, 64),
-        "each": {"fits": False, "rows": 64},
-        "sweep prompts": fits(1.0, 4),
-        "sweep cells": fits(2.0, 44),
-        "eval prompts": fits(1.0, 100),
-        "eval answers": fits(2.0, 100),
+    programs = {
+        "train": measured(bound=0.5, rows=64),
+        "each": measured(bound=None, rows=64),
+        "sweep prompts": measured(bound=1.0, rows=4),
+        "sweep cells": measured(bound=2.0, rows=44),
+        "eval prompts": measured(bound=1.0, rows=100),
+        "eval answers": measured(bound=2.0, rows=100),
     }
     steps, batches = 10_000 * 3 // 64, 1_500 // 4
     hours = {
@@ -148,9 +152,9 @@ def test_costs_are_steps_and_batches_times_seconds(run_config):
         "sweep": batches * (2.0 + 32 * 4.0) / 3600,
         "eval": 2 * 15 * 6.0 / 3600,
     }
-    rows = recipe(measured, config, 32, topology, assumed)
-    assert {row["part"]: row["hours"] for row in rows} == pytest.approx(hours)
-    assert {row["part"]: row["chip_hours"] for row in rows} == pytest.approx({name: 16 * h for name, h in hours.items()})
+    costs = recipe(programs, config, 32, topology, assumed)
+    assert {cost.part: cost.hours for cost in costs} == pytest.approx(hours)
+    assert {cost.part: cost.chip_hours for cost in costs} == pytest.approx({name: 16 * h for name, h in hours.items()})
 
 
 def test_links_of_a_slice():

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation for TPUs that are not there: counts against closed forms, and a whole plan."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ from lsg_jax.cli import main
 from lsg_jax.config import MeshConfig
 from lsg_jax.model.splash_attention import splash_attention
 from lsg_jax.plan.chips import open_topology
-from lsg_jax.plan.hlo import analyse
+from lsg_jax.plan.hlo import Work, analyse
 from lsg_jax.plan.hlo_text import Array
 from lsg_jax.plan.kernels import Kernel, kernel_flops
-from lsg_jax.plan.measure import measure
+from lsg_jax.plan.measure import Measured, Seconds, measure
+from lsg_jax.plan.plan import plan
 from lsg_jax.plan.programs import Program
 from lsg_jax.plan.table import table
 from lsg_jax.plan.traced import traced_flops
@@ -91,21 +93,28 @@ max_new_tokens = 4
 
 
 @pytest.fixture
-def lsg_plan(capfd, tmp_path, tiny_hf_folder):
-    """Runs `lsg plan` on the tiny model; returns what it printed as JSON, and its log."""
+def lsg_plan(capfd, tmp_path, tiny_hf_folder, monkeypatch):
+    """Runs `lsg plan --json` on the tiny model; returns what it printed, the table of the same plan, and its log."""
+    plans = []
+
+    def kept(*arguments, **settings):
+        plans.append(plan(*arguments, **settings))
+        return plans[-1]
+
+    monkeypatch.setattr("lsg_jax.plan.plan.plan", kept)
 
     def run(*arguments):
         (tmp_path / "run.toml").write_text(CONFIG)
         code = main(["plan", str(tmp_path / "run.toml"), "--model-config", str(tiny_hf_folder), "--json", *arguments])
         out, err = capfd.readouterr()
         assert code == 0, err
-        return json.loads(out), err
+        return json.loads(out), table(plans[-1]), err
 
     return run
 
 
 def test_a_compiled_plan(lsg_plan):
-    result, err = lsg_plan("--topology", "v5e:2x2", "--programs", "forward")
+    result, text, err = lsg_plan("--topology", "v5e:2x2", "--programs", "forward")
     assert err == "v5e:2x2, forward, 8 rows: compiling\n"
     (forward,) = result["topologies"][0]["programs"]
     memory, seconds = forward["memory_gib"], forward["seconds"]
@@ -114,7 +123,7 @@ def test_a_compiled_plan(lsg_plan):
     assert seconds["mxu"] == pytest.approx(forward["flops"] / 197e12)
     assert seconds["expected"] == 2 * max(seconds["mxu"], seconds["hbm"], seconds["ici"])
     assert set(forward["collectives"]) == set(forward["received_bytes"]) and all(forward["received_bytes"].values())
-    assert "forward" in table(result) and "no TPU was run" in table(result)
+    assert "forward" in text and "no TPU was run" in text
 
 
 def test_what_a_plan_concludes(lsg_plan, monkeypatch):
@@ -122,22 +131,21 @@ def test_what_a_plan_concludes(lsg_plan, monkeypatch):
     needs = {"none": (12.0, 0.5, 1.0), "dots": (2.0, 0.25, 2.0), "mlp": (2.0, 0.2, 2.5), "full": (1.0, 0.125, 3.0)}
     tried = []
 
-    def invented(program, topology, what):
+    def invented(program, topology, what, *, utilisation):
         tried.append(what)
         policy = what.rpartition("remat ")[2].split(",")[0] if "remat" in what else "full"
         fixed, slope, second = needs[policy]
         peak = fixed + slope * program.rows / len(topology.devices)
-        found = {"program": program.name, "rows": program.rows, "memory_gib": {"weights": 1.0, "peak": peak}, "compile_s": 0.0}
+        memory = {"weights": 1.0, "peak": peak}
+        found = Measured(program=program.name, rows=program.rows, memory_gib=memory, compile_s=0.0)
         if peak > topology.chip.hbm_gib:
-            return found | {"fits": False, "over_gib": peak - topology.chip.hbm_gib}
-        found["memory_gib"]["temporaries"] = peak - 1
-        work = {"flops": 1e12, "hbm_bytes": 1e9, "host_bytes": 0.0}
-        work |= {"received_bytes": {"collective-permute": 2e9}, "collectives": {"collective-permute": 2000.0}}
-        seconds = {"mxu": second, "hbm": 0.5, "ici": 0.25, "bound": second}
-        return found | work | {"fits": True, "seconds": seconds, "storm": True, "compiled": None}
+            return replace(found, over_gib=peak - topology.chip.hbm_gib), None
+        work = Work(1e12, 1e9, 0.0, {"collective-permute": 2e9}, {"collective-permute": 2000.0})
+        seconds = Seconds(second, 0.5, 0.25, expected=second / utilisation)
+        return replace(found, memory_gib=memory | {"temporaries": peak - 1}, work=work, seconds=seconds), None
 
     monkeypatch.setattr("lsg_jax.plan.plan.measure", invented)
-    result, _ = lsg_plan("--topology", "v5e:2x2", "v5e:4x4", "--programs", "train", "each", "--rows-per-chip", "8")
+    result, text, _ = lsg_plan("--topology", "v5e:2x2", "v5e:4x4", "--programs", "train", "each", "--rows-per-chip", "8")
     for found, chips in zip(result["topologies"], (4, 16), strict=True):
         assert found["devices"] == chips and found["hosts"] == chips / 4
         entries = {(entry["program"], entry.get("remat")): entry for entry in found["programs"]}
@@ -150,7 +158,6 @@ def test_what_a_plan_concludes(lsg_plan, monkeypatch):
         assert costs["train"] == pytest.approx(10_000 * 2 // (8 * chips) * 4.0 * chips / 3600)
         assert costs["each"] == pytest.approx(costs["train"] * 1.5)
     assert len(tried) == 2 * (5 + 1)
-    text = table(result)
     assert "train, remat none: does not fit, 16.00 GiB a chip are 0.25 too many: remat dots" in text
     assert "largest training batch with remat dots: 220 rows, 15.75 GiB a chip" in text
     assert "train, remat dots *: 2000 collective-permutes" in text
@@ -162,6 +169,6 @@ def test_what_does_not_fit_says_by_how_much(mesh):
     topology = open_topology("v5e:2x2")
     x = abstract(mesh, jnp.bfloat16, (40, 2**30), "fsdp")  # 20 GiB a chip
     program = Program("forward", jax.jit(lambda x: jnp.sort(x, axis=1)), (x,), 40, {"batch": x})
-    found = measure(program, topology, "a sort")
-    assert not found["fits"] and found["memory_gib"]["batch"] == 20 and found["memory_gib"]["peak"] > 40
-    assert found["over_gib"] == pytest.approx(found["memory_gib"]["peak"] - 15.75)
+    found, compiled = measure(program, topology, "a sort", utilisation=0.5)
+    assert not found.fits and compiled is None and found.memory_gib["batch"] == 20 and found.memory_gib["peak"] > 40
+    assert found.over_gib == pytest.approx(found.memory_gib["peak"] - 15.75)
