@@ -2,10 +2,10 @@
 
     python docs/run_commands.py docs/tutorial.md [--update] [--folder DIR]
 
-Each block marked `sh` is run by bash, all in one folder (default: a temporary one). A block marked `text` right behind it says
-what it prints to stdout; --update writes that block anew. Words must be the same, and numbers close (within 5 %, or 8), since
-another CPU rounds otherwise, and one answer of fifty is two points and moves an interval's end by up to seven. Blocks with
-another mark, such as `sh not-run`, are left alone.
+Each block marked `sh` is run by bash, all in one folder (default: a temporary one). A block marked `text` right after it is the
+expected stdout; --update rewrites that block. Words must be equal and numbers close (within 5 %, or 8): another CPU rounds
+differently, and one answer of fifty is two points and moves the end of an interval by up to seven. Blocks with another mark,
+such as `sh not-run`, are skipped.
 """
 
 from __future__ import annotations
