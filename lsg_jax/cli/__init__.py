@@ -1,4 +1,4 @@
-"""The `lsg` command. Each subcommand imports what it needs when it runs; results go to stdout and files, logs to stderr."""
+"""The `lsg` command. Subcommands import what they need when they run. Results go to stdout and files, logs to stderr."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lsg_jax.errors import LsgError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 2 usage, others as lsg_jax.errors has them."""
+    """Runs one command and returns its exit code: 0 done, 2 usage, 130 Ctrl-C, others as in lsg_jax.errors."""
     options = parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("lsg_jax").setLevel(logging.INFO)
     logging.getLogger("converters").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax talks through it
+    logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax logs through it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         options.run(options)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:

@@ -1,4 +1,4 @@
-"""Compiled programs kept from one command to the next, so that a resumed run starts at once."""
+"""A cache of compiled programs on disk, so that a resumed run starts without compiling."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "LSG_COMPILE_CACHE"
 CHECKED = "checked.json"
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the other compression that JAX has; what is cut short it notices itself
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # JAX's other compression, which detects a truncated file by itself
 
 
 def use_compile_cache() -> Path | None:
-    """Lets JAX keep what it compiles in the user's cache folder, and read it from there; returns the folder.
+    """Makes JAX keep compiled programs in the user's cache folder, and returns the folder.
 
-    A cache that JAX was told of, as by JAX_COMPILATION_CACHE_DIR, stays as it is, and so does everything with
-    LSG_COMPILE_CACHE=off or where the folder cannot be written; then it returns None.
+    Changes nothing and returns None if JAX has a cache already (JAX_COMPILATION_CACHE_DIR), with LSG_COMPILE_CACHE=off, or if
+    the folder cannot be written.
     """
     import jax
 
@@ -31,14 +31,14 @@ def use_compile_cache() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_damaged(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
-        logger.info("compiled programs are not kept: %s; %s=off says so without this line", error, SWITCH)
+        logger.info("compiled programs are not kept: %s; %s=off silences this line", error, SWITCH)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Removes programs that a kill or a full disk cut short, which JAX would neither read nor replace; looks once at each."""
+    """Removes files truncated by a kill or a full disk, which JAX would neither read nor replace. Checks each file once."""
     from lsg_jax.files import read_json, write_json
 
     try:
@@ -54,13 +54,13 @@ def _remove_damaged(folder: Path) -> None:
                 sound[path.name] = seen
             else:
                 path.unlink()
-        except FileNotFoundError:  # another command was first
+        except FileNotFoundError:  # another command has removed it
             continue
     write_json(folder / CHECKED, sound)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file decompresses up to its checksum."""
+    """Whether a file decompresses completely, checksum included."""
     stream = zlib.decompressobj()
     with path.open("rb") as file:
         if file.read(len(_ZSTANDARD)) == _ZSTANDARD:

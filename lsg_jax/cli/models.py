@@ -17,7 +17,7 @@ def add(command: Command) -> None:
     sub = command(
         "quickstart",
         _quickstart,
-        "the whole story on the embedded model, on CPU, in minutes",
+        "all steps on the embedded model, on CPU, in minutes",
         ("lsg quickstart", "lsg quickstart --out story"),
     )
     sub.add_argument("--out", type=Path, default=Path("lsg-quickstart"), metavar="DIR")
@@ -43,12 +43,12 @@ def add(command: Command) -> None:
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("hf_dir", type=Path, metavar="HF_DIR")
-    sub.add_argument("--trained", type=Path, metavar="RUN", help='with what a run of method = "full" has trained')
+    sub.add_argument("--trained", type=Path, metavar="RUN", help='replace the parts that a run of method = "full" has trained')
 
     sub = command(
         "inspect",
         _inspect,
-        "what a model folder, run folder, prepared records or gate file holds",
+        "show what a model folder, run folder, prepared records or gate file contains",
         ("lsg inspect lsg-quickstart/model", "lsg inspect lsg-quickstart/run --json"),
     )
     sub.add_argument("path", type=Path, metavar="PATH")

@@ -1,4 +1,4 @@
-"""Options that several commands share, opening a model as they say, and progress on stderr."""
+"""Options shared by several commands, opening the model that they name, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gate_options(sub: argparse.ArgumentParser) -> None:
 
 
 def benchmark_option(sub: argparse.ArgumentParser) -> None:
-    """--benchmark, which `named_paths` reads."""
+    """Adds --benchmark, for `named_paths`."""
     sub.add_argument(
         "--benchmark",
         nargs="+",
@@ -38,7 +38,7 @@ def benchmark_option(sub: argparse.ArgumentParser) -> None:
 
 
 def named_paths(pairs: list[str]) -> dict[str, str]:
-    """NAME=PATH -> {name: path}; the path is empty where there is none."""
+    """NAME=PATH -> {name: path}; the path is empty if there is none."""
     return {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
 
 
@@ -58,7 +58,7 @@ def load_model(options: argparse.Namespace, mesh: Any = None) -> Any:
 
 
 def sink_config(options: argparse.Namespace, base: Any) -> Any:
-    """The sink settings `base` with the fields of --sinks."""
+    """The sink settings `base`, with the fields of --sinks replaced."""
     from lsg_jax.config import SinkConfig, apply_override, from_dict, to_dict
 
     tree = to_dict(base)
@@ -68,22 +68,22 @@ def sink_config(options: argparse.Namespace, base: Any) -> Any:
 
 
 def process_options(sub: argparse.ArgumentParser) -> None:
-    """The options of a command that several processes may run together; it runs after they have found each other."""
+    """Adds the options of a command that several processes run together; they are connected before it runs."""
     group = sub.add_argument_group("several processes")
     group.add_argument("--multihost", action="store_true", help="this is one of several processes: find the others first")
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="of process 0; needed, like the next two, where no TPU slice, Slurm, Open MPI or Kubernetes says so",
+        help="address of process 0; needed, like the next two, without a TPU slice, Slurm, Open MPI or Kubernetes",
     )
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
     group.add_argument(
         "--heartbeat",
         type=int,
         default=distributed.HEARTBEAT,
         metavar="SECONDS",
-        help="how long one may be silent before all end; default: %(default)s",
+        help="a process that is silent for so long ends all; default: %(default)s",
     )
     run = sub.get_default("run")
     sub.set_defaults(run=lambda options: _run_joined(run, options))

@@ -1,4 +1,4 @@
-"""The command `lsg plan`: what a configuration needs on a TPU slice, and what it costs there, without a TPU."""
+"""The command `lsg plan`: memory, work and cost of a configuration on TPU slices, without a TPU."""
 
 from __future__ import annotations
 
@@ -44,12 +44,19 @@ def add(command: Command) -> None:
     rows.add_argument("--batch", type=int, metavar="N", help="training batch over all chips; default: that of CONFIG")
     rows.add_argument("--rows-per-chip", type=int, metavar="N", help="training batch for each chip: for weak scaling")
     sub.add_argument(
-        "--largest-batch", action=argparse.BooleanOptionalAction, default=True, help="look for it: two or three compilations"
+        "--largest-batch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="search for the largest training batch: two or three compilations",
     )
     sub.add_argument("--records", type=int, metavar="N", help="training examples; default: data.records if there, else 10000")
     sub.add_argument("--questions", type=int, metavar="N", help="default: of [eval.benchmarks], else CV-Bench and MMStar")
     sub.add_argument(
-        "--utilisation", type=float, default=UTILISATION, metavar="X", help="share of the peak rate; default: %(default)s"
+        "--utilisation",
+        type=float,
+        default=UTILISATION,
+        metavar="X",
+        help="share of the peak rate that a run reaches; default: %(default)s",
     )
     sub.add_argument(
         "--model-config",
@@ -73,7 +80,7 @@ def _plan(options: argparse.Namespace) -> None:
     from lsg_jax.run_config import load_run_config
 
     use_compile_cache()
-    jax.config.update("jax_platforms", "cpu")  # where there is a TPU, it is left alone
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is not used
     if not 0 < options.utilisation <= 1:
         raise InputError(f"--utilisation {options.utilisation:g}: give a share above 0, up to 1")
     if options.rows_per_chip is not None and options.rows_per_chip < 1:
@@ -95,7 +102,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:
-    """The shapes of the model, and where they were found."""
+    """The shapes of the model, and their source."""
     import dataclasses
     from importlib.resources import files
 

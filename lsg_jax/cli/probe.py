@@ -19,7 +19,7 @@ def add(command: Command) -> None:
     sub = command(
         "probe",
         _probe,
-        "what sinks and ordinary tokens tell about an image, layer by layer, by linear probes",
+        "what linear probes can read from sinks and from ordinary tokens, layer by layer",
         (
             "lsg probe lsg-quickstart/model --data scenes --images 500 --layers 0 4 7 --out probe",
             "lsg probe models/llava15_7b --data records/clevr --out probe",
@@ -30,10 +30,12 @@ def add(command: Command) -> None:
         "--data", required=True, metavar="scenes|FOLDER", help="rendered scenes, or what `lsg prepare --format clevr` wrote"
     )
     sub.add_argument("--test-data", type=Path, metavar="FOLDER", help="held-out images; default: a fifth of those of --data")
-    sub.add_argument("--images", type=int, metavar="N", help="a fifth of them held out; default: 5000, or what a folder has")
+    sub.add_argument("--images", type=int, metavar="N", help="images, a fifth held out; default: 5000, or all of a folder")
     sub.add_argument("--prompt", default="Describe the image.", metavar="TEXT", help="the question that goes with each image")
-    sub.add_argument("--draws", type=int, default=5, metavar="N", help="of ordinary tokens and of training images; default: 5")
-    sub.add_argument("--tokens", type=int, default=5, metavar="N", help="ordinary tokens a draw; default: 5")
+    sub.add_argument(
+        "--draws", type=int, default=5, metavar="N", help="random draws of ordinary tokens and of training images; default: 5"
+    )
+    sub.add_argument("--tokens", type=int, default=5, metavar="N", help="ordinary tokens per draw; default: 5")
     sub.add_argument("--seed", type=int, default=0, metavar="N")
     sub.add_argument("--layers", type=int, nargs="+", metavar="L", help="decoder layers, 0-based; default: all")
     sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time on each device; default: 8")
@@ -63,7 +65,7 @@ def _probe(options: argparse.Namespace) -> None:
     if options.data == SCENES:
         vlm = load_model(options, make_mesh(MeshConfig()))  # over all devices
         data = scene_data(options.images, side=vlm.config.vision.image_size, seed=options.seed)
-    else:  # a wrong folder shows before the model is loaded
+    else:  # a wrong folder is reported before the model is loaded
         data = clevr_data(Path(options.data), options.test_data, options.images, seed=options.seed)
         vlm = load_model(options, make_mesh(MeshConfig()))  # over all devices
     options.out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    """Accuracy in percent of each attribute and group: its mean over layers, and the best layer."""
+    """Accuracy in percent of each attribute and group: the mean over layers, and the best layer."""
     rows = [row for row in result["rows"] if row["metric"] == "accuracy"]
     lines = [f"{'attribute':<11}{'group':<10}{'mean':>6}{'best':>7}{'+-':>6}{'layer':>7}{'chance':>8}"]
     for attribute, group in dict.fromkeys((row["attribute"], row["group"]) for row in rows):

@@ -1,4 +1,4 @@
-"""The command that shows finished work: report."""
+"""The command `lsg report`: finished work as a page."""
 
 from __future__ import annotations
 

@@ -45,9 +45,9 @@ def add(command: Command) -> None:
         ),
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
-    sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, with those below it")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="write the TOML here as well")
-    sub.add_argument("--limit", type=int, default=256, metavar="N", help="use so many images, evenly spread by name (256)")
+    sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, searched with its subfolders")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="write the TOML to this file as well")
+    sub.add_argument("--limit", type=int, default=256, metavar="N", help="use N images, evenly spaced by name (256)")
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     sub.add_argument("--json", action="store_true", help="print the evidence as JSON instead of the TOML")
 
@@ -85,7 +85,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     with progress_bar("calibrate") as progress:
         result = calibrate(vlm, images, options.prompt, progress=progress)
     for skipped in result["skipped"]:
-        logger.warning("left out: %s", skipped)
+        logger.warning("skipped: %s", skipped)
     for warning in result["warnings"]:
         logger.warning("%s", warning)
     text = as_toml(result)
@@ -95,7 +95,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _images_below(folder: Path, limit: int) -> list[Path]:
-    """Image files in a folder and below it, by name; `limit` of them, evenly spread."""
+    """Image files in a folder and its subfolders, sorted by name; at most `limit` of them, evenly spaced."""
     if limit < 1:
         raise InputError(f"--limit is {limit}, it must be at least 1")
     if not folder.is_dir():

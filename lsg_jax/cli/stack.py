@@ -1,4 +1,4 @@
-"""The studies of trained gates: stack puts gates together, ablate trains them otherwise."""
+"""The studies of trained gates: stack combines gates, ablate trains variants of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(command: Command) -> None:
     sub = command(
         "stack",
         _stack,
-        "put gates of single layers together, greedily by what each gains alone",
+        "combine gates of single layers, greedily by the gain of each alone",
         (
             "lsg stack lsg-quickstart/config.toml --gates lsg-quickstart/run runs/layer4 --benchmark scenes",
             "lsg stack lsg-quickstart/config.toml --gates runs/each --benchmark scenes --select validation --joint",
@@ -29,7 +29,7 @@ def add(command: Command) -> None:
     sub.add_argument(
         "--select",
         metavar="NAME",
-        help="the benchmark that decides; on it the stack's change is optimistic, on the others it is not. "
+        help="the benchmark that decides; the stack's change is optimistic on it, not on the others. "
         "Default: the mean change over all",
     )
     sub.add_argument("--max-gates", type=int, default=5, metavar="N", help="the largest stack to try; default: 5")
@@ -38,7 +38,7 @@ def add(command: Command) -> None:
     sub = command(
         "ablate",
         _ablate,
-        "train the gates of CONFIG with other signals and groupings, and LoRA in their place",
+        "train the gates of CONFIG with other signals and groupings, and LoRA instead",
         (
             "lsg ablate lsg-quickstart/config.toml --benchmark scenes",
             "lsg ablate lsg-quickstart/config.toml --benchmark scenes --variants signal lora",
@@ -98,7 +98,7 @@ def _ablate(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace, study: str) -> tuple[Any, Path]:
-    """The configuration with the benchmarks of the command line, and the folder to write."""
+    """The configuration with the benchmarks of the command line, and the output folder."""
     import dataclasses
 
     from lsg_jax.run_config import load_run_config
@@ -109,7 +109,7 @@ def _open(options: argparse.Namespace, study: str) -> tuple[Any, Path]:
 
 
 def _stack_table(study: dict[str, Any], out: Path) -> str:
-    """The gates alone, the stack as it grows, and joint training, by what decided."""
+    """The single gates, the growing stack and joint training on the deciding benchmark; then every benchmark."""
     name = lambda layers: "+".join(f"L{layer}" for layer in layers)
     lines = [("one gate alone", "value", "change [95 %]")]
     lines += [(name([row["layer"]]), *_numbers(row)) for row in study["singles"]]
@@ -133,7 +133,7 @@ def _stack_table(study: dict[str, Any], out: Path) -> str:
 
 
 def _ablation_table(study: dict[str, Any]) -> str:
-    """Every variant on every benchmark, those left out, and how many parameters each trains."""
+    """Every variant on every benchmark with its number of trained parameters, and the skipped ones."""
     parts = []
     for benchmark, metric in dict.fromkeys((row["benchmark"], row["metric"]) for row in study["rows"]):
         lines = [("variant", "parameters", "value", "change [95 %]")]
@@ -146,7 +146,7 @@ def _ablation_table(study: dict[str, Any]) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> tuple[str, str]:
-    """Value, and change with its interval, as text; a dash for what is not known."""
+    """The value, and the change with its interval, as text; a dash for unknown numbers."""
     text = lambda of, sign="": "-" if row[of] is None else f"{row[of]:{sign}.2f}"
     if row["change"] is None:
         return text("value"), "-"
@@ -154,7 +154,7 @@ def _numbers(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, the first to the left and the others to the right."""
+    """Aligned columns, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]).rstrip()

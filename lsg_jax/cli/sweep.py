@@ -1,4 +1,4 @@
-"""The command `lsg sweep`: the oracle map, layers x fixed coefficients x tasks."""
+"""The command `lsg sweep`: the oracle map over layers, fixed coefficients and tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(command: Command) -> None:
     sub = command(
         "sweep",
         _sweep,
-        "what fixed key coefficients do to each task, layer by layer",
+        "the effect of fixed key coefficients on each task, layer by layer",
         (
             "lsg sweep lsg-quickstart/config.toml --layers 6 --step 0.5",
             "lsg sweep lsg-quickstart/config.toml --benchmark scenes --coefficients 0,1 1,0 --out sweeps/scenes",
@@ -37,10 +37,10 @@ def add(command: Command) -> None:
         "--step",
         type=float,
         metavar="X",
-        help="of the grid of coefficients that sum to 1; default: 0.1, with three groups 0.25",
+        help="step of the grid of coefficients that sum to 1; default: 0.1, with three groups 0.25",
     )
     which.add_argument(
-        "--coefficients", type=_numbers, nargs="+", metavar="A,B", help="these instead of a grid, e.g. 0,1 0.5,0.5"
+        "--coefficients", type=_numbers, nargs="+", metavar="A,B", help="coefficients in place of the grid, e.g. 0,1 0.5,0.5"
     )
     sub.add_argument(
         "--batch-size",
@@ -78,7 +78,7 @@ def _sweep(options: argparse.Namespace) -> None:
     batch_size = max(1, config.eval.batch_size // len(grid)) if options.batch_size is None else options.batch_size
     settings = SweepConfig(tuple(sorted(set(options.layers))), tuple(grid), options.grouping, batch_size)
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
-    asked = ask_all(questions)  # a wrong file shows before the model is loaded
+    asked = ask_all(questions)  # a wrong file is reported before the model is loaded
     use_compile_cache()
     vlm = open_to_answer(config, sinks=config.sinks)
     out = options.out or Path(config.output) / "sweep"

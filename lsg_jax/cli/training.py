@@ -132,7 +132,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     config = load_run_config(options.config, options.overrides)
     settings = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
-    asked = ask_all(settings)  # a wrong file shows before the model is loaded
+    asked = ask_all(settings)  # a wrong file is reported before the model is loaded
     use_compile_cache()
     output = Path(config.output)
     out = options.out or output / "eval"

@@ -1,8 +1,8 @@
 """Greedy answers to many questions: batches over all devices and processes, few shapes, images read ahead by threads.
 
-An answer should not depend on what it was computed along with. A question's length alone decides how it is padded. What is left
-are rounding errors, which differ with the shape of the batch and can decide a near tie between two tokens: such a question is
-answered again, alone on its device, whatever batch it came in.
+An answer should not depend on the other questions of its batch. So padding depends only on a question's own length. Rounding
+errors still differ with the shape of the batch and can decide a near tie between two tokens: such a question is answered again,
+alone on its device.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lsg_jax.model.generate import Generated
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.vlm import PROMPT_BUCKET, REPLY_TOKENS, VLM
 
-READ_AHEAD = 2  # batches whose images are read while one is computed
+READ_AHEAD = 2  # batches whose images are read while another is computed
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and how its gates stood.
+    """The model's answer and its gate ratios.
 
     Attributes:
         ratios: float32 [gated layers, G]; None without gates or without an image.
@@ -51,12 +51,12 @@ def answer(
     known: Mapping[int, Answer] | None = None,
     on_batch: OnBatch | None = None,
 ) -> list[Answer]:
-    """The model's answer to every item, in their order; a collective of all processes.
+    """The model's answer to every item, in their order. All processes must call it.
 
     Args:
         prompts: the user's turn of each item.
-        max_new_tokens: of each answer; this function does not look at `config.max_new_tokens`.
-        known: answers by position that need not be computed, the same in every process.
+        max_new_tokens: of each answer; `config.max_new_tokens` is ignored.
+        known: answers by position that are not computed again, the same in every process.
         on_batch: called after each batch with the new answers by position.
 
     Raises:
@@ -69,7 +69,7 @@ def answer(
     text_only = all(items[i].image is None for i in encoded)
 
     def run(asked: Mapping[int, Encoded], batch_size: int, near_tie: float) -> list[int]:
-        """Answers the questions, but for those that come near a tie: their positions are returned."""
+        """Answers the questions; returns the positions of near ties, which stay open."""
         size = batch_size * batch_rows(vlm.mesh)
         rows = local_rows(vlm.mesh, size)
         undecided = []
@@ -123,7 +123,7 @@ def near_tie_of(vlm: VLM, config: EvalConfig) -> float:
 
 
 def plan(encoded: Mapping[int, Encoded], size: int) -> list[list[int]]:
-    """Batches of exactly `size` positions, each of one length bucket; the last of a bucket repeats its first member."""
+    """Batches of exactly `size` positions, each of one length bucket; the last of a bucket is padded with its first member."""
     buckets: dict[int, list[int]] = {}
     for i, e in encoded.items():
         buckets.setdefault(-(-len(e.ids) // PROMPT_BUCKET), []).append(i)
@@ -137,7 +137,7 @@ def plan(encoded: Mapping[int, Encoded], size: int) -> list[list[int]]:
 
 
 def encode_item(processor: Processor, item: Item, prompt: str, config: EvalConfig) -> Encoded:
-    """The question as tokens. Raises InputError that names the item if it is too long."""
+    """The tokens of a question. Raises InputError that names the item if it is too long."""
     try:
         return processor.encode_question(prompt, has_image=item.image is not None, max_length=config.max_length)
     except RecordError as error:
@@ -155,7 +155,7 @@ def item_pixels(processor: Processor, item: Item) -> np.ndarray | None:
 def _batches(
     batches: Iterable[list[int]], rows: list[int], items: Sequence[Item], processor: Processor, threads: int
 ) -> Iterator[tuple[list[int], list[np.ndarray | None]]]:
-    """(members, pixels of this process's rows), images being read ahead of their turn."""
+    """Yields (members, pixels of this process's rows); images are read in advance."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[list[int], list[Future]]] = deque()
         try:

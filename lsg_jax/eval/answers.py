@@ -1,8 +1,8 @@
-"""The log of what a model answered: appended batch by batch, so that a run that was stopped goes on where it was.
+"""The log of a model's answers, appended batch by batch, from which an interrupted run resumes.
 
-One file for each benchmark, method and meaning (weights, gates, sinks, decoding, text template, files): answers given under
-other settings are never taken for these. A line is `{"id", "prompt": sha256 of the prompt, "output"}`, with `ratios` if there
-are gates.
+There is one file for each benchmark, method and set of settings (weights, gates, sinks, decoding, text template, files), so
+answers under other settings are never reused. A line is `{"id", "prompt": sha256 of the prompt, "output"}`, with `ratios` if
+there are gates.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lsg_jax.eval.benchmark import Item
 
 
 class AnswerLog:
-    """Answers to `items` under one meaning. Process 0 reads and writes; the others are told.
+    """Answers to `items` under one set of settings. Process 0 reads and writes, and broadcasts what it reads.
 
     Args:
-        folder: where logs lie.
-        name: benchmark and method, for the file's name.
-        meaning: all that decides an answer besides item and prompt, as plain data.
+        folder: of the logs.
+        name: benchmark and method, for the file name.
+        meaning: everything that determines an answer besides item and prompt, as plain data.
     """
 
     def __init__(self, folder: Path, name: str, meaning: Mapping[str, Any], items: Sequence[Item], prompts: Sequence[str]):
@@ -35,7 +35,7 @@ class AnswerLog:
         self._lines = [{"id": item.id, "prompt": text_sha256(prompt)} for item, prompt in zip(items, prompts, strict=True)]
 
     def known(self) -> dict[int, Answer]:
-        """Answers of earlier runs by position; a collective."""
+        """Answers of earlier runs by position. All processes must call it."""
         found: dict[str, tuple[str, Any]] = {}
         if is_primary() and self.path.exists():
             position = {(line["id"], line["prompt"]): str(i) for i, line in enumerate(self._lines)}
@@ -44,18 +44,18 @@ class AnswerLog:
                     line = json.loads(text)
                     found[position[line["id"], line["prompt"]]] = (line["output"], line.get("ratios"))
                 except (ValueError, KeyError, TypeError):
-                    continue  # the line that a kill cut short, or a question that is not asked now
+                    continue  # a line that a kill cut short, or a question that this run does not ask
         shared = json.loads(share_bytes(json.dumps(found).encode()))
         return {int(i): Answer(text, None if r is None else np.array(r, np.float32)) for i, (text, r) in shared.items()}
 
     def add(self, answers: Mapping[int, Answer]) -> None:
-        """Appends a batch; on disk when this returns."""
+        """Appends the answers of a batch by position."""
         if not is_primary():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps({**self._lines[i], **_plain(answer)}) + "\n" for i, answer in answers.items())
         with self.path.open("a", encoding="utf-8") as file:
-            # A line that a kill cut short is closed, so that it spoils nothing but itself.
+            # The newline ends a line that a kill cut short, so that only that line is lost.
             file.write(text if file.tell() == 0 else "\n" + text)
 
 

@@ -1,7 +1,7 @@
-"""What a benchmark is: rows -> items, prompt, match, metrics. One file each in `benchmarks/`; nothing here runs a model.
+"""A benchmark: rows -> items, prompt, match, metrics. One file each in `benchmarks/`; nothing here runs a model.
 
-A metric is a function of item weights, not of a list of items. With all weights one it is the score; with the counts of a
-resample with replacement it is the bootstrap's, and a thousand resamples are one call.
+A metric is a function of item weights. With all weights 1 it gives the score; with the counts of a resample with replacement
+it gives the score of that resample, so a thousand bootstrap resamples are one call.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lsg_jax.errors import InputError
 
 
 class ImageSource(Interface):
-    """An image that is read when it is needed."""
+    """An image that is read on demand."""
 
     def read(self) -> bytes | Image.Image:
-        """The encoded file, or the image itself. Raises InputError that names the file and row."""
+        """The encoded file, or the decoded image. Raises InputError that names the file and row."""
         ...
 
 
@@ -32,11 +32,11 @@ class Item:
 
     Attributes:
         id: unique within the benchmark, the same in every run.
-        question: as the file states it.
-        answers: accepted answers; of multiple choice the one letter, of yes/no `yes` or `no`.
-        choices: texts of the choices, A first; empty where the question itself lists them or there are none.
-        image: None for a question of text only.
-        fields: what items are grouped by and prompts are made of (category, task, source, hint, ...); unknown to the runner.
+        question: as in the file.
+        answers: accepted answers; for multiple choice one letter, for yes/no questions `yes` or `no`.
+        choices: texts of the choices, A first; empty if the question lists them itself or there are none.
+        image: None for a text-only question.
+        fields: values for grouping and prompts (category, task, source, hint, ...); the runner does not interpret them.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Match:
-    """How an output was read (None: not at all) and what it scores, in [0, 1]."""
+    """How the matcher read an output (None: it found no answer), and its score in [0, 1]."""
 
     parsed: str | None
     score: float
@@ -57,13 +57,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Graded:
-    """Items with what they scored, as columns.
+    """N items with their scores, as columns.
 
     Attributes:
-        items: the N items.
-        parsed: what each output was read as.
+        parsed: how the matcher read each output.
         score: float64 [N], in [0, 1].
-        weight: float64 [R, N], how often each item counts; ones [1, N] for the score itself.
+        weight: float64 [R, N], the count of each item in each of R resamples; ones [1, N] for the score itself.
     """
 
     items: Sequence[Item]
@@ -72,7 +71,7 @@ class Graded:
     weight: np.ndarray
 
     def where(self, name: str, value: str) -> np.ndarray:
-        """bool [N], the items whose field `name` is `value`."""
+        """bool [N]: which items have `value` in the field `name`."""
         return np.array([item.fields.get(name) == value for item in self.items], bool)
 
     def values(self, name: str) -> list[str]:
@@ -81,7 +80,7 @@ class Graded:
 
 
 Metrics = dict[str, np.ndarray]
-"""name -> float64 [R]; in percent unless the benchmark says otherwise. NaN where a resample has no item of a group."""
+"""name -> float64 [R], in percent unless the benchmark says otherwise. NaN where a resample has no item of a group."""
 
 
 def mean(graded: Graded, mask: np.ndarray | None = None, *, score: np.ndarray | None = None) -> np.ndarray:
@@ -97,12 +96,12 @@ def mean(graded: Graded, mask: np.ndarray | None = None, *, score: np.ndarray | 
 
 
 def by(graded: Graded, name: str) -> Metrics:
-    """Mean score in percent of every value of the field `name`: {value: [R]}."""
+    """Mean score in percent for every value of the field `name`: {value: [R]}."""
     return {value: mean(graded, graded.where(name, value)) for value in graded.values(name)}
 
 
 def macro(groups: Metrics) -> np.ndarray:
-    """Unweighted mean of groups: [R]."""
+    """Unweighted mean over groups: [R]."""
     return np.mean(list(groups.values()), axis=0)
 
 
@@ -112,20 +111,19 @@ class Benchmark:
 
     Attributes:
         name: as in `--benchmark NAME=PATH`.
-        read: opens what the user points at -> items, in the order of the file. Raises InputError that names the missing column
-            or category, a duplicate id, or an answer outside the choices.
-        prompt: (item, protocol) -> the user's turn without the image tag.
-        match: (item, output, protocol) -> how the output is read and what it scores.
-        metrics: every aggregate that somebody reports, whatever the protocol.
-        official: protocol -> name of the metric that is *the* score. A protocol that has no rules of its own for this benchmark
-            is left out, and then `paper`'s are used and the result says so.
-        size: rows of the official file. None: any number is whole (own question files).
-        unit: field whose equal values are resampled together, since their items are not independent (images with several
-            questions); None: each item alone.
-        guess_by: field by which the majority baseline guesses: the most frequent answer among items of equal value; None: among
-            all.
-        task: field that says what kind of question an item is, for tables by task; None: all are of one.
-        max_new_tokens: {protocol: tokens}, the protocol's own limit where it has one; the run's setting goes before it.
+        read: PATH of the command line -> items, in the order of the file. Raises InputError that names the missing column or
+            category, a duplicate id, or an answer that is not among the choices.
+        prompt: (item, protocol) -> the user's turn, without the image tag.
+        match: (item, output, protocol) -> how the output is read, and its score.
+        metrics: all aggregates that are reported anywhere, whatever the protocol.
+        official: protocol -> name of the metric that is the official score. A protocol without rules for this benchmark is left
+            out; the rules of `paper` are used then, and the result says so.
+        size: rows of the official file; None: a file of any size is complete (own questions).
+        unit: field; items of equal value are resampled together because they are not independent (several questions about one
+            image). None: each item is a unit.
+        guess_by: field; the majority baseline guesses the most frequent answer among items of equal value. None: among all.
+        task: field with the kind of question, for tables by task; None: all are of one kind.
+        max_new_tokens: protocol -> its own limit, where it has one; `eval.max_new_tokens` overrides it.
     """
 
     name: str
@@ -151,7 +149,7 @@ def check_unique(items: Sequence[Item], where: str) -> None:
 
 
 def check_values(found: Iterable[Any], expected: Iterable[str], *, what: str, where: str) -> None:
-    """Raises InputError unless the distinct values of a column are exactly the expected ones; names those that differ."""
+    """Raises InputError unless the distinct values of a column are exactly the expected ones; it names the differences."""
     found, expected = set(map(str, found)), set(expected)
     if missing := sorted(expected - found):
         raise InputError(f"{where}: no rows of {what} {', '.join(missing)}; is this the whole file?")

@@ -1,8 +1,8 @@
-"""How each protocol reads the letter of a multiple-choice answer out of what a model wrote.
+"""How each protocol extracts the letter of a multiple-choice answer from an output.
 
-They agree on `B` and differ on anything wordier, so each has its own matcher, oddities included: a score is comparable only if
-outputs are read as the numbers it is compared with were read. Outputs come without surrounding white space. All are held by
-outcomes of the real code (`tests/golden/record_choice.py`).
+They agree on `B` and differ on longer outputs. Each has its own matcher, quirks included, since scores are comparable only
+if outputs are read in the same way. Outputs come without surrounding white space. All matchers are tested against outcomes of
+the original code (`tests/golden/record_choice.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ LETTERS = string.ascii_uppercase
 
 
 def letter_match(item: Item, letter: str | None) -> Match:
-    """Scores a letter against the right one."""
+    """Scores a letter against the correct one."""
     return Match(letter, float(letter == item.answers[0]))
 
 
 def answer_letter(index: object, choices: Sequence[str], where: str) -> str:
-    """The letter of the right choice from its position, 0 for A. Raises InputError if there is no such choice."""
+    """The letter of the correct choice from its position, 0 for A. Raises InputError if there is no such choice."""
     position = int(str(index)) if str(index).isdecimal() else -1
     if not 0 <= position < min(len(choices), len(LETTERS)):
         raise InputError(f"{where}: answer {index!r} is no position among {len(choices)} choices, counted from 0")
@@ -32,14 +32,14 @@ def answer_letter(index: object, choices: Sequence[str], where: str) -> str:
 
 
 def check_letter(letter: object, count: int, where: str) -> str:
-    """The right letter as the file gives it. Raises InputError unless it is one of the first `count`."""
+    """The correct letter as given in the file. Raises InputError unless it is one of the first `count`."""
     if not isinstance(letter, str) or len(letter) != 1 or letter not in LETTERS[:count]:
         raise InputError(f"{where}: answer {letter!r} is none of {', '.join(LETTERS[:count])}")
     return letter
 
 
 def chosen_letter(output: str, count: int) -> str | None:
-    """The letter of an output: `B`, `(B)`, `B.`, `B. a cat`; None for anything wordier. Ours, for protocol `paper`."""
+    """The letter of an output: `B`, `(B)`, `B.`, `B. a cat`; None for other outputs. Our own rule, for protocol `paper`."""
     match = re.match(rf"\(?([A-{LETTERS[count - 1]}])(?:[).:,]|\s*$)", output.strip())
     return match[1] if match else None
 
@@ -66,9 +66,9 @@ _LMMS_PHRASES = (
 
 
 def lmms_letter(output: str, letters: str = "ABCD") -> str | None:
-    """lmms-eval's shared extractor (MMStar, RealWorldQA): of all readings the surest kind, of one kind the last in the text.
+    """lmms-eval's shared extractor (MMStar, RealWorldQA): the match of highest rank, among equal ranks the last in the text.
 
-    It wants no word boundaries, so `A cat` is A, and `The answer is B, not D` is D.
+    It needs no word boundaries: `A cat` is A, and `The answer is B, not D` is D.
     """
     text = output.strip()
     for mark in ",.!?;:'\"":
@@ -90,7 +90,7 @@ def lmms_letter(output: str, letters: str = "ABCD") -> str | None:
 
 
 def lmms_dotted_letter(output: str) -> str | None:
-    """lmms-eval on AI2D: `B. ...`, or nothing but one letter and punctuation, in either case."""
+    """lmms-eval on AI2D: `B. ...`, or a single letter in either case with only punctuation around it."""
     if match := re.match(r"\s*([A-Z])\.", output):
         return match[1]
     bare = "".join(char for char in output if char not in string.punctuation).upper()
@@ -106,7 +106,7 @@ def lmms_scienceqa_letter(output: str) -> str | None:
 
 
 def lmms_first_letter(output: str) -> str | None:
-    """lmms-eval on CV-Bench: the first letter after brackets and spaces, though it may begin a word (`Based on` is B)."""
+    """lmms-eval on CV-Bench: the first letter after brackets and spaces, even of a word (`Based on` is B)."""
     match = re.match(r"[(\s]*([A-Za-z])", output)
     return match[1].upper() if match else None
 
@@ -129,24 +129,24 @@ _TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
 def vlmevalkit_prompt(question: str, choices: Sequence[str]) -> str:
-    """VLMEvalKit's LLaVA on multiple choice; like LLaVA-1.5, but that it asks in Chinese where anything is Chinese."""
+    """VLMEvalKit's LLaVA prompt for multiple choice: that of LLaVA-1.5, with a Chinese request if the question is Chinese."""
     prompt = multiple_choice_prompt(question, choices)
     return prompt.removesuffix(LETTER_SUFFIX) + "\n请直接回答选项字母。" if re.search("[\u4e00-\u9fff]", prompt) else prompt
 
 
 def vlmevalkit_letter(output: str, choices: Sequence[str]) -> str | None:
-    """VLMEvalKit without a judge: the one letter that stands alone, else the one choice whose text is in the output.
+    """VLMEvalKit without a judge: the only letter that is a word, else the only choice whose text is in the output.
 
     Two letters or two texts are no answer. An article counts as a letter: `A cat` is A.
 
     Args:
-        choices: their texts, A first; "" for one that is not known.
+        choices: texts, A first; "" for an unknown one.
     """
     if any(refusal in output for refusal in _REFUSALS):
         return None
     words = output.translate(_TO_SPACE).split()
     named = [letter for letter in LETTERS[: len(choices)] if letter in words]
-    if not named and "Z" in words:  # its judge's letter for "none of them"
+    if not named and "Z" in words:  # the letter by which its judge says "none of them"
         return None
     if len(named) != 1:
         named = [letter for letter, text in zip(LETTERS, choices, strict=False) if text.lower() in output.lower()]
@@ -157,21 +157,21 @@ def vlmevalkit_letter(output: str, choices: Sequence[str]) -> str | None:
 
 
 def cambrian_text(output: str) -> str:
-    """Cambrian-1's evaluation: what stands after the last `answer is` or `answer:`, in lower case.
+    """Cambrian-1's evaluation: the text after the last `answer is` or `answer:`, in lower case.
 
-    A colon after `answer is` stays, so `The answer is: B` is read as `: b`, by the first character no letter.
+    A colon after `answer is` stays: `The answer is: B` becomes `: b`, whose first character is no letter.
     """
     return output.lower().split("answer is")[-1].split("answer:")[-1].strip()
 
 
 def cambrian_letter(output: str) -> str | None:
-    """Cambrian-1 on CV-Bench, SEED-Bench and AI2D: first character after opening brackets, though it may begin a word."""
+    """Cambrian-1 on CV-Bench, SEED-Bench and AI2D: the first character after opening brackets, even of a word."""
     first = cambrian_text(output).lstrip("(")[:1].upper()
     return first if first and first in LETTERS else None
 
 
 def cambrian_word(output: str) -> str | None:
-    """Cambrian-1 on MMStar: the first word, less `.:,` at its end; `(B)` is wrong."""
+    """Cambrian-1 on MMStar: the first word without `.:,` at its end; `(B)` is wrong."""
     words = output.upper().split()
     word = words[0].rstrip(".:,") if words else ""
     return word if len(word) == 1 and word in LETTERS else None

@@ -1,4 +1,4 @@
-"""How probable given answers are, for benchmarks that compare choices by their likelihood instead of generating."""
+"""Log likelihoods of given answers, for benchmarks that compare choices by likelihood instead of generating."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SLOT_BUCKET = 8  # answer lengths are rounded up to a multiple, so that few shap
 def log_likelihoods(
     vlm: VLM, items: Sequence[Item], prompts: Sequence[str], answers: Sequence[str], config: EvalConfig
 ) -> list[tuple[float, bool]]:
-    """For every item the log probability in nats of its answer after its prompt, and whether greedy decoding would write it.
+    """For every item the log probability in nats of its answer after its prompt, and whether greedy decoding would give it.
 
-    The text template decides what stands between prompt and answer, so outer whitespace of an answer does not count; nor does
-    the end marker. Gates read at the end of the prompt, as they do in generation. A collective of all processes.
+    The text template sets the text between prompt and answer, so whitespace around an answer does not count, nor does the end
+    marker. Gates read at the end of the prompt, as in generation. All processes must call it.
 
     Raises:
-        InputError: prompt and answer are too long together, or an image cannot be read; names the item.
+        InputError: prompt and answer together are too long, or an image cannot be read; names the item.
     """
     processor = vlm.make_processor(config.image_aspect, config.template)
     encoded = {i: _encode(processor, items[i], prompts[i], answers[i], config) for i in range(len(items))}
@@ -83,7 +83,7 @@ def _batch(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _score(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
-    """Log probabilities float32 [B], greedy bool [B]; only the answer slots reach the output head."""
+    """Log probabilities float32 [B], greedy bool [B]; only the answer slots pass through the output head."""
     model = assemble(graphdef, params)
     logits = model.language_model.logits(model(batch, rows=jnp.asarray(batch.answer_index)).hidden)
     used = batch.answer_target != IGNORE

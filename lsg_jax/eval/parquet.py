@@ -1,4 +1,4 @@
-"""Benchmark files as users have them: Parquet, one file, a folder or a glob. Columns are checked first, images read late."""
+"""Reads benchmark files: Parquet, one file, a folder or a glob. Columns are checked first, images read on demand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ImageCell:
 
 
 class ParquetFile:
-    """One file. The row group that was read last is kept, since neighbours are asked for next."""
+    """One file. The row group that was read last is kept in memory, since neighbouring rows usually follow."""
 
     def __init__(self, path: Path):
         import pyarrow
@@ -67,7 +67,7 @@ class ParquetFile:
         self._lock = threading.Lock()
 
     def rows(self, columns: Iterable[str]) -> list[dict[str, Any]]:
-        """All rows of some columns as plain data."""
+        """All rows of the given columns as plain data."""
         return self._file.read(columns=list(columns)).to_pylist()
 
     def cell(self, row: int, column: str) -> Any:
@@ -81,7 +81,7 @@ class ParquetFile:
             return self._held[2][row - self._starts[group]].as_py()
 
     def is_null(self, row: int, column: str) -> bool:
-        """Whether a cell is null, without reading the images of a column of `{bytes, path}`."""
+        """Whether a cell is null. Does not read the images of a column of `{bytes, path}`."""
         import pyarrow
 
         if column not in self._nulls:
@@ -93,7 +93,7 @@ class ParquetFile:
         return nulls is not None and nulls[row]
 
     def _has_no_nulls(self, column: str) -> bool:
-        """Whether the file's statistics rule out a null: if a cell were null, so were each of its parts."""
+        """Whether the file's statistics rule out nulls: if a cell is null, so is each of its parts."""
         counts: dict[str, int] = {}
         for group in range(self._file.num_row_groups):
             described = self._file.metadata.row_group(group)
@@ -116,7 +116,7 @@ def _not_parquet(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: `row["column"]` of the columns that were asked for, and its images by `image()`."""
+    """One row: `row["column"]` for the requested columns, `image()` for its images."""
 
     file: ParquetFile
     number: int  # within the file, from 0
@@ -129,7 +129,7 @@ class Row:
         return self.values.get(column, default)
 
     def image(self, column: str = "image") -> ImageCell | None:
-        """The image of a column; None if the row has none (null)."""
+        """The image of a column; None if the cell is null."""
         return None if self.file.is_null(self.number, column) else ImageCell(self.file, self.number, column)
 
     @property
@@ -139,16 +139,16 @@ class Row:
 
 
 def read_rows(path: str, *, needs: Iterable[str], images: Iterable[str] = (), optional: Iterable[str] = ()) -> list[Row]:
-    """Rows of the Parquet files of `path` that have all columns `needs` and `images`, files in the order of their names.
+    """Rows of the Parquet files of `path` that have all columns `needs` and `images`, files sorted by name.
 
-    Only `needs` and those `optional` columns that are there are read. A folder or glob may hold other tables too (GQA keeps its
-    images in one of their own); a file that lacks a column is skipped if another has them all.
+    Only `needs` and the existing `optional` columns are read. A folder or glob may hold other tables too (GQA has one for its
+    images); a file that lacks a column is skipped if another file has all of them.
 
     Args:
         path: a file, a folder (searched with its subfolders), or a glob.
 
     Raises:
-        InputError: nothing there, no Parquet, or a column is missing; the message lists which, and which there are.
+        InputError: no file, no Parquet, or a missing column; the message lists the missing and the existing columns.
     """
     needs, images, optional = list(needs), list(images), list(optional)
     opened = [ParquetFile(file) for file in parquet_files(path)]

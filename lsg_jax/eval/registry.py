@@ -1,4 +1,4 @@
-"""Which benchmark a name means."""
+"""The benchmarks by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def find_benchmark(name: str, path: str) -> Benchmark:
-    """The benchmark of that name; for a `.jsonl` of own questions under any other name, `QUESTIONS`.
+    """The benchmark of that name; `QUESTIONS` for a `.jsonl` file of own questions under any other name.
 
     Raises:
         InputError: the name is unknown, or the path is missing.

@@ -1,6 +1,6 @@
-"""Matchers of short answers that several benchmarks share, equal to the evaluation codes that published scores come from.
+"""Matchers of short answers shared by several benchmarks, equal to the code that published scores were computed with.
 
-What is odd about those codes is kept, and said: a score is comparable only with the same reading of the outputs.
+Quirks of that code are kept and documented: scores are comparable only if outputs are read in the same way.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _CONTRACTED = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-# each with one apostrophe forgotten -> as it should be; `somebody'd` goes the wrong way in the VQA evaluation, so here too
+# spelling without one of the apostrophes -> correct spelling; `somebody'd` is reversed, as in the VQA evaluation
 _CONTRACTIONS = {
     word[:at] + word[at + 1 :]: word for word in _CONTRACTED.split() for at, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}
 
 
 def yes_or_no(answer: object, where: str) -> str:
-    """The true answer of a yes/no question in lower case. Raises InputError, which starts with `where`, for any other."""
+    """The correct answer of a yes/no question in lower case. Raises InputError, which starts with `where`, for any other."""
     text = str(answer).strip().lower().removesuffix(".")
     if text not in ("yes", "no"):
         raise InputError(f"{where}: answer {answer!r} is neither yes nor no")
@@ -40,18 +40,18 @@ def yes_or_no(answer: object, where: str) -> str:
 
 
 def yes_or_no_word(output: str) -> str | None:
-    """`yes` or `no` if just one of them is a word of the output (VLMEvalKit's `YOrN_Extraction`); else None."""
+    """`yes` or `no` if exactly one of them is a word of the output (VLMEvalKit's `YOrN_Extraction`); else None."""
     words = strip_punctuation(output.lower()).split()
     found = [word for word in ("yes", "no") if word in words]
     return found[0] if len(found) == 1 else None
 
 
 def strip_punctuation(text: str) -> str:
-    """Punctuation as the VQA evaluation removes it.
+    """Removes punctuation as the VQA evaluation does.
 
-    A mark that stands beside a space anywhere in the text is deleted, and so is every mark if the text has a comma between
-    digits (1,000); otherwise it becomes a space. Periods go unless a digit follows, the first 32 of them: the original passes
-    `re.UNICODE`, which is 32, where the count belongs.
+    A mark that is next to a space anywhere in the text is deleted; every mark is deleted if the text has a comma between digits
+    (1,000); otherwise it becomes a space. The first 32 periods that no digit follows are deleted: the original passes
+    `re.UNICODE`, which is 32, as the count.
     """
     deletes_all = re.search(r"\d,\d", text) is not None
     stripped = text
@@ -62,25 +62,25 @@ def strip_punctuation(text: str) -> str:
 
 
 def vqa_answer(text: str) -> str:
-    """An answer as VLMEvalKit compares it: punctuation, number words, articles and contractions normalised."""
+    """The normal form in which VLMEvalKit compares answers: punctuation, number words, articles, contractions."""
     text = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def m4c_answer(text: str) -> str:
-    """An answer as LLaVA, Cambrian and lmms-eval compare it (their M4C evaluator).
+    """The normal form in which LLaVA, Cambrian and lmms-eval compare answers (their M4C evaluator).
 
-    Commas and question marks go first, so that 1,000 is 1000, and a possessive 's becomes a word of its own.
+    Commas and question marks are deleted first, so 1,000 becomes 1000, and a possessive 's becomes a separate word.
     """
     return vqa_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def soft_accuracy(answer: str, annotators: Sequence[str]) -> float:
-    """VQA accuracy: for every annotator min(1, how many of the others gave this answer / 3), averaged over annotators.
+    """VQA accuracy: for every annotator min(1, number of others who gave this answer / 3), averaged over annotators.
 
-    With ten annotators that is 0, 0.3, 0.6, 0.9 and 1 for an answer that 0, 1, 2, 3 and 4 or more of them gave. Both sides
-    normalised alike before.
+    With ten annotators it is 0, 0.3, 0.6, 0.9 and 1 for an answer that 0, 1, 2, 3 and 4 or more of them gave. Both sides must
+    have the same normal form.
     """
     same = sum(answer == other for other in annotators)
     others = len(annotators) - same
@@ -88,9 +88,9 @@ def soft_accuracy(answer: str, annotators: Sequence[str]) -> float:
 
 
 def relaxed_match(output: str, target: str) -> bool:
-    """ChartQA's relaxed accuracy: within 5 % of the target where both are numbers, else equal but for case.
+    """ChartQA's relaxed accuracy: within 5 % of the target if both are numbers, else equal up to case.
 
-    `10%` is 0.1; digits grouped by commas are text. A target of 0 is compared as text, since 5 % of it is nothing.
+    `10%` is 0.1; digits grouped by commas are text. A target of 0 is compared as text, since 5 % of it is 0.
     """
     found, wanted = _number(output), _number(target)
     if found is not None and wanted:

@@ -1,4 +1,4 @@
-"""What TPUs can do, and opening the topology of a slice that is not there."""
+"""Peak rates of TPUs, and topologies of slices that programs can be compiled for without the hardware."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak rates of one JAX device, which is a chip, but half a chip of tpu7x.
+    """Peak rates of one JAX device: a chip, or half a chip of tpu7x.
 
     Attributes:
-        hbm_gib: main memory that a program may use, as libtpu 0.0.42 states it; a little less than the chip has.
+        hbm_gib: main memory that a program may use, by libtpu 0.0.42; a little less than the chip has.
         tflops: matrix products of bfloat16, TFLOP/s.
         hbm_gbps: main memory, GB/s.
         link_gbps: one link to a neighbour, in one direction, GB/s.
-        ring: a side of the slice whose length is a multiple of it is closed to a ring.
+        ring: sides of the slice whose length is a multiple of it are closed to rings.
         shapes: common slices.
         source: where the peak rates are published.
+        per_chip: devices per chip.
     """
 
     name: str
@@ -56,7 +57,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice by name, such as `v5e:4x4`, and devices that programs can be compiled for, but not run on."""
+    """A slice such as `v5e:4x4`, with devices that programs can be compiled for but not run on."""
 
     name: str
     chip: Chip
@@ -69,13 +70,13 @@ class Topology:
 
     @property
     def ici_gbps(self) -> float:
-        """What the chip with the fewest links, in a corner, can receive, GB/s; infinite for a chip alone."""
+        """Receiving rate of a chip in a corner, which has the fewest links, GB/s; infinite for a single chip."""
         links = sum(0 if side == 1 else 2 if side % self.chip.ring == 0 else 1 for side in self.shape)
         return links * self.chip.link_gbps or math.inf
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """`v5e:4x4` -> the chip and the sides of the slice. Raises InputError that lists what is known."""
+    """`v5e:4x4` -> the chip and the sides of the slice. Raises InputError that lists the known ones."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if found is None or found[1] not in CHIPS:
         known = "; ".join(f"{chip.name}:{{{', '.join(chip.shapes)}}}" for chip in CHIPS.values())
@@ -84,7 +85,7 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of a slice for ahead-of-time compilation; sets what libtpu reads from the environment.
+    """The devices of a slice for ahead-of-time compilation; sets the environment variables that libtpu reads.
 
     Raises:
         InputError: no such topology, libtpu is not installed, or another process holds it.
@@ -95,9 +96,9 @@ def open_topology(name: str) -> Topology:
     chip, shape = parse_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("the TPU compiler, libtpu, is not installed: pip install 'lsg_jax[plan]'")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU to ask about
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compiling takes no TPU from anyone
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # it would complain, and goes by the name of the topology
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU to query
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compiling does not occupy a TPU
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # libtpu warns without it, but uses the topology's name
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     if shape == (1, 1):
@@ -108,7 +109,7 @@ def open_topology(name: str) -> Topology:
         text = str(error)
         if "lockfile" in text or "in use" in text:
             raise InputError(
-                "libtpu is locked by another process: end it, or remove /tmp/libtpu_lockfile if none runs"
+                "libtpu is locked by another process: end it, or remove /tmp/libtpu_lockfile if there is none"
             ) from None
         raise InputError(f"--topology {name}: libtpu refuses it: {text.splitlines()[0][:200]}") from None
     return Topology(name, chip, shape, tuple(devices))

@@ -1,14 +1,14 @@
-"""The work of a compiled program, counted from the optimised HLO of one chip, each loop times the trips that it makes.
+"""The work of a compiled program, counted from the optimised HLO of one chip, each loop times its trip count.
 
-`compiled.cost_analysis()` counts the body of a loop once, which for layers under a scan is wrong by their number.
+`compiled.cost_analysis()` counts the body of a loop once, which underestimates scanned layers by a factor of their number.
 
 What is counted, of one chip:
-    FLOPs          multiplications and additions of matrix products, convolutions and kernels, wherever XLA has fused them
-    HBM bytes      operands and results of what runs one after the other, where they lie in main memory: an estimate of the
-                   traffic, without padding. A slice counts what it takes, not what it is taken from
-    host bytes     what moves between main memory and the host's
-    collectives    how many are started, by kind, and the bytes that the chip receives in them: of an all-gather what the others
-                   hold, of an all-reduce twice that (a reduce-scatter and an all-gather)
+    FLOPs          multiplications and additions of matrix products, convolutions and kernels, also inside fusions
+    HBM bytes      operands and results in main memory of the top-level instructions: an estimate of the traffic, without
+                   padding. A slice counts with the bytes that it reads, not with the whole operand
+    host bytes     transfers between main memory and the host's memory
+    collectives    their number by kind, and the bytes that the chip receives: in an all-gather the shards of the other chips,
+                   in an all-reduce twice that (a reduce-scatter and an all-gather)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclass(frozen=True)
 class Work:
-    """What one chip does in one run of a program; see the head of this module. `received` is in bytes."""
+    """The work of one chip in one run of a program; see the module docstring. `received` is in bytes, by kind."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
@@ -52,7 +52,7 @@ class Work:
 
     @property
     def received_bytes(self) -> float:
-        """Of all kinds together."""
+        """Sum over all kinds."""
         return sum(self.received.values())
 
     def __add__(self, other: Work) -> Work:
@@ -81,9 +81,9 @@ def analyse(hlo: str, *, trips: Mapping[str, float] | None = None, kernels: Call
     """Counts the work of an optimised module, `compiled.as_text()`.
 
     Args:
-        trips: how often loops run whose length the program does not fix, by the name of the function of the source in which
-            they stand (`decode_greedily`), the innermost first. A mean is right where the work is linear in it.
-        kernels: FLOPs of a kernel, of which the text shows only the shapes.
+        trips: trip counts of loops whose length the program does not fix, by the name of the innermost source function that
+            contains them (`decode_greedily`). A mean is right if the work is linear in it.
+        kernels: FLOPs of a kernel; the HLO text shows only its shapes.
 
     Raises:
         ValueError: a loop of unknown length that `trips` does not name, or a kernel that `kernels` does not know.
@@ -94,7 +94,7 @@ def analyse(hlo: str, *, trips: Mapping[str, float] | None = None, kernels: Call
 class _Counter:
     def __init__(self, module: Module, trips: dict[str, float], kernels: Callable[[Kernel], float]):
         self.module, self.trips, self.kernels = module, trips, kernels
-        # a collective that runs along with other work is repeated in each fusion that it spans: the one that starts it counts
+        # an asynchronous collective appears in every fusion that it spans; only the fusion that starts it counts
         self.started = {
             _channel(instruction)
             for computation in module.computations.values()
@@ -108,7 +108,7 @@ class _Counter:
 
     @functools.cache  # noqa: B019 - lives as long as one count
     def sequence(self, name: str) -> Work:
-        """A computation whose instructions run one after the other: the entry, the body of a loop, what is called."""
+        """The work of a sequential computation: the entry, a loop body, a called computation."""
         total, computation = Work(), self.module.computations[name]
         for instruction in computation:
             if instruction.op == "while":
@@ -138,7 +138,7 @@ class _Counter:
 
     @functools.cache  # noqa: B019
     def fused(self, name: str) -> Work:
-        """FLOPs and collectives inside a fusion."""
+        """FLOPs and collectives of a fusion."""
         computation = self.module.computations[name]
         starts = _starts_collective(computation)
         total = Work()
@@ -199,7 +199,7 @@ class _Counter:
         return Work(received={kind: received}, collectives={kind: 1.0})
 
     def group_size(self, instruction: Instruction) -> int:
-        """Chips among which a collective goes."""
+        """Number of chips in a collective's replica group."""
         text = instruction.text
         if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
             sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
@@ -212,7 +212,7 @@ class _Counter:
         return self.module.devices
 
     def moved(self, computation: Computation, instruction: Instruction) -> Work:
-        """Bytes to and from main memory of one instruction that runs on its own."""
+        """Main-memory traffic of one top-level instruction."""
         if instruction.op in _NO_TRAFFIC:
             return Work()
         if instruction.op in ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"):
@@ -221,9 +221,9 @@ class _Counter:
         return Work(hbm_bytes=reads(computation, instruction) + self.written(computation, instruction))
 
     def transfer(self, computation: Computation, instruction: Instruction) -> Work:
-        """A copy that runs along with other work.
+        """An asynchronous copy.
 
-        Its result is (destination, source, context), of slices (operands, destination, context).
+        Its result is (destination, source, context); that of a slice is (operands, destination, context).
         """
         source = computation.instructions[instruction.operands[0]].arrays[0]
         if instruction.op == "copy-start":
@@ -238,7 +238,7 @@ class _Counter:
         return Work(hbm_bytes=amount * spaces.count(HBM), host_bytes=amount * (HOST in spaces))
 
     def written(self, computation: Computation, instruction: Instruction) -> float:
-        """Bytes of results in main memory; of an update in place, those of the update."""
+        """Bytes written to main memory; of an in-place update, those of the update."""
         root = instruction
         if instruction.op == "fusion":
             computation = self.module.computations[instruction.calls[0]]
@@ -254,7 +254,7 @@ class _Counter:
         return total
 
     def reads(self, computation: Computation, instruction: Instruction) -> float:
-        """Bytes that an instruction outside a fusion reads from main memory."""
+        """Bytes that an instruction reads from main memory; not for fusions."""
         total = 0.0
         for index, name in enumerate(dict.fromkeys(instruction.operands)):
             arrays = computation.instructions[name].arrays
@@ -275,7 +275,7 @@ class _Counter:
 
     @functools.cache  # noqa: B019
     def parameter_reads(self, name: str, index: int) -> float:
-        """What a fusion reads of one parameter: all of it, unless it only takes slices, or updates it in place."""
+        """Bytes that a fusion reads of one parameter: all, unless it only slices it or updates it in place."""
         computation = self.module.computations[name]
         whole = sum(array.bytes for array in computation.parameters[index].arrays)
         taken, waiting = 0.0, [computation.parameters[index]]
@@ -295,7 +295,7 @@ class _Counter:
 
 
 def _convolution(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], text: str) -> float:
-    """FLOPs by shapes and attributes: `window={...}, dim_labels=..., feature_group_count=...`."""
+    """FLOPs from shapes and attributes: `window={...}, dim_labels=..., feature_group_count=...`."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
     assert labels is not None, f"a convolution without dim_labels: {text[:200]}"
     window = re.search(r"window=\{([^}]*)\}", text)
@@ -331,7 +331,7 @@ def _layouts(instruction: Instruction) -> tuple[Array, ...]:
 
 
 def _metadata(instruction: Instruction) -> dict[str, int]:
-    """The numbers that a kernel was built with, as it notes them for profilers."""
+    """The parameters of a kernel, from its profiler metadata."""
     return {name: int(value) for name, value in re.findall(r'\\"(\w+)\\": (\d+)', instruction.text)}
 
 

@@ -1,4 +1,4 @@
-"""Reading an optimised HLO module as XLA prints it: computations, instructions, shapes, loops."""
+"""Parses an optimised HLO module as XLA prints it: computations, instructions, shapes, loops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8}
 BYTES |= {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 HBM, HOST = 0, 5
-"""Memory spaces of a TPU, as layouts name them: S(5) is the host's; S(1) and others are on the chip, beside the cores."""
+"""Memory spaces in TPU layouts: S(5) is host memory; S(1) and others are on-chip memory."""
 
 _INSTRUCTION = re.compile(r"(ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)", re.DOTALL)
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -21,7 +21,7 @@ _CALLS = re.compile(r"(?:calls|to_apply|body)=%([\w.-]+)")
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a value's type. `space` is the memory that it lies in, 0 for the device's main memory."""
+    """One array of a value's type. `space`: its memory space, 0 for main memory."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -29,14 +29,14 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Without what a layout pads."""
+        """Size without the padding of the layout."""
         width = BYTES.get(self.dtype, 1 if self.dtype.startswith("f8") else 0)
         return math.prod(self.shape) * width
 
 
 @dataclass(eq=False)
 class Instruction:
-    """One line. `text` is all that follows the operands: attributes, metadata, backend_config."""
+    """One line of HLO. `text` is everything after the operands: attributes, metadata, backend_config."""
 
     name: str
     op: str
@@ -47,7 +47,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays of the result, those of a tuple one after the other."""
+        """The arrays of the result; a tuple is flattened."""
         found = []
         for dtype, shape, layout in _ARRAY.findall(self.type):
             space = re.search(r"S\((\d+)\)", layout or "")
@@ -60,13 +60,13 @@ class Instruction:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """Computations that it runs: fused ones, a called one, the body of a loop, or the branches of a conditional."""
+        """Computations that it runs: a fusion, a call, the body of a loop, or the branches of a conditional."""
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         either = re.findall(r"(?:true|false)_computation=%([\w.-]+)", self.text)
         return tuple(re.findall(r"%([\w.-]+)", branches[1]) if branches else either or _CALLS.findall(self.text))
 
     def attribute(self, name: str, default: str = "") -> str:
-        """`name={...}` or `name=value`, without the braces, or the % of a computation."""
+        """Value of `name={...}` or `name=value`, without braces or the % of a computation."""
         found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.text)
         return default if found is None else found[1] if found[1] is not None else found[2]
 
@@ -97,7 +97,7 @@ class Computation:
 
 
 class Module:
-    """A parsed HLO module: `computations` by name, `entry`, and the number of devices that it runs on."""
+    """A parsed HLO module: `computations` by name, `entry`, and the number of devices."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
@@ -125,13 +125,13 @@ class Module:
         return computation
 
     def functions(self, instruction: Instruction) -> list[str]:
-        """Names of the functions of the source in which an operation stands, innermost first."""
+        """Names of the source functions that contain an operation, innermost first."""
         found = re.search(r"stack_frame_id=(\d+)", instruction.text)
         return self._frames(int(found[1])) if found else []
 
 
 def _stack_frames(text: str) -> Callable[[int], list[str]]:
-    """A look-up of frames in the tables at the head of a module: id -> names of functions, innermost first."""
+    """Look-up in the stack frame tables of a module: id -> function names, innermost first."""
     names = dict(re.findall(r'^(\d+) "([^"]*)"$', _table(text, "FunctionNames"), re.MULTILINE))
     places = dict(re.findall(r"^(\d+) \{.*?function_name_id=(\d+)", _table(text, "FileLocations"), re.MULTILINE))
     frames = {
@@ -161,7 +161,7 @@ def _table(text: str, name: str) -> str:
 
 
 def trip_count(module: Module, within: Computation, loop: Instruction) -> int | None:
-    """How often a `while` runs: as XLA notes it, or read off a counter that starts at, grows by and stops at constants."""
+    """Trip count of a `while`: from XLA's annotation, or from a counter with constant start, step and limit; else None."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
         return int(known[1])
     condition = module.computations[loop.attribute("condition")]
@@ -169,7 +169,7 @@ def trip_count(module: Module, within: Computation, loop: Instruction) -> int | 
     compare = condition.root
     if compare.op != "compare" or compare.attribute("direction") not in ("LT", "GT"):
         return None
-    compared = [_behind(condition, condition.instructions[name]) for name in compare.operands]
+    compared = [_source(condition, condition.instructions[name]) for name in compare.operands]
     limit, counter = _pair(compared)
     if limit is None or counter is None:
         return None
@@ -178,7 +178,7 @@ def trip_count(module: Module, within: Computation, loop: Instruction) -> int | 
     grown = _tuple_entry(body, body.root, index)
     if start is None or grown is None or start.op != "constant" or grown.op != "add":
         return None
-    step, before = _pair([_behind(body, body.instructions[name]) for name in grown.operands])
+    step, before = _pair([_source(body, body.instructions[name]) for name in grown.operands])
     if step is None or before is None or int(before.attribute("index")) != index:
         return None
     return max(0, math.ceil((_integer(limit) - _integer(start)) / _integer(step)))
@@ -194,15 +194,15 @@ def _integer(constant: Instruction) -> int:
     return int(constant.text.split(")")[0])
 
 
-def _behind(computation: Computation, instruction: Instruction) -> Instruction:
-    """What a value is a copy of."""
+def _source(computation: Computation, instruction: Instruction) -> Instruction:
+    """Follows copies and bitcasts to their source."""
     while instruction.op in ("copy", "bitcast", "copy-done", "copy-start") and instruction.operands:
         instruction = computation.instructions[instruction.operands[0]]
     return instruction
 
 
 def _tuple_entry(computation: Computation, value: Instruction, index: int) -> Instruction | None:
-    value = _behind(computation, value)
+    value = _source(computation, value)
     if value.op != "tuple":
         return None
-    return _behind(computation, computation.instructions[value.operands[index]])
+    return _source(computation, computation.instructions[value.operands[index]])

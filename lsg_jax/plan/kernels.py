@@ -1,4 +1,4 @@
-"""FLOPs of Pallas kernels: a compiled program shows their operands, but not what they compute."""
+"""FLOPs of Pallas kernels: a compiled program shows the operands of a kernel, but not its computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lsg_jax.plan.hlo_text import Array
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as a program calls it.
+    """A kernel call.
 
     Attributes:
         name: for example `splash_mha_fwd_segmented_residuals.2`.
@@ -26,13 +26,13 @@ class Kernel:
 
 
 FLOATS = ("bf16", "f32", "bfloat16", "float32")  # as HLO and as JAX name them
-# products of a block of queries with a block of keys; those of the backward pass compute the scores again
+# matrix products per pair of query and key blocks; the backward pass recomputes the scores
 SPLASH_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 FUSED_BACKWARD = 5  # all three gradients in one kernel
 
 
 def kernel_flops(kernel: Kernel) -> float:
-    """FLOPs of splash attention with the causal mask of `model.splash_attention`: blocks on and below the diagonal.
+    """FLOPs of splash attention with the causal mask of `model.splash_attention`: the blocks on and below the diagonal.
 
     Raises:
         ValueError: another kernel.
@@ -41,10 +41,10 @@ def kernel_flops(kernel: Kernel) -> float:
         if f"splash_mha_{part}" in kernel.name:
             queries = next(array.shape for array in kernel.operands if array.dtype in FLOATS and len(array.shape) > 2)
             if part == "dkv" and any(len(array.shape) > len(queries) for array in kernel.results):
-                products = FUSED_BACKWARD  # the gradient of the queries comes in parts, to be summed
+                products = FUSED_BACKWARD  # the query gradient comes in parts that are summed later
             *rows, heads, length, width = queries
             suffix = {"fwd": "", "dkv": "_dkv", "dq": "_dq"}[part]
             high, wide = (kernel.settings[f"block_{side}{suffix}"] for side in ("q", "kv"))
             visited = sum(min(length, -(-(start + high) // wide) * wide) for start in range(0, length, high))
             return 2.0 * math.prod(rows) * heads * products * high * visited * width
-    raise ValueError(f"kernel {kernel.name}: nobody has said what it computes")
+    raise ValueError(f"kernel {kernel.name}: its FLOPs are unknown")

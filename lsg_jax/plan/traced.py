@@ -1,4 +1,4 @@
-"""FLOPs of a function by its trace: the work of the algorithm, on all devices together, without compiling anything."""
+"""FLOPs of a function from its jaxpr: the work of the algorithm, on all devices together, without compiling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def traced_flops(
     trips: Mapping[str, float] | None = None,
     kernels: Callable[[Kernel], float] = kernel_flops,
 ) -> float:
-    """Multiplications and additions of the matrix products, convolutions and kernels of a function, without what nobody uses.
+    """Multiplications and additions of the matrix products, convolutions and kernels of a function, without dead code.
 
     Args:
         arguments: arrays or ShapeDtypeStructs.
@@ -41,7 +41,7 @@ class _Count:
         self.trips, self.kernels = trips, kernels
 
     def of(self, jaxpr: Any) -> float:
-        used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # which leaves the bodies of loops as they are
+        used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # loop bodies are not changed by it
         return sum(map(self.equation, used.eqns))
 
     def equation(self, equation: Any) -> float:
@@ -63,7 +63,7 @@ class _Count:
         name, params = equation.primitive.name, equation.params
         if name == "scan":
             return params["length"]
-        if name == "shard_map":  # what is inside has the shapes of one device
+        if name == "shard_map":  # the body has the shapes of one device
             return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         if name != "while":
             return 1

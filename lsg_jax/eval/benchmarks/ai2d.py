@@ -34,20 +34,20 @@ def read(path: str) -> list[Item]:
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """The question and its choices, asking for the letter; the same under every protocol."""
+    """The question and its choices, and a request for the letter; the same under every protocol, in English."""
     if protocol == "vlmevalkit":
         return vlmevalkit_prompt(item.question, item.choices)
     return multiple_choice_prompt(item.question, item.choices)
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """The letter that the protocol reads."""
+    """The letter as the protocol reads it."""
     if protocol == "lmms_eval":
         return letter_match(item, lmms_dotted_letter(output))
     if protocol == "vlmevalkit":
         return letter_match(item, vlmevalkit_letter(output, item.choices))
     if protocol == "cambrian":
-        # It compares positions, not letters, so an answer that begins with a digit passes for one: `1` is B.
+        # It compares positions, so an output that begins with a digit counts as an answer: `1` is B.
         digit = "0123".find(cambrian_text(output).lstrip("(")[:1] or "-")
         return letter_match(item, LETTERS[digit] if digit >= 0 else cambrian_letter(output))
     return letter_match(item, chosen_letter(output, len(item.choices)))

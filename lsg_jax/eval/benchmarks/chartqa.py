@@ -1,4 +1,4 @@
-"""ChartQA (Masry et al. 2022), test: questions about charts, half written by people, half made from their captions.
+"""ChartQA (Masry et al. 2022), test: questions about charts, half written by people, half generated from their captions.
 
 Files: `lmms-lab/ChartQA` (type, question, answer) or the test split of `HuggingFaceM4/ChartQA` (query, label,
 human_or_machine).
@@ -42,7 +42,7 @@ def _answers(value: str | list[str] | None, row: Row) -> tuple[str, ...]:
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """Question and the protocol's suffix. LLaVA-1.5 has no ChartQA of its own: `paper` takes its usual one."""
+    """Question and the protocol's suffix. LLaVA-1.5 was not evaluated on ChartQA: `paper` takes its usual suffix."""
     if protocol == "lmms_eval":
         return item.question + "\nAnswer the question with a single word."
     if protocol == "cambrian":
@@ -51,10 +51,10 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """Relaxed accuracy, 5 %; `paper` as lmms-eval, which is the definition."""
+    """Relaxed accuracy, 5 %; `paper` as lmms-eval, which follows the definition."""
     text = output.strip()
     if protocol == "vlmevalkit":
-        # it hands output and answer over the wrong way round, so 5 % are of what the model said, and an output of 0 is text
+        # it swaps output and answer, so the tolerance is 5 % of the output, and an output of 0 is compared as text
         right = any(relaxed_match(answer, text) for answer in item.answers)
     elif protocol == "cambrian":
         right = any(_cambrian(text.lower(), answer.lower()) for answer in item.answers)
@@ -64,7 +64,7 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def _cambrian(text: str, answer: str) -> bool:
-    """As Cambrian's `chartqa_test.py`: `10%` is text, and a target of 0 is a number."""
+    """As in Cambrian's `chartqa_test.py`: `10%` is text, and a target of 0 is a number."""
     try:
         found, wanted = float(text), float(answer)
     except ValueError:

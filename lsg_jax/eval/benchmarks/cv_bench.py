@@ -1,6 +1,6 @@
 """CV-Bench (Tong et al., 2024): 1438 questions of 2D and 1200 of 3D vision, in the layout of `nyu-visionx/CV-Bench`.
 
-The official score is a mean of means of sources, ((ADE20K + COCO) / 2 + Omni3D) / 2; lmms-eval's is over all questions alike.
+The official score is a mean over sources, ((ADE20K + COCO) / 2 + Omni3D) / 2; that of lmms-eval is a mean over questions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _item(row: Row, number: int) -> Item:
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """The file's own prompt and what the protocol adds; for VLMEvalKit, its LLaVA's usual list of choices instead."""
+    """The prompt of the file with the protocol's addition; VLMEvalKit instead lists the choices in its own way."""
     if protocol == "lmms_eval":
         letters = ", ".join(LETTERS[: len(item.choices)])
         note = f"Note: You only need to respond with {letters} without providing any additional information."
@@ -63,7 +63,7 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """The letter that the protocol reads."""
+    """The letter as the protocol reads it."""
     if protocol == "lmms_eval":
         return letter_match(item, lmms_first_letter(output))
     if protocol == "vlmevalkit":
@@ -95,7 +95,7 @@ CV_BENCH = Benchmark(
     match=match,
     metrics=metrics,
     task="task",
-    # VLMEvalKit reports 2D and 3D apart; their mean is the official score.
+    # VLMEvalKit reports 2D and 3D separately; their mean is the official score.
     official={"paper": "official", "lmms_eval": "accuracy", "vlmevalkit": "official", "cambrian": "official"},
     size=2638,
     unit="photo",

@@ -18,9 +18,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def read(path: str) -> list[Item]:
-    """Items with the fields `image` and, where the file states them, the types `structural` and `semantic`.
+    """Items with the field `image` and, if the file has them, the types `structural` and `semantic`.
 
-    Raises InputError: see `Benchmark.read`, and a question whose image is missing.
+    Raises InputError: see `Benchmark.read`; also for a question whose image is missing.
     """
     questions = read_rows(path, needs=["id", "imageId", "question", "answer"], optional=["types"])
     try:
@@ -58,9 +58,9 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """Equal but for case and, as the protocol has it, final periods or all punctuation."""
+    """Equal up to case and, depending on the protocol, final periods or all punctuation."""
     text, answer = output.strip().lower(), item.answers[0].lower()
-    if protocol == "lmms_eval":  # punctuation goes and the space before it stays, so `dog .` is not `dog`
+    if protocol == "lmms_eval":  # removes punctuation but not the space before it, so `dog .` is not `dog`
         text, answer = text.translate(_NO_PUNCTUATION), answer.translate(_NO_PUNCTUATION)
     elif protocol == "vlmevalkit":
         answer = answer.strip()

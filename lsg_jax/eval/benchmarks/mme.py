@@ -1,6 +1,6 @@
-"""MME (Fu et al. 2023): two yes/no questions an image, one with either answer, in 14 subtasks.
+"""MME (Fu et al. 2023): two yes/no questions per image, one with each answer, in 14 subtasks.
 
-A subtask scores accuracy + accuracy of pairs (both right), 0..200; perception sums ten of them, cognition four.
+A subtask scores accuracy + accuracy over pairs (both correct), 0 to 200; perception sums ten of them, cognition four.
 File: `lmms-lab/MME`, split test.
 """
 
@@ -25,7 +25,7 @@ ASKS = " Please answer yes or no."
 
 
 def read(path: str) -> list[Item]:
-    """Items with the fields `category` and `pair`. Raises InputError: see `Benchmark.read`, and a pair that is none."""
+    """Items with the fields `category` and `pair`. Raises InputError: see `Benchmark.read`; also for incomplete pairs."""
     rows = read_rows(path, needs=["question_id", "question", "answer", "category"], images=["image"])
     check_values((row["category"] for row in rows), PERCEPTION + COGNITION, what="category", where=path)
     questions: dict[str, list[str]] = defaultdict(list)
@@ -50,18 +50,18 @@ def read(path: str) -> list[Item]:
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """The dataset asks to answer yes or no; LLaVA and lmms-eval put their suffix in the place of that, Cambrian adds it."""
+    """The data set's request for yes or no: LLaVA and lmms-eval replace it by their suffix, Cambrian appends its own to it."""
     if protocol == "vlmevalkit":
         return item.question
     if protocol == "cambrian":
         return item.question + WORD_SUFFIX
     question = item.question.strip().replace(ASKS, "")
-    # some questions have two spaces before the request; lmms-eval keeps one of them at the end
+    # some questions have two spaces before the request; lmms-eval keeps one of them
     return (question if protocol == "lmms_eval" else question.rstrip()) + WORD_SUFFIX
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """`yes`, `no`, or None for what the protocol cannot read."""
+    """`yes`, `no`, or None for outputs that the protocol cannot read."""
     text = output.strip().lower()
     if protocol == "vlmevalkit":
         parsed = yes_or_no_word(output.strip())
@@ -76,14 +76,14 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def _start(text: str) -> str | None:
-    """MME's own `calculation.py`: what the first four characters hold, `yes` before `no`. `Not a dog` and `Knot` are no."""
+    """As in MME's `calculation.py`: `yes`, else `no` in the first four characters. `Not a dog` and `Knot` are no."""
     return next((word for word in ("yes", "no") if word in text[:4]), None)
 
 
 def metrics(graded: Graded) -> Metrics:
-    """Points: `perception` 0..2000, `cognition` 0..800, `total`, subtasks 0..200. `accuracy` and `acc`, `acc_plus`: percent.
+    """Points: `perception` 0 to 2000, `cognition` 0 to 800, `total`, subtasks 0 to 200; `accuracy`, `acc`, `acc_plus`: percent.
 
-    A subtask without items is NaN and with it the sum.
+    A subtask without items is NaN, and so are the sums.
     """
     both = _whole_pairs(graded)
     parts: Metrics = {}
@@ -100,7 +100,7 @@ def metrics(graded: Graded) -> Metrics:
 
 
 def _whole_pairs(graded: Graded) -> np.ndarray:
-    """float64 [N]: 1 for both items of a pair that is right as a whole. Its mean over items is the mean over pairs."""
+    """float64 [N]: 1 for both items of a pair if both are correct. Its mean over items is the mean over pairs."""
     wrong = {item.fields["pair"] for item, score in zip(graded.items, graded.score, strict=True) if score < 1}
     return np.array([item.fields["pair"] not in wrong for item in graded.items], np.float64)
 
@@ -112,7 +112,7 @@ MME = Benchmark(
     match=match,
     metrics=metrics,
     task="category",
-    # Cambrian pairs rows by their order and by running counts; over a whole file with neighbouring pairs that is the same
+    # Cambrian pairs rows by their order; for a complete file, where pairs are adjacent, the result is the same
     official={"paper": "perception", "lmms_eval": "perception", "vlmevalkit": "perception", "cambrian": "perception"},
     size=2374,
     unit="pair",

@@ -1,7 +1,7 @@
 """MMStar (Chen et al., 2024): 1500 questions that need the image, six categories of 250, in the layout of `Lin-Chen/MMStar`.
 
-The options are part of the question. Accuracy over all questions is the mean of the six categories, since they are equal;
-lmms-eval's mean of the 18 sub-categories is another number, since those are not.
+The options are part of the question. Accuracy over all questions equals the mean over the six categories, since these have
+the same size; lmms-eval's mean over the 18 sub-categories differs, since those have not.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def read(path: str) -> list[Item]:
 def split_question(question: str) -> tuple[str, tuple[str, ...]]:
     """(question without its options, the options A first); the whole question and () where none are found.
 
-    They follow as `Options: A: x, B: y, C: z, D: w`, or in lines `(A) x` after `Choices:`. Options `nan` fill up questions that
-    have fewer than four.
+    They are written as `Options: A: x, B: y, C: z, D: w`, or as lines `(A) x` after `Choices:`. Questions with fewer than four
+    options are padded with `nan`.
     """
     for start, option in (("\nOptions:", r"(?:^|,\s*|\n\s*)([A-D]): "), ("\nChoices:", r"(?:^|\n)\(([A-D])\) ")):
         stem, found, listed = question.rpartition(start)
@@ -71,8 +71,8 @@ def split_question(question: str) -> tuple[str, tuple[str, ...]]:
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """The question with what the protocol asks for."""
-    if protocol == "lmms_eval":  # without a final period, and less a sentence that some questions end in
+    """The question with the protocol's request."""
+    if protocol == "lmms_eval":  # no final period, and without the request at the end of some questions
         return item.question.strip().replace(" Please answer yes or no.", "") + LETTER_SUFFIX.removesuffix(".")
     if protocol == "cambrian":
         return f"{item.question}\nPlease answer directly with only the letter of the correct option and nothing else."
@@ -83,7 +83,7 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """The letter of A to D that the protocol reads."""
+    """The letter from A to D as the protocol reads it."""
     if protocol == "lmms_eval":
         return letter_match(item, lmms_letter(output))
     if protocol == "cambrian":
@@ -94,7 +94,7 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def metrics(graded: Graded) -> Metrics:
-    """Accuracy, the mean of the 18 sub-categories, the six categories and the 18."""
+    """Accuracy, the mean over the 18 sub-categories, the six categories, and the sub-categories."""
     sub_categories = by(graded, "l2_category")
     return {
         "accuracy": mean(graded),

@@ -1,4 +1,4 @@
-"""OCRBench (Liu et al. 2023): 1,000 questions of five groups about text, a point each; the answer has to be in the output.
+"""OCRBench (Liu et al. 2023): 1,000 questions about text in five groups, one point each if the answer is in the output.
 
 File: `echo840/OCRBench`, split test.
 """
@@ -49,13 +49,13 @@ def read(path: str) -> list[Item]:
 def _answers(row: Row) -> tuple[str, ...]:
     value = row["answer"]
     answers = tuple(map(str, value if isinstance(value, list) else [value]))
-    if not value or not all(answers):  # an empty answer would be found in any output
+    if not value or not all(answers):  # an empty answer is part of every output
         raise InputError(f"{row.where}: no answer")
     return answers
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """The bare question in lmms-eval and VLMEvalKit. LLaVA-1.5 has no OCRBench of its own: `paper` takes its usual suffix."""
+    """Only the question in lmms-eval and VLMEvalKit. LLaVA-1.5 was not evaluated on it: `paper` takes its usual suffix."""
     if protocol == "lmms_eval":
         return item.question.strip()
     if protocol == "vlmevalkit":
@@ -64,10 +64,10 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """Whether an answer is part of the output: without spaces for formulas, else without regard to case.
+    """Whether an answer is part of the output: without spaces for formulas, else ignoring case.
 
-    lmms-eval tells formulas by their dataset, HME100k, the others by the question type, which is the same in the official file;
-    and it alone takes full-width characters for their ASCII ones.
+    lmms-eval recognises formulas by their data set, HME100k, the others by the question type; in the official file that is the
+    same. Only lmms-eval converts full-width characters to ASCII.
     """
     if item.fields["dataset"] == "HME100k" if protocol == "lmms_eval" else item.fields["category"] == FORMULA:
         normalise = _without_spaces

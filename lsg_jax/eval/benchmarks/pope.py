@@ -1,4 +1,4 @@
-"""POPE (Li et al. 2023): is there a ... in the image? Three ways of choosing the objects that are absent, 3,000 questions each.
+"""POPE (Li et al. 2023): is there a ... in the image? Three ways to choose the absent objects, 3,000 questions each.
 
 File: `lmms-lab/POPE`, split test of the default configuration.
 """
@@ -35,7 +35,7 @@ def read(path: str) -> list[Item]:
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """Question and suffix; VLMEvalKit asks the bare question."""
+    """Question and suffix; VLMEvalKit asks without a suffix."""
     if protocol == "vlmevalkit":
         return item.question
     question = item.question.strip() if protocol == "lmms_eval" else item.question
@@ -43,14 +43,14 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """`yes`, `no`, or None for what the protocol cannot read."""
+    """`yes`, `no`, or None for outputs that the protocol cannot read."""
     output = output.strip()
-    if protocol == "lmms_eval":  # nothing but the word: `Yes.` is wrong
+    if protocol == "lmms_eval":  # the word alone: `Yes.` is wrong
         parsed = output.lower() if output.lower() in ("yes", "no") else None
     elif protocol == "vlmevalkit":
         parsed = yes_or_no_word(output)
     elif protocol == "cambrian":
-        first = (output.lower().split() or [""])[0].rstrip(".:,")  # the original stops at an empty output
+        first = (output.lower().split() or [""])[0].rstrip(".:,")  # the original fails on an empty output
         parsed = first if first in ("yes", "no") else None
     else:
         parsed = _first_sentence(output)
@@ -58,17 +58,17 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def _first_sentence(output: str) -> str:
-    """LLaVA's `eval_pope.py`: no if the first sentence has the word No, no or not; anything else is yes, even silence or NO."""
+    """As in LLaVA's `eval_pope.py`: no if the first sentence has the word No, no or not; else yes, even if empty or NO."""
     words = output.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def metrics(graded: Graded) -> Metrics:
-    """Of all questions and of each split: accuracy, precision, recall, F1 and the share of answers that say yes; percent.
+    """Accuracy, precision, recall, F1 and share of yes answers, over all questions and over each split; percent.
 
-    `f1_macro` is the mean over the splits, as the LLaVA-1.5 paper reports it. lmms-eval counts an unread answer to a `yes`
-    question nowhere but in its accuracy, hence `recall_of_read` and `f1_of_read`. Its "yes ratio" is that of the true answers,
-    a constant, and left out.
+    `f1_macro` is the mean over the splits, as in the LLaVA-1.5 paper. lmms-eval counts an unread answer to a `yes` question
+    only in the accuracy; `recall_of_read` and `f1_of_read` do the same. Its "yes ratio" is that of the correct answers, a
+    constant, and left out.
     """
     splits = {name: _scores(graded, graded.where("category", name)) for name in graded.values("category")}
     overall = _scores(graded, np.ones(len(graded.items), bool))
@@ -83,7 +83,7 @@ def _scores(graded: Graded, mask: np.ndarray) -> Metrics:
     weight = graded.weight * mask
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        # 0 where there is nothing to count, as in lmms-eval and VLMEvalKit (LLaVA's stops); NaN if the group is empty
+        # 0 for an empty denominator, as in lmms-eval and VLMEvalKit (LLaVA's code fails); NaN if the group is empty
         counted, total = weight @ (part & whole), weight @ whole
         empty = np.where(weight.sum(-1) > 0, 0.0, np.nan)
         return np.divide(100.0 * counted, total, out=empty, where=total > 0)

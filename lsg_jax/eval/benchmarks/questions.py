@@ -1,6 +1,6 @@
-"""Own questions as JSONL: multiple choice where `choices` are given, short answers where not.
+"""Own questions as JSONL: multiple choice if `choices` are given, else short answers.
 
-One object a line: `question` and `answer` (text, a list of accepted texts, or for multiple choice a letter or the text of a
+One object per line: `question` and `answer` (text, a list of accepted texts, or for multiple choice a letter or the text of a
 choice), and optionally `image` (path, relative to the file), `choices`, `id`, `category`.
 """
 
@@ -21,7 +21,7 @@ from lsg_jax.eval.letters import chosen_letter
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image in a file of its own."""
+    """An image file."""
 
     path: Path
 
@@ -37,7 +37,7 @@ def read(path: str) -> list[Item]:
     """Reads and checks the whole file.
 
     Raises:
-        InputError: no such file, or a line that is no question; names the line.
+        InputError: no such file, or a line that is not a question; names the line.
     """
     file = Path(path)
     try:
@@ -82,7 +82,7 @@ def _read_line(line: str, where: str, folder: Path, number: int) -> Item:
 
 
 def _choice_letter(answers: tuple[str, ...], choices: tuple[str, ...], where: str) -> str:
-    """The letter of the right choice, given as its text or as a letter, with or without brackets."""
+    """The letter of the correct choice, given as its text or as a letter, with or without brackets."""
     if len(answers) == 1:
         if answers[0] in choices:
             return string.ascii_uppercase[choices.index(answers[0])]
@@ -107,7 +107,7 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no leading article, no punctuation at the ends; a minus sign stays."""
+    """Lower case, single spaces, no leading article, no punctuation at the ends; a minus sign is kept."""
     text = " ".join(text.lower().split()).strip(" .,;:!?\"'`()[]")
     return re.sub(r"^(?:a|an|the) ", "", text)
 

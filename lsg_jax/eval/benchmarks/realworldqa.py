@@ -1,7 +1,7 @@
 """RealWorldQA (xAI, 2024): 765 questions, in the layout of `xai-org/RealworldQA` and `lmms-lab/RealWorldQA`.
 
-Some have choices in the question and are answered by a letter, others by a word or number; each ends in its own instruction, so
-no protocol adds one. VLMEvalKit asks a rewritten file in which some choices are lost, so it has no rules here.
+Some questions list choices and are answered by a letter, others by a word or number; each ends in its own instruction, so
+no protocol adds one. VLMEvalKit uses a rewritten file in which some choices are missing, so it has no rules here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """A letter as the protocol reads it; a short answer must be equal but for case and a final period."""
+    """A letter as the protocol reads it; a short answer must be equal up to case and a final period."""
     if protocol == "cambrian":  # one word, whatever the kind: `B` is right, `B. Yes` and `(B)` are not
         words = cambrian_text(output).rstrip(".").split()
         return Match(words[0] if words else None, float(words[:1] == [item.answers[0].lower()]))
@@ -50,7 +50,7 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def metrics(graded: Graded) -> Metrics:
-    """Accuracy, over all and by kind of answer."""
+    """Accuracy, over all questions and by kind of answer."""
     return {"accuracy": mean(graded), **{f"kind: {name}": value for name, value in by(graded, "kind").items()}}
 
 

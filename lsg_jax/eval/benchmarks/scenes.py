@@ -1,4 +1,4 @@
-"""Rendered scenes with exact answers (`lsg_jax.data.scene_questions`): no file is needed. Coarse questions and fine ones."""
+"""Rendered scenes with exact answers (`lsg_jax.data.scene_questions`), coarse and fine questions. No file is needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNT = 2000
 
 @dataclass(frozen=True)
 class Rendered:
-    """A scene that is drawn when it is read."""
+    """A scene that is drawn on demand."""
 
     scene: Scene
 

@@ -58,7 +58,7 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """The letter that the protocol reads; for Cambrian also the text of the choice."""
+    """The letter as the protocol reads it; for Cambrian also the text of the choice."""
     if protocol == "lmms_eval":
         return letter_match(item, lmms_scienceqa_letter(output))
     if protocol == "vlmevalkit":
@@ -69,7 +69,7 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def _match_cambrian(item: Item, output: str) -> Match:
-    """Right by the letter before the first period, or by the text of the right choice, less case and punctuation."""
+    """Correct by the letter before the first period, or by the text of the choice without case and punctuation."""
     text = cambrian_text(output)
     bare = lambda s: s.lower().translate(str.maketrans("", "", string.punctuation)).strip()
     named = [
@@ -81,7 +81,7 @@ def _match_cambrian(item: Item, output: str) -> Match:
 
 
 def metrics(graded: Graded) -> Metrics:
-    """Accuracy, over all and by subject."""
+    """Accuracy, over all questions and by subject."""
     return {"accuracy": mean(graded), **{f"subject: {name}": value for name, value in by(graded, "subject").items()}}
 
 

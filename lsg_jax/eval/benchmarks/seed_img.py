@@ -57,14 +57,14 @@ def _item(row: Row) -> Item:
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
-    """The question and its four choices, asking for the letter; Cambrian announces them."""
+    """The question, its four choices and a request for the letter; Cambrian adds `Options:` before the choices."""
     if protocol == "vlmevalkit":
         return vlmevalkit_prompt(item.question, item.choices)
     return multiple_choice_prompt(f"{item.question} Options:" if protocol == "cambrian" else item.question, item.choices)
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """The letter that the protocol reads."""
+    """The letter as the protocol reads it."""
     if protocol == "lmms_eval":
         return letter_match(item, lmms_first_character(output))
     if protocol == "vlmevalkit":
@@ -75,7 +75,7 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
 
 
 def metrics(graded: Graded) -> Metrics:
-    """Accuracy, over all and by the nine dimensions."""
+    """Accuracy, over all questions and by the nine dimensions."""
     return {"accuracy": mean(graded), **{f"dimension: {name}": value for name, value in by(graded, "dimension").items()}}
 
 

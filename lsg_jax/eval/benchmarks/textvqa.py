@@ -57,7 +57,7 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
-    """VQA accuracy by the protocol's normalisation."""
+    """VQA accuracy after the protocol's normalisation."""
     normalise = vqa_answer if protocol == "vlmevalkit" else m4c_answer
     text = normalise(output.strip())
     return Match(text, soft_accuracy(text, [normalise(answer) for answer in item.answers]))
@@ -77,5 +77,5 @@ TEXTVQA = Benchmark(
     official={"paper": "accuracy", "lmms_eval": "accuracy", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
     size=5000,
     unit="image",
-    max_new_tokens={"paper": 128, "cambrian": 512},  # lmms-eval and VLMEvalKit take whatever their model class sets
+    max_new_tokens={"paper": 128, "cambrian": 512},  # lmms-eval and VLMEvalKit leave it to their model classes
 )

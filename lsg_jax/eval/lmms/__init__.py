@@ -1,4 +1,4 @@
-"""The plug-in for lmms-eval (extra `lmms`). This file is what its entry point loads: nothing heavy is imported here."""
+"""The plug-in for lmms-eval (extra `lmms`). Its entry point loads this file, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """The `ModelManifest` by which lmms-eval knows `--model lsg_jax`."""
+    """The `ModelManifest` that registers `--model lsg_jax` in lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="lsg_jax", simple_class_path="lsg_jax.eval.lmms.model.LsgJax")

@@ -1,7 +1,7 @@
 """lsg_jax as a model of lmms-eval: `python -m lmms_eval --model lsg_jax --model_args model=FOLDER,gates=G --tasks ...`.
 
-The harness brings prompts, images and scores; the answers come from the same function as those of `lsg eval`. Decoding is
-greedy, a question has at most one image, and a document's image is fetched from its data set only when its batch is near.
+lmms-eval provides prompts, images and scores; the answers come from the same function as those of `lsg eval`. Decoding is
+greedy, and a question has at most one image, which is read from its data set shortly before its batch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.likelihood import log_likelihoods
 from lsg_jax.opening import load_backbone, model_mesh, open_trained
 
-MAX_NEW_TOKENS = 1024  # of a task that names no limit, as in the harness's own LLaVA adapters
-FILLED_IN = "\n\n"  # the stop string that the harness gives to tasks that name none; its LLaVA adapters do not stop there
+MAX_NEW_TOKENS = 1024  # for a task without a limit, as in lmms-eval's own LLaVA adapters
+FILLED_IN = "\n\n"  # lmms-eval's stop string for tasks without one; its own LLaVA adapters ignore it
 
 
 class LsgJax(lmms):
@@ -58,10 +58,10 @@ class LsgJax(lmms):
         self.vlm = vlm if gates is None else open_trained(vlm, gates)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy answers, each cut before the first of the task's stop strings.
+        """Greedy answers, each cut at the first stop string of the task.
 
         Raises:
-            InputError: a task asks for sampling or beams; a document has several images, or something else than an image.
+            InputError: a task asks for sampling or beams; a document has several images, or an input that is no image.
         """
         asked = []
         for context, decoding, to_visual, document, task, split in (request.args for request in requests):
@@ -70,10 +70,10 @@ class LsgJax(lmms):
         return self._answer(asked)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """The answers of every round. After each, the task says what it asks next, with which image, or that it has ended.
+        """The answers of all rounds. After each round the task returns the next question and image, or ends.
 
-        A round shows the model what the task puts into it and nothing else: a task that wants earlier questions or answers
-        to be seen writes them into its text. Raises as `generate_until` does.
+        The model sees the text of the current round only; a task that needs earlier questions or answers writes them into it.
+        Raises as `generate_until` does.
         """
         talks = [Talk(request.args, outputs=[]) for request in requests]
         asked = {}
@@ -98,7 +98,7 @@ class LsgJax(lmms):
         return None if ended else ask(f"{talk.where}, round {talk.rounds}", context, lambda: visuals, talk.decoding)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log probability in nats of each continuation (more is likelier), and whether greedy decoding would write it.
+        """Log probability in nats of each continuation, and whether greedy decoding would give it.
 
         See `lsg_jax.eval.likelihood`. Raises InputError as `generate_until` does.
         """
@@ -114,7 +114,7 @@ class LsgJax(lmms):
         return lambda: to_visual(self.task_dict[task][split][document])
 
     def _answer(self, asked: Sequence[Asked]) -> list[str]:
-        """One call of `answer` for each limit of new tokens that occurs."""
+        """Calls `answer` once for each limit of new tokens."""
         outputs: dict[int, str] = {}
         with tqdm(total=len(asked), desc="lsg_jax") as bar:
             for limit in sorted({question.max_new_tokens for question in asked}):
@@ -133,7 +133,7 @@ class LsgJax(lmms):
 
 @dataclass(frozen=True)
 class Visual:
-    """The one image that `visuals` gives, fetched when it is needed."""
+    """The image that `visuals` returns, read on demand."""
 
     visuals: Callable[[], Any]
 
@@ -143,7 +143,7 @@ class Visual:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question to the model: its image lies in `item`, its words in `text`."""
+    """One question: the image is in `item`, the prompt is `text`."""
 
     item: Item
     text: str
@@ -152,7 +152,7 @@ class Asked:
 
 
 class Talk:
-    """A question of several rounds: what the harness gave, the outputs so far, and what the task keeps between rounds."""
+    """A question of several rounds: the request, the outputs so far, and the state that the task keeps between rounds."""
 
     def __init__(self, args: tuple, outputs: list[str]):
         self.context, self.decoding, self.to_visual, self.to_text, self.document, self.task, self.split = args
@@ -163,7 +163,7 @@ class Talk:
 
 
 def ask(where: str, context: str, visuals: Callable[[], Any], decoding: Mapping[str, Any]) -> Asked:
-    """Checks one request. `where` names it in errors, `decoding` are the task's generation settings."""
+    """Checks one request. `where` names it in errors; `decoding` are the generation settings of the task."""
     found = visuals() or []
     if len(found) > 1:
         raise InputError(f"{where}: {len(found)} images; lsg_jax answers questions about one image")
@@ -181,7 +181,7 @@ def ask(where: str, context: str, visuals: Callable[[], Any], decoding: Mapping[
 
 
 def samples(decoding: Mapping[str, Any]) -> bool:
-    """Whether generation settings ask for random answers: above zero temperature, unless `do_sample` is false."""
+    """Whether generation settings ask for sampling: a temperature above 0, unless `do_sample` is false."""
     temperature, do_sample = decoding.get("temperature"), decoding.get("do_sample")
     return bool(do_sample) if temperature is None else float(temperature) > 0 and do_sample is not False
 

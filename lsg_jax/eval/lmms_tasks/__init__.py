@@ -1,1 +1,1 @@
-"""Tasks for lmms-eval, for its `--include_path`: the folder of this file."""
+"""Tasks for lmms-eval: pass the folder of this file as `--include_path`."""

@@ -1,4 +1,4 @@
-"""What `cv_bench_official.yaml` names. Prompt, matcher and formula are those of `lsg eval --benchmark cv_bench=...`."""
+"""Functions of `cv_bench_official.yaml`. Prompt, matcher and formula are those of `lsg eval --benchmark cv_bench=...`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def keep_files(docs: Any) -> Any:
-    """The `datasets.Dataset` with images as they are encoded: its own decoder would turn them by their EXIF orientation."""
+    """The `datasets.Dataset` with encoded images: its own decoder would rotate them by their EXIF orientation."""
     import datasets
 
     return docs.cast_column("image", datasets.Image(decode=False))
@@ -32,7 +32,7 @@ def visual(doc: Doc) -> list[Image.Image]:
 
 
 def item(doc: Doc) -> Item:
-    """A row as the benchmark's own reader gives it, without the image."""
+    """The item that the benchmark's reader makes of a row, without the image."""
     return Item(
         id=f"{doc['type']}-{doc['idx']}",
         question=doc["question"],
@@ -48,12 +48,12 @@ def text(doc: Doc) -> str:
 
 
 def target(doc: Doc) -> str:
-    """The letter of the right choice."""
+    """The letter of the correct choice."""
     return item(doc).answers[0]
 
 
 def grade(doc: Doc, outputs: Sequence[str]) -> dict[str, Row]:
-    """What the output was read as and whether that is right, for every metric."""
+    """How the output was read and whether that is correct, for every metric."""
     asked = item(doc)
     match = CV_BENCH.match(asked, outputs[0], "paper")
     fields = {name: asked.fields[name] for name in ("type", "task", "source")}
@@ -62,7 +62,7 @@ def grade(doc: Doc, outputs: Sequence[str]) -> dict[str, Row]:
 
 
 def aggregate(metric: str, rows: Sequence[Row]) -> float:
-    """One metric in percent; nan if some source was not asked."""
+    """One metric in percent; nan if a source has no questions."""
     items = [Item(id=row["id"], question="", answers=(), fields=row["fields"]) for row in rows]
     score = np.array([row["correct"] for row in rows], np.float64)
     graded = Graded(items, [row["parsed"] for row in rows], score, np.ones((1, len(rows))))
@@ -77,11 +77,11 @@ def official(rows: Sequence[Row]) -> float:
     return aggregate("official", rows)
 
 
-# lmms-eval takes one function a metric.
+# lmms-eval needs one function per metric.
 
 
 def accuracy(rows: Sequence[Row]) -> float:
-    """Over all questions alike."""
+    """Mean over all questions."""
     return aggregate("accuracy", rows)
 
 
