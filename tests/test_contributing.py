@@ -1,0 +1,41 @@
+"""The additions of CONTRIBUTING.md, applied to a copy of the code, are known and work."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+TRIED = """
+from converters.families import FAMILIES
+from lsg_jax.eval.registry import find_benchmark
+from lsg_jax.eval.benchmark import Item
+assert FAMILIES["my_vlm"].canonical_name("llm.lm_head.weight") == "language_model.lm_head.weight"
+benchmark = find_benchmark("my_bench", "x.parquet")
+assert benchmark.match(Item("1", "?", ("yes",)), "Yes, it is.", "paper").score == 1.0
+"""
+
+
+def test_the_additions_apply_and_work(tmp_path):
+    for folder in ("lsg_jax", "converters", "tests/sinks"):
+        files = lambda folder, names: {n for n in names if "." in n and not n.endswith(".py")} | {"__pycache__"}
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=files)
+    diffs = re.findall(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(diffs) == 3
+    for diff in diffs:
+        subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    criterion = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/sinks/test_criteria.py", "-k", "relative_norm"]
+    for arguments in (["-c", TRIED], criterion):
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, check=True)
+
+
+def test_hooks_are_the_checks_of_ci():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    checks = (ROOT / ".ci" / "run").read_text().splitlines()
+    for hook in local["hooks"]:
+        assert hook["language"] == "system" and any(line.startswith(hook["name"]) for line in checks)
