@@ -1,4 +1,4 @@
-"""What gates and their rivals do to the embedded model: oracle map, a gate at each layer, stacks, baselines, ablations, probes.
+"""All studies on the embedded model: oracle map, a gate at each layer, stacks, baselines, ablations, probes.
 
     python benchmarks/embedded.py OUT [--only STUDY ...]
 
@@ -50,7 +50,7 @@ def prepare(out: Path) -> None:
 
 
 def best_layer(out: Path) -> int:
-    """The layer that `stack` chose first."""
+    """The layer of the best single gate in `stack`."""
     study = json.loads((out / "stack" / "stack.json").read_text(encoding="utf-8"))
     return study["steps"][0]["layers"][0]
 

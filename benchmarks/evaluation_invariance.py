@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation_invariance.py [--questions 2000] [--json FILE]
 
-A tiny random model answers the questions on fake CPU devices in ways that should not matter. Takes a few minutes on two cores.
+A tiny random model answers the questions on simulated CPU devices. Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from processes import run_processes
 
-# name: (processes, devices of each, questions at a time on a device, stopped once half way on another number of devices)
+# name: (processes, devices of each, batch size per device, whether it is stopped half way and resumed on one device)
 WAYS = {
     "1 device, 16 at a time": (1, 1, 16, False),
     "1 device, 2 at a time": (1, 1, 2, False),
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def compare(folder: Path, questions: int) -> dict[str, dict[str, float]]:
-    """{way: answers that differ from those of the first way, distinct answers, seconds}."""
+    """{way: number of answers that differ from the first way, number of distinct answers, seconds}."""
     from converters.convert import convert
     from converters.tiny_checkpoint import write_tiny_checkpoint
 

@@ -1,11 +1,11 @@
-"""The input pipeline: images a second a core, start-up, and how long a training step waits for its batch.
+"""The input pipeline: images per second and core, start-up time, and how long a training step waits for its batch.
 
     JAX_PLATFORMS=cpu python benchmarks/input_pipeline.py --out input_pipeline.json
 
-JPEGs of about 95 kB are made on the spot (640 x 480, smooth noise of several scales). They go to 336 x 336 pixels, padded to a
-square: by the bare function in threads, and through `TrainingData` with tokens and batches. Each run is pinned to as many cores
-as it has threads. CPU seconds are counted too, since they say what a core can do on a machine that is busy with other things.
-Then the tiny model is trained on those JPEGs, which takes its image size, and each step's waiting time is read from its log.
+JPEGs of about 95 kB (640 x 480, smooth noise of several scales) are generated, padded to squares and resized to 336 x 336: by
+the function alone in threads, and through `TrainingData` with tokens and batches. Each run is pinned to as many cores as it
+has threads. CPU seconds are counted as well, for machines that are busy with other work. Then the tiny model is trained on
+these JPEGs at its own image size, and the waiting time of each step is read from its log.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def llava_processor(model: Path) -> Any:
 
 
 def images_per_second(model: Path, photos: list[bytes], records: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Median and best of several runs, taken in turns."""
+    """Median and best of several alternating runs."""
     made = llava_processor(model)
     tasks: dict[str, tuple[int, Callable[[], int]]] = {
         "Hugging Face processor, 1 thread": (1, by_hugging_face(photos, args.images))
@@ -150,7 +150,7 @@ def images_per_second(model: Path, photos: list[bytes], records: Path, args: arg
 
 
 def timed(task: Callable[[], int]) -> tuple[float, float]:
-    """Images a second, images a CPU second."""
+    """Images per second, images per CPU second."""
     wall, cpu = time.perf_counter(), time.process_time()
     count = task()
     return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
@@ -165,7 +165,7 @@ def by_function(made: Any, photos: list[bytes], count: int, threads: int) -> Cal
 
 
 def by_hugging_face(photos: list[bytes], count: int) -> Callable[[], int]:
-    """The processor that gives the same pixels, for what this machine can do at this moment."""
+    """The Hugging Face processor that gives the same pixels: a reference for the current speed of the machine."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     square = {"height": SIDE, "width": SIDE}
@@ -194,7 +194,7 @@ def by_pipeline(made: Any, records: Path, count: int, threads: int) -> Callable[
 
 @contextmanager
 def cores(count: int) -> Iterator[None]:
-    """Only `count` cores, where the system can say so; threads that run already keep theirs."""
+    """Pins new threads to `count` cores, if the system supports it; running threads are not moved."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -207,7 +207,7 @@ def cores(count: int) -> Iterator[None]:
 
 
 def start_up(model: Path, work: Path, count: int) -> dict[str, float]:
-    """Seconds to open records and tokenise all of them, which comes before the first step."""
+    """Seconds to open records and tokenise all of them, before the first step."""
     from lsg_jax.config import DataConfig
     from lsg_jax.data.pipeline import TrainingData
 
@@ -222,7 +222,7 @@ def start_up(model: Path, work: Path, count: int) -> dict[str, float]:
 
 
 def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, float]:
-    """Trains the tiny model and sums the time that its steps waited for data; the first step, which compiles, apart."""
+    """Trains the tiny model and sums the time that steps waited for data, without the first step, which compiles."""
     from lsg_jax.config import DataConfig, GateConfig, SinkConfig, TrainConfig
     from lsg_jax.run_config import RunConfig
     from lsg_jax.train.loop import METRICS, train

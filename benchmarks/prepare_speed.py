@@ -1,4 +1,4 @@
-"""How fast `lsg prepare` is on made data: images a second by number of threads, and MB/s of the pass over Cambrian.
+"""Speed of `lsg prepare` on generated data: images per second by number of threads, MB/s of the pass over Cambrian.
 
     python benchmarks/prepare_speed.py --images 1000 --megabytes 200
 

@@ -1,9 +1,9 @@
-"""Does LLaVA-1.5 at true size fit TPU slices, and does each program do no more work than it should? Needs no TPU.
+"""Does LLaVA-1.5 at true size fit on TPU slices, and is the work of each program within its bound? Needs no TPU.
 
     JAX_PLATFORMS=cpu python benchmarks/scale.py [--only NAME ...] [--json FILE]
 
 Compiles ahead of time, without weights, as `lsg plan` does, each case in a process of its own, and compares with its bounds.
-A bound that does not hold ends the run with 1. `traced` counts without compiling.
+A broken bound gives exit code 1. `traced` counts without compiling.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 Found = dict[str, tuple[float, float | None]]
-"""What was measured -> value and upper bound."""
+"""What was measured -> (value, upper bound)."""
 
 
 def settings(*, layers: tuple[int, ...] = ALL, remat: str = "full", rows: int = 64) -> RunConfig:
@@ -153,7 +153,7 @@ def each() -> Found:
 
 
 def generation() -> Found:
-    """64 questions on eight chips, the model split over all of them."""
+    """64 questions on eight chips, with tensor parallelism over all of them."""
     config = settings(layers=(10,))
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=64))
     prompts = eval_prompts(config, model(), mesh("v5e:2x4", ANSWERING), max_new_tokens=64)

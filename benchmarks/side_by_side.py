@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def limit_threads(count: int) -> None:
-    """The same number of threads for both sides. XLA takes as many as there are cores that it may run on."""
+    """The same number of threads for both. XLA takes as many as there are cores that it may run on."""
     cores = sorted(os.sched_getaffinity(0))[:count]
     os.sched_setaffinity(0, cores)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -127,7 +127,7 @@ def train_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dict[s
 
 
 def torch_step(model: Any, gates: Any, inputs: dict[str, np.ndarray], *, answers_only: bool) -> Callable[[], Any]:
-    """The stock loss computes logits at all positions; `answers_only` asks for those that the loss needs."""
+    """The stock loss computes logits at all positions; `answers_only` computes those that the loss needs."""
     import torch
 
     from converters.torch_gate import attach
@@ -254,7 +254,7 @@ def generate_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dic
 
 
 def interleave(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-    """Calls the tasks in turns, after one call each that compiles; checks that they compute the same thing."""
+    """Calls the tasks alternately, after one call each that compiles; checks that their results agree."""
     first, results = {}, {}
     for name, task in tasks.items():
         start = time.perf_counter()
@@ -275,7 +275,7 @@ def interleave(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, A
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a variant, times faster than each PyTorch variant."""
+    """Markdown: one row per variant, with its speed relative to each PyTorch variant."""
     lines = ["| task | variant | median s | first call s | PyTorch / this |", "|---|---|---|---|---|"]
     for task in ("train", "generate"):
         if task not in results:
