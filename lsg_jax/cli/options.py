@@ -8,11 +8,17 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lsg_jax import distributed
 from lsg_jax.errors import ConfigError
 from lsg_jax.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from lsg_jax.config import SinkConfig
+    from lsg_jax.vlm import VLM
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -47,7 +53,7 @@ def sink_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sinks", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=text)
 
 
-def load_model(options: argparse.Namespace, mesh: Any = None) -> Any:
+def load_model(options: argparse.Namespace, mesh: Mesh | None = None) -> VLM:
     """The model, gates and sink settings that the options name."""
     import lsg_jax
 
@@ -57,7 +63,7 @@ def load_model(options: argparse.Namespace, mesh: Any = None) -> Any:
     return vlm
 
 
-def sink_config(options: argparse.Namespace, base: Any) -> Any:
+def sink_config(options: argparse.Namespace, base: SinkConfig) -> SinkConfig:
     """The sink settings `base`, with the fields of --sinks replaced."""
     from lsg_jax.config import SinkConfig, apply_override, from_dict, to_dict
 

@@ -36,7 +36,7 @@ class AnswerLog:
 
     def known(self) -> dict[int, Answer]:
         """Answers of earlier runs by position. All processes must call it."""
-        found: dict[str, tuple[str, Any]] = {}
+        found: dict[str, tuple[str, list[list[float]] | None]] = {}
         if is_primary() and self.path.exists():
             position = {(line["id"], line["prompt"]): str(i) for i, line in enumerate(self._lines)}
             for text in self.path.read_text(encoding="utf-8").split("\n"):

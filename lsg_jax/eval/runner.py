@@ -192,7 +192,7 @@ def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
         return answer(model, test.items, test.prompts, config, max_new_tokens=test.max_new_tokens, known=known, on_batch=save)
 
 
-def _digest(parameters: Any) -> str:
+def _digest(parameters: Mapping[str, Any]) -> str:
     """sha256 of a tree of arrays."""
     return arrays_sha256((jax.tree_util.keystr(path), host_array(leaf)) for path, leaf in jax.tree.leaves_with_path(parameters))
 

@@ -7,9 +7,12 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsg_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
 
@@ -62,7 +65,7 @@ class Topology:
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    devices: tuple[Any, ...]
+    devices: tuple[jax.Device, ...]
 
     @property
     def hosts(self) -> int:

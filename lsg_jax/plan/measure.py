@@ -131,6 +131,7 @@ def needed_gib(message: str) -> float | None:
 def memory_gib(compiled: Compiled, arguments: dict[str, float]) -> dict[str, float]:
     """Main memory of one chip by part: arguments, temporaries (activations, gathered weights), results, code; and `peak`."""
     stats = compiled.memory_analysis()
+    assert stats is not None  # the TPU compiler gives it
     results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     code = stats.generated_code_size_in_bytes
     layout = stats.argument_size_in_bytes / GIB - sum(arguments.values())  # padding of the arguments' tiles

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from lsg_jax.plan.convolution import convolution_flops
@@ -40,7 +40,7 @@ class _Count:
     def __init__(self, trips: dict[str, float], kernels: Callable[[Kernel], float]):
         self.trips, self.kernels = trips, kernels
 
-    def of(self, jaxpr: Any) -> float:
+    def of(self, jaxpr: Jaxpr) -> float:
         used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # loop bodies are not changed by it
         return sum(map(self.equation, used.eqns))
 
