@@ -14,7 +14,9 @@ TRIED = """
 from converters.families import FAMILIES
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.methods.registry import METHODS
 assert FAMILIES["my_vlm"].canonical_name("llm.lm_head.weight") == "language_model.lm_head.weight"
+assert METHODS["shift"].trains and METHODS["shift"]().settings.size == 1.0
 benchmark = find_benchmark("my_bench", "x.parquet")
 assert benchmark.match(Item("1", "?", ("yes",)), "Yes, it is.", "paper").score == 1.0
 """
@@ -25,7 +27,7 @@ def test_the_additions_apply_and_work(tmp_path):
         files = lambda folder, names: {n for n in names if "." in n and not n.endswith(".py")} | {"__pycache__"}
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=files)
     diffs = re.findall(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(diffs) == 3
+    assert len(diffs) == 4
     for diff in diffs:
         subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
