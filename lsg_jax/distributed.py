@@ -15,8 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import jax
-
 from lsg_jax.errors import ConfigError, LsgError, Preempted
 
 HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as gone
@@ -52,6 +50,8 @@ def joined(
     Raises:
         ConfigError: the cluster was not found, or not all processes joined.
     """
+    import jax
+
     _check(coordinator, num_processes, process_id, heartbeat)
     _join(coordinator, num_processes, process_id, heartbeat, start)
     try:
@@ -72,6 +72,8 @@ def joined(
 
 def is_first() -> bool:
     """Whether this process reports; does not initialise devices if there is only one process."""
+    import jax
+
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -97,6 +99,7 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat: int, start: float) -> None:
     """`jax.distributed.initialize` with a timeout: JAX's own timeout aborts the process and does not name the cause."""
+    import jax
 
     def initialize() -> None:
         jax.distributed.initialize(

@@ -1,4 +1,4 @@
-"""Opening what is on disk: a model folder, and on it gates or what else a run has trained."""
+"""Opens model folders, and on them gates or another method that a run has trained."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_backbone(
 
 
 def open_to_answer(config: RunConfig, *, sinks: SinkConfig | None = None) -> VLM:
-    """The model of a configuration without gates, on the devices as evaluation wants it (`eval.mesh`)."""
+    """The model of a configuration without gates, on the mesh of evaluation (`eval.mesh`)."""
     mesh = model_mesh(config.model, config.eval.mesh)
     return load_backbone(config.model, dtype=config.dtype, sinks=sinks, mesh=mesh)
 
@@ -77,7 +77,7 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
         source: a run folder or a portable gate file, layers of one of them (`RUN@3,6`, see `open_gates`), or PortableGates.
 
     Raises:
-        InputError: no gates there, gates for another model width, or independent ones that nobody chose a layer of.
+        InputError: no gates there, gates for another model width, or independent ones without a choice of layers.
         CheckpointError: a run of another backbone.
     """
     gates = source if isinstance(source, PortableGates) else open_gates(source, backbone=vlm.digest)
@@ -124,7 +124,7 @@ def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGate
 
     Args:
         path: `RUN@10` or `RUN@3,6,7` takes the gates of these layers only, likewise of a file. Without a choice, gates that
-            were trained independently come as such: no stack, which `with_gates`, `write_gates` and `combine_gates` refuse.
+            were trained independently stay so: `with_gates`, `write_gates` and `combine_gates` refuse them as a stack.
         backbone: digest of the model they are meant for; a run folder of another one is refused.
 
     Raises:

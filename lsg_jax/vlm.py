@@ -1,4 +1,4 @@
-"""A model folder, opened: parameters on devices, its gates if any, and the compiled calls that users script against."""
+"""A vision-language model with its weights on devices, and the compiled calls that users script against."""
 
 from __future__ import annotations
 

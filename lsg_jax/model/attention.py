@@ -21,7 +21,7 @@ from lsg_jax.sharding import ROWS, fitting_spec
 from lsg_jax.types import UNCHANGED, LayerChange
 
 QUERY_BLOCKS, SHORTEST_BLOCK = 4, 32
-"""More blocks leave out more work, up to a half, in smaller products."""
+"""More blocks save more work, up to a half, but in smaller matrix products."""
 
 
 def attend(
@@ -37,8 +37,8 @@ def attend(
 
     Args:
         query: [B, T, N, H].
-        key, value: [B, K, S, H], heads before positions, as the matrix products want them; N is a multiple of K.
-        mask: bool [B, T, S], True where a query may look; None for everywhere. A row without any key gives a plain mean.
+        key, value: [B, K, S, H], heads before positions for the matrix products; N is a multiple of K.
+        mask: bool [B, T, S], True where a query may look; None for everywhere. A row without any key gives the mean of all values.
         edit: changes the attention weights float32 [B, N, T, S] before they are used.
 
     Returns:
@@ -76,8 +76,8 @@ def attend_causally(
 ) -> jax.Array:
     """`attend` for T = S and a mask that lets a query see valid keys up to its own position.
 
-    On a TPU a kernel computes it. Elsewhere, and where attention is edited, the queries go block by block, each with the keys
-    up to its end: three eighths of the work are not done. What padded queries see may differ. `edit` is that of LayerChange.
+    On a TPU a kernel computes it. Elsewhere, and where attention is edited, it runs on blocks of queries, each with the keys up
+    to its end, which saves three eighths of the work. Outputs of padded queries may differ. `edit` is that of LayerChange.
     """
     if edit is not None:
         return _attend_in_blocks(query, key, value, mask, edit=edit)
@@ -94,7 +94,7 @@ def by_heads(
     mask: jax.Array,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Attention (query, key, value, mask) -> out on each device for its own rows and heads, which need nothing of the others.
+    """Attention (query, key, value, mask) -> out on each device for its own rows and heads.
 
     XLA, left to partition `attend`, would send the cache of all heads to every device for each token.
     """

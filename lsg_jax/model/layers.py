@@ -65,6 +65,6 @@ def stack_layers(make: Callable[[nnx.Rngs], Module], key: jax.Array, count: int)
 def layer_at(stacked: Any, index: jax.Array) -> Any:
     """One layer's parameters out of a stacked tree.
 
-    The scans walk layer indices and slice here, because handing `weights[lo:hi]` to a scan would copy that part of the model.
+    The scans run over layer indices and slice here: `weights[lo:hi]` as scan inputs would copy that part of the model.
     """
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)

@@ -18,8 +18,8 @@ VOCABULARY_CHUNK = 8192  # words
 def answer_loss(model: VisionLanguageModel, batch: Batch, *, remat: str = "none") -> tuple[jax.Array, dict[str, Any]]:
     """Mean cross-entropy over the answer tokens of the whole batch.
 
-    Only the A answer slots of each row reach the output head, and the vocabulary is gone through in chunks, so that no array of
-    logits is larger than [B, A, VOCABULARY_CHUNK].
+    Only the A answer slots of each row reach the output head, and logits are computed over chunks of the vocabulary, so
+    that no array of them is larger than [B, A, VOCABULARY_CHUNK].
 
     Returns:
         loss float32 [] in nats a token (0 for a batch without answers), and a dict: `tokens` int32 [], `correct` int32 []
@@ -47,7 +47,7 @@ def score_answers(model: VisionLanguageModel, batch: Batch, hidden: jax.Array) -
 def chunked_cross_entropy(
     hidden: jax.Array, head: jax.Array, target: jax.Array, *, chunk: int = VOCABULARY_CHUNK
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of softmax(hidden · head), without the logits of all words at once, in either direction.
+    """Cross-entropy of softmax(hidden · head), without the logits of all words at once, forward or backward.
 
     Args:
         hidden: [B, A, D], after the final norm.

@@ -25,12 +25,12 @@ def splash_attention(
 ) -> jax.Array:
     """softmax(Q K^T / sqrt(H)) V on one device, each query looking at valid keys up to its own position.
 
-    What comes out for a query that is not valid means nothing.
+    Outputs of queries that are not valid are undefined.
 
     Args:
         query: [B, T, N, H].
         key, value: [B, K, T, H].
-        mask: bool [B, T, T], causal; only its diagonal is looked at, where a valid token sees itself.
+        mask: bool [B, T, T], causal; only its diagonal is used, where a valid token sees itself.
         interpret: run the kernel's program without a TPU, for tests.
 
     Returns:

@@ -7,26 +7,26 @@ import time
 from pathlib import Path
 
 PARTS = ("init", "compile", "data", "step", "save", "other")
-"""What seconds are counted for:
+"""The activities whose seconds are counted:
 
-init      from the start to the first batch: finding the other processes, loading the model, looking through the records
+init      from the start to the first batch: joining the other processes, loading the model, checking the records
 compile   the first call of the step, which is traced and compiled, or read from the compile cache; and the policies that
           train.remat = "auto" tries
-data      the devices had nothing to do, since the batch was not there yet
+data      the devices waited for the batch
 step      the devices computed
-save      a checkpoint was written, and read back
-other     the devices had nothing to do for another reason: the profiler, a slow disk under the metrics, the caller
+save      a checkpoint was written, and read back to check it
+other     the devices were idle for another reason: the profiler, a slow disk under the metrics, the caller
 """
 
 
 class Goodput:
-    """Seconds since the start of a run, each of them counted for one of `PARTS`.
+    """Seconds since the start of a run by activity, one of `PARTS`.
 
     Args:
-        began: the start, as `time.monotonic()` gives it; now by default.
+        began: the start, of `time.monotonic()`; now by default.
 
     Attributes:
-        seconds: part -> seconds so far.
+        seconds: activity -> seconds so far.
     """
 
     def __init__(self, began: float | None = None):
@@ -34,18 +34,18 @@ class Goodput:
         self._reached = time.monotonic() if began is None else began
 
     def until(self, moment: float, part: str) -> float:
-        """Counts the seconds from the moment reached so far up to this one, and returns them; 0 where this one is earlier."""
+        """Adds the seconds since the last counted moment to `part`, and returns them; 0 where `moment` is earlier."""
         spent = max(0.0, moment - self._reached)
         self.seconds[part] += spent
         self._reached += spent
         return spent
 
     def now(self, part: str) -> float:
-        """Counts the seconds from the moment reached so far up to now."""
+        """`until` the present moment."""
         return self.until(time.monotonic(), part)
 
     def as_metrics(self) -> dict[str, float]:
-        """The seconds of each part, and `share`, that of `step` in their sum."""
+        """The seconds of each activity, and `share`, the fraction spent in `step`."""
         return {**self.seconds, "share": self.seconds["step"] / (sum(self.seconds.values()) or 1.0)}
 
     def summary(self) -> str:
@@ -56,7 +56,7 @@ class Goodput:
 
 
 def start_of_process() -> float:
-    """When this process began, as `time.monotonic()` would have given it; now, where the system does not say."""
+    """When this process began, in the time of `time.monotonic()`; now, where the system does not say."""
     try:
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

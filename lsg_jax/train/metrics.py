@@ -1,24 +1,24 @@
-"""What is told of each step: `metrics.jsonl`, which is the record, and copies for TensorBoard and Weights & Biases.
+"""The metrics of each step: `metrics.jsonl` is the record, TensorBoard and Weights & Biases get copies.
 
-A line of metrics.jsonl, and so the record of a step (n gated layers, G token groups):
+A line of metrics.jsonl is the record of a step (n gated layers, G token groups):
 
 | name | shape | what |
 |---|---|---|
 | step | | from 1 |
 | loss | | nats a token, mean over the answer tokens of the batch; null where it is not finite |
-| tokens, correct | | answer tokens, and how many of them the model would have chosen |
+| tokens, correct | | answer tokens, and how many of them are the most likely token |
 | grad_norm | | norm of the whole gradient before clipping |
 | finite | | whether loss and gradient were finite; if not, the step was skipped |
 | gate_norm, gate_grad_norm | n | norm of each layer's gate before the step, and of its gradient |
 | ratios | n, G | gate ratios, mean over the rows with an image |
 | learning_rate | | of this step |
-| step_s | | seconds from the end of the step before; without saves and compilation |
+| step_s | | seconds since the end of the previous step, without saves and compilation |
 | data_wait_s | | the part of it in which the devices waited for the batch |
 | answer_tokens_per_s | | tokens / step_s |
 | positions_per_s | | train.batch_size x data.max_length / step_s: sequence positions, of images, prompts and padding too |
-| goodput | | seconds of this process so far by what they went into (goodput.py), and the share of `step` |
+| goodput | | seconds of this process so far by activity (goodput.py), and the share of `step` |
 
-Of independent gates loss, correct, grad_norm and finite have the shape n; of baselines there are no gates and ratios. In
+For independent gates loss, correct, grad_norm and finite have the shape n. Other methods have no gates and ratios. In
 TensorBoard and Weights & Biases each number has a name of its own: `ratios/layer10/v_sink`, `goodput/share`.
 """
 
@@ -48,7 +48,7 @@ METRICS = "metrics.jsonl"
 
 
 class Sink(Protocol):
-    """Where records go. Any method may raise anything."""
+    """A destination of records. Any method may raise anything."""
 
     def write(self, record: dict[str, Any]) -> None: ...
 
@@ -56,13 +56,13 @@ class Sink(Protocol):
 
 
 class MetricsLog:
-    """All sinks that a configuration asks for. The failure of one is warned of once, in a line, and never stops training.
+    """All sinks that a configuration asks for. A failure gives one warning and never stops training.
 
-    metrics.jsonl is tried again at the next step; the others are left alone after a failure.
+    metrics.jsonl is tried again at the next step; other sinks are closed after a failure.
 
     Args:
         folder: the run folder; it holds run.json.
-        after: the step that the run goes on from. What was told of later steps is dropped, since they are computed again.
+        after: the step that the run continues from. Records of later steps are dropped, since they are computed again.
     """
 
     def __init__(self, folder: Path, config: RunConfig, *, after: int):
@@ -83,7 +83,7 @@ class MetricsLog:
             self._attempt(name, sink.close)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Tells all sinks of a step."""
+        """Writes the record of a step to all sinks."""
         for name, sink in list(self._sinks.items()):
             if not self._attempt(name, functools.partial(sink.write, record)) and name != METRICS:
                 self._attempt(name, self._sinks.pop(name).close)
@@ -95,7 +95,7 @@ class MetricsLog:
         self._attempt(name, opened)
 
     def _attempt(self, name: str, action: Callable[[], None]) -> bool:
-        """Whether it worked; the first time that it did not, a warning says why."""
+        """Whether it worked; the first failure gives a warning."""
         try:
             action()
         except Exception as error:
@@ -109,7 +109,7 @@ class MetricsLog:
 
 
 class JsonLines:
-    """One record a line; whatever happens, the file ends with a whole line or is cut back to one."""
+    """One record a line. The file always ends with a whole line: a partial one is cut off."""
 
     def __init__(self, path: Path, *, after: int):
         self._end = _end_of_step(path, after) if path.exists() else 0
@@ -133,7 +133,7 @@ class JsonLines:
 
 
 def _end_of_step(path: Path, last: int) -> int:
-    """Where the lines of steps up to `last` end, or those before a line that a kill cut short."""
+    """Offset after the lines of steps up to `last`, or before a line that a kill cut short."""
     end = 0
     with path.open("rb") as file:
         for line in file:
@@ -158,8 +158,7 @@ def _without_nan(value: Any) -> Any:
 class TensorBoard:
     """An event file for each start of the run.
 
-    The records are written here and now: the writer that tensorboardX offers for that hands them to a thread, and waits for it
-    for ever once it has failed.
+    Records are written synchronously: tensorboardX's own event writer uses a thread, and waits for it for ever once it failed.
     """
 
     def __init__(self, folder: Path, names: _Names, *, after: int):
@@ -189,7 +188,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run for a run folder, however often it is started again; W&B itself ignores steps that it has already."""
+    """One W&B run for a run folder, however often it is resumed; W&B itself ignores steps that it already has."""
 
     def __init__(self, folder: Path, project: str, names: _Names):
         import wandb

@@ -47,9 +47,9 @@ def make_optimizer(config: TrainConfig, total_steps: int, frozen: Any, trained: 
 def trained_updates(
     optimizer: optax.GradientTransformation, gradients: Any, opt_state: Any, frozen: Any, trained: Any
 ) -> tuple[Any, Any]:
-    """Applies the full-tree optimiser when only gradients of what is trained exist.
+    """Applies the full-tree optimiser where only gradients of what is trained exist.
 
-    Frozen leaves stand as scalars of zero, since the optimiser never looks at them; so no array of a frozen shape is made.
+    Scalars of zero stand for the frozen leaves, which the optimiser does not read, so no array of a frozen shape is made.
 
     Returns:
         updates of what is trained, new optimiser state.

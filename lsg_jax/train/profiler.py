@@ -12,12 +12,12 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Traces the steps of a range, as far as this run makes them. What fails is warned of, and training goes on.
+    """Traces the steps of a range that this run takes. A failure is a warning, and training continues.
 
     Args:
         folder: where the trace goes.
         steps: the first and the last step; empty for none.
-        settle: waits until the devices have nothing to do, so that the trace holds these steps alone.
+        settle: waits until the devices are idle, so that the trace holds these steps only.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, ...], settle: Callable[[], None]):
@@ -31,14 +31,14 @@ class StepProfiler:
         self._stop()
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """Call before each step."""
         if self._steps and not self._tracing and self._steps[0] <= step <= self._steps[1]:
             self._settle()
             self._tracing = True
             self._attempt(self._start)
 
     def after(self, step: int) -> None:
-        """To be called when a step is on its way."""
+        """Call after a step is dispatched."""
         if self._tracing and step >= self._steps[1]:
             self._settle()
             self._stop()

@@ -74,7 +74,7 @@ def train_step(
 def _loss_and_gradients(
     graphdef: Any, frozen: Any, trained: Any, batch: Batch, *, remat: str
 ) -> tuple[jax.Array, dict[str, Any], Any]:
-    """The loss of the model with what is trained, what `answer_loss` tells besides, and the gradient."""
+    """Loss and metrics of `answer_loss`, and the gradient of what is trained."""
 
     def loss_of(trained: Any) -> tuple[jax.Array, dict[str, Any]]:
         return answer_loss(assemble(graphdef, frozen, trained), batch, remat=remat)
@@ -86,9 +86,9 @@ def _loss_and_gradients(
 def in_parts(
     differentiate: Any, graphdef: Any, frozen: Any, trained: Any, batch: Batch, *, parts: int
 ) -> tuple[jax.Array, dict[str, Any], Any]:
-    """What `differentiate` gives for the batch, from parts of its rows one after the other: gradient accumulation.
+    """`differentiate` over parts of the batch, one after the other: gradient accumulation.
 
-    Every token counts alike, whatever part it is in, so the sum is that of the whole batch.
+    Each part is weighted by its answer tokens, so the result equals that of the whole batch.
     """
     if parts == 1:
         return differentiate(graphdef, frozen, trained, batch)
