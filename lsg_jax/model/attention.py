@@ -38,7 +38,7 @@ def attend(
     Args:
         query: [B, T, N, H].
         key, value: [B, K, S, H], heads before positions for the matrix products; N is a multiple of K.
-        mask: bool [B, T, S], True where a query may look; None for everywhere. A row without any key gives the mean of all values.
+        mask: bool [B, T, S], True where a query may look; None for everywhere. A row without keys gives the mean of the values.
         edit: changes the attention weights float32 [B, N, T, S] before they are used.
 
     Returns:
