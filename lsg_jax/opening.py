@@ -105,6 +105,7 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
     if run is None or held == "lsg":
         return with_gates(vlm, source, sinks=sinks)
     kind, sinks = METHODS[held], sinks or run.sinks
+    assert kind.Settings is not None  # it is trained
     table = kind.Settings.table
     opened = kind(from_dict(kind.Settings, run.table(table), where=f"{source}/run.json: {table}"))
     trained = read_step(source)[1]["trained"]

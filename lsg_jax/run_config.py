@@ -26,7 +26,7 @@ from lsg_jax.methods.method import Method
 from lsg_jax.methods.registry import METHODS
 
 
-def method_tables() -> dict[str, type]:
+def method_tables() -> dict[str, type[Table]]:
     """The settings of each method that has any, by the name of their table."""
     return {kind.Settings.table: kind.Settings for kind in METHODS.values() if kind.Settings is not None}
 

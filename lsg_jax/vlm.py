@@ -332,11 +332,12 @@ def _v_sinks(params: dict, images: VisualInput, graphdef: Any) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=2)
 def _visual_tokens(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
     visual = assemble(graphdef, params).sequence(batch).visual
+    assert visual is not None
     return visual.mask, visual.v_sink
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _ratios(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
+def _ratios(params: dict, batch: Batch, graphdef: Any) -> jax.Array | None:
     return assemble(graphdef, params)(batch).ratios
 
 

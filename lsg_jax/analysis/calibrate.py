@@ -184,6 +184,7 @@ def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tup
         Counts of the features int32 [E, Dv], of the residual stream int32 [L, E, D]; norms of the features float32 [B, P].
     """
     model = assemble(graphdef, params)
+    assert batch.images is not None
     features, _ = model.image_features(batch.images)
     everywhere = jnp.broadcast_to(counted[:, None], features.shape[:2])
     valid = batch.attention_mask & counted[:, None]
@@ -223,6 +224,7 @@ def _peaks(params: dict, batch: Batch, graphdef: Any, vit_dims: tuple, llm_dims:
     """max |h[d]| over the dimensions: of the features float32 [B, P], of the stream [L, B, T]; 0 without dimensions."""
     model = assemble(graphdef, params)
     peak = lambda states, dims: jnp.abs(states[..., jnp.array(dims, int)].astype(jnp.float32)).max(-1, initial=0.0)
+    assert batch.images is not None
     features, _ = model.image_features(batch.images)
     return peak(features, vit_dims), model(batch, observe=lambda view: peak(view.hidden, llm_dims)).observed
 

@@ -173,6 +173,7 @@ def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: 
     sinks, attention = model.config.sinks, next(r for r in vit if r.criterion == "attention")
     if not attention.unknown:
         sinks = dataclasses.replace(sinks, criterion="attention", vit_tau=attention.tau)
+    assert batch.images is not None
     features, by_attention = model.image_features(batch.images, sinks=sinks)
     everywhere = jnp.ones(features.shape[:2], bool)
     masks = [by_attention if r is attention and not r.unknown else r.mask(features, everywhere, None) for r in vit]

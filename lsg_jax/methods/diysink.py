@@ -28,7 +28,8 @@ from lsg_jax.config.ranges import Range, Table
 from lsg_jax.gating.gate import GateParam
 from lsg_jax.methods.full import float32_copy
 from lsg_jax.methods.method import Method
-from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.methods.method_model import MethodModel
+from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.model.projector import Projector
 from lsg_jax.sinks.criteria import norm
 from lsg_jax.types import Batch
@@ -158,7 +159,7 @@ class DiySink(Method):
         sinks, others = (Projector(config, rngs=rngs, dtype=jnp.float32) for _ in range(2))
         return SinkProjectors(sinks, others, weights)
 
-    def initial(self, config: ModelConfig, params: dict, key: jax.Array) -> dict:
+    def initial(self, config: ModelConfig, params: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         """Both projectors start from the frozen one."""
         parameters = super().initial(config, params, key)
         for name in ("sink_projector", "other_projector"):
@@ -174,7 +175,7 @@ class DiySink(Method):
         return read_route(reply)
 
     def connect(
-        self, model: VisionLanguageModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
+        self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
         """Patches by their own projectors; those that the route leaves out are not kept."""
         is_sink = sink_patches(features, self.settings.tau)

@@ -13,7 +13,7 @@ from lsg_jax.errors import ConfigError
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.methods.gates import check_gate
 from lsg_jax.methods.method import Method
-from lsg_jax.model.multimodal import VisionLanguageModel
+from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.types import Batch, Sequence
 
 
@@ -44,7 +44,7 @@ class Fixed(Method):
             )
         return self
 
-    def intervention(self, model: VisionLanguageModel, batch: Batch, sequence: Sequence) -> KeyScaling | None:
+    def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> KeyScaling | None:
         """Key scales from the coefficients; None for a batch without images."""
         if sequence.visual is None:
             return None

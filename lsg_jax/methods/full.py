@@ -44,7 +44,7 @@ class Full(Method):
         """The parts that are trained."""
         return self.settings.parts
 
-    def initial(self, config: ModelConfig, params: dict, key: jax.Array) -> dict:
+    def initial(self, config: ModelConfig, params: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         """The parts as they are."""
         return {part: float32_copy(params[part]) for part in self.parts}
 

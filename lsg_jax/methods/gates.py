@@ -10,8 +10,8 @@ from lsg_jax.config import GateConfig, ModelConfig
 from lsg_jax.errors import ConfigError
 from lsg_jax.gating.gate import KeyScaling, SinkGate, expand_gates
 from lsg_jax.methods.method import Method
+from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.model.layers import stack_layers
-from lsg_jax.model.multimodal import VisionLanguageModel
 from lsg_jax.types import Batch, Sequence
 
 
@@ -47,7 +47,7 @@ class Gates(Method):
         gate = self.settings
         return stack_layers(lambda r: SinkGate(config.text.hidden_size, gate, rngs=r), key, len(gate.layers))
 
-    def intervention(self, model: VisionLanguageModel, batch: Batch, sequence: Sequence) -> KeyScaling | None:
+    def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> KeyScaling | None:
         """Key scales from the gates; None for a batch without images."""
         if sequence.visual is None:
             return None

@@ -20,7 +20,7 @@ from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError
 from lsg_jax.gating.gate import GateParam
 from lsg_jax.methods.method import Method
-from lsg_jax.model.multimodal import VisionLanguageModel
+from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.types import Batch, KVCache, LayerChange, Sequence
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -73,7 +73,7 @@ class Lora(Method):
         """A and B of each projection, random A."""
         return LowRankUpdate(config.text, self.settings, rngs=nnx.Rngs(key))
 
-    def intervention(self, model: VisionLanguageModel, batch: Batch, sequence: Sequence) -> LowRankChange:
+    def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> LowRankChange:
         """The update at its layer, also for rows without an image."""
         trained, settings = model.trained, self.settings
         factors = {name: (getattr(trained, f"{name}_a")[...], getattr(trained, f"{name}_b")[...]) for name in PROJECTIONS}
@@ -116,4 +116,5 @@ def _update(factors: tuple[jax.Array, jax.Array], scale: jax.Array, x: jax.Array
     down, up = factors
     exact: Any = functools.partial(jnp.tensordot, precision=jax.lax.Precision.HIGHEST)  # a TPU would round float32 to bfloat16
     inner = exact(x.astype(jnp.float32), down, axes=down.ndim - 1)
-    return (scale * exact(inner, up, axes=1)).astype(x.dtype)
+    update: jax.Array = (scale * exact(inner, up, axes=1)).astype(x.dtype)
+    return update

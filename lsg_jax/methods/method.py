@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 from flax import nnx
 
 from lsg_jax.config import GateConfig, ModelConfig, Part
-from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.config.ranges import Table
+from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.types import Batch, Intervention, Sequence
+
+if TYPE_CHECKING:
+    from lsg_jax.methods.method_model import MethodModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Method:
 
     settings: Any = None
 
-    Settings: ClassVar[type | None] = None
+    Settings: ClassVar[type[Table] | None] = None
     trains: ClassVar[bool] = False
     trains_inputs: ClassVar[bool] = False
 
@@ -61,7 +65,7 @@ class Method:
         """What is trained beside the model, float32; None for nothing."""
         return None
 
-    def initial(self, config: ModelConfig, params: dict, key: jax.Array) -> dict:
+    def initial(self, config: ModelConfig, params: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         """The values that training starts from: a nested dict of float32 arrays of its own.
 
         Args:
@@ -80,12 +84,12 @@ class Method:
         raise TypeError(f"{type(self).__name__} asks no first question")
 
     def connect(
-        self, model: VisionLanguageModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
+        self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
         """The visual tokens that it makes of features, in the order that it gives them; see VisionLanguageModel.connect."""
         return ConnectorTokens(model.projector(features), v_sink)
 
-    def intervention(self, model: VisionLanguageModel, batch: Batch, sequence: Sequence) -> Intervention | None:
+    def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> Intervention | None:
         """What it does in the decoder layers; None for nothing."""
         return None
 

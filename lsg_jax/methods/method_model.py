@@ -27,6 +27,7 @@ class MethodModel(VisionLanguageModel):
     ):
         super().__init__(config, rngs=rngs, dtype=dtype, mesh=mesh)
         self.method = method
+        self.trained: Any
         if (module := method.module(config, rngs.trained())) is not None:
             self.trained = module
 
@@ -51,23 +52,24 @@ class MethodModel(VisionLanguageModel):
 
 def abstract_model(
     config: ModelConfig, method: Method = BASE, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[nnx.GraphDef[MethodModel], dict]:
+) -> tuple[nnx.GraphDef[MethodModel], dict[str, Any]]:
     """The model's graph definition and its parameters as a nested dict of ShapeDtypeStruct; allocates nothing."""
     graphdef, state = _traced(config, method, jnp.dtype(dtype), mesh)
     return graphdef, nnx.to_pure_dict(state)
 
 
 @functools.cache  # tracing takes a good part of a second, and a study opens the same model under many methods
-def _traced(config: ModelConfig, method: Method, dtype: Any, mesh: Mesh | None) -> tuple[nnx.GraphDef[MethodModel], nnx.State]:
+def _traced(config: ModelConfig, method: Method, dtype: Any, mesh: Mesh | None) -> tuple[nnx.GraphDef[MethodModel], Any]:
     return nnx.split(nnx.eval_shape(lambda: MethodModel(config, method, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)))
 
 
-def assemble(graphdef: nnx.GraphDef[MethodModel], frozen: dict, trained: dict | None = None) -> MethodModel:
+def assemble(graphdef: nnx.GraphDef[MethodModel], frozen: dict[str, Any], trained: dict[str, Any] | None = None) -> MethodModel:
     """The model around given parameters; `trained` as in `join_trained`."""
-    return nnx.merge(graphdef, join_trained(frozen, trained))
+    model: MethodModel = nnx.merge(graphdef, join_trained(frozen, trained))
+    return model
 
 
-def join_trained(frozen: Any, trained: Any) -> dict:
+def join_trained(frozen: Any, trained: Any) -> dict[str, Any]:
     """The model's tree of parameters, or of what there is for each of them.
 
     Args:
@@ -75,5 +77,5 @@ def join_trained(frozen: Any, trained: Any) -> dict:
             None for a model that is not trained.
     """
     if trained is None:
-        return frozen
+        return frozen  # type: ignore[no-any-return]
     return {**frozen, **(trained if trained.keys() <= set(get_args(Part)) else {TRAINED: trained})}

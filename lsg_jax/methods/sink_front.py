@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.methods.method import Method
-from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.methods.method_model import MethodModel
+from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.sinks.criteria import norm
 from lsg_jax.types import Batch
 
@@ -50,7 +51,7 @@ class SinkFront(Method):
     Settings = SinkFrontConfig
 
     def connect(
-        self, model: VisionLanguageModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
+        self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
         """The model's own tokens, reordered."""
         features, v_sink = sinks_to_front(features, v_sink, self.settings)

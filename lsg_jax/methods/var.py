@@ -17,7 +17,7 @@ from lsg_jax.config import ModelConfig
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError
 from lsg_jax.methods.method import Method
-from lsg_jax.model.multimodal import VisionLanguageModel
+from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.sinks.criteria import dim_rms
 from lsg_jax.types import Batch, KVCache, LayerChange, Sequence
 
@@ -116,7 +116,7 @@ class AttentionRedistribution:
     def while_decoding(self, cache: KVCache, slot: jax.Array) -> AttentionRedistribution:
         """The same for the next token of each row, which goes into `slot` of the cache."""
         room = cache.valid.shape[1] - self.visual.shape[1]
-        return self.replace(  # type: ignore[attr-defined]
+        return self.replace(  # type: ignore[attr-defined, no-any-return]
             visual=jnp.pad(self.visual, ((0, 0), (0, room))),
             queries=self.visual.any(axis=1, keepdims=True),
             cached=cache.sinks,
@@ -162,7 +162,7 @@ class Var(Method):
             )
         return self
 
-    def intervention(self, model: VisionLanguageModel, batch: Batch, sequence: Sequence) -> AttentionRedistribution | None:
+    def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> AttentionRedistribution | None:
         """Edited attention; None for a batch without images."""
         if sequence.visual is None:
             return None

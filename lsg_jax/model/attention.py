@@ -184,7 +184,7 @@ class LayerCache:
     def append(self, key: jax.Array, value: jax.Array) -> LayerCache:
         """Writes keys and values [B, K, 1, H] of this layer at the slot, in place under jit."""
         start = (self.layer, 0, 0, self.slot, 0)
-        return self.replace(  # type: ignore[attr-defined]
+        return self.replace(  # type: ignore[attr-defined, no-any-return]
             key=jax.lax.dynamic_update_slice(self.key, key[None], start),
             value=jax.lax.dynamic_update_slice(self.value, value[None], start),
         )
@@ -223,7 +223,7 @@ class CausalAttention(nnx.Module):
         """
 
         def project(name: str, x: jax.Array) -> jax.Array:
-            y = getattr(self, name)(x)
+            y: jax.Array = getattr(self, name)(x)
             return y + change.low_rank[name](x) if name in change.low_rank else y
 
         kept_for_backward = functools.partial(checkpoint_name, name="qkv")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -129,11 +129,11 @@ def decode_greedily(
     token, margin = pick(hidden, jnp.zeros(batch, bool))
     tokens = jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
 
-    def cond(carry: tuple) -> jax.Array:
+    def cond(carry: tuple[Any, ...]) -> Any:
         step, _, done, *_ = carry
         return (step < max_new_tokens) & ~done.all()
 
-    def body(carry: tuple) -> tuple:
+    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, done, tokens, margin, cache = carry
         slot = slots + step - 1
         now = None if intervention is None else intervention.while_decoding(cache, slot)
@@ -149,4 +149,5 @@ def decode_greedily(
 def last_token(valid: Array) -> jax.Array:
     """Index of the last unpadded token of each row: bool [B, T] -> int32 [B]."""
     length = valid.shape[1]
-    return (length - 1 - jnp.argmax(valid[:, ::-1], axis=1)).astype(jnp.int32)
+    last: jax.Array = (length - 1 - jnp.argmax(valid[:, ::-1], axis=1)).astype(jnp.int32)
+    return last

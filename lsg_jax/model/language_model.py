@@ -262,7 +262,8 @@ class LanguageModel(nnx.Module):
         if sinks is not None:
             sinks = jnp.pad(sinks, ((stop - len(sinks), 0), (0, 0), (0, 0)))
         x = take_rows(x, rows) if rows is not None and not last_apart else x
-        return DecoderOutput(x, *(kv or (None, None)), ratios=ratios, sinks=sinks, observed=observed)
+        key, value = kv or (None, None)
+        return DecoderOutput(x, key, value, ratios, sinks, observed)
 
     def _empty_kv(self, x: jax.Array, room: int) -> KeysAndValues:
         """Zeros for the keys and values of all layers on x [B, T, D], which the layers fill in place."""
@@ -340,10 +341,10 @@ def _last_layer_apart(num_layers: int, rows: int) -> bool:
     return rows == 1 or num_layers <= 16
 
 
-def _write_layer(kv: Any, index: jax.Array, new: Any) -> tuple[jax.Array, ...]:
+def _write_layer(kv: KeysAndValues, index: jax.Array, new: KeysAndValues) -> KeysAndValues:
     """Writes keys and values [B, K, T, H] of one layer into those of all [L, B, K, S, H], in place under jit."""
     put = lambda of_all, of_layer: jax.lax.dynamic_update_slice(of_all, of_layer[None], (index, 0, 0, 0, 0))
-    return tuple(map(put, kv, new))
+    return put(kv[0], new[0]), put(kv[1], new[1])
 
 
 def _concatenate(parts: Iterable[Any]) -> Any:

@@ -59,7 +59,8 @@ def stack_layers(make: Callable[[nnx.Rngs], Module], key: jax.Array, count: int)
     """`count` layers of one kind as a single module whose parameters have a leading layer axis."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     state = jax.vmap(lambda k: nnx.state(make(nnx.Rngs(k))))(jax.random.split(key, count))
-    return nnx.merge(graphdef, state)
+    stacked: Module = nnx.merge(graphdef, state)
+    return stacked
 
 
 def layer_at(stacked: Any, index: jax.Array) -> Any:

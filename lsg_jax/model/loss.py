@@ -60,7 +60,7 @@ def chunked_cross_entropy(
     words = head.shape[1]
     chunk = min(chunk, words)
 
-    def add(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+    def add(carry: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         largest, total, hit, best = carry
         first = number * chunk
         start = jnp.minimum(first, words - chunk)  # the last chunk reaches back over words that were counted
@@ -81,7 +81,7 @@ def chunked_cross_entropy(
 
     nothing = jnp.zeros(target.shape, jnp.float32)
     start = (jnp.full(target.shape, -jnp.inf), nothing, nothing, jnp.zeros(target.shape, jnp.int32))
-    add = jax.checkpoint(add, prevent_cse=False)  # type: ignore[assignment]
+    add = jax.checkpoint(add, prevent_cse=False)
     (largest, total, hit, best), _ = jax.lax.scan(add, start, jnp.arange(-(-words // chunk)))
     return largest + jnp.log(total) - hit, best
 

@@ -177,16 +177,17 @@ def gather(tokens: jax.Array, source: Any, weight: Any) -> jax.Array:
     Returns:
         [B, T, D].
     """
-    total = None
-    for k in range(source.shape[-1]):
-        part = jnp.take_along_axis(tokens, jnp.maximum(source[..., k, None], 0), axis=1)
-        part = part if weight is None else part * weight[..., k, None]
-        total = part if total is None else total + part
-    return total
+    source = jnp.maximum(jnp.asarray(source), 0)
+    parts = [jnp.take_along_axis(tokens, source[..., k, None], axis=1) for k in range(source.shape[-1])]
+    if weight is not None:
+        parts = [part * weight[..., k, None] for k, part in enumerate(parts)]
+    return functools.reduce(jnp.add, parts)
 
 
 def gather_any(mask: jax.Array, source: Any) -> jax.Array:
     """Positions behind which the mask bool [B, N] holds for any of the K tokens: bool [B, T]; False for text."""
     source = jnp.asarray(source)
-    found = [(i >= 0) & jnp.take_along_axis(mask, jnp.maximum(i, 0), axis=1) for i in jnp.moveaxis(source, -1, 0)]
+    found: list[jax.Array] = [
+        (i >= 0) & jnp.take_along_axis(mask, jnp.maximum(i, 0), axis=1) for i in jnp.moveaxis(source, -1, 0)
+    ]
     return functools.reduce(jnp.logical_or, found)

@@ -60,7 +60,7 @@ def _kernel(heads: int, length: int, interpret: bool) -> Callable[..., jax.Array
         block_kv_dkv=block,
         use_fused_bwd_kernel=True,  # computes the scores once for both gradients
     )
-    return splash.make_splash_mha(
+    kernel: Callable[..., jax.Array] = splash.make_splash_mha(
         mask=splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
         block_sizes=blocks,
         head_shards=1,
@@ -68,3 +68,4 @@ def _kernel(heads: int, length: int, interpret: bool) -> Callable[..., jax.Array
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
+    return kernel

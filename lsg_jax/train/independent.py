@@ -140,7 +140,7 @@ class _Suffixes:
     def _fed(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
         return self.model.language_model.by_rows(self.runner.layer(layer).feed(hidden))
 
-    def _scored(self, hidden: jax.Array, gate: Any = None) -> tuple[jax.Array, tuple[dict[str, jax.Array], LayerChange]]:
+    def _scored(self, hidden: jax.Array, gate: Any = None) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
         """The last layer, gated or not, and the loss."""
         rows = jnp.asarray(self.batch.answer_index)
         inputs = None if gate is None else _scan_inputs(gate)

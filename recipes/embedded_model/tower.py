@@ -83,7 +83,8 @@ class TowerWithHeads(nnx.Module):
         """uint8 [B, H, W, 3] -> features [B, P, D] of the last layer."""
         image = self.config.image
         pixels = (images.astype(jnp.float32) / 255 - jnp.array(image.mean)) / jnp.array(image.std)
-        patches = jax.vmap(functools.partial(to_patches, patch_size=self.config.vision.patch_size))(pixels)
+        cut: Any = functools.partial(to_patches, patch_size=self.config.vision.patch_size)
+        patches = jax.vmap(cut)(pixels)
         (*_, features), _ = self.tower(patches, self.config.feature_layers)
         return features[:, 1:]
 
