@@ -61,18 +61,28 @@ labels = np.where(np.arange(60) >= 55, ids, -100)
 whole = lsg_jax.load(model, gates())
 logits, (loss, grads) = whole.logits(ids, pixels), whole.loss_and_grads(ids, pixels, labels)
 tokens = whole.generate_ids(ids, pixels, max_new_tokens=4)
-for sizes, parts in {(2, 2, 2): 4, (8, 1, 1): 1, (1, 8, 1): 8, (1, 1, 8): 8}.items():
+# every program on the mixed mesh; on the others those that such a mesh is for, since each has to be compiled
+for sizes, parts, programs in [
+    ((2, 2, 2), 4, ("logits", "gradients", "tokens")),
+    ((8, 1, 1), 1, ("gradients",)),
+    ((1, 8, 1), 8, ("gradients", "tokens")),
+    ((1, 1, 8), 8, ("tokens",)),
+]:
     vlm = lsg_jax.load(model, gates(), mesh=make_mesh(MeshConfig(*sizes)))
     kernel = vlm.frozen["language_model"]["layers"]["mlp"]["gate_proj"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.size * parts == kernel.size, sizes
-    np.testing.assert_allclose(vlm.logits(ids, pixels), logits, atol=1e-4)
-    other, others = vlm.loss_and_grads(ids, pixels, labels)
-    np.testing.assert_allclose(other, loss, rtol=1e-5)
-    for layer in grads:
-        for name in grads[layer]:
-            np.testing.assert_allclose(others[layer][name], grads[layer][name], atol=1e-4 * np.abs(grads[layer][name]).max())
-    np.testing.assert_array_equal(vlm.generate_ids(ids, pixels, max_new_tokens=4), tokens)
+    if "logits" in programs:
+        np.testing.assert_allclose(vlm.logits(ids, pixels), logits, atol=1e-4)
+    if "gradients" in programs:
+        other, others = vlm.loss_and_grads(ids, pixels, labels)
+        np.testing.assert_allclose(other, loss, rtol=1e-5)
+        for layer in grads:
+            for name in grads[layer]:
+                close = 1e-4 * np.abs(grads[layer][name]).max()
+                np.testing.assert_allclose(others[layer][name], grads[layer][name], atol=close)
+    if "tokens" in programs:
+        np.testing.assert_array_equal(vlm.generate_ids(ids, pixels, max_new_tokens=4), tokens)
 
 
 def trained_in_full(vlm, mesh):
