@@ -1,4 +1,4 @@
-"""Several JAX processes on this machine, as a run on several hosts has them."""
+"""Several JAX processes on this machine, as in a run on several hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IMPORTABLE = (Path(__file__).parent, Path(__file__).parent.parent)  # tests/ an
 
 
 class ProcessError(AssertionError):
-    """A process failed, or the time was up. The message ends in what it wrote to stderr."""
+    """A process failed or timed out. The message ends with its stderr."""
 
 
 def run_processes(
@@ -24,9 +24,9 @@ def run_processes(
 ) -> list[str]:
     """Runs Python source in `count` processes that form one JAX cluster on CPU, and waits for all of them.
 
-    The cluster is up when the script starts: `jax.process_index()` and `jax.devices()` are those of the whole. `args` are the
-    script's `sys.argv[1:]`, and it can import the modules of `tests/`. Gloo, which carries the collectives, writes to stdout as
-    well, so results belong in files: pass a folder.
+    The cluster is up when the script starts: `jax.process_index()` and `jax.devices()` are those of the whole cluster. The script
+    gets `args` as `sys.argv[1:]` and can import the modules of `tests/`. It should write results to files, since Gloo, which does
+    the collectives, writes to stdout as well.
 
     Args:
         devices_each: CPU devices of each process.
@@ -36,7 +36,7 @@ def run_processes(
         stdout of each process, by rank.
 
     Raises:
-        ProcessError: a process ended with a status other than 0, or the time was up; the others are killed at once.
+        ProcessError: a process ended with a status other than 0, or timed out; the others are killed at once.
     """
     processes = _start(script, count, devices_each, [str(arg) for arg in args])
     try:
@@ -61,7 +61,7 @@ def run_processes(
 def start_commands(
     arguments: Sequence[Sequence[object]], *, devices_each: int = 1, heartbeat: int = 10
 ) -> list[subprocess.Popen[str]]:
-    """`python -m lsg_jax` with each of the arguments, as processes that find each other by the options for it."""
+    """Starts `python -m lsg_jax` with each list of arguments, as the processes of one cluster."""
     address, count = free_address(), len(arguments)
     common = ["--multihost", "--coordinator", address, "--num-processes", count, "--heartbeat", heartbeat]
     return [_open(["-m", "lsg_jax", *arguments[rank], *common, "--process-id", rank], devices_each) for rank in range(count)]
@@ -76,7 +76,7 @@ def _start(script: str, count: int, devices: int, args: list[str]) -> list[subpr
 
 
 def free_address() -> str:
-    """HOST:PORT of this machine where nobody listens."""
+    """HOST:PORT of this machine that is free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
@@ -107,7 +107,7 @@ def _finish(process: subprocess.Popen[str], rank: int) -> str:
 
 
 def join(address: str, count: int, rank: int) -> None:
-    """Joins the cluster: the first thing that a started process does."""
+    """Joins the cluster; a started process calls it first."""
     import jax
 
     sys.excepthook = _end_at_once
@@ -125,7 +125,7 @@ def join(address: str, count: int, rank: int) -> None:
 
 
 def _end_at_once(*error: Any) -> None:
-    # The ordinary end of a process waits for its partners, and they may be waiting for this one.
+    # A normal exit waits for the other processes, which may be waiting for this one.
     traceback.print_exception(*error)
     sys.stderr.flush()
     os._exit(1)

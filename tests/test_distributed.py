@@ -1,4 +1,4 @@
-"""Several processes through the command line: what one computes, whatever is stopped or killed, and then in another number."""
+"""Several processes through the command line compute what one does, also after a stop, a kill and a change of their number."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from lsg_jax.run_config import load_run_config
 from lsg_jax.train.loop import train
 
 HEARTBEAT = 10
-STEPS = 400  # more than any run here makes; they end by a signal
+STEPS = 400  # more than any run here takes; they end by a signal
 SAVE_EVERY = 5
 
 
@@ -54,7 +54,7 @@ made = "{scenes / "questions.jsonl"}"
 
 
 def losses(folder):
-    """Of all steps that are logged, each once and in order."""
+    """Losses of all logged steps, each once and in order."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
@@ -65,9 +65,10 @@ def saved(folder):
 
 
 @contextlib.contextmanager
-def training(config, folder, count):
-    """`lsg train` in `count` processes."""
-    processes = start_commands([["train", config, "--set", f"output={folder}"]] * count, heartbeat=HEARTBEAT)
+def training(config, folder, devices_each):
+    """`lsg train` in two processes."""
+    command = ["train", config, "--set", f"output={folder}"]
+    processes = start_commands([command] * 2, devices_each=devices_each, heartbeat=HEARTBEAT)
     try:
         yield processes
     finally:
@@ -86,16 +87,16 @@ def wait_for_step(processes, folder, step):
 
 
 def kill(victim, processes):
-    """kill -9; the others must end soon, and not as if all were well."""
+    """kill -9; the others must end soon, with an error."""
     victim.kill()
     deadline = time.monotonic() + HEARTBEAT + 15
     for process in processes:
         assert process.wait(max(0.0, deadline - time.monotonic())) != 0
 
 
-def test_stopped_in_two_killed_in_four_and_resumed_in_one(config, tmp_path):
+def test_stopped_on_two_devices_killed_on_four_and_resumed_on_one(config, tmp_path):
     folder = tmp_path / "run"
-    with training(config, folder, 2) as processes:
+    with training(config, folder, devices_each=1) as processes:
         wait_for_step(processes, folder, 1)
         processes[1].send_signal(signal.SIGTERM)
         ends = [process.communicate(timeout=240)[1] for process in processes]
@@ -104,7 +105,7 @@ def test_stopped_in_two_killed_in_four_and_resumed_in_one(config, tmp_path):
     assert all(f"stopped at step {stop} of {STEPS}, saved" in end.splitlines()[-1] for end in ends)
     assert len(losses(folder)) == stop
 
-    with training(config, folder, 4) as processes:
+    with training(config, folder, devices_each=2) as processes:
         wait_for_step(processes, folder, stop + SAVE_EVERY + 2)
         kill(processes[0], processes)  # the coordinator
     start = saved(folder)
@@ -126,7 +127,7 @@ def run_alone(config, folder, steps):
         train(load_run_config(config, [f"output={folder}"]), on_step=stop)
 
 
-# One cluster for all: a whole run, answers; then a signal to one process, after which everything stops as soon as it can.
+# One cluster for a whole run and answers; then a signal to one process, after which each command stops as soon as it can.
 WORKER = """
 import signal, sys
 import jax
@@ -178,13 +179,13 @@ def without_devices(text):
 
 
 def ended(processes):
-    """(exit code, last line on stderr) of each."""
+    """(exit code, last line of stderr) of each."""
     ends = [process.communicate(timeout=HEARTBEAT + 90)[1] for process in processes]
     return [(process.returncode, end.splitlines()[-1] if end else "") for process, end in zip(processes, ends, strict=True)]
 
 
 def test_an_error_ends_every_process_with_its_own_code(config, tmp_path):
-    """Of all of them, and of one for which the others wait."""
+    """An error of all processes, and of one for which the other waits."""
     missing = tmp_path / "none.toml"
     both = ended(start_commands([["train", missing]] * 2, heartbeat=HEARTBEAT))
     assert all(code == 65 and line.startswith(f"lsg train: {missing}") for code, line in both), both
@@ -192,7 +193,7 @@ def test_an_error_ends_every_process_with_its_own_code(config, tmp_path):
     assert one[1][0] == 65 and one[1][1].startswith(f"lsg train: {missing}") and one[0][0] != 0, one
 
 
-# A process that only ever waits for the others.
+# A process that only waits for the others.
 WAITER = """
 import sys
 from lsg_jax.distributed import joined
@@ -227,7 +228,7 @@ def test_the_coordinator_does_not_outlive_a_worker():
             process.communicate()
 
 
-def test_processes_that_do_not_come_are_one_line():
+def test_processes_that_do_not_join_are_one_line():
     code = "from lsg_jax.distributed import joined\nwith joined({}, start=2):\n    pass"
     here, nobody = free_address(), free_address()
     cases = {
@@ -241,7 +242,7 @@ def test_processes_that_do_not_come_are_one_line():
         assert process.returncode == (1 if case == "None" else 65) and f"ConfigError: {told}" in stderr, stderr
 
 
-def test_wrong_options_are_told_before_anything_starts(config, capsys):
+def test_wrong_options_are_reported_before_anything_starts(config, capsys):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         for options, told in [
