@@ -24,9 +24,9 @@ def run_processes(
 ) -> list[str]:
     """Runs Python source in `count` processes that form one JAX cluster on CPU, and waits for all of them.
 
-    The cluster is up when the script starts: `jax.process_index()` and `jax.devices()` are those of the whole cluster. The script
-    gets `args` as `sys.argv[1:]` and can import the modules of `tests/`. It should write results to files, since Gloo, which does
-    the collectives, writes to stdout as well.
+    The cluster is up when the script starts: `jax.process_index()` and `jax.devices()` are those of the whole. The script gets
+    `args` as `sys.argv[1:]` and can import the modules of `tests/`. It should write results to files: Gloo, which does the
+    collectives, writes to stdout too.
 
     Args:
         devices_each: CPU devices of each process.
