@@ -203,7 +203,7 @@ def test_restart_skips_done_blocks_and_is_byte_identical(tmp_path, small_blocks)
     with pytest.raises(CheckpointError, match="blocks were not written"):
         first.finish()
     with open(tmp_path / "twice" / "base.journal", "a") as journal:
-        journal.write('{"leaf": "language_model/embed", "off')  # a line cut off by a crash
+        journal.write('{"leaf": "language_model/embed", "off')  # a line truncated by a crash
     (base / "state/language_model.embed/c/0/0").unlink()  # in the journal, but lost
     second = BaseWriter(base, specs(leaves))
     assert second.put("language_model/embed", 0, embed[:2]) is True

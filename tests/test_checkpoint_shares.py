@@ -1,4 +1,4 @@
-"""The backbone read by several processes: each reads its share, and everything comes to its place."""
+"""The backbone read by several processes: each reads its share, and every leaf ends in its sharding."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from test_checkpoint_base import write_model
 from lsg_jax.checkpoint import shares, writer
 from lsg_jax.checkpoint.writer import LeafSpec
 
-# leaf -> shape, and what it is split by
+# leaf -> shape, mesh axes
 LEAVES = {
     "layers/q_proj": ((3, 8, 4, 2), ("fsdp", "tensor", None)),  # an odd number of layers
     "layers/down": ((6, 4, 12), ("tensor", "fsdp")),
@@ -40,7 +40,7 @@ def target(name: str, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(a if n % split(a) == 0 else None for n, a in zip(shape, axes, strict=False))))
 
 
-# Loads the folder on every mesh and reports what was read; then a damaged folder, of which one process reads the bad block.
+# Loads the folder on every mesh and reports what was read; then a damaged folder, whose bad block only one process reads.
 WORKER = """
 import json, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A stand-in for `gcloud` that records its calls and plays the lives of a slice. Hosts are home folders on this machine.
+"""A fake `gcloud` that records its calls and simulates the states of a slice. Hosts are home folders on this machine.
 
 Run with FAKE_GCLOUD naming a folder with `play.json`: a list of lives, one for each time that the slice is created,
 
@@ -19,7 +19,7 @@ HERE = Path(os.environ["FAKE_GCLOUD"])
 KNOWN = [["queued-resources", verb] for verb in ("create", "delete", "describe")]
 KNOWN += [["tpu-vm", verb] for verb in ("describe", "scp", "ssh")]
 UV = """#!/usr/bin/env bash
-# installs a stand-in for lsg where `uv pip install` would put the real one
+# installs a fake lsg where `uv pip install` would put the real one
 [[ $1 == pip ]] || exit 0
 mkdir -p "$HOME/lsg_venv/bin"
 cp "$HOME/fake_lsg" "$HOME/lsg_venv/bin/lsg"
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 def play(arguments: list[str], now: dict, lives: list[dict]) -> int:
     what = [word for word in arguments if not word.startswith("-")]
-    if what[2:4] not in KNOWN:  # all that doctor asks for is there
+    if what[2:4] not in KNOWN:  # everything that doctor checks exists
         print(what[-1])
         return 0
     if what[2:4] == ["queued-resources", "create"]:
@@ -100,7 +100,7 @@ def make_hosts(life: dict) -> None:
 
 
 def run_on(hosts: list[Path], command: str) -> int:
-    """All at once, as ssh would; like gcloud, the code of the first host that failed."""
+    """Runs on all hosts at once, as ssh would; returns the exit code of the first host that failed, as gcloud does."""
     processes = [subprocess.Popen(["bash", "-c", command], cwd=host, env=os.environ | {"HOME": str(host)}) for host in hosts]
     (HERE / "in_ssh").touch()
     codes = [process.wait() for process in processes]

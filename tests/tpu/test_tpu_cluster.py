@@ -1,4 +1,4 @@
-"""The image and the GKE manifests of tpu/: hadolint, a strict schema of JobSet, and what the exit codes of lsg lead to."""
+"""The image and the GKE manifests of tpu/: hadolint, a strict schema of JobSet, and what follows each exit code of lsg."""
 
 import copy
 import json
@@ -37,9 +37,9 @@ def test_the_image_has_all_it_copies_and_lsg_gets_signals():
     lines = (ROOT / "tpu/Dockerfile").read_text(encoding="utf-8").splitlines()
     ignored = (ROOT / "tpu/Dockerfile.dockerignore").read_text(encoding="utf-8").split()
     copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
-    assert ignored[ignored.index("*") + 1 :][: len(copied)] == [f"!{name}" for name in copied]  # let through again
+    assert ignored[ignored.index("*") + 1 :][: len(copied)] == [f"!{name}" for name in copied]  # not ignored after all
     assert all((ROOT / name).exists() for name in copied) and "pyproject.toml" in copied
-    assert 'ENTRYPOINT ["lsg"]' in lines  # exec form: no shell between
+    assert 'ENTRYPOINT ["lsg"]' in lines  # exec form: no shell in between
     user = next(line.split()[1] for line in lines if line.startswith("USER "))
     assert f"useradd --uid {user} " in "\n".join(lines) and user != "0"
 

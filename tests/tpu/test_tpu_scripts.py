@@ -1,4 +1,4 @@
-"""The scripts of tpu/ against a stand-in for gcloud that records its calls (fake_gcloud.py), and against shellcheck."""
+"""The scripts of tpu/ with a fake gcloud that records its calls (fake_gcloud.py), and under shellcheck."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ACTIVE = {"states": ["ACTIVE"]}
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A small git checkout with the scripts in it, so that what is packed does not depend on this one."""
+    """A small git checkout with the scripts, so that the packed archive does not depend on this one."""
     root = tmp_path_factory.mktemp("checkout")
     shutil.copytree(TPU, root / "tpu")
     (root / "configs").mkdir()
@@ -36,7 +36,7 @@ def checkout(tmp_path_factory):
 
 
 class Cloud:
-    """The stand-in's folder, and how scripts are run against it."""
+    """The folder of the fake gcloud, and how scripts run with it."""
 
     def __init__(self, folder, checkout):
         self.folder, self.checkout = folder, checkout
@@ -72,7 +72,7 @@ class Cloud:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else it may be ignored, from a CI's shell
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the shell of a CI may ignore it
         )
 
     def run(self, script, *arguments):
@@ -82,14 +82,14 @@ class Cloud:
         return process.returncode, out, err
 
     def calls(self, *words):
-        """The recorded calls that hold all the words, without those that repeat the one before (polling)."""
+        """The recorded calls that contain all the words; a call that repeats the one before (polling) is left out."""
         path = self.folder / "calls.jsonl"
         calls = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         calls = [call for i, call in enumerate(calls) if i == 0 or call != calls[i - 1]]
         return [call for call in calls if all(word in call for word in words)]
 
     def verbs(self):
-        """What was done, in order, without looks at states."""
+        """The recorded actions in order, without queries of states."""
         names = [call[3] for call in self.calls() if call[:2] == ["compute", "tpus"]]
         return [name for name in names if name not in ("describe", "scp")]
 
@@ -101,7 +101,7 @@ class Cloud:
 @pytest.fixture
 def cloud(tmp_path, checkout):
     yield Cloud(tmp_path, checkout)
-    for path in tmp_path.glob("hosts/*/lsg_runs/*/child"):  # of a test that failed
+    for path in tmp_path.glob("hosts/*/lsg_runs/*/child"):  # left by a failed test
         if not (path.parent / "exit").exists():
             os.kill(int(path.read_text()), signal.SIGKILL)
 
@@ -175,7 +175,7 @@ def test_dry_run_prints_what_a_real_run_calls(cloud, script):
     name = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
     cloud.run(script, *DRY[script])
     recorded = [[word.replace(f"unlock /o {name}", "unlock /o HOST") for word in call] for call in cloud.calls()]
-    if script == "resume.sh":  # looks at the state in between depend on how things go
+    if script == "resume.sh":  # queries of the state depend on the course of the run
         printed, recorded = ([call for call in calls if "describe" not in call] for calls in (printed, recorded))
     assert printed == recorded and printed
 
@@ -187,7 +187,7 @@ def test_run_installs_once_and_hands_arguments_on(cloud):
     for number in (0, 1):
         assert cloud.host(number, "lsg_calls") == "train configs/my run.toml --set output=/mnt/lsg/it's here --multihost\n"
         assert cloud.host(number, "lsg_jax/configs/tiny.toml") == "" and cloud.host(number, "lsg_venv/installed")
-    assert cloud.run("run.sh", "--id", "a", *TRAIN)[0] == 0  # the same run: shown again, not started again
+    assert cloud.run("run.sh", "--id", "a", *TRAIN)[0] == 0  # the same run: shown, not started again
     assert len(cloud.host(0, "lsg_calls").splitlines()) == 1
     cloud.run("run.sh", "--id", "b", "--", "eval", "c.toml", "--multihost")
     assert cloud.host(1, "lsg_calls").splitlines()[1] == "eval c.toml --multihost"
@@ -205,15 +205,15 @@ def test_exit_code_of_the_host_that_knows(cloud, codes, expected):
 def test_resume_survives_preemptions(cloud):
     cloud.play(
         {"states": ["WAITING_FOR_RESOURCES", "ACTIVE"], "lsg": [[75], [75]], "after": "SUSPENDING"},  # saved in time
-        {"states": ["PROVISIONING", "SUSPENDED"]},  # taken away before it was there
+        {"states": ["PROVISIONING", "SUSPENDED"]},  # preempted before it was active
         ACTIVE | {"lsg": [[134], [255]], "after": "SUSPENDED"},  # died
-        ACTIVE | {"lsg": [[1], [255]], "node": "PREEMPTED"},  # died, and the queued resource does not know yet
+        ACTIVE | {"lsg": [[1], [255]], "node": "PREEMPTED"},  # died, and the state of the queued resource lags
         ACTIVE | {"lsg": [[75], [75]]},  # stopped and saved
         ACTIVE,
     )
     state = cloud.folder / "now.json"
     process = cloud.start("resume.sh", "--spot", *TRAIN)
-    while process.poll() is None:  # what is being taken away is gone some time later
+    while process.poll() is None:  # a slice that is being suspended is gone some time later
         if state.exists() and '"SUSPENDING"' in (text := state.read_text()):
             state.write_text(text.replace("SUSPENDING", "SUSPENDED"))
         time.sleep(0.02)
@@ -236,7 +236,7 @@ def test_resume_gives_up(cloud):
     code, _, err = cloud.run("resume.sh", "--max-failures", "2", *TRAIN)
     assert code == 1 and "2 times in a row" in err and "billed" in err
     assert cloud.host(0, "lsg_calls").count("\n") == 2 and not cloud.calls("delete")
-    cloud.play(ACTIVE | {"lsg": [[1, 1, 0], [1, 1, 0]]})  # with failures that come late it goes on
+    cloud.play(ACTIVE | {"lsg": [[1, 1, 0], [1, 1, 0]]})  # late failures do not end it
     assert cloud.run("resume.sh", "--max-failures", "2", "--soon", "0", *TRAIN)[0] == 0
     cloud.play(*[{"states": ["FAILED"]}] * 5)
     assert cloud.run("resume.sh", "--max-failures", "2", *TRAIN)[0] == 1
@@ -253,7 +253,7 @@ def test_ctrl_c_deletes_nothing_and_resume_goes_on_with_the_same_run(cloud):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "lsg goes on" in err and "is not deleted" in err and "billed" in err
     assert not cloud.calls("delete")
-    assert cloud.run("run.sh", "--", "eval", "c.toml")[0] == 1  # something runs: not mixed up with it
+    assert cloud.run("run.sh", "--", "eval", "c.toml")[0] == 1  # another run is active: not mixed up with it
     process = cloud.start("run.sh", "--id", "other", *TRAIN)
     while cloud.verbs().count("ssh") < 6:
         assert process.poll() is None
@@ -267,7 +267,7 @@ def test_ctrl_c_deletes_nothing_and_resume_goes_on_with_the_same_run(cloud):
 def test_delete(cloud):
     assert cloud.run("delete.sh", "--yes")[0] == 0 and not cloud.calls("delete")  # there is none
     cloud.run("create.sh")
-    code, _, err = cloud.run("delete.sh")  # nobody to ask
+    code, _, err = cloud.run("delete.sh")  # no terminal to ask on
     assert code == 2 and "--yes" in err and not cloud.calls("delete")
     assert cloud.run("delete.sh", "--yes")[0] == 0
     assert "--force" in cloud.calls("delete")[0]

@@ -1,4 +1,4 @@
-"""What tpu/TROUBLESHOOTING.md quotes of our own messages is what the code says."""
+"""The messages of lsg that tpu/TROUBLESHOOTING.md quotes exist in the code."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ HOLE = "\0"
 
 
 def templates_of_python(path):
-    """The strings of a module, f-strings with a hole for each value; neighbouring literals are one string."""
+    """The strings of a module; f-strings with a placeholder for each value, adjacent literals joined."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values)
