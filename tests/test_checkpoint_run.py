@@ -194,7 +194,7 @@ def test_a_tree_that_does_not_fit_is_never_cast(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
 def test_damage_to_any_file_of_a_step(tmp_path, damage, caplog):
-    """Either the file is not needed, and the step comes back to the bit, or the step before is used and this one quarantined."""
+    """Either nothing reads the file and the step is restored to the bit, or it is quarantined and the step before is used."""
     saved_run(tmp_path / "good", 2)
     newest = tmp_path / "good" / "checkpoints" / "2"
     paths = sorted(p.relative_to(tmp_path / "good") for p in newest.rglob("*") if p.is_file())
