@@ -1,4 +1,4 @@
-"""What a model folder, a run folder, prepared records or a gate file hold, and whether they are whole. Loads no model."""
+"""Describes and verifies model folders, run folders, prepared records and gate files, without loading a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kind_of(path: Path) -> str:
     """`model`, `run`, `records` or `gates`.
 
     Raises:
-        InputError: there is nothing, or nothing that is known.
+        InputError: the path does not exist or is none of these.
     """
     if path.is_file():
         return "gates"
@@ -40,12 +40,12 @@ def kind_of(path: Path) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Plain data about what is there."""
+    """The content of a folder or file as plain data."""
     return {"model": _model, "run": _run, "records": _records, "gates": _gates}[kind_of(path)](path)
 
 
 def problems(path: Path) -> list[Problem] | list[str]:
-    """Everything that is wrong with what is there; a gate file's one problem comes as an InputError."""
+    """Everything that is wrong with a folder or file. Raises InputError for a broken gate file."""
     kind = kind_of(path)
     if kind == "model":
         return verify_base(path)
@@ -118,7 +118,7 @@ def _gates(path: Path) -> dict[str, Any]:
 
 
 def as_table(found: dict[str, Any], indent: str = "") -> str:
-    """Nested data as aligned lines of name and value."""
+    """Nested data as lines of name and value, aligned."""
     width = max(len(name) for name in found)
     lines = []
     for name, value in found.items():

@@ -132,5 +132,5 @@ def _write_config(out: Path, **paths: Path) -> Path:
 
 def _find_sinks(vlm: VLM, out: Path, progress: Progress) -> None:
     paths = sorted((out / "validation" / "images").iterdir())[:SHOWN_SCENES]
-    pixels = {path.name: vlm.processor.pixels(path) for path in paths}
-    write_sinks(find_sinks(vlm, pixels, "How many shapes are there?", progress=progress), pixels, out / "sinks")
+    images = {path.name: path for path in paths}
+    write_sinks(find_sinks(vlm, images, "How many shapes are there?", progress=progress), images, out / "sinks")

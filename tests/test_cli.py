@@ -111,10 +111,10 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
     code, out, err = lsg(*common, *SINK_OPTIONS, "vit_tau=18.375")
     assert code == 0, err
     found = json.loads(out)
-    assert found["format"] == "lsg-sinks-1" and list(found["images"]) == [str(f) for f in files]
+    assert found["format"] == "lsg-sinks-2" and list(found["images"]) == [str(f) for f in files]
     entry = found["images"][str(files[0])]
     norms = np.array(entry["norms"])
-    assert entry["v_sinks"] == np.flatnonzero(norms >= 18.375).tolist() != [] and entry["grid"] ** 2 == len(norms)
+    assert entry["v_sinks"] == np.flatnonzero(norms >= 18.375).tolist() != [] and len(entry["boxes"]) == len(norms)
     assert len(entry["l_sinks"]) == 6 and not set(entry["v_sinks"]) & {p for layer in entry["l_sinks"] for p in layer}
     assert {row["queries"] for row in found["attention"]} == {"prompt", "answer"}
     assert json.loads((out_folder / "sinks.json").read_text()) == found

@@ -1,4 +1,4 @@
-"""`lsg ablate`: what each choice in a gate is worth, by training it otherwise: other signals, other groupings, LoRA instead."""
+"""`lsg ablate`: trains variants of gates (other signals, other groupings, LoRA instead) and compares their scores."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ RESULT = "ablate.json"
 REFERENCE = "reference"
 
 KINDS: dict[str, tuple[str, ...]] = {"signal": get_args(Signal), "grouping": get_args(Grouping), "lora": ("lora",)}
-"""What is varied -> the names of its variants."""
+"""Kind of variation -> names of its variants."""
 
 
 def plan_variants(
     config: RunConfig, wanted: Sequence[str], model: ModelConfig
 ) -> tuple[dict[str, RunConfig], list[dict[str, str]]]:
-    """The runs to train, the reference first, and the variants that cannot be.
+    """The runs to train, the reference first, and the variants that are not possible.
 
     Args:
         config: the reference.
-        wanted: kinds (all of a kind but what the reference has) and names of variants; empty for all kinds.
-        model: the model; sinks of `config` go before its own.
+        wanted: names of variants, or kinds, which stand for all their variants but the reference's own; empty for all kinds.
+        model: the model; sink settings of `config` override its own.
 
     Returns:
-        {variant: its configuration, `output` left as it is}, rows `{variant, reason}`.
+        {variant: its configuration, with `output` unchanged}, rows `{variant, reason}` of the variants left out.
 
     Raises:
-        ConfigError: a name that is not known, a reference that the model cannot carry, or nothing left to compare with it.
+        ConfigError: a name is unknown, the reference does not fit the model, or no variant is left.
     """
     model = replace(model, sinks=config.sinks or model.sinks)
     if config.method != "lsg":
@@ -77,7 +77,7 @@ def _names(config: RunConfig, wanted: Sequence[str]) -> list[str]:
 
 
 def _variant(config: RunConfig, name: str, model: ModelConfig) -> RunConfig:
-    """The configuration of one variant. Raises ConfigError where there is none, or the model cannot carry it."""
+    """The configuration of one variant. Raises ConfigError if it is the reference or does not fit the model."""
     gate = config.gate
     if name in (gate.signal, gate.grouping):
         raise ConfigError("this is the reference itself")
@@ -92,22 +92,21 @@ def _variant(config: RunConfig, name: str, model: ModelConfig) -> RunConfig:
 
 
 def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progress: Progress = silent) -> dict[str, Any]:
-    """Trains the reference and every variant of it in a run of its own, then asks all of them; a collective of all processes.
+    """Trains the reference and every variant in a run each, then evaluates all of them; every process must call it.
 
-    Writes into `out`: a run folder a variant, `ablate.json`, and what `evaluate` writes. A study that was stopped goes on where
-    it was.
+    Writes into `out`: a run folder for each variant, `ablate.json`, and the files of `evaluate`. An interrupted study resumes.
 
     Args:
-        config: the reference; data, training, seed and questions are the same for all.
+        config: the reference; all runs share its data, training settings, seed and questions.
         wanted: see `plan_variants`.
         progress: counts the steps of each training run, then the questions of each benchmark and method.
 
     Returns:
-        What ablate.json holds.
+        The content of ablate.json.
 
     Raises:
-        ConfigError, InputError: as `plan_variants`, or no records or questions; before anything is computed.
-        Preempted: SIGTERM or SIGINT came; what was trained or answered is kept.
+        ConfigError, InputError: see `plan_variants`, or no records or questions; raised before anything is computed.
+        Preempted: SIGTERM or SIGINT was received; finished training and answers are kept.
     """
     model = read_manifest(config.model).config
     runs, skipped = plan_variants(config, wanted, model)
@@ -144,6 +143,6 @@ def _variant_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What all runs have in common."""
+    """Settings that all runs share."""
     tree = config.as_dict()
     return {name: tree[name] for name in ("seed", "dtype", "data", "train")}

@@ -1,13 +1,13 @@
-"""Linear probes: how well hyperplanes in the space of hidden states tell the attributes of an image apart (paper.md, study 1).
+"""Linear probes: how well the attributes of an image can be read linearly from hidden states (paper.md, study 1).
 
-The probe is linear discriminant analysis with a shrunken covariance: each class is a Gaussian around its own mean, with one
-covariance in common, (1 - s) * within-class + s * identity on standardised features (Friedman 1989). It is solved in closed
-form: there is no learning rate and no question of convergence, and one Cholesky factor serves the labels of all attributes.
-Least squares on class indicators is closed as well, but where a count lies along one direction, the outer classes mask those
-between. The shrinkage is chosen on images that are neither fitted nor held out.
+The probe is linear discriminant analysis with shrinkage: each class is a Gaussian around its own mean, and all share the
+covariance (1 - s) * within-class + s * identity on standardised features (Friedman 1989). The solution is in closed form,
+without learning rate or convergence, and one Cholesky factor serves the labels of all attributes. (Least squares on class
+indicators has a closed form, too, but if a count lies along one direction, its outer classes mask those between.) The shrinkage
+is chosen on images that are neither used to fit nor held out.
 
-Shape letters besides those of `lsg_jax.types`: N images, J labels of an attribute (1 for `count`, one a colour for `colours`),
-K classes of each label, R draws, Q probes, F images that are fitted, V kinds of features.
+Shape letters besides those of `lsg_jax.types`: N images, J labels of an attribute (1 for `count`, one for each of `colours`), K
+classes of each label, R draws, Q probes, F images used to fit, V kinds of features.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from lsg_jax.types import Array
 
 SHRINKAGES = (0.99, 0.9, 0.5, 0.1, 0.01, 0.001)
-"""The strengths that are tried; of equally good ones the first is taken."""
+"""Strengths that are tried; of equally good ones the first is chosen."""
 
 CHOOSING_PART = 5
-"""One in so many training images is not fitted but chooses the shrinkage."""
+"""One in so many training images is not used to fit but to choose the shrinkage."""
 
 MIN_TRAIN, MIN_TEST = 20, 5
-"""With fewer images there is no probe."""
+"""With fewer images no probe is fitted."""
 
 METRICS = ("accuracy", "f1")
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """What is to be told of an image. With `several`, any number of the labels may hold at once, and each is a yes or no."""
+    """An attribute of images. With `several`, any number of its labels may hold at once, and each is predicted as yes or no."""
 
     name: str
     vocabulary: tuple[Any, ...]
@@ -59,10 +59,11 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Splits:
-    """Which images do what, the same for every layer and token group.
+    """Training and held-out images, the same for every layer and token group.
 
     Attributes:
-        train, test: int [N] each. fit, choose: int [R, ...], the two parts of `train` in each draw.
+        train, test: int [N] each.
+        fit, choose: int [R, ...], the two parts of `train` in each draw, to fit and to choose the shrinkage.
     """
 
     train: np.ndarray
@@ -72,7 +73,7 @@ class Splits:
 
 
 def make_splits(train: int, test: int, draws: int, *, seed: int) -> Splits:
-    """Images 0 to train - 1 are for training, the next `test` are held out; each draw divides the former anew."""
+    """Images 0 to train - 1 are for training, the next `test` are held out; each draw splits the training images again."""
     orders = np.stack([np.random.default_rng([seed, draw]).permutation(train) for draw in range(draws)])
     choosing = -(-train // CHOOSING_PART)
     return Splits(np.arange(train), np.arange(train, train + test), orders[:, choosing:], orders[:, :choosing])
@@ -83,7 +84,8 @@ class Probes:
     """Probes that are fitted in one call.
 
     Attributes:
-        column: int32 [Q], which of the V kinds of features. present: bool [Q, N], images that have such a feature at all.
+        column: int32 [Q], which of the V kinds of features.
+        present: bool [Q, N], the images that have this feature.
         fit, choose: int32 [Q, ...], rows of Splits.
     """
 
@@ -95,11 +97,11 @@ class Probes:
 
 @functools.partial(jax.jit, static_argnames="classes")
 def predict(features: jax.Array, labels: jax.Array, probes: Probes, *, classes: int) -> jax.Array:
-    """Fits every probe to every label and applies it to all images.
+    """Fits every probe to every label, and predicts the labels of all images.
 
     Args:
         features: float32 [N, V, D].
-        labels: int32 [N, J], each below `classes`; a class that no fitted image has is never predicted.
+        labels: int32 [N, J], each below `classes`; a class without an image to fit is never predicted.
 
     Returns:
         int32 [Q, N, J].
@@ -119,7 +121,7 @@ def _predict_one(x: jax.Array, labels: jax.Array, probe: Probes, classes: int) -
     averaging = (members_FJK / jnp.maximum(sizes_JK, 1)).reshape(len(fitted), -1)
     means = known = fitted.T @ averaging
     if fitted.shape[0] < fitted.shape[1]:
-        # a smaller system with the same scores: its solution times fitted.T is that of the other
+        # the smaller system has the same scores: its solution times fitted.T solves the other one
         gram, known, means, x = fitted @ fitted.T, averaging, fitted @ means, x @ fitted.T
     else:
         gram = fitted.T @ fitted
@@ -140,20 +142,24 @@ def _predict_one(x: jax.Array, labels: jax.Array, probe: Probes, classes: int) -
 
 
 def _standardise(x: jax.Array, rows: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean 0 and variance 1 over `rows`, weighted; a feature that is constant there becomes 0 there."""
+    """Weighted mean 0 and variance 1 over `rows`; a feature that is constant over them becomes 0."""
     x = x - weights @ x[rows]
     variance = weights @ jnp.square(x[rows])
     return x * jnp.where(variance > 0, jax.lax.rsqrt(jnp.maximum(variance, 1e-30)), 0)
 
 
 def _discriminants(projected: jax.Array, cross: jax.Array, priors: jax.Array, scale: jax.Array) -> jax.Array:
-    """Scores of the classes of one label, to be compared: float32 [N, K].
+    """Discriminants of the classes of one label, float32 [N, K]; the largest one is predicted.
 
-    With T the covariance over all classes, W that within them, M their means about the common one and P the priors,
-    W = T - M P M^T. So (W + r)^-1 M = (T + r)^-1 M (1 - P M^T (T + r)^-1 M)^-1, and one factor of T + r serves all labels.
+    Let T be the total covariance, W the one within classes, M the class means minus the overall mean, and P the diagonal of
+    priors. Then W = T - M P M^T, so (W + r)^-1 M = (T + r)^-1 M (1 - P M^T (T + r)^-1 M)^-1, and one factor of T + r serves all
+    labels.
 
     Args:
-        projected: x (T + r)^-1 M [N, K]. cross: M^T (T + r)^-1 M [K, K]. priors: [K], the share of each class. scale: 1 + r.
+        projected: x (T + r)^-1 M [N, K].
+        cross: M^T (T + r)^-1 M [K, K].
+        priors: [K], the share of each class.
+        scale: 1 + r.
     """
     inverse = jnp.linalg.inv(jnp.eye(len(priors)) - priors[:, None] * cross)
     return scale * (projected @ inverse - jnp.diag(cross @ inverse) / 2) + jnp.log(priors)
@@ -164,15 +170,17 @@ def score(
 ) -> list[dict[str, Any]]:
     """A row for each of METRICS: held-out `mean` and `std` (n - 1) over draws, `chance`, and the numbers of images.
 
-    Chance is what naming the most frequent class of the training images gets. With `several` labels, accuracy is the mean over
-    labels, and labels that are constant over the training or the held-out images are left out. F1 is the mean over the
-    classes that the held-out images have, or, with `several`, that of the labels.
+    Chance is the score of always predicting the most frequent class of the training images. With `several` labels, accuracy is
+    the mean over labels, without labels that are constant over the training or the held-out images. F1 is the mean over the
+    classes of the held-out images, or with `several` over labels.
 
     Args:
-        label: int [N, J]. predicted: int [R, N, J]. present: bool [N].
+        label: int [N, J].
+        predicted: int [R, N, J].
+        present: bool [N].
 
     Returns:
-        dicts with `mean`, `std` and `chance` None and a `reason` where there are too few images or one class only.
+        Rows; with too few images or only one class `mean`, `std` and `chance` are None and `reason` says why.
     """
     train, test = (rows[present[rows]] for rows in (splits.train, splits.test))
     common = {"draws": len(predicted), "train": len(train), "test": len(test)}

@@ -1,4 +1,4 @@
-"""Images with exact attributes for linear probes: rendered scenes, or CLEVR as `lsg prepare` writes it."""
+"""Images with exact attributes for linear probes: drawn scenes, or CLEVR as prepared by `lsg prepare`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HELD_OUT_PART = 5
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Images with exact attributes; `train` of them come first, then `test` that are held out.
+    """Images with exact attributes: `train` for training, then `test` held out.
 
     Attributes:
-        read: index -> (the image or its bytes, the value of every attribute). May be called from several threads.
+        read: index -> (the image or its bytes, {attribute: value}); thread-safe.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ProbeData:
 
 
 def scene_data(images: int | None, *, side: int, seed: int) -> ProbeData:
-    """Rendered scenes of `side` pixels (within what can be drawn): split `train` to fit, split `test` held out."""
+    """Drawn scenes of `side` pixels (clipped to what can be drawn): split `train` for training, split `test` held out."""
     train, test = _divide(IMAGES if images is None else images)
     side = min(max(side, MIN_SIDE), MAX_SIDE)
 
@@ -50,10 +50,10 @@ def scene_data(images: int | None, *, side: int, seed: int) -> ProbeData:
 
 
 def clevr_data(folder: Path, test_folder: Path | None, images: int | None, *, seed: int) -> ProbeData:
-    """Images of folders that `lsg prepare --format clevr` wrote, chosen at random; without `test_folder`, all of the one.
+    """A random choice of images from folders of `lsg prepare --format clevr`; without `test_folder` all are from `folder`.
 
     Raises:
-        InputError: no such folders, fewer images than asked for, or both of the same scenes.
+        InputError: a folder does not exist, has fewer images than wanted, or both hold the same scenes.
     """
     sources = [_open_clevr(path) for path in (folder, test_folder) if path is not None]
     if test_folder is not None and len({source.manifest.report.scenes_sha256 for source in sources}) == 1:
@@ -88,7 +88,7 @@ def _open_clevr(folder: Path) -> clevr.ClevrRows:
 
 
 def _divide(images: int) -> tuple[int, int]:
-    """(training images, held-out images) of so many. Raises InputError where there are too few for any probe."""
+    """Splits a number of images into (training, held out). Raises InputError if there are too few for a probe."""
     test = images // HELD_OUT_PART
     if test < MIN_TEST or images - test < MIN_TRAIN:
         raise InputError(f"{images} images are too few: {HELD_OUT_PART * MIN_TEST} at least, and thousands for a result")

@@ -1,4 +1,4 @@
-"""The scores by which a study compares methods: one metric of each benchmark, and what decides between methods."""
+"""Scores by which a study compares methods: one metric of each benchmark, and the criterion that selects a method."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult
 from lsg_jax.eval.runner import Asked
 
 Score = dict[str, Any]
-"""`value`, in percent or in what unit the metric has; `change` over the base model with its interval `low`, `high`; or null."""
+"""`value` in percent or in the unit of the metric; `change` over the base model with its interval `low`, `high`; or null."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What decides between methods: the metric of one benchmark, or the mean over several.
+    """The criterion that selects a method: the metric of one benchmark, or the mean over several.
 
     Attributes:
         metrics: benchmark -> metric.
@@ -35,15 +35,15 @@ class Selection:
 
     @property
     def metric(self) -> str:
-        """The metric, or those that the mean is of."""
+        """The metric, or those in the mean."""
         if len(self.metrics) == 1:
             return next(iter(self.metrics.values()))
         return "mean of " + " and ".join(f"{benchmark} {metric}" for benchmark, metric in self.metrics.items())
 
     def score(self, result: EvaluationResult, method: str) -> Score:
-        """What a method scores.
+        """The score of a method.
 
-        The benchmarks of a mean are independent: the distances from their changes to the bounds add up as squares.
+        Benchmarks in a mean count as independent: the distances of their bounds from the changes add in quadrature.
 
         Args:
             result: of `eval.runner.evaluate`.
@@ -65,11 +65,11 @@ class Selection:
 
 
 def selection(asked: Mapping[str, Asked], select: str | None) -> Selection:
-    """The selection by one benchmark, or by the mean change over all.
+    """Selection by one benchmark, or by the mean change over all.
 
     Raises:
-        ConfigError: `select` is no benchmark that is asked. InputError: its metric cannot be told from these questions, or
-            the mean would be over percentages and points.
+        ConfigError: `select` is not among the benchmarks.
+        InputError: its metric has no value on these questions, or the mean would mix percentages and points.
     """
     if select is not None and select not in asked:
         raise ConfigError(f"--select {select}: no such benchmark is given; given are {', '.join(asked)}")
@@ -87,7 +87,7 @@ def selection(asked: Mapping[str, Asked], select: str | None) -> Selection:
 
 
 def counted_metric(test: Asked) -> str:
-    """The metric that stands for a benchmark: its official score, or where there is none the first."""
+    """The metric that represents a benchmark: its official score, else its first metric."""
     return test.score or next(iter(_all_right(test)))
 
 
@@ -108,7 +108,7 @@ def _score(found: BenchmarkResult, metric: str, method: str) -> Score:
 
 
 def _all_right(test: Asked) -> Metrics:
-    """What a model scores that has every question right."""
+    """The metrics of a model that answers every question correctly."""
     count = len(test.items)
     return test.benchmark.metrics(
         Graded(test.items, [item.answers[0] for item in test.items], np.ones(count), np.ones((1, count)))

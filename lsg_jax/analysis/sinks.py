@@ -7,7 +7,9 @@ value is NaN. `find_sinks` returns, and sinks.json holds:
     format, model, backbone, gated_layers, prompt, sinks (the settings in force), warnings (about all images)
     criteria    {stage `vit` | `llm`: {name: {tau, in_force, published, unknown}}}; `unknown`: why it cannot be applied, or null
     images      {name: {
-        grid        patches a side
+        size        [width, height] of the original image, in pixels
+        boxes       [P][4]: x0, y0, x1, y1 of each patch, in units of the original image's width and height; outside [0, 1] is
+                    padding
         v_sinks     patch indices, row-major; null where unknown
         l_sinks, ordinary   the same for each layer
         criteria    {stage: {name: the same}}; here L-sinks still include V-sinks
@@ -25,16 +27,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from lsg_jax.config import to_dict
-from lsg_jax.data.layout import NO_SOURCE
+from lsg_jax.data.images import open_image
+from lsg_jax.data.layout import NO_SOURCE, ImageSize, lay_out
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
@@ -43,7 +47,7 @@ from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, 
 from lsg_jax.types import Batch, LayerView
 from lsg_jax.vlm import VLM
 
-FORMAT = "lsg-sinks-1"
+FORMAT = "lsg-sinks-2"
 
 IMPLAUSIBLE_SHARE = 0.25
 """A criterion that flags a larger share of an image's patches is implausible: sinks are few (paper.md, known failures)."""
@@ -56,7 +60,7 @@ Readings = tuple[Reading, ...]
 
 def find_sinks(
     vlm: VLM,
-    images: Mapping[str, np.ndarray],
+    images: Mapping[str, Image.Image | bytes | str | Path],
     prompt: str,
     *,
     max_new_tokens: int = 16,
@@ -65,7 +69,7 @@ def find_sinks(
     """Finds the sinks of each image, and measures the attention of the prompt and of the model's greedy answer.
 
     Args:
-        images: name -> uint8 [H, W, 3], prepared by the processor.
+        images: name -> the original image, its file or the file's bytes.
         max_new_tokens: maximum length of the answer; 0 measures the prompt alone.
         progress: counts images.
 
@@ -73,17 +77,18 @@ def find_sinks(
         Plain data; the module docstring describes it.
 
     Raises:
-        InputError: there are no images, or `max_new_tokens` is negative.
+        InputError: there are no images, one cannot be read, or `max_new_tokens` is negative.
     """
     if not images or max_new_tokens < 0:
         raise InputError("there is no image to look at" if not images else f"max_new_tokens is {max_new_tokens}, below 0")
     vit, llm = _readings(vlm)
     encoded = vlm.processor.encode_question(prompt, has_image=True)
     seen, entries = [], {}
-    for done, (name, pixels) in enumerate(images.items(), 1):
+    prepared = {name: _prepare(vlm, image) for name, image in images.items()}
+    for done, (name, (size, pixels)) in enumerate(prepared.items(), 1):
         batch, prompt_mask, answer = _with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
         seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm)))
-        entries[name] = _entry(seen[-1], vit, llm)
+        entries[name] = _place(vlm, size) | _entry(seen[-1], vit, llm)
         entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
         if max_new_tokens and not len(answer):
             entries[name]["warnings"].append("the answer ends at once: there is no attention of answer tokens")
@@ -102,6 +107,18 @@ def find_sinks(
         "overlap": _overlap(seen, vit, llm),
         "warnings": _warnings(seen, vit, llm),
     }
+
+
+def _prepare(vlm: VLM, image: Image.Image | bytes | str | Path) -> tuple[ImageSize, np.ndarray]:
+    """The size of the original image, and its pixels as the model takes them. Raises InputError if it cannot be read."""
+    opened = image if isinstance(image, Image.Image) else open_image(image)
+    return opened.size, vlm.processor.pixels(opened)
+
+
+def _place(vlm: VLM, size: ImageSize) -> dict[str, Any]:
+    """Where the patches lie in the original image."""
+    box = lay_out(size, dataclasses.replace(vlm.config, image=vlm.processor.image)).box
+    return {"size": list(size), "boxes": [[round(float(edge), 6) for edge in each] for each in box]}
 
 
 def _readings(vlm: VLM) -> tuple[Readings, Readings]:
@@ -229,7 +246,6 @@ def _entry(seen: Seen, vit: Readings, llm: Readings) -> dict[str, Any]:
         sizes = {name: seen["llm"][name][layer] for name in ("norms", "dims")}
         values += _values("llm", layer, sizes, {group: mask[layer] for group, mask in groups.items()}, llm)
     entry: dict[str, Any] = {
-        "grid": math.isqrt(len(seen["vit"]["norms"])),
         "v_sinks": _indices(groups["v_sink"][0]) if "v_sink" in groups else None,
         "l_sinks": _indices(groups["l_sink"]) if "l_sink" in groups else None,
         "ordinary": _indices(groups["ordinary"]),

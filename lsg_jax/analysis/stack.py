@@ -1,4 +1,4 @@
-"""`lsg stack`: gates that were trained apart, put together greedily by what each of them gains alone (the paper's stack)."""
+"""`lsg stack`: combines separately trained gates greedily, in the order of what each of them gains alone (paper.md)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ JOINT = "joint"
 
 Row = dict[str, Any]
 
-SAME = 9  # decimals; changes that differ by less are equal, and what differs is a rounding error
+SAME = 9  # decimals; smaller differences between changes are rounding errors
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ class StackConfig:
     """How a stack is chosen.
 
     Attributes:
-        select: the benchmark that decides; None for the mean change over all that are asked.
-        max_gates: the largest stack that is tried.
-        joint: whether the gates of the chosen layers are trained together as well, from scratch.
+        select: the benchmark that selects; None for the mean change over all benchmarks.
+        max_gates: size of the largest stack that is tried.
+        joint: whether to train the gates of the chosen layers jointly from scratch, too.
     """
 
     select: str | None = None
@@ -57,13 +57,13 @@ class StackConfig:
 
 
 def greedy_stacks(gains: Mapping[int, float], max_gates: int) -> list[list[int]]:
-    """The stacks that are tried: the best single layer, then one gate more each, in the order of their gains alone.
+    """The stacks to try: the best single layer, then one more gate each time, in the order of their gains alone.
 
     Args:
         gains: layer -> change over the base model; of equal gains the lower layer comes first.
 
     Returns:
-        Layers in the order in which they are added, one list a size; not more than there are layers.
+        For each size, at most the number of layers, the layers in the order in which they are added.
     """
     order = sorted(gains, key=lambda layer: (-round(gains[layer], SAME), layer))
     return [order[:size] for size in range(1, min(max_gates, len(order)) + 1)]
@@ -78,17 +78,18 @@ def first_best(changes: Sequence[float]) -> int:
 def open_singles(
     sources: Sequence[str], *, backbone: str, sinks: SinkConfig | None = None
 ) -> tuple[dict[int, PortableGates], dict[str, str]]:
-    """The gate of every layer in run folders and gate files, each alone.
+    """Reads the gate of every layer from run folders and gate files.
 
     Args:
-        backbone: digest of the model they are meant for.
-        sinks: instead of the sink settings that the gates bring.
+        backbone: digest of the model that the gates must belong to.
+        sinks: overrides the sink settings of the gates.
 
     Returns:
         {layer: its gate}, {layer as text: its source}, in ascending order.
 
     Raises:
-        InputError: no gates, two for one layer, or gates that cannot be put together. CheckpointError: a run of another model.
+        InputError: there are no gates, two for one layer, or gates that cannot be combined.
+        CheckpointError: a run of another model.
     """
     if not sources:
         raise InputError("no gates to stack: give run folders or gate files as --gates")
@@ -105,7 +106,7 @@ def open_singles(
                 raise InputError(f"layer {layer} has two gates, in {origin[str(layer)]} and in {source}: name one of them")
             gates[layer] = replace(choose_gates(found, [layer], where=source), sinks=sinks or found.sinks)
             origin[str(layer)] = source
-    combine_gates(list(gates.values()))  # any of them may come together
+    combine_gates(list(gates.values()))  # raises unless any of them can be combined
     return {layer: gates[layer] for layer in sorted(gates)}, {str(layer): origin[str(layer)] for layer in sorted(gates)}
 
 
@@ -117,25 +118,25 @@ def stack_study(
     *,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Evaluates every gate alone, then the greedy stack at every size, and keeps the best size; a collective of all processes.
+    """Evaluates every gate alone, then the greedy stack at every size, and keeps the best size; every process must call it.
 
-    Gates are not trained again. Gates without a gain of their own are tried as well, as the paper's rule says nothing on them.
-    Choosing on a benchmark makes the change on that benchmark optimistic.
+    Gates are not trained again. Gates without a gain of their own are tried, too, since the paper's rule does not exclude them.
+    The change on the benchmark that selects is optimistic.
 
-    Writes into `out`: `stack.json`, `stack.safetensors` (the chosen stack), and what `evaluate` writes, of which the logs of
-    answers let a stopped study go on. A joint run is in `out/joint/<layers>`.
+    Writes into `out`: `stack.json`, `stack.safetensors` (the chosen stack), and the files of `evaluate`, whose answer logs let
+    an interrupted study resume. A joint run is in `out/joint/<layers>`.
 
     Args:
         config: model, benchmarks (`eval`) and, for joint training, `data` and `train`.
-        sources: run folders and gate files, one gate for each layer that is to be considered.
+        sources: run folders and gate files with one gate for each layer to consider.
         progress: counts the questions of each benchmark and method, and the steps of joint training.
 
     Returns:
-        What stack.json holds.
+        The content of stack.json.
 
     Raises:
-        ConfigError, InputError, CheckpointError: settings, gates or questions that cannot be; before anything is computed.
-        Preempted: SIGTERM or SIGINT came; what was answered or trained is kept.
+        ConfigError, InputError, CheckpointError: wrong settings, gates or questions; raised before anything is computed.
+        Preempted: SIGTERM or SIGINT was received; finished training and answers are kept.
     """
     singles, origin = _open_checked(config, sources)
     if settings.joint:
@@ -170,11 +171,11 @@ def stack_study(
 
 
 class _Study:
-    """The questions, and the gates under which they have been asked.
+    """The questions, and the gates that have answered them.
 
     Attributes:
         gates: method -> gates.
-        result: of the last evaluation, which is of all gates so far: what was answered before is in the log of answers.
+        result: of the last evaluation, of all gates so far; earlier answers are read from the logs.
     """
 
     def __init__(self, config: RunConfig, out: Path, asked: dict[str, Asked], decides: Selection, progress: Progress):
@@ -183,7 +184,7 @@ class _Study:
         self.result: EvaluationResult
 
     def grow(self, singles: Mapping[int, PortableGates], max_gates: int) -> tuple[list[Row], list[Row]]:
-        """Every gate alone, then the stacks: a row for each layer, a row for each size."""
+        """Evaluates every gate alone, then the stacks. Returns a row for each layer, and a row for each size."""
         models = {BASE: self._open()}
         self._ask(models, {stack_name([layer]): gates for layer, gates in singles.items()})
         alone = [{"layer": layer, **self._score(stack_name([layer]))} for layer in singles]
@@ -192,7 +193,7 @@ class _Study:
         return alone, [{"layers": layers, **self._score(stack_name(layers))} for layers in stacks]
 
     def train_together(self, chosen: list[int]) -> Row:
-        """The row of gates like those of the stack, trained together from scratch; null for a stack of one gate."""
+        """Trains gates like those of the stack jointly from scratch; returns their row, without values for a single gate."""
         if len(chosen) == 1:
             nothing = dict.fromkeys(("value", "change", "low", "high"))
             return {"layers": chosen, **nothing, "reason": "one gate was chosen, and that was trained alone as it is"}
@@ -210,11 +211,11 @@ class _Study:
         return {"layers": chosen, **self._score(JOINT)}
 
     def _open(self) -> VLM:
-        """The model without gates. Nothing keeps it: training loads one of its own, and there may be no room for two."""
+        """The model without gates. It is not kept: training loads its own, and memory may not suffice for two."""
         return open_to_answer(self.config)
 
     def _ask(self, models: dict[str, VLM], more: Mapping[str, PortableGates]) -> None:
-        """Adds gates, and to `models` what is not among them yet, and asks all of these."""
+        """Adds gates to the study and missing models to `models`, and evaluates all of them."""
         self.gates |= more
         for method in self.gates.keys() - models.keys():
             models[method] = with_gates(models[BASE], self.gates[method])
@@ -226,12 +227,12 @@ class _Study:
 
 
 def stack_name(layers: Sequence[int]) -> str:
-    """The method's name in tables and files: `L3+L7`, in the order in which gates were added."""
+    """Name of a stack in tables and files, such as `L3+L7`: layers in the order in which gates are added."""
     return "+".join(f"L{layer}" for layer in layers)
 
 
 def _open_checked(config: RunConfig, sources: Sequence[str]) -> tuple[dict[int, PortableGates], dict[str, str]]:
-    """`open_singles`, the gates compared with the model before its weights are loaded."""
+    """`open_singles`, with gates checked against the model before its weights are loaded."""
     manifest = read_manifest(config.model)
     model = manifest.config
     singles, origin = open_singles(sources, backbone=manifest.digest, sinks=config.sinks)

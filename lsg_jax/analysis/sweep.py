@@ -24,13 +24,14 @@ import numpy as np
 
 from lsg_jax.analysis.sinks import IMPLAUSIBLE_SHARE
 from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, answer_cells, run_prompts
-from lsg_jax.analysis.sweep_table import Grader, best_cells
+from lsg_jax.analysis.sweep_table import Grader
 from lsg_jax.checkpoint.processes import host_array, on_primary
 from lsg_jax.config import EvalConfig, GateConfig, Grouping, to_dict
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import ConfigError, Preempted
 from lsg_jax.eval.answering import Answer, encode_item, item_pixels, near_tie_of, plan
 from lsg_jax.eval.answers import AnswerLog
+from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.eval.runner import Asked, ask_all
 from lsg_jax.files import write_json
 from lsg_jax.gating.keys import GROUPS

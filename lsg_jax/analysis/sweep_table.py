@@ -1,4 +1,4 @@
-"""What a sweep found, as rows and as text: accuracy by task, layer and coefficients, against the base model."""
+"""Results of a sweep as rows and as text: scores by task, layer and coefficients, against the base model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NO_VALUE = "no question of this task, or of a part of it, was asked"
 
 
 class Grader:
-    """Scores one benchmark's cells against its base answers.
+    """Scores the cells of one benchmark and their change over the base model.
 
     Args:
-        base: the base model's outputs.
+        base: outputs of the base model.
     """
 
     def __init__(self, name: str, test: Asked, base: Sequence[str]):
@@ -33,14 +33,15 @@ class Grader:
         self._questions = {task: count_questions(test.items, task) for task in self._base[0]}
 
     def base_rows(self) -> list[Row]:
-        """`{benchmark, task, value, low, high, questions}` for each task of the base model; `reason` where value is null."""
+        """`{benchmark, task, value, low, high, questions}` for each task of the base model, and `reason` if value is null."""
         point, resampled = self._base
         return [self._row(task, value=point[task], interval_of=resampled[task]) for task in point]
 
     def cell_rows(self, layer: int, coefficients: Sequence[float], outputs: Sequence[str]) -> list[Row]:
         """`{benchmark, task, layer, coefficients, value, change, low, high, questions}` for each task.
 
-        `low` and `high` bound the change. Percent and percentage points, or what units the benchmark's metric has.
+        `low` and `high` are the interval of the change. Units: percent and percentage points, or those of the benchmark's
+        metric.
         """
         (base, base_resampled), (point, resampled) = self._base, self._metrics(outputs)
         place = {"layer": layer, "coefficients": list(coefficients)}
@@ -63,7 +64,7 @@ class Grader:
         return row if row["value"] is not None else row | {"reason": NO_VALUE}
 
     def _metrics(self, outputs: Sequence[str]) -> tuple[Metrics, Metrics]:
-        """The metrics, and those of the resamples. Many cells answer alike: they are graded once."""
+        """The metrics, and those of the resamples. Cells with equal outputs are graded once."""
         key = tuple(outputs)
         if key not in self._seen:
             graded, metrics = grade(self._test, outputs), self._test.benchmark.metrics
@@ -72,28 +73,13 @@ class Grader:
 
 
 def count_questions(items: Sequence[Item], task: str) -> int:
-    """Questions that a metric such as `task: Count` or `adversarial: f1` is about: those with a field that it names, or all."""
+    """Number of questions behind a metric such as `task: Count` or `adversarial: f1`: those with a field it names, or all."""
     named = set(task.split(": "))
     return sum(not named.isdisjoint(item.fields.values()) for item in items) or len(items)
 
 
-def best_cells(rows: Sequence[Row]) -> list[Row]:
-    """The row of the greatest change for each benchmark, task and layer, the first of equal ones.
-
-    Coefficients that are all 1 are the base model, and never the best; a task without a value has no best row.
-    """
-    best: dict[tuple[str, str, int], Row] = {}
-    for row in rows:
-        if row["change"] is None or set(row["coefficients"]) == {1}:
-            continue
-        key = (row["benchmark"], row["task"], row["layer"])
-        if key not in best or row["change"] > best[key]["change"]:
-            best[key] = row
-    return list(best.values())
-
-
 def table(result: Mapping[str, Any]) -> str:
-    """For each task of sweep.json the layer and coefficients that helped most."""
+    """The layer and coefficients with the greatest change, for each task of sweep.json."""
     return "\n\n".join(_benchmark(name, entry, result) for name, entry in result["benchmarks"].items())
 
 

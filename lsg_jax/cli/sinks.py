@@ -60,16 +60,16 @@ def _sinks(options: argparse.Namespace) -> None:
     if options.out is not None and len(set(names)) < len(names):
         raise InputError("--images: two files have the same name, their overlays would overwrite each other")
     vlm = load_model(options)
-    pixels = {str(path): vlm.processor.pixels(path) for path in options.images}
+    images = {str(path): path for path in options.images}
     with progress_bar("sinks") as progress:
-        found = find_sinks(vlm, pixels, options.prompt, max_new_tokens=options.max_new_tokens, progress=progress)
+        found = find_sinks(vlm, images, options.prompt, max_new_tokens=options.max_new_tokens, progress=progress)
     for warning in found["warnings"]:
         logger.warning("%s", warning)
     for path, entry in found["images"].items():
         for warning in entry["warnings"]:
             logger.warning("%s: %s", path, warning)
     if options.out is not None:
-        write_sinks(found, pixels, options.out)
+        write_sinks(found, images, options.out)
     print(json.dumps(found, allow_nan=False))
 
 

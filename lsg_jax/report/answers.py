@@ -1,4 +1,4 @@
-"""What every method of an evaluation answered to each question, and which questions it gained or lost against the base."""
+"""The answers of every method of an evaluation, question by question, and which questions a method gained or lost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lsg_jax.report.pictures import small
 
 Outcome = Literal["gained", "lost", "both right", "both wrong"]
 OUTCOMES: tuple[Outcome, ...] = ("gained", "lost", "both right", "both wrong")
-"""In the order in which they are shown."""
+"""In the order of the page."""
 
 BASE = "base"
 THUMBNAIL_SIDE = 224  # pixels
 MAX_IMAGE_BYTES = 600_000
-"""Of the images of one benchmark together; the page stays small enough to be sent."""
+"""Of all images of one benchmark, so that the page stays small enough to be sent."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Answered:
     """A method's answer to one question.
 
     Attributes:
-        parsed: what the output was read as; None: nothing.
+        parsed: the answer that was read from the output; None: no answer was found.
         score: in [0, 1].
-        ratio: mean ratio of the first token group over the gated layers, in this question; None without gates.
+        ratio: gate ratio of the first token group for this question, mean over the gated layers; None without gates.
     """
 
     output: str
@@ -45,8 +45,8 @@ class Question:
     """One question with the answers of all methods.
 
     Attributes:
-        category: its task within the benchmark, "" where it has none.
-        prompt: what the model was asked.
+        category: its task within the benchmark, "" if it has none.
+        prompt: the question as the model got it.
         answers: method -> its answer, `base` first.
     """
 
@@ -57,7 +57,7 @@ class Question:
     answers: Mapping[str, Answered]
 
     def outcome(self, method: str) -> Outcome:
-        """How a method did beside the base. Of partial scores the higher one is right, and equal ones unless they are 0."""
+        """The method against the base. Of partial scores the higher one counts as right, equal ones unless they are 0."""
         base, score = self.answers[BASE].score, self.answers[method].score
         if score != base:
             return "gained" if score > base else "lost"
@@ -65,12 +65,12 @@ class Question:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """Of each method but the base."""
+        """One for each method but the base."""
         return [self.outcome(method) for method in self.answers if method != BASE]
 
     @property
     def rank(self) -> int:
-        """Place among OUTCOMES of what the method that changed most made of it."""
+        """Index into OUTCOMES of the outcome that comes first among all methods."""
         return min(map(OUTCOMES.index, self.outcomes))
 
 
@@ -83,7 +83,7 @@ def read_questions(folder: Path, name: str, methods: Sequence[str]) -> list[Ques
 
     Raises:
         InputError: a file is missing.
-        KeyError, TypeError, ValueError: a file is not as `lsg eval` writes it, or does not fit the others.
+        KeyError, TypeError, ValueError: a file is not as `lsg eval` writes it, or the files are of different questions.
     """
     task = _benchmark(name).task
     lines = {method: _lines(folder / f"{name}.{method}.jsonl") for method in methods}
@@ -116,9 +116,9 @@ def _answered(line: Mapping[str, Any]) -> Answered:
 
 
 def choose(questions: Sequence[Question], count: int) -> list[Question]:
-    """At most `count` questions, those that changed first; where not all fit, each outcome gets an even share.
+    """At most `count` questions, sorted by `rank`; if not all fit, an even share of each outcome.
 
-    Within an outcome they are taken evenly from the whole file, and stay in its order.
+    Questions of an outcome are taken at even distances from the file, in its order.
     """
     kinds = [[question for question in questions if question.rank == rank] for rank in range(len(OUTCOMES))]
     left, chosen = count, dict.fromkeys(range(len(OUTCOMES)), 0)
@@ -129,19 +129,21 @@ def choose(questions: Sequence[Question], count: int) -> list[Question]:
 
 
 def group_of(method: Mapping[str, Any]) -> str | None:
-    """The token group whose ratio an answer has, by a method's settings in result.json; None without gates."""
+    """The token group of `Answered.ratio`, from a method's settings in result.json; None without gates."""
     gate = method.get("gate")
     return GROUPS[gate["grouping"]][0] if gate else None
 
 
 def thumbnails(name: str, entry: Mapping[str, Any], questions: Sequence[Question]) -> tuple[dict[str, tuple[str, bytes]], str]:
-    """Small images of questions by id, and why some are missing ("" if none is).
+    """Small images of questions, read from the benchmark's files if these still ask the same questions.
 
-    They are read from the benchmark's own files, where these are still there and ask the same questions. Nothing is raised:
-    answers are worth showing without their images.
+    Nothing is raised: answers are shown without images, too.
 
     Args:
         entry: the benchmark's part of result.json.
+
+    Returns:
+        {id: (`png` or `jpeg`, the file)}, and why images are missing, "" if none is.
     """
     if "path" not in entry:
         return {}, "the evaluation did not note where its files are"

@@ -1,6 +1,7 @@
-"""What all figures share: looks that do not rest on colour alone, fonts, and one figure as CSV, SVG and PNG.
+"""Shared by all figures: colours and markers of token groups, fonts, and writing a figure as CSV, SVG and PNG.
 
-The colours are those of Okabe and Ito, which readers with any of the common colour deficiencies can tell apart.
+Colours are those of Okabe and Ito, which can be told apart with any of the common colour deficiencies. Markers, line styles or
+hatches carry the same information.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ SETTINGS: dict[Any, Any] = {
     "hatch.linewidth": 0.5,
     "lines.linewidth": 1.3,
     "lines.markersize": 3.2,
-    "text.hinting": "no_hinting",  # as wide in the SVG as in the PNG, at any number of dots an inch
+    "text.hinting": "no_hinting",  # text is as wide in the SVG as in the PNG, at any resolution
     "text.parse_math": False,  # a task may be named with a dollar sign
     "svg.fonttype": "none",  # text stays text: searchable, editable
-    "svg.hashsalt": "lsg",  # without it the ids in the file are random
+    "svg.hashsalt": "lsg",  # otherwise ids in the file are random
 }
 
 
@@ -72,7 +73,7 @@ class Look:
     hatch: str
 
 
-GROUPS = {
+LOOKS = {
     "v_sink": Look("V-sinks", "#D55E00", "-", "o", "////"),
     "l_sink": Look("L-sinks", "#0072B2", "--", "s", "\\\\\\\\"),
     "ordinary": Look("ordinary", "#009E73", "-.", "^", "...."),
@@ -82,15 +83,15 @@ GROUPS = {
 
 
 def look_of(group: str) -> Look:
-    """The look of a token group; an unknown one is drawn in grey under its own name."""
-    return GROUPS.get(group, Look(group, FAINT, ":", "x", ""))
+    """The look of a token group; an unknown group is grey and keeps its name."""
+    return LOOKS.get(group, Look(group, FAINT, ":", "x", ""))
 
 
 def check_rows(rows: Sequence[Row], columns: Iterable[str], *, study: str, stem: Path) -> None:
-    """Refuses rows that cannot be drawn.
+    """Checks that there are rows and that each has the columns.
 
     Raises:
-        InputError: there are none, or one lacks a column; names the study that should have given them.
+        InputError: names the study that should have written them.
     """
     if not rows:
         raise InputError(f"{stem}: there are no rows of {study} to draw; run {study} first, or see why it found nothing")
@@ -102,16 +103,18 @@ def check_rows(rows: Sequence[Row], columns: Iterable[str], *, study: str, stem:
 def render(
     stem: Path, rows: Sequence[Row], columns: Sequence[str], size: tuple[float, float], paint: Callable[[Any], None]
 ) -> list[Path]:
-    """Draws one figure and writes it with its numbers; equal rows give equal bytes.
+    """Draws a figure and writes it together with its numbers. Equal rows give equal bytes.
+
+    Matplotlib's global state is neither read nor changed.
 
     Args:
-        stem: the files' path without a suffix; its folder is made where it is missing.
-        rows, columns: what stem.csv holds, see `as_csv`.
+        stem: path of the files without suffix; a missing folder is created.
+        rows, columns: the content of stem.csv, see `as_csv`.
         size: width and height in inches.
         paint: draws onto a matplotlib Figure of that size.
 
     Returns:
-        The paths of the CSV, the SVG and the PNG. Nothing of matplotlib's global state is changed, nor read.
+        The paths of the CSV, the SVG and the PNG.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -120,12 +123,12 @@ def render(
 
     png, svg = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the figures
+        matplotlib.rcdefaults()  # ignore a user's matplotlibrc
         matplotlib.rcParams.update(SETTINGS)
         figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
         paint(figure)
         FigureCanvasAgg(figure).print_png(png)
-        figure.set_layout_engine("none")  # it is laid out by now; once is enough, and half of the time
+        figure.set_layout_engine("none")  # the layout is done; a second pass would double the time
         FigureCanvasSVG(figure).print_svg(svg, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = {".csv": as_csv(rows, columns).encode(), ".svg": svg.getvalue(), ".png": png.getvalue()}
@@ -136,7 +139,7 @@ def render(
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Rows as CSV with a header. What is not known is an empty cell, a list is written with spaces between its items."""
+    """Rows as CSV with a header. Unknown values are empty cells; items of a list are separated by spaces."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
@@ -151,41 +154,41 @@ def _cell(value: Any) -> str:
 
 
 def numbers(values: Iterable[float | None]) -> np.ndarray:
-    """float64 [N]; None becomes NaN, which matplotlib leaves out."""
+    """float64 [N]; None becomes NaN, which matplotlib does not draw."""
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
 def distinct(rows: Iterable[Row], *names: str) -> list[Any]:
-    """The values of a column, or tuples of several, each once and in order of appearance."""
+    """Distinct values of a column, or tuples of several columns, in order of appearance."""
     pick = (lambda row: row[names[0]]) if len(names) == 1 else (lambda row: tuple(row[name] for name in names))
     return list(dict.fromkeys(pick(row) for row in rows))
 
 
 def unit_of(rows: Iterable[Row]) -> str:
-    """The unit of the changes of some scores: a score above 100 is no percentage but points (MME, OCRBench)."""
+    """The unit of changes: a score above 100 means that the benchmark counts points (MME, OCRBench)."""
     return "points" if any(abs(row["value"] or 0.0) > HIGHEST_PERCENTAGE for row in rows) else PERCENTAGE_POINTS
 
 
 def plain(value: float | None, sign: str = "") -> str:
-    """A number as text, with a true minus, and with `sign` "+" also a plus; a dash where there is none."""
+    """A number as text with a typographic minus, and with `sign` "+" also a plus; "-" for None."""
     return "-" if value is None else f"{value:{sign}.2f}".replace("-", MINUS)
 
 
 def interval_text(value: float | None, low: float | None, high: float | None, *, sign: str = "+") -> str:
-    """A change, or with `sign` "" a score, with its interval, as far as they are known."""
+    """A change, or with `sign` "" a score, with its interval if that is known."""
     bounds = "" if low is None or high is None else f" [{plain(low, sign)}, {plain(high, sign)}]"
     return plain(value, sign) + bounds
 
 
 def draw_line(axes: Any, look: Look, layers: Sequence[int], mean: Sequence[float | None], std: Sequence[float | None]) -> None:
-    """A line over layers with a band of one standard deviation, cut at 0 as all that it shows is; None breaks both."""
+    """A line over layers with a band of one standard deviation, clipped at 0; None makes a gap."""
     middle, spread = numbers(mean), numbers(std)
     axes.fill_between(layers, np.maximum(middle - spread, 0.0), middle + spread, color=look.colour, alpha=0.18, linewidth=0)
     axes.plot(layers, middle, color=look.colour, linestyle=look.line, marker=look.marker)
 
 
 def draw_interval(axes: Any, at: float, look: Look, row: Row, *, upright: bool) -> None:
-    """A change with its interval at one place of the other axis; the mark is hollow where the interval covers 0."""
+    """A change and its interval at one position of the other axis; the marker is hollow if the interval covers 0."""
     change, low, high = numbers(row[name] for name in ("change", "low", "high"))
     (axes.vlines if upright else axes.hlines)(at, low, high, color=look.colour, linewidth=1.2)
     axes.plot(
@@ -198,7 +201,7 @@ def draw_interval(axes: Any, at: float, look: Look, row: Row, *, upright: bool) 
 
 
 def key_line(look: Look, *, line: Line | None = None) -> Any:
-    """What stands for a line in a legend, or with an empty `line` for a mark alone."""
+    """Legend entry of a line, or with an empty `line` of a marker alone."""
     from matplotlib.lines import Line2D
 
     return Line2D(
@@ -216,5 +219,5 @@ def layer_axis(axes: Any, layers: Sequence[int]) -> None:
 
 
 def legend_above(figure: Any, handles: Sequence[Any]) -> None:
-    """One legend for all panels, in a line above them."""
+    """One legend for all panels, in one line above them."""
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=2.6, columnspacing=2.0)

@@ -1,7 +1,7 @@
 """The figures of the studies: each function draws the rows of one study and writes `stem.csv`, `stem.svg` and `stem.png`.
 
-All return these three paths, and raise InputError where the study has no rows, or rows of another kind. The CSV holds the
-figure's numbers in tidy rows; one that is not known is an empty cell there and a gap in the figure.
+All return these three paths, and raise InputError if the study has no rows or rows of another kind. The CSV holds the figure's
+numbers as tidy rows; an unknown number is an empty cell in it and a gap in the figure.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CHANCE = Look("chance", INK, ":", "", "")
 
 
 def draw_probe_curves(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """What each token group tells at each layer: a panel an attribute and metric, bands of one deviation over draws."""
+    """Scores of the probes of each token group by layer, a panel for each attribute and metric; bands: std over draws."""
     check_rows(rows, PROBE, study="lsg probe", stem=stem)
     panels, groups = distinct(rows, "attribute", "metric"), distinct(rows, "group")
     height = math.ceil(len(panels) / 2)
@@ -84,7 +84,7 @@ def draw_probe_curves(rows: Sequence[Row], stem: Path) -> list[Path]:
 
 
 def _draw_chance(axes: Any, rows: Sequence[Row]) -> None:
-    """Chance as one dotted line, or one a group: a group that some images lack is probed on others, with another chance."""
+    """Chance as a dotted line; as one for each group if groups are probed on different images, whose chance differs."""
     known = {row["chance"] for row in rows} - {None}
     if len(known) == 1:
         axes.axhline(*known, color=INK, linestyle=":", linewidth=0.9)
@@ -121,9 +121,9 @@ def draw_sinks_by_layer(rows: Sequence[Row], stem: Path) -> list[Path]:
 
 
 def draw_attention_shares(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """Whose keys the attention falls on at each layer, mean over heads: stacked shares, a panel for each kind of query.
+    """Attention on the keys of each token group by layer: stacked shares, mean over heads, a panel for each kind of query.
 
-    The CSV holds these means, with the lowest and highest share of a single head.
+    The CSV holds these means, and the lowest and highest share of a single head.
     """
     check_rows(rows, ATTENTION, study="lsg sinks", stem=stem)
     shares = _over_heads(rows)
@@ -143,7 +143,7 @@ def draw_attention_shares(rows: Sequence[Row], stem: Path) -> list[Path]:
 
 
 def _over_heads(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows of SHARES, in [0, 1]; null shares do not count."""
+    """Rows of SHARES, in [0, 1]; null shares are ignored."""
     of: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         of.setdefault((row["queries"], row["layer"], row["group"]), []).extend([row["share"]] * (row["share"] is not None))
@@ -152,7 +152,7 @@ def _over_heads(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _draw_shares(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
-    """Stacked shares, a step a layer; a layer without numbers stays empty."""
+    """Stacked shares, one step for each layer; a layer without numbers is empty."""
     share = {(row["layer"], row["group"]): row["share"] or 0.0 for row in rows}
     layers = range(min(layer for layer, _ in share), max(layer for layer, _ in share) + 1)
     edges = np.arange(layers.start, layers.stop + 1) - 0.5
@@ -173,10 +173,10 @@ def _key_area(look: Look) -> Any:
 
 
 def draw_loss(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """Training loss by step, a line a layer where gates are trained independently; what is not finite is a gap.
+    """Training loss by step, a line for each layer if gates are trained independently; a loss that is not finite is a gap.
 
     Args:
-        rows: `{step, layer, loss}`, layer None for gates that are trained together.
+        rows: `{step, layer, loss}`; layer is None for gates that are trained together.
     """
     check_rows(rows, LOSS, study="lsg train", stem=stem)
     layers = distinct(rows, "layer")

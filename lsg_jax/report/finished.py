@@ -49,8 +49,8 @@ def _section(file: Path, name: str) -> Section:
     expected, what, make = KINDS[file.name]
     study = read_json(file)
     found = study.get("format") if isinstance(study, dict) else None
-    if found != expected:
-        raise InputError(f"{file}: format {found}, but this version of lsg reads {expected}; run the study again")
+    if found not in expected:
+        raise InputError(f"{file}: format {found}, but this version of lsg reads {' and '.join(expected)}; run the study again")
     try:
         return make(study, file.parent, title=what if name == "." else f"{what}: {name}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -62,13 +62,13 @@ def _alone(section: Callable[..., Section]) -> Callable[..., Section]:
     return lambda study, folder, *, title: section(study, title=title)
 
 
-KINDS: dict[str, tuple[str, str, Callable[..., Section]]] = {
-    "sinks.json": ("lsg-sinks-1", "Sinks", sinks_section),
-    "probe.json": ("lsg-probe-1", "Probes", _alone(probe_section)),
-    "sweep.json": ("lsg-sweep-1", "Oracle sweep", _alone(sweep_section)),
-    "run.json": ("lsg-run-1", "Training", lambda study, folder, *, title: run_section(read_run(folder), folder, title=title)),
-    "result.json": ("lsg-eval-3", "Evaluation", eval_section),
-    "stack.json": ("lsg-stack-1", "Stack", _alone(stack_section)),
-    "ablate.json": ("lsg-ablate-1", "Ablation", _alone(ablate_section)),
+KINDS: dict[str, tuple[tuple[str, ...], str, Callable[..., Section]]] = {
+    "sinks.json": (("lsg-sinks-2", "lsg-sinks-1"), "Sinks", sinks_section),
+    "probe.json": (("lsg-probe-1",), "Probes", _alone(probe_section)),
+    "sweep.json": (("lsg-sweep-1",), "Oracle sweep", _alone(sweep_section)),
+    "run.json": (("lsg-run-1",), "Training", lambda study, folder, *, title: run_section(read_run(folder), folder, title=title)),
+    "result.json": (("lsg-eval-3",), "Evaluation", eval_section),
+    "stack.json": (("lsg-stack-1",), "Stack", _alone(stack_section)),
+    "ablate.json": (("lsg-ablate-1",), "Ablation", _alone(ablate_section)),
 }
-"""File name -> format, heading, and the function that makes the section."""
+"""File name -> formats that can be read, heading, and the function that makes the section."""

@@ -1,4 +1,4 @@
-"""Gains over the base model: scores and changes of every method, with intervals, as rows and as a forest plot."""
+"""Scores of every method and their changes over the base model, with intervals, as rows and as a forest plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINES_A_COLUMN, MAX_COLUMNS = 45, 3
 
 
 def rows_of_gains(result: Mapping[str, Any], *, every_metric: bool = False) -> list[dict[str, Any]]:
-    """The scores of an evaluation as rows of COLUMNS; those of the base model have no change.
+    """The scores of an evaluation as rows of COLUMNS; rows of the base model have no change.
 
     Args:
         result: result.json of `lsg eval`, format lsg-eval-3.
@@ -48,13 +48,13 @@ def rows_of_gains(result: Mapping[str, Any], *, every_metric: bool = False) -> l
 
 
 def rows_of_ablation(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows of ablate.json as rows of COLUMNS: a variant takes the place of a method."""
+    """Rows of ablate.json as rows of COLUMNS; the variant is the method."""
     return [{"method": row["variant"], **{name: row[name] for name in COLUMNS if name != "method"}} for row in rows]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A heading and its methods."""
+    """A benchmark and metric, and the rows of its methods."""
 
     title: str
     base: str
@@ -68,17 +68,17 @@ class _Block:
 
 
 def draw_gains(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """A forest plot: under each benchmark and metric a line a method, its change with its interval and the numbers beside.
+    """A forest plot: for each benchmark and metric one line a method, with its change and interval, drawn and as numbers.
 
-    A filled mark says that the interval excludes 0. The base model has no line of its own: its score stands beside
-    the heading. Scores above 100 are points and get an axis of their own.
+    A filled marker means that the interval excludes 0. The score of the base model is beside the heading. Benchmarks scored in
+    points (above 100) have an axis of their own.
 
     Args:
-        rows: of COLUMNS, value in percent or points, the rest in percentage points or points.
-        stem: where the three files go; the CSV holds all rows.
+        rows: of COLUMNS; value in percent or points, changes in percentage points or points.
+        stem: path of the three files without suffix; the CSV holds all rows.
 
     Raises:
-        InputError: no rows, or none but those of the base model.
+        InputError: there are no rows, or only rows of the base model.
     """
     check_rows(rows, COLUMNS, study="lsg eval", stem=stem)
     check_rows([row for row in rows if row["method"] != "base"], COLUMNS, study="lsg eval with gates or a method", stem=stem)
@@ -111,7 +111,7 @@ def _blocks(rows: Sequence[Row]) -> list[_Block]:
 
 
 def _fold(blocks: Sequence[_Block]) -> list[list[_Block]]:
-    """Deals blocks in order into columns of about equal height: as few as LINES_A_COLUMN allows, and at most MAX_COLUMNS."""
+    """Splits blocks into columns of about equal height, as few as LINES_A_COLUMN allows and at most MAX_COLUMNS."""
     total = sum(block.height for block in blocks)
     target = total / min(-(-total // LINES_A_COLUMN), MAX_COLUMNS)
     columns: list[list[_Block]] = [[]]
@@ -124,7 +124,7 @@ def _fold(blocks: Sequence[_Block]) -> list[list[_Block]]:
 
 
 def _draw_column(axes: Any, blocks: Sequence[_Block], lines: int) -> None:
-    """Draws one column, top to bottom on lines 0, 1, ...; -1 is the line of the column titles."""
+    """Draws one column of blocks on lines 0, 1, ... from the top; the titles are on line -1."""
     _write_beside(axes, -1, "score", "change [interval]")
     names: dict[int, str] = {}
     line = 0
@@ -148,7 +148,7 @@ def _draw_column(axes: Any, blocks: Sequence[_Block], lines: int) -> None:
 
 
 def _write_beside(axes: Any, line: int, score: str, change: str) -> None:
-    """Writes a score and a change right of the axes, on a line of its own."""
+    """Writes a score and a change to the right of the axes, on one line."""
     place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "fontsize": 7}
     axes.annotate(score, (1, line), (38, 0), ha="right", **place)
     axes.annotate(change, (1, line), (48, 0), ha="left", **place)

@@ -1,4 +1,4 @@
-"""A table of numbers as a heat map: a line a task under the name of its benchmark, a column a layer."""
+"""Heat maps over tasks (rows, grouped by benchmark) and layers (columns)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MAX_COLUMN_LABELS = 17
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a map, top to bottom.
+    """The lines of a map, from the top.
 
     Attributes:
         keys: (benchmark, task), or None for the heading of a benchmark.
-        labels: what stands at the left of each.
+        labels: text at the left of each line.
     """
 
     keys: tuple[tuple[str, str] | None, ...]
@@ -33,7 +33,7 @@ class Lines:
         return LINE_HEIGHT * len(self.keys)
 
     def table(self, cells: Mapping[tuple[str, str, int], float | None], layers: Sequence[int]) -> np.ndarray:
-        """float64 [lines, layers] of values by (benchmark, task, layer); NaN where there is none."""
+        """float64 [lines, layers] of the values by (benchmark, task, layer); NaN if there is none."""
         table = np.full((len(self.keys), len(layers)), np.nan)
         for line, key in enumerate(self.keys):
             for column, layer in enumerate(layers):
@@ -44,7 +44,7 @@ class Lines:
 
 
 def lines_of(tasks: Sequence[tuple[str, str]]) -> Lines:
-    """Lines of (benchmark, task) pairs in order of appearance, below a heading a benchmark."""
+    """Lines of (benchmark, task) pairs in order of appearance, with a heading for each benchmark."""
     benchmarks = list(dict.fromkeys(benchmark for benchmark, _ in tasks))
     keys: list[tuple[str, str] | None] = []
     labels = []
@@ -58,12 +58,12 @@ def lines_of(tasks: Sequence[tuple[str, str]]) -> Lines:
 def draw_map(
     axes: Any, lines: Lines, layers: Sequence[int], table: np.ndarray, *, colours: str, limits: tuple[float, float], across: int
 ) -> Any:
-    """Draws the table; cells without a number get a small cross. Returns what a colour bar is made of.
+    """Draws the table; a cell without a number has a small cross. Returns the mesh, for `draw_bar`.
 
     Args:
         table: float64 [lines, layers].
-        limits: the numbers at the ends of the colour scale.
-        across: how many maps stand side by side on the page.
+        limits: ends of the colour scale.
+        across: number of maps side by side.
     """
     mesh = axes.pcolormesh(
         np.arange(len(layers) + 1) - 0.5,
@@ -87,7 +87,7 @@ def draw_map(
 
 
 def label_lines(axes: Any, lines: Lines) -> None:
-    """Makes the y axis that of the lines, top to bottom, with the headings in bold."""
+    """Labels the y axis with the lines, from the top; headings are bold."""
     axes.set_ylim(len(lines.keys) - 0.5, -0.5)
     axes.set_yticks(range(len(lines.keys)), lines.labels)
     axes.tick_params(axis="y", length=0)
@@ -97,11 +97,11 @@ def label_lines(axes: Any, lines: Lines) -> None:
 
 
 def dot_cells(axes: Any, marked: np.ndarray) -> None:
-    """Puts a dot into every cell of bool [lines, layers] that is true; its white rim shows on dark cells."""
+    """Draws a dot into the cells where bool [lines, layers] is true; its white rim is visible on dark cells."""
     where = np.argwhere(marked)
     axes.scatter(where[:, 1], where[:, 0], s=9, color=INK, edgecolors="white", linewidths=0.5)
 
 
 def draw_bar(figure: Any, mesh: Any, panels: list[Any], lines: Lines, label: str) -> None:
-    """The colour bar of maps that stand side by side."""
+    """The colour bar of maps side by side."""
     figure.colorbar(mesh, ax=panels, label=label, pad=0.01, aspect=lines.height / BAR_WIDTH)

@@ -1,4 +1,4 @@
-"""The oracle map: which layer and which fixed coefficients help which task, and by how much."""
+"""Draws the oracle map: the effect of fixed coefficients on each task, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,57 +9,40 @@ from typing import Any
 import numpy as np
 
 from lsg_jax.errors import InputError
+from lsg_jax.eval.best_cells import best_cells
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import PAGE_WIDTH, PERCENTAGE_POINTS, Row, check_rows, distinct, look_of, render, unit_of
 from lsg_jax.report.heat_map import Lines, dot_cells, draw_bar, draw_map, lines_of
 
 COLUMNS = ("benchmark", "task", "layer", "coefficients", "value", "change", "low", "high", "questions")
-GROUPS = {2: ("v_sink", "rest"), 3: ("v_sink", "l_sink", "ordinary")}
 
 CHANGES = "RdBu"  # diverging, white at no change; red and blue stay apart for colour-blind eyes
 COEFFICIENTS = "cividis"
 
 
-def best_cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each benchmark, task and layer the row of the greatest change; of equal ones the first.
-
-    Coefficients that are all 1 are the base model and never count as the best. Where no change is known, all numbers are None.
-    """
-    best: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for row in rows:
-        if all(coefficient == 1 for coefficient in row["coefficients"]):
-            continue
-        key = (row["benchmark"], row["task"], row["layer"])
-        known = best.get(key)
-        if row["change"] is None:
-            if known is None:
-                best[key] = dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, key, strict=False)) | {"questions": row["questions"]}
-        elif known is None or known["change"] is None or row["change"] > known["change"]:
-            best[key] = {name: row[name] for name in COLUMNS}
-    return list(best.values())
-
-
 def draw_oracle_map(rows: Sequence[Row], stem: Path, *, groups: Sequence[str] = ()) -> list[Path]:
-    """Task by layer: the best change over the coefficients above, the coefficients that gave it below.
+    """Heat maps over tasks and layers: above the best change over the coefficients, below the coefficients that gave it.
 
-    A dot marks a best change whose interval excludes 0, a cross a cell that was not measured. The best of many settings, chosen
-    on the same questions, is an upper bound and no estimate of what a gate would reach. Benchmarks that count points (MME) are
-    drawn only where all do: beside percentages their changes would take the whole colour scale.
+    A dot marks a best change whose interval excludes 0, a cross a cell without a value. The best of many settings, chosen on
+    the same questions, is an upper bound and no estimate of what a gate would reach. Benchmarks scored in points (MME) are
+    drawn only if all are: beside percentages their changes would take up the whole colour scale.
 
     Args:
         rows: of sweep.json, two or three coefficients each.
-        stem: where the three files go; the CSV holds the best row of each cell.
-        groups: the token group of each coefficient; without them V-sinks and the rest, or V-sinks, L-sinks and ordinary.
+        stem: path of the three files without suffix; the CSV holds the best row of each cell.
+        groups: the token group of each coefficient; by default V-sinks and the rest, or V-sinks, L-sinks and ordinary.
 
     Raises:
-        InputError: no rows, or none that changes a key.
+        InputError: there are no rows, or none with coefficients other than 1 has a change.
     """
     check_rows(rows, COLUMNS, study="lsg sweep", stem=stem)
     in_points = [b for b in distinct(rows, "benchmark") if unit_of(r for r in rows if r["benchmark"] == b) != PERCENTAGE_POINTS]
     alone = len(in_points) == len(distinct(rows, "benchmark"))
-    cells = best_cells([row for row in rows if alone or row["benchmark"] not in in_points])
-    found = [cell for cell in cells if cell["change"] is not None]
+    shown = [row for row in rows if alone or row["benchmark"] not in in_points]
+    found = best_cells(shown)
     if not found:
         raise InputError(f"{stem}: no row of lsg sweep has a change under coefficients other than 1; nothing to draw")
+    cells = _all_cells(shown, found)
     lines = lines_of(distinct(cells, "benchmark", "task"))
     layers = sorted(distinct(cells, "layer"))
     free = _free_groups([cell["coefficients"] for cell in found], groups)
@@ -75,9 +58,21 @@ def draw_oracle_map(rows: Sequence[Row], stem: Path, *, groups: Sequence[str] = 
     return render(stem, cells, COLUMNS, (PAGE_WIDTH, 2 * lines.height + 1.5), paint)
 
 
+def _all_cells(rows: Sequence[Row], found: Sequence[Row]) -> list[dict[str, Any]]:
+    """The best cells with COLUMNS only, and cells without a value, whose numbers are None; in order of appearance."""
+    best = {(cell["benchmark"], cell["task"], cell["layer"]): cell for cell in found}
+    cells = {}
+    for row in rows:
+        place = (row["benchmark"], row["task"], row["layer"])
+        empty = dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, place, strict=False)) | {"questions": row["questions"]}
+        cells[place] = {name: best[place][name] for name in COLUMNS} if place in best else empty
+    return list(cells.values())
+
+
 def _free_groups(coefficients: Sequence[Sequence[float]], groups: Sequence[str]) -> dict[int, str]:
-    """Index and name of the groups whose coefficient has to be shown: without the last where all sums are equal."""
-    names = [look_of(group).label for group in groups or GROUPS[len(coefficients[0])]]
+    """Index and name of the groups whose coefficient is drawn: not the last if the coefficients always have the same sum."""
+    default = next(names for names in GROUPS.values() if len(names) == len(coefficients[0]))
+    names = [look_of(group).label for group in groups or default]
     implied = len({round(sum(row), 6) for row in coefficients}) == 1
     return dict(enumerate(names[:-1] if implied else names))
 

@@ -1,40 +1,58 @@
-"""Sinks drawn onto the image that the model saw."""
+"""Draws the sinks of an image onto the original image."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-V_SINK = (230, 97, 0)  # orange and blue stay apart for colour-blind eyes
+V_SINK = (230, 97, 0)  # orange and blue can be told apart with any of the common colour deficiencies
 L_SINK = (26, 133, 255)
 
+Box = Sequence[float]
+"""x0, y0, x1, y1 in units of the image's width and height."""
 
-def draw_sinks(pixels: np.ndarray, sinks: dict[str, Any], *, side: int = 672) -> Image.Image:
-    """V-sinks as full orange frames, patches that are L-sinks in some layer as inner blue frames.
+
+def draw_sinks(image: Image.Image, sinks: Mapping[str, Any], *, side: int = 672) -> Image.Image:
+    """Draws V-sinks as orange frames, and patches that are L-sinks in some layer as smaller blue frames.
+
+    Frames are clipped at the border of the image: a patch that lies in the padding is not drawn.
 
     Args:
-        pixels: uint8 [H, W, 3], the prepared image.
-        sinks: one image's entry of analysis.sinks.find_sinks.
-
-    Returns:
-        RGB image of side x side pixels.
+        image: the original image, RGB.
+        sinks: the entry of the image in sinks.json.
+        side: longer side of the result in pixels.
     """
-    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(image)
-    cell = side / sinks["grid"]
-
-    def frame(patch: int, colour: tuple[int, int, int], inset: float) -> None:
-        row, column = divmod(patch, sinks["grid"])
-        left, top = column * cell + inset, row * cell + inset
-        box = (left, top, left + cell - 2 * inset, top + cell - 2 * inset)
-        width = max(3, round(cell / 20))
-        pen.rectangle(box, outline=(0, 0, 0), width=width + 2)  # a dark rim keeps the colour visible on its like
-        pen.rectangle(box, outline=colour, width=width)
-
+    scale = side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    drawn = image.resize(size, Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(drawn)
     for patch in sinks["v_sinks"] or []:
-        frame(patch, V_SINK, 0.0)
-    for patch in sorted({patch for layer in sinks["l_sinks"] or [] for patch in layer}):
-        frame(patch, L_SINK, cell / 5)
-    return image
+        _frame(pen, drawn.size, sinks["boxes"][patch], V_SINK, inset=0.0)
+    for patch in l_sinks(sinks):
+        _frame(pen, drawn.size, sinks["boxes"][patch], L_SINK, inset=0.2)
+    return drawn
+
+
+def l_sinks(sinks: Mapping[str, Any]) -> list[int]:
+    """Patches that are an L-sink in some layer, ascending."""
+    return sorted({patch for layer in sinks["l_sinks"] or [] for patch in layer})
+
+
+def in_padding(box: Box) -> bool:
+    """Whether nothing of the image is in the box."""
+    x0, y0, x1, y1 = box
+    return min(x1, y1) <= 0 or max(x0, y0) >= 1
+
+
+def _frame(pen: ImageDraw.ImageDraw, size: tuple[int, int], box: Box, colour: tuple[int, int, int], inset: float) -> None:
+    """Args: inset: distance from the border of the box, as a share of its shorter side."""
+    if in_padding(box):
+        return
+    x0, y0, x1, y1 = (min(max(edge * size[axis % 2], 0), size[axis % 2] - 1) for axis, edge in enumerate(box))
+    cell = min(x1 - x0, y1 - y0)
+    corners = (x0 + inset * cell, y0 + inset * cell, x1 - inset * cell, y1 - inset * cell)
+    width, rim = (max(3, round(cell / 20)), 2) if cell >= 20 else (2, 1)  # pixels; small patches stay visible inside
+    pen.rectangle(corners, outline=(0, 0, 0), width=width + rim)  # a dark rim shows on an image of the same colour
+    pen.rectangle(corners, outline=colour, width=width)

@@ -1,4 +1,4 @@
-"""Images as parts of a page: small, and with no file of their own."""
+"""Images inside a page: scaled down, as data URLs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ JPEG_QUALITY = 80
 
 
 def small(picture: bytes | Image.Image, side: int) -> tuple[str, bytes]:
-    """An image at no more than `side` pixels a side, as (`png` or `jpeg`, the file): whichever of the two is smaller.
+    """Scales an image down to at most `side` pixels a side and encodes it.
+
+    Returns:
+        (`png` or `jpeg`, the file's bytes), whichever is smaller.
 
     Raises:
-        InputError: the bytes are no image that can be read.
+        InputError: the bytes are not an image that can be read.
     """
     image = (open_image(picture) if isinstance(picture, bytes) else picture).convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

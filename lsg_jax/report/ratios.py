@@ -1,4 +1,4 @@
-"""Gate ratios by task: what the gates of each layer do to each token group."""
+"""Gate ratios by task: the ratio of each token group at each gated layer, as a figure and as a table."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from lsg_jax.report.heat_map import Lines, draw_bar, draw_map, label_lines, line
 
 COLUMNS = ("benchmark", "task", "layer", "group", "mean", "std", "questions")
 POINT_LAYERS = 6
-"""Up to so many gated layers the ratios are points with their deviations, a panel a layer; above, a heat map."""
+"""Up to so many gated layers, ratios are points with standard deviations, a panel for each layer; above, a heat map."""
 
 COLOURS = "cividis"
 
 
 def drawn_groups(rows: Sequence[Row]) -> list[str]:
-    """The token groups worth showing: of two only the first, since the ratios of one gate have a fixed sum."""
+    """The token groups to draw: of two only the first, since the ratios of a gate have a fixed sum."""
     groups = distinct(rows, "group")
     return groups[:1] if len(groups) == 2 else groups
 
 
 def draw_gate_ratios(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """Mean ratio over the questions of each task; at few layers as points with standard deviations, else as a heat map.
+    """Mean ratio over the questions of each task, as points with standard deviations, or with many layers as a heat map.
 
     Args:
         rows: `ratios` of an evaluation.
-        stem: where the three files go; the CSV holds all groups.
+        stem: path of the three files without suffix; the CSV holds all groups.
 
     Raises:
-        InputError: no rows.
+        InputError: there are no rows.
     """
     check_rows(rows, COLUMNS, study="lsg eval with gates", stem=stem)
     lines = lines_of(distinct(rows, "benchmark", "task"))
@@ -59,9 +59,9 @@ def draw_gate_ratios(rows: Sequence[Row], stem: Path) -> list[Path]:
 
 
 def table_of_ratios(rows: Sequence[Row], group: str) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table of one group's ratios, mean ± standard deviation over the questions of each task.
+    """Header and rows of a table of one group's ratios, mean ± standard deviation over the questions of each task.
 
-    Tasks go down and layers across, or the other way round where there are more layers: a page is longer than wide.
+    Rows are tasks and columns layers, or the other way round if there are more layers than tasks.
     """
     tasks = distinct(rows, "benchmark", "task")
     layers = sorted(distinct(rows, "layer"))

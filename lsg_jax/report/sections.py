@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.errors import InputError
+from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import (
     draw_attention_shares,
@@ -19,7 +20,7 @@ from lsg_jax.report.figures import (
     draw_stack,
 )
 from lsg_jax.report.gains import rows_of_ablation
-from lsg_jax.report.oracle import best_cells
+from lsg_jax.report.overlay import Box, in_padding, l_sinks
 from lsg_jax.report.parts import (
     Details,
     Gallery,
@@ -78,31 +79,39 @@ def _overlays(images: Mapping[str, Any], folder: Path) -> list[Part]:
     if not shown:
         return []
     legend = "Large orange frames: V-sinks, decided before the projector."
-    if any(map(_l_sinks, images.values())):
+    if any(map(l_sinks, images.values())):
         legend += " Small blue frames: L-sinks in some layer."
     if len(shown) < len(images):
         legend += f" {len(shown)} of {len(images)} images."
     return [Heading("Where the sinks are"), Paragraph(legend), Gallery(shown)]
 
 
-def _l_sinks(entry: Mapping[str, Any]) -> set[int]:
-    """Patches that are an L-sink in some layer."""
-    return {patch for layer in entry["l_sinks"] or [] for patch in layer}
-
-
 def _found(entry: Mapping[str, Any]) -> str:
     count = lambda number, what: f"{number} {what}" + ("" if number == 1 else "s")
     v_sinks = "V-sinks unknown" if entry["v_sinks"] is None else count(len(entry["v_sinks"]), "V-sink")
-    l_sinks = _l_sinks(entry)
-    return f"{v_sinks}, {count(len(l_sinks), 'L-sink')}" if l_sinks else v_sinks
+    if hidden := sum(in_padding(_boxes(entry)[patch]) for patch in entry["v_sinks"] or []):
+        v_sinks += f" ({hidden} in the padding)"
+    found = l_sinks(entry)
+    return f"{v_sinks}, {count(len(found), 'L-sink')}" if found else v_sinks
+
+
+def _boxes(entry: Mapping[str, Any]) -> list[Box]:
+    """Boxes of the patches; files of format lsg-sinks-1 have only the number of patches a side."""
+    if "boxes" in entry:
+        return list(entry["boxes"])
+    grid = entry["grid"]
+    return [(x / grid, y / grid, (x + 1) / grid, (y + 1) / grid) for y in range(grid) for x in range(grid)]
 
 
 def _places(entry: Mapping[str, Any]) -> str:
     """Where the V-sinks are, for readers who cannot see the frames."""
-    places = [divmod(patch, entry["grid"]) for patch in (entry["v_sinks"] or [])]
+    boxes = _boxes(entry)
+    columns, rows = (sorted({box[axis] for box in boxes}) for axis in (0, 1))
+    places = [(rows.index(boxes[patch][1]), columns.index(boxes[patch][0])) for patch in entry["v_sinks"] or []]
     listed = ", ".join(f"row {row + 1} column {column + 1}" for row, column in places[:MAX_PLACES])
     more = len(places) - MAX_PLACES
-    return f" at {listed}{f' and {more} more' if more > 0 else ''}, of {entry['grid']} rows and columns" if listed else ""
+    of = f"{len(rows)} rows and columns" if len(rows) == len(columns) else f"{len(rows)} rows and {len(columns)} columns"
+    return f" at {listed}{f' and {more} more' if more > 0 else ''}, of {of}" if listed else ""
 
 
 def probe_section(study: Study, *, title: str) -> Section:
@@ -130,9 +139,9 @@ def probe_section(study: Study, *, title: str) -> Section:
 
 
 def sweep_section(study: Study, *, title: str) -> Section:
-    """The oracle sweep: the map, and the best cell of each task."""
+    """The oracle sweep: the oracle map, and the best cell of each task."""
     parts = _warnings(study)
-    cells = [cell for cell in best_cells(study["rows"]) if cell["change"] is not None]
+    cells = best_cells(study["rows"])
     if not cells:
         return Section(title, [*parts, Note("There is no cell with a change."), _settings(study)])
     groups = study.get("groups", ())
@@ -154,7 +163,7 @@ def sweep_section(study: Study, *, title: str) -> Section:
 
 
 def stack_section(study: Study, *, title: str) -> Section:
-    """The greedy stack: each gate alone, and the stack as it grows."""
+    """The greedy stack: each gate alone, and stacks of growing size."""
     parts = _warnings(study)
     rows = rows_of_stack(study)
     if rows:
@@ -168,7 +177,7 @@ def stack_section(study: Study, *, title: str) -> Section:
 
 
 def ablate_section(study: Study, *, title: str) -> Section:
-    """Ablations: the gain of each variant."""
+    """Ablations: the change of each variant over the base model."""
     parts = _warnings(study)
     rows = rows_of_ablation(study["rows"])
     if any(row["method"] != "base" for row in rows):

@@ -1,4 +1,4 @@
-"""The greedy stack: the gain of each layer's gate alone, and of the growing stack."""
+"""The greedy stack: the change by each layer's gate alone, and by stacks of growing size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = {
 
 
 def rows_of_stack(study: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """stack.json as rows of COLUMNS: `part` is single, step or joint, `layers` the gated layers."""
+    """stack.json as rows of COLUMNS: `part` is single, step or joint; `layers` are the gated layers."""
     numbers = lambda entry: {name: entry.get(name) for name in ("value", "change", "low", "high")}
     rows = [{"part": "single", "layers": [entry["layer"]], **numbers(entry)} for entry in study.get("singles", [])]
     rows += [{"part": "step", "layers": entry["layers"], **numbers(entry)} for entry in study.get("steps", [])]
@@ -27,14 +27,14 @@ def rows_of_stack(study: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw_stack(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """Left the change that each gate brings alone, by layer; right that of the stack as gates are added, with intervals.
+    """Changes with intervals: at the left of each gate alone, by layer; at the right of the stack as gates are added.
 
     Args:
         rows: of `rows_of_stack`.
-        stem: where the three files go.
+        stem: path of the three files without suffix.
 
     Raises:
-        InputError: no rows.
+        InputError: there are no rows.
     """
     check_rows(rows, COLUMNS, study="lsg stack", stem=stem)
     singles = [row for row in rows if row["part"] == "single"]

@@ -1,4 +1,4 @@
-"""`calibrate` finds planted dimensions, says so where there are none, and writes TOML that a configuration reads."""
+"""`calibrate` finds planted dimensions, says if there are none, and writes TOML that a configuration reads."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from lsg_jax.vlm import VLM
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Five images of noise, and a broken one in their middle."""
+    """Five images of noise, and a broken one among them."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(5):
@@ -39,7 +39,7 @@ def test_planted_dimensions_are_found(tiny_model, photos, tmp_path):
     vit, llm = result["vit"], result["llm"]
     assert vit["dims"] == [truth.vit_dim] and sorted(llm["dims"]) == sorted(truth.llm_dims)
     assert 1 < vit["tau"] < 135 and 1 < llm["tau"] < 380
-    # two of each in five images, in two of the three middle layers; BOS shows the language model's as well
+    # two of each in five images, in two of the three middle layers; BOS has the language model's dimensions, too
     assert (vit["sinks"], vit["images_with_sinks"]) == (10, 5) and vit["share"] == pytest.approx(2 / 49, abs=1e-5)
     assert (llm["sinks"], llm["images_with_sinks"], llm["text_sinks"]) == (20, 5, 10)
     assert llm["flagged"] == [0.0] * truth.first_layer + [pytest.approx(2 / 49, abs=1e-5)] * 4
@@ -52,7 +52,7 @@ def test_planted_dimensions_are_found(tiny_model, photos, tmp_path):
     assert run_config(tmp_path, as_toml(result)).sinks == proposed
 
 
-def test_a_model_without_sinks_is_told_so(tiny_model, photos, tmp_path):
+def test_a_model_without_sinks(tiny_model, photos, tmp_path):
     base = load_backbone(tiny_model, verify=False)
     result = calibrate(base, photos[:1], "What is it?")
     for stage in ("vit", "llm"):
@@ -61,7 +61,7 @@ def test_a_model_without_sinks_is_told_so(tiny_model, photos, tmp_path):
     text = as_toml(result)
     assert all(line.startswith("#") for line in text.splitlines()) and run_config(tmp_path, text).sinks is None
 
-    # what the folder knows is kept, and norms of two modes are better than nothing
+    # known settings of the folder are kept; norms with two modes are used if there is nothing else
     known = result | {"sinks": {"llm_criterion": "dim_abs", "llm_dims": [7], "llm_tau": 50.0}}
     assert run_config(tmp_path, as_toml(known)).sinks == SinkConfig(llm_dims=(7,), llm_tau=50.0)
     by_norm = result | {"sinks": {"criterion": "norm", "vit_tau": 80.0}}

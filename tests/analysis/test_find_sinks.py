@@ -1,4 +1,4 @@
-"""`find_sinks` on planted sinks, at its limits, and its attention shares against Hugging Face's attention weights."""
+"""`find_sinks` on planted sinks and in edge cases; its attention shares against Hugging Face's attention weights."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hf_models import save_tiny, state_arrays, tiny_hf
+from PIL import Image
 from planted import planted_model
 
 from converters.convert import tree_from_tensors
@@ -23,7 +24,7 @@ CRITERIA = ["dim_abs", "dim_rms", "norm", "massive", "attention"]
 
 def noise(count, side=56):
     images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
-    return {f"{index}.png": image for index, image in enumerate(images)}
+    return {f"{index}.png": Image.fromarray(image) for index, image in enumerate(images)}
 
 
 def with_settings(vlm, sinks, **config):
@@ -40,7 +41,13 @@ def shares(study):
 
 def test_every_criterion_finds_exactly_the_planted_sinks(tiny_model):
     vlm, truth = planted_model(tiny_model)
-    study = find_sinks(vlm, noise(2), "What is it?", max_new_tokens=0)
+    images = noise(2)
+    images["1.png"] = images["1.png"].resize((112, 28))  # is padded to a square
+    study = find_sinks(vlm, images, "What is it?", max_new_tokens=0)
+    square, wide = study["images"].values()
+    assert square["size"] == [56, 56] and wide["size"] == [112, 28]
+    np.testing.assert_allclose(square["boxes"][8], np.array([1, 1, 2, 2]) / 7, atol=1e-6)
+    np.testing.assert_allclose(wide["boxes"][24], [3 / 7, (3 / 7 - 0.375) * 4, 4 / 7, (4 / 7 - 0.375) * 4], atol=1e-6)
     layers = range(vlm.config.text.num_layers)
     planted = [list(truth.l_sinks) if layer >= truth.first_layer else [] for layer in layers]
     for entry in study["images"].values():
@@ -65,7 +72,7 @@ def test_every_criterion_finds_exactly_the_planted_sinks(tiny_model):
     counts = {(row["layer"], row["group"]): (row["mean"], row["std"]) for row in study["counts"]}
     assert len(counts) == len(study["counts"]) == 3 * len(layers)
     assert counts[1, "l_sink"] == (0, 0) and counts[2, "l_sink"] == (2, 0) and counts[2, "ordinary"] == (45, 0)
-    # the keys of raised tokens, BOS among them, take all the attention there is
+    # the planted tokens, BOS among them, take nearly all attention
     found = shares(study)
     assert len(found) == 4 * len(layers)
     for (layer, _, _), by_group in found.items():
@@ -76,7 +83,7 @@ def test_every_criterion_finds_exactly_the_planted_sinks(tiny_model):
 
 def test_nothing_but_sinks_and_no_answer(tiny_model):
     base = load_backbone(tiny_model, verify=False)
-    # every patch is over both thresholds, and the answer is over before it begins
+    # every patch is over both thresholds, and the answer is empty
     everywhere = SinkConfig(criterion="norm", vit_tau=0.0, llm_criterion="attention", llm_tau=1e-6)
     silent = with_settings(base, everywhere)
     silent.generate_batch = lambda batch, max_new_tokens: np.array([[*base.config.eos_token_ids, base.config.pad_token_id]])
@@ -93,7 +100,7 @@ def test_nothing_but_sinks_and_no_answer(tiny_model):
     for (_, _, queries), by_group in shares(study).items():
         assert queries == "prompt" and by_group["l_sink"] == by_group["ordinary"] == 0 < by_group["v_sink"]
         assert sum(by_group.values()) == pytest.approx(1, abs=1e-5)
-    assert study["overlap"]["llm"][0][0] == [None] * 5  # dim_abs, which no dimensions are known for
+    assert study["overlap"]["llm"][0][0] == [None] * 5  # dim_abs, whose dimensions are unknown
     json.dumps(study, allow_nan=False)
 
     with pytest.raises(InputError, match="no image to look at"):
@@ -110,7 +117,7 @@ def test_attention_shares_equal_those_of_hugging_face(tmp_path):
     hf.set_attn_implementation("eager")
     save_tiny(hf, tmp_path / "hf")
     config = model_config(hf.config.to_diff_dict())
-    # thresholds that divide the patches: the second image has one V-sink, the first has none
+    # these thresholds give the second image one V-sink and the first none
     sinks = SinkConfig(criterion="norm", vit_tau=16.5, llm_criterion="dim_abs", llm_dims=(4, 17), llm_tau=2.0)
     vlm = VLM(dataclasses.replace(config, sinks=sinks), tree_from_tensors(config, state_arrays(hf)), folder=tmp_path)
     images = noise(2, side=42)
@@ -120,7 +127,7 @@ def test_attention_shares_equal_those_of_hugging_face(tmp_path):
     visual = np.flatnonzero(prompt == config.image_token_id)
     expected = {}
     for (name, image), entry in zip(images.items(), study["images"].values(), strict=True):
-        normal = (image / 255 - np.array(config.image.mean)) / np.array(config.image.std)
+        normal = (np.asarray(image) / 255 - np.array(config.image.mean)) / np.array(config.image.std)
         pixels = torch.tensor(normal.transpose(2, 0, 1)[None].astype(np.float32))
         inputs = {"pixel_values": pixels, "attention_mask": torch.ones(1, len(prompt), dtype=torch.int64)}
         with torch.no_grad():
@@ -147,6 +154,6 @@ def test_attention_shares_equal_those_of_hugging_face(tmp_path):
             assert found[key][group] == pytest.approx(np.mean(values), abs=TOLERANCE), (key, group)
     first, second = study["images"].values()
     assert first["v_sinks"] == [] and first["warnings"][0] == "no V-sink in this image" and len(second["v_sinks"]) == 1
-    # the comparison is about something: every group has tokens and attention
+    # every group has tokens and attention, so the comparison is not vacuous
     for group in ("text", "v_sink", "l_sink", "ordinary"):
         assert max(by_group[group] for by_group in found.values()) > 0.01, group

@@ -1,4 +1,4 @@
-"""Pooled hidden states against means of the states of all tokens, the images behind the probes, and `lsg probe` as a whole."""
+"""Pooled hidden states against means over the states of all tokens, the images of the study, and `lsg probe` as a whole."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def test_pooled_states_are_means_over_tokens(vlm, tmp_path):
                 expected = tokens[layer][group].mean(0) if known else pool
                 np.testing.assert_allclose(pool, expected, atol=1e-5 * np.abs(tokens[layer]).max())
         assert pooled.values[i] == data.read(i)[1]
-    assert short > 0 and 0 < pooled.present[:, :, 1].mean() < 1  # both ways to draw were taken; some layers have no L-sinks
+    assert short > 0 and 0 < pooled.present[:, :, 1].mean() < 1  # a second run was needed for some; some layers have no L-sinks
 
 
 def test_ordinary_tokens_are_never_sinks_and_all_equally_likely():
@@ -127,7 +127,7 @@ def test_command(vlm, tiny_model, tmp_path, capfd):
 
 
 def test_groups_without_tokens_have_a_reason(vlm, tmp_path, monkeypatch):
-    """Every token a sink, and a kind of sink that nobody has defined."""
+    """Every token is a sink, and one kind of sink has no criterion."""
     data = scene_data(IMAGES, side=56, seed=0)
 
     def pool(vlm, encoded, pixels, orders, tokens):

@@ -1,4 +1,4 @@
-"""The greedy stack: the rule against a plain reading of it, and a study with known gains, stopped and resumed."""
+"""The greedy stack: the rule against a literal implementation, and a study with known gains, interrupted and resumed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
 
 
 def made_gates(layers, seed=0, width=64, **settings):
-    """Gates far from their start, which change what the tiny model says."""
+    """Gates far from their initial values, which change the answers of the tiny model."""
     rng = np.random.default_rng(seed)
     n, inner = len(layers), 64
     shapes = {
@@ -49,7 +49,7 @@ def made_gates(layers, seed=0, width=64, **settings):
 
 
 def read_literally(gains, max_gates):
-    """The rule as a person would carry it out: take the best gate that is left, of equal ones the lowest, until enough."""
+    """The rule literally: take the best remaining gate, of equal ones that of the lowest layer, until there are enough."""
     left, stack, tried = sorted(gains), [], []
     while left and len(stack) < max_gates:
         best = left[0]
@@ -142,7 +142,7 @@ def test_what_cannot_decide_is_refused():
 LAYERS = (1, 3, 5)
 COUNT = 8
 RIGHT = {"base": 2, "L1": 4, "L3": 6, "L5": 4, "L3+L1": 8, "L3+L1+L5": 7, "joint": 5}
-"""Questions that each method has right in the studies of which only the answers are not the model's own."""
+"""Number of questions that each method answers correctly in the studies with scripted answers."""
 
 
 def outputs(folder, method):
@@ -199,7 +199,7 @@ def toml(config, folder):
 
 @pytest.fixture
 def script(singles, monkeypatch):
-    """Lets every model answer by RIGHT, according to the gates that it really has."""
+    """Replaces the answers of every model by scripted ones: as many correct as RIGHT says for the gates it has."""
 
     def method(vlm):
         if vlm.gate is None:
@@ -261,12 +261,12 @@ def test_study_and_command(script, config, sources, singles, tmp_path, capsys):
         assert all((out / f"{stem}.{suffix}").stat().st_size for suffix in ("csv", "svg", "png"))
 
     # stopped in the stack, and in training
-    told = []
+    events = []
     for stop_at in ("mine.L3+L1", "training joint", None):
 
         def progress(done, total, what, stop_at=stop_at):
             what = what.partition(" loss")[0]
-            told.append((what, done))
+            events.append((what, done))
             if what == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -277,7 +277,7 @@ def test_study_and_command(script, config, sources, singles, tmp_path, capsys):
             stack_study(config, sources, SETTINGS, tmp_path / "again", progress=progress)
     for name in ("stack.json", "mine.joint.jsonl", "result.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
-    assert len(told) == len(set(told)) == 7 * 2 + 9  # nothing was asked or trained twice
+    assert len(events) == len(set(events)) == 7 * 2 + 9  # nothing was answered or trained twice
 
 
 def test_one_gate_is_not_trained_together(script, config, sources, tmp_path, monkeypatch):

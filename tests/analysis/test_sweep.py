@@ -1,4 +1,4 @@
-"""The oracle sweep: every cell is what a separate run gives, whatever is shared, stopped or empty."""
+"""The oracle sweep: every cell equals a separate run, although work is shared, and across interruptions and edge cases."""
 
 import dataclasses
 import json
@@ -17,12 +17,13 @@ import lsg_jax
 from lsg_jax.analysis import sweep as sweep_module
 from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
 from lsg_jax.analysis.sweep_cells import NO_LAYER, answer_cells, resume_cells, run_prompts
-from lsg_jax.analysis.sweep_table import Grader, best_cells, count_questions, table
+from lsg_jax.analysis.sweep_table import Grader, count_questions, table
 from lsg_jax.cli import main
 from lsg_jax.config import EvalConfig, GateConfig, SinkConfig
 from lsg_jax.errors import Preempted
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, by, macro, mean
+from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.eval.runner import ask, ask_all, grade, summary
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.method_model import assemble
@@ -49,7 +50,7 @@ def shared(vlm):
     mask[0, :4] = mask[1, -7:] = False
     pixels = rng.integers(0, 256, (3, 56, 56, 3), np.uint8)
     batch = replace(vlm.batch(ids, np.zeros((3, 3, 56, 56)), mask), **visual(mask & (ids == IMAGE), pixels, 8))
-    done = run_prompts(vlm.params, batch, vlm.graphdef, 4)[0]  # of the same shape as the questions below
+    done = run_prompts(vlm.params, batch, vlm.graphdef, 4)[0]  # same shape as the questions below
     some = done.visual.mask & (jnp.arange(LENGTH) % 5 == 0)
     return replace(done, visual=replace(done.visual, v_sink=some))
 
@@ -64,7 +65,7 @@ def resumed(params, shared, cell, graphdef):
 
 @partial(jax.jit, static_argnums=3)
 def separate(params, shared, cell, graphdef):
-    """One set of coefficients by a pass over all layers, with the embeddings as they enter layer 0."""
+    """One coefficient tuple by a pass over all layers, from the embeddings that enter layer 0."""
     model = assemble(graphdef, params)
     layer, coefficients = cell
     layers = jnp.arange(LAYERS)
@@ -101,7 +102,7 @@ def test_a_resumed_pass_equals_a_whole_one(vlm, shared):
 
 
 def test_images_without_sinks_and_of_sinks_alone(vlm, shared):
-    """Coefficients scale whoever is in their group: of nobody nothing happens, and all keys at zero still give numbers."""
+    """Coefficients of an empty group change nothing, and scaling all keys to zero still gives finite logits."""
     cells = np.array([(0.0, 1.0, 1.0), (1.0, 0.0, 0.0)], np.float32)
     run = lambda shared: np.asarray(resumed(vlm.params, shared, (np.int32(2), cells), vlm.graphdef)[0])
     with_sinks = lambda mask: replace(shared, visual=replace(shared.visual, v_sink=mask))
@@ -115,7 +116,7 @@ def test_images_without_sinks_and_of_sinks_alone(vlm, shared):
 
 @pytest.fixture(scope="module")
 def questions(scenes, tmp_path_factory):
-    """Seven questions of unequal length, the last one without an image, that are padded to the same length."""
+    """Seven questions of unequal length, padded to the same length; the last one has no image."""
     path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
     rows = [{"question": "How many?" + i * " Say!", "answer": "1", "image": f"{scenes}/images/{i}.png"} for i in range(6)]
     rows.append({"question": "How many is " + "1 + " * 10 + "0?", "answer": "10"})
@@ -125,7 +126,7 @@ def questions(scenes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(vlm, questions, tmp_path_factory):
-    """(folder, result) of a sweep that nobody stopped."""
+    """(folder, result) of an uninterrupted sweep."""
     folder = tmp_path_factory.mktemp("sweep") / "whole"
     result = sweep(vlm, CELLS, questions, folder)
     assert answer_cells._cache_size() == 1  # one program for all layers
@@ -142,13 +143,13 @@ def test_every_cell_answers_as_a_separate_run(vlm, questions, whole):
     folder, result = whole
     (test,) = ask_all(questions).values()
     one_by_one = replace(questions, batch_size=1)
-    told = lambda vlm: [found.text for found in answer(vlm, test.items, test.prompts, one_by_one, max_new_tokens=4)]
+    answers = lambda vlm: [found.text for found in answer(vlm, test.items, test.prompts, one_by_one, max_new_tokens=4)]
     names = [item.id for item in test.items]
     of_cell = lambda layer, c: [logged(folder, f"mine.layer{layer}")[name][c] for name in names]
     base = [logged(folder, "mine.base")[name][0] for name in names]
-    assert base == told(vlm) and len(set(base)) > 4
+    assert base == answers(vlm) and len(set(base)) > 4
     assert of_cell(1, 0) == of_cell(4, 0) == base  # coefficients (1, 1)
-    separate_run = told(vlm.with_method(Fixed(FixedConfig((4,), CELLS.coefficients[2]))))
+    separate_run = answers(vlm.with_method(Fixed(FixedConfig((4,), CELLS.coefficients[2]))))
     assert of_cell(4, 2) == separate_run and separate_run[6] == base[6]
     assert separate_run != base and of_cell(1, 2) != separate_run
     assert [row["change"] for row in result["rows"] if row["coefficients"] == [1.0, 1.0]] == [0.0, 0.0]
@@ -162,7 +163,7 @@ def test_every_cell_answers_as_a_separate_run(vlm, questions, whole):
 
 
 def test_near_ties_are_answered_alone(vlm, questions, whole, tmp_path):
-    """All answers count as near ties here."""
+    """Here all answers count as near ties."""
     few = replace(questions, near_tie=1e9, limit=2)
     result = sweep(vlm, replace(CELLS, layers=(4,)), few, tmp_path)
     assert result["benchmarks"]["mine"]["work"]["answered_alone"] == 2 * (1 + 3)
@@ -189,7 +190,7 @@ def test_stopped_and_continued_equals_whole(vlm, questions, whole, tmp_path):
 
 
 def test_command_line(tiny_model, whole, questions, tmp_path, capsys):
-    """All answers are known here: it tells what was found, draws it, and refuses in one line."""
+    """With all answers known: the command prints and draws the result, and refuses bad input in one line."""
     config = tmp_path / "c.toml"
     sinks = "".join(f"{name} = {json.dumps(value)}\n" for name, value in dataclasses.asdict(SINKS).items())
     text = f'model = "{tiny_model}"\noutput = "{tmp_path}"\n[sinks]\n{sinks}[eval]\nmax_new_tokens = 4\n'

@@ -1,4 +1,4 @@
-"""Headless Chromium, driven over its DevTools protocol: JSON messages on two pipes, so that nothing listens on a port."""
+"""Drives headless Chromium over the DevTools protocol: JSON messages on two pipes, so that no port is opened."""
 
 import base64
 import itertools
@@ -25,14 +25,14 @@ def find():
 
 
 class Page:
-    """One tab. `events` are all that it told since the last `open`."""
+    """One tab. `events` are its events since the last `open`."""
 
     def __init__(self, profile, seconds=60.0):
-        """Args: profile: an empty folder of its own; seconds: how long one answer may take."""
+        """Args: profile: an empty folder; seconds: timeout of one answer."""
         (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
         self.seconds, self.out, self.inward, self.numbers = seconds, ours_out, ours_in, itertools.count(1)
         self.held, self.events = b"", []
-        # Chromium wants descriptors 3 and 4, which may be in use here: bash moves them.
+        # Chromium expects descriptors 3 and 4, which may be in use here: bash moves them.
         run = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", find(), *FLAGS, f"--user-data-dir={profile}"]
         self.process = subprocess.Popen(
             run, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -54,7 +54,7 @@ class Page:
         os.close(self.inward)
 
     def call(self, method, **parameters):
-        """The result of one command of the protocol."""
+        """Sends one command and returns its result."""
         number = next(self.numbers)
         message = {"id": number, "method": method, "params": parameters}
         os.write(self.out, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
@@ -87,24 +87,24 @@ class Page:
         self.evaluate(PROBE)
 
     def evaluate(self, expression):
-        """The value of a JavaScript expression; also where the page's own scripts are switched off."""
+        """The value of a JavaScript expression, even if the page's own scripts are disabled."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def probe(self, name):
-        """What one of the functions of probe.js says of the page."""
+        """The result of a function of probe.js on the page."""
         return self.evaluate(f"probe.{name}()")
 
     def press(self, key):
-        """Presses one key, as a keyboard does."""
+        """Presses and releases one key."""
         text = {"Enter": {"text": "\r"}, "Space": {"text": " "}}.get(key, {})
         own = {"key": " " if key == "Space" else key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, **own, **(text if kind == "keyDown" else {}))
 
     def screenshot(self, path, whole=True):
-        """Writes a PNG of the page, or of what is in the window."""
+        """Writes a PNG of the whole page, or of the window."""
         data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 

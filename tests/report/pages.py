@@ -1,4 +1,4 @@
-"""Finished work of every kind, made up, and the page that `lsg report` makes of it, parsed."""
+"""Made-up results of every kind, and a parser that checks the page of `lsg report`."""
 
 import html.parser
 import itertools
@@ -18,7 +18,7 @@ LINKING = ("href", "xlink:href", "src", "srcset", "action", "formaction", "data"
 
 
 class Page(html.parser.HTMLParser):
-    """Texts by tag, ids, references and attributes; asserts that every element is closed in order."""
+    """Texts by tag, ids, references and attributes of a page; asserts that elements are properly nested."""
 
     VOID = ("meta", "img", "link", "br", "input")
 
@@ -60,12 +60,12 @@ class Page(html.parser.HTMLParser):
             self.texts.setdefault(self.open[-1], []).append(data)
 
     def all(self, tag):
-        """The attributes of all elements of one kind."""
+        """The attributes of all elements with this tag."""
         return [attributes for name, attributes in self.attributes if name == tag]
 
 
 def check_structure(text):
-    """Asserts what must hold of any report, and returns it parsed."""
+    """Asserts what must hold for any report, and returns the parsed page."""
     page = Page(text)
     assert text.startswith("<!doctype html>") and page.all("html") == [{"lang": "en"}] and page.tags.count("title") == 1
     assert len(set(page.ids)) == len(page.ids) and set(page.references) <= set(page.ids)
@@ -85,13 +85,13 @@ def check_structure(text):
 
 
 def write(path, value):
-    """Writes JSON, with the folder that it lies in."""
+    """Writes JSON; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
 
 
 def write_run(folder, steps=6, total=6, **metrics):
-    """A training run; the last line of its metrics was cut short by a kill."""
+    """A training run; the last line of its metrics is incomplete, as after a kill."""
     config = {"gate": {"layers": [1, 2], "grouping": "v_sink_rest"}}
     run = RunRecord(config, SinkConfig(), "0" * 64, "1" * 64, total, HOSTILE, versions={}, devices="1 cpu", starts=())
     write(folder / "run.json", run.as_json())
@@ -103,17 +103,18 @@ def write_run(folder, steps=6, total=6, **metrics):
 
 def write_sinks(folder):
     """Sinks of one image, with its overlay."""
-    entry = {"grid": 2, "v_sinks": [0, 3], "l_sinks": [[], [1]], "warnings": ["every patch is flagged"]}
-    study = {"format": "lsg-sinks-1", "counts": study_rows.counts(), "attention": study_rows.attention()}
+    boxes = [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
+    entry = {"boxes": boxes, "v_sinks": [0, 3], "l_sinks": [[], [1]], "warnings": ["every patch is flagged"]}
+    study = {"format": "lsg-sinks-2", "counts": study_rows.counts(), "attention": study_rows.attention()}
     write(folder / "sinks.json", study | {"images": {f"photos/{HOSTILE[:5]}.jpg": entry}, "warnings": [HOSTILE]})
     Image.new("RGB", (8, 8)).save(folder / "evil .png")
 
 
 def write_evaluation(folder, questions, scenes=8):
-    """An evaluation of drawn scenes and own questions, by turns gained, lost, right and wrong.
+    """An evaluation of drawn scenes and custom questions, in turn gained, lost, right and wrong.
 
     Args:
-        questions: a .jsonl of own questions, or None.
+        questions: a .jsonl of custom questions, or None.
     """
     result, entries = study_rows.result(), {}
     entry = result["benchmarks"].pop("cv_bench")
@@ -137,7 +138,7 @@ def write_evaluation(folder, questions, scenes=8):
 
 
 def write_questions(folder, count=6):
-    """Own questions with hostile text and a photo; the last has no image."""
+    """Custom questions with hostile text and a photo; the last has no image."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.effect_noise((400, 300), 60).convert("RGB").save(folder / "photo.jpg")
     lines = [
@@ -155,7 +156,7 @@ def write_questions(folder, count=6):
 
 
 def write_work(folder):
-    """One of each kind of finished work."""
+    """One result of each kind."""
     write_run(folder / "run")
     write_evaluation(folder / "run" / "eval", write_questions(folder / "questions"))
     write(folder / "run" / "checkpoints" / "run.json", {"format": "not to be looked at"})

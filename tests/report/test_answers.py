@@ -1,4 +1,4 @@
-"""Answers side by side: outcomes, which questions are shown, and images that are there, gone, broken or too many."""
+"""Answers side by side: outcomes, the choice of questions, and images that exist, are gone, broken or too many."""
 
 import json
 
@@ -24,8 +24,8 @@ def test_outcomes_agree_with_the_paired_test():
     rng = np.random.default_rng(0)
     scores = rng.choice([0.0, 0.3, 1.0], (300, 2))
     found = [question(i, *row).outcome("lsg") for i, row in enumerate(scores)]
-    told = paired_test(scores[:, 0], scores[:, 1])
-    assert (found.count("gained"), found.count("lost")) == (told.better, told.worse)
+    expected = paired_test(scores[:, 0], scores[:, 1])
+    assert (found.count("gained"), found.count("lost")) == (expected.better, expected.worse)
     assert found.count("both wrong") == int((scores.sum(-1) == 0).sum()) and found.count("both right") > 0
     several = question(0, 1.0, 1.0, 0.0)
     assert several.outcomes == ["both right", "lost"] and OUTCOMES[several.rank] == "lost"
@@ -39,17 +39,17 @@ def test_an_even_share_of_each_outcome_is_shown(counts):
     shown = choose(asked, 40)
     assert len(shown) == min(40, len(asked)) == len({question.id for question in shown})
     ranks = [question.rank for question in shown]
-    assert ranks == sorted(ranks)  # those that changed first
+    assert ranks == sorted(ranks)  # questions that changed come first
     for rank, count in enumerate(counts):
         own = [int(question.id) for question in shown if question.rank == rank]
         assert own == sorted(own) and min(count, 10) <= len(own) <= count
-        if len(own) > 1:  # from the whole file, not from its beginning
+        if len(own) > 1:  # spread over the whole file
             assert max(own) >= 0.8 * max(i for i, kind in enumerate(kinds) if kind == rank)
 
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """(folder, part of result.json, questions) of own questions with a photo each, but one."""
+    """(folder, part of result.json, questions) of custom questions; all but one have a photo."""
     write_evaluation(tmp_path, write_questions(tmp_path / "questions"))
     entry = json.loads((tmp_path / "result.json").read_text())["benchmarks"]["mine"]
     return tmp_path, entry, read_questions(tmp_path, "mine", ["base", "lsg", "var"])
@@ -69,14 +69,14 @@ def test_images_come_from_the_files_of_the_benchmark_as_long_as_they_fit(evaluat
     assert thumbnails("mine", entry, asked)[0] == {} and "not an image" in thumbnails("mine", entry, asked)[1]
     (folder / "questions" / "photo.jpg").unlink()
     assert thumbnails("mine", entry, asked)[0] == {} and "does not exist" in thumbnails("mine", entry, asked)[1]
-    write_questions(folder / "questions", count=5)  # other questions under some of the ids
+    write_questions(folder / "questions", count=5)  # some ids now stand for other questions
     assert thumbnails("mine", entry, asked)[0].keys() == {"1", "2", "3", "4"}
     for gone in (entry | {"path": str(folder / "no.jsonl")}, {"protocol": "paper"}, entry | {"path": None}):
         assert thumbnails("mine", gone, asked)[0] == {} and thumbnails("mine", gone, asked)[1]
     assert thumbnails("mmstar", entry, asked)[0] == {}  # JSONL is no Parquet
 
 
-def test_small_images_are_small_in_both_senses():
+def test_small_images_have_few_pixels_and_bytes():
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     flat = np.zeros((300, 400, 3), np.uint8)
     for pixels, kind in ((noise, "jpeg"), (flat, "png")):
@@ -87,7 +87,7 @@ def test_small_images_are_small_in_both_senses():
 
 def test_a_huge_evaluation_makes_a_page_that_can_be_sent(tmp_path):
     write_evaluation(tmp_path, None, scenes=2000)
-    for file in tmp_path.glob("*.jsonl"):  # a model that never ended
+    for file in tmp_path.glob("*.jsonl"):  # a model that never stops
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.write_text("".join(json.dumps(line | {"output": HOSTILE * 100}) + "\n" for line in lines))
     out = tmp_path / "report.html"
@@ -103,7 +103,7 @@ def test_a_huge_evaluation_makes_a_page_that_can_be_sent(tmp_path):
     assert len(rows) == 40 and {len(row) for row in rows} == {2}
 
 
-def test_partial_scores_are_told(tmp_path):
+def test_partial_scores_are_explained(tmp_path):
     write_evaluation(tmp_path, None)
     file = tmp_path / "scenes.lsg.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Figures: the CSV holds the rows, the SVG is sound XML with its labels, equal rows give equal bytes, gaps are gaps."""
+"""Figures: the CSV holds the rows, the SVG is valid XML with its labels, equal rows give equal bytes, None is a gap."""
 
 import csv
 import re
@@ -37,7 +37,7 @@ def read(path):
 
 
 def as_cells(rows):
-    """Rows as csv.DictReader gives them back, by the rules of the module: empty cells, lists with spaces."""
+    """Rows as csv.DictReader returns them: None as an empty cell, lists separated by spaces."""
     text = lambda value: "" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return [{name: text(value) for name, value in row.items()} for row in rows]
 
@@ -47,13 +47,13 @@ def drawn_text(svg):
 
 
 def settings_of_matplotlib():
-    """All but the backend, which is chosen when somebody looks at it."""
+    """All settings but the backend, which is resolved when it is read."""
     return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """name -> the files of each figure, drawn while a user has settings of their own, which must neither count nor change."""
+    """name -> the files of each figure, drawn under user settings of matplotlib, which must be ignored and unchanged."""
     folder = tmp_path_factory.mktemp("figures") / "new"
     loaded = set(sys.modules)
     with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path"}):
@@ -72,7 +72,7 @@ def test_files_of_a_figure(name, drawn):
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     cells = read(paths[0])
     assert not any("nan" in value.lower() for row in cells for value in row.values())
-    if name not in ("draw_oracle_map", "draw_attention_shares"):  # these sum up, see below
+    if name not in ("draw_oracle_map", "draw_attention_shares"):  # these aggregate rows, see below
         assert cells == [{key: row[key] for key in cells[0]} for row in as_cells(rows)]
 
 

@@ -1,4 +1,4 @@
-"""`lsg report`: one page of all that is found, safe against what it shows, and refusals."""
+"""`lsg report`: one page of all results found, safe against hostile content, and refusals."""
 
 import json
 
@@ -12,7 +12,7 @@ from lsg_jax.cli import main
 
 @pytest.fixture
 def work(tmp_path):
-    """A folder with one of each kind of finished work."""
+    """A folder with one result of each kind."""
     return write_work(tmp_path / "work <i>")
 
 
@@ -28,7 +28,7 @@ def test_a_page_of_all_studies(work, tmp_path, capsys):
     (sinks,) = (image["alt"] for image in page.all("img") if "V-sink" in image["alt"])
     assert sinks == "evil .jpg: 2 V-sinks, 1 L-sink at row 1 column 1, row 2 column 2, of 2 rows and columns"
     assert HOSTILE in "".join(page.texts["p"])
-    # the scores stand at the top, before any section's
+    # the summary's scores come before any section
     first, *_ = (i for i, tag in enumerate(page.tags) if tag == "table")
     assert "Evaluation: run/eval: scores" in page.texts["span"][0] and page.tags[:first].count("h2") == 1
     cells = page.texts["td"]
@@ -40,7 +40,7 @@ def test_a_page_of_all_studies(work, tmp_path, capsys):
     assert '"seed": 5' in "".join(page.texts["pre"])
 
 
-def test_work_that_is_not_whole(tmp_path):
+def test_incomplete_results(tmp_path):
     write_run(tmp_path / "begun", steps=0)
     write_run(tmp_path / "lora", steps=2, total=9, ratios=None)
     lines = [json.dumps({"step": step, "loss": [2.0, None]}) for step in (1, 2)]
@@ -51,21 +51,28 @@ def test_work_that_is_not_whole(tmp_path):
     write(tmp_path / "eval" / "result.json", base)
     write(tmp_path / "moved" / "result.json", study_rows.result() | {"ratios": []})  # without its answers
     entry = {"grid": 2, "v_sinks": None, "l_sinks": None, "warnings": []}
-    sinks = {"format": "lsg-sinks-1", "counts": [], "attention": [], "images": {"a.jpg": entry, "b.jpg": entry}}
+    boxes = {"boxes": [[0, -0.5, 1, 0], [0, 0, 1, 1]], "v_sinks": [0, 1]}  # the first is in the padding
+    images = {"a.jpg": entry, "b.jpg": entry, "c.jpg": entry | {"v_sinks": [1]}, "d.jpg": entry | boxes}
+    sinks = {"format": "lsg-sinks-1", "counts": [], "attention": [], "images": images}  # of an older version
     write(tmp_path / "sinks" / "sinks.json", sinks)
     (tmp_path / "sinks" / "a.png").write_bytes(b"no image")
-    Image.new("RGB", (8, 8)).save(tmp_path / "sinks" / "b.png")
+    for name in "bcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / "sinks" / f"{name}.png")
     for study in ("probe", "sweep", "stack", "ablate"):
         write(tmp_path / study / f"{study}.json", {"format": f"lsg-{study}-1", "rows": []})
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
     page = check_structure((tmp_path / "report.html").read_text())
     assert len(page.texts["h2"]) == 1 + 9 and page.tags.count("svg") == 2
-    assert [image["alt"] for image in page.all("img")] == ["b.jpg: V-sinks unknown"]
+    assert [image["alt"] for image in page.all("img")] == [
+        "b.jpg: V-sinks unknown",
+        "c.jpg: 1 V-sink at row 1 column 2, of 2 rows and columns",
+        "d.jpg: 2 V-sinks (1 in the padding) at row 1 column 1, row 2 column 1, of 2 rows and 1 columns",
+    ]
     assert sum("has not finished" in note for note in page.texts["p"]) == 2
     assert "cv_bench: the answers cannot be shown, since cv_bench.base.jsonl, cv_bench.lsg.jsonl" in "".join(page.texts["p"])
 
 
-def test_what_is_not_of_lsg_is_refused(work, tmp_path, capsys):
+def test_files_that_lsg_did_not_write_are_refused(work, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "old" / "result.json", {"format": "lsg-eval-2"})
     write(tmp_path / "list" / "probe.json", [1])

@@ -1,4 +1,4 @@
-"""The report as a reader meets it, in headless Chromium: what it loads, on a phone, by keyboard, without scripts, printed."""
+"""The report in headless Chromium: what it loads, on a phone, by keyboard, without scripts, in print."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ COMPLAINTS = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryA
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A page of one of each kind of work."""
+    """A page with one result of each kind."""
     folder = tmp_path_factory.mktemp("report")
     assert main(["report", str(write_work(folder / "work")), "--out", str(folder / "report.html")]) == 0
     return folder / "report.html"
@@ -25,9 +25,9 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Chromium, started once. Without it these tests fail, unless it is left out on purpose: a page is tried, or it is not."""
+    """Chromium, started once. Without Chromium these tests fail unless LSG_NO_BROWSER=1 says to skip them."""
     if os.environ.get("LSG_NO_BROWSER") == "1":
-        pytest.skip("LSG_NO_BROWSER=1: the report is not tried in a browser")
+        pytest.skip("LSG_NO_BROWSER=1: the report is not tested in a browser")
     missing = " ".join(package for package, find in NEEDS.items() if not find())
     assert not missing, f"apt-get install {missing}; or set LSG_NO_BROWSER=1 to leave out the tests in a browser"
     page = chromium.Page(tmp_path_factory.mktemp("profile"))
@@ -35,8 +35,8 @@ def browser(tmp_path_factory):
     page.close()
 
 
-def told(browser):
-    """(addresses that were asked for, complaints) since the page was opened."""
+def requests_and_complaints(browser):
+    """(requested addresses, complaints) since the page was opened."""
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     return asked, [event["params"] for event in browser.events if event["method"] in COMPLAINTS]
 
@@ -45,19 +45,19 @@ def test_nothing_is_fetched_and_nothing_is_complained_about(browser, report):
     for view in ({}, {**PHONE, "dark": True}, {"script": False}):
         browser.open(report, **view)
         assert browser.probe("imagesAreThere")
-        asked, complaints = told(browser)
+        asked, complaints = requests_and_complaints(browser)
         assert asked[0] == report.as_uri() and all(url.startswith("data:") for url in asked[1:])
         assert len(asked) > 10 and not complaints
 
 
 def test_what_got_into_the_page_does_not_run(browser, report, tmp_path):
-    """The policy of the page holds where escaping might not; and the test above can fail."""
+    """The page's policy holds even if escaping fails. This also shows that the test above can fail."""
     evil = '<script>window.ran = 1</script><img src="x" onerror="window.ran = 2"><img src="https://example.com/x.png">'
     (tmp_path / "evil.html").write_text(report.read_text().replace("<h1>", evil + "<h1>"))
     browser.open(tmp_path / "evil.html")
     assert browser.evaluate("window.ran ?? null") is None
     assert browser.probe("filtersSeen") == 2  # the page's own script does run
-    _, complaints = told(browser)
+    _, complaints = requests_and_complaints(browser)
     assert sum("Content Security Policy" in str(complaint) for complaint in complaints) >= 3
 
 
@@ -66,7 +66,7 @@ def test_a_phone_scrolls_down_only(browser, report):
         browser.open(report, **PHONE, script=script)
         browser.probe("unfold")
         assert browser.probe("width") == [360, 360] and browser.probe("tooWide") == []
-    assert browser.probe("scrolled") > 3 and browser.probe("smallestLabel") > 6  # figures keep a size that can be read
+    assert browser.probe("scrolled") > 3 and browser.probe("smallestLabel") > 6  # figures stay readable
     browser.probe("widen")
     assert browser.probe("width")[1] > 360 and browser.probe("tooWide")
 
@@ -90,7 +90,7 @@ def test_everything_is_reached_by_keyboard(browser, report):
     assert "Skip to the results" in stops[0]["what"] and len(stops) > 40
     assert [stop for stop in stops if not (stop["outlined"] and stop["seen"])] == []
     browser.press("Tab")
-    assert browser.probe("focus")["what"].startswith("BODY")  # that was all
+    assert browser.probe("focus")["what"].startswith("BODY")  # past the last stop
     browser.press("Tab")
     browser.press("Enter")
     assert browser.evaluate("location.hash") == "#main"
@@ -106,7 +106,7 @@ def test_rows_are_chosen_by_keyboard(browser, report, view):
         assert browser.probe("focus")["value"] == outcome
         rows, others = browser.probe("rows")
         assert [seen for seen, _, _ in rows] == [outcomes[0] == outcome for _, outcomes, _ in rows]
-        assert all(seen for seen, _, _ in others)  # the other table is left alone
+        assert all(seen for seen, _, _ in others)  # the other table is unaffected
         assert browser.probe("status") == "2 of 8 rows shown"
     browser.press("Tab")
     browser.press("ArrowDown")
