@@ -42,12 +42,12 @@ def shares(study):
 def test_every_criterion_finds_exactly_the_planted_sinks(tiny_model):
     vlm, truth = planted_model(tiny_model)
     images = noise(2)
-    images["1.png"] = images["1.png"].resize((112, 28))  # is padded to a square
+    images["1.png"] = images["1.png"].resize((112, 28))  # the model sees the quarter in the middle
     study = find_sinks(vlm, images, "What is it?", max_new_tokens=0)
     square, wide = study["images"].values()
     assert square["size"] == [56, 56] and wide["size"] == [112, 28]
     np.testing.assert_allclose(square["boxes"][8], np.array([1, 1, 2, 2]) / 7, atol=1e-6)
-    np.testing.assert_allclose(wide["boxes"][24], [3 / 7, (3 / 7 - 0.375) * 4, 4 / 7, (4 / 7 - 0.375) * 4], atol=1e-6)
+    np.testing.assert_allclose(wide["boxes"][24], [3 / 28 + 0.375, 3 / 7, 4 / 28 + 0.375, 4 / 7], atol=1e-6)
     layers = range(vlm.config.text.num_layers)
     planted = [list(truth.l_sinks) if layer >= truth.first_layer else [] for layer in layers]
     for entry in study["images"].values():
