@@ -76,6 +76,8 @@ class SweepConfig:
                 raise ConfigError(f"coefficients {text}: they must be finite numbers")
         if len(set(self.coefficients)) < len(self.coefficients):
             raise ConfigError("coefficients: one tuple is named twice")
+        if negative := [layer for layer in self.layers if layer < 0]:
+            raise ConfigError(f"sweep.layers: layer {negative[0]} does not exist")
         if self.batch_size < 1:
             raise ConfigError(f"the batch size is {self.batch_size}: it must be at least 1")
 
