@@ -35,6 +35,7 @@ from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import to_dict
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
@@ -44,7 +45,7 @@ from lsg_jax.types import Batch, LayerView
 from lsg_jax.vlm import VLM
 
 FORMAT = "lsg-probe-1"
-GROUPS = ("v_sink", "l_sink", "ordinary")
+TOKENS = GROUPS["three"]
 SPARE = 2
 """Tokens picked for each one needed, since some turn out to be sinks."""
 
@@ -330,7 +331,7 @@ def probe_layer(
         labels: int32 [N, J] of each attribute.
     """
     draws = np.arange(len(splits.fit))
-    groups = len(GROUPS)
+    groups = len(TOKENS)
     probes = Probes(
         column=np.concatenate([0 * draws, 0 * draws + 1, draws + 2]),
         present=np.repeat(present.T, len(draws), axis=0),
@@ -342,7 +343,7 @@ def probe_layer(
     rows, parts = [], np.cumsum([label.shape[1] for label in labels.values()])[:-1]
     for (attribute, label), found in zip(labels.items(), np.split(predicted, parts, axis=-1), strict=True):
         by_group = found.reshape(groups, len(draws), *label.shape)
-        for group, own, there in zip(GROUPS, by_group, present.T, strict=True):
+        for group, own, there in zip(TOKENS, by_group, present.T, strict=True):
             for row in score(attribute, label, own, splits, there):
                 rows.append({"attribute": attribute.name, "group": group, **row})
     return rows

@@ -40,6 +40,7 @@ from lsg_jax.config import to_dict
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import NO_SOURCE, ImageSize, lay_out
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
@@ -53,7 +54,7 @@ IMPLAUSIBLE_SHARE = 0.25
 """A criterion that flags a larger share of an image's patches is implausible: sinks are few (paper.md, known failures)."""
 
 QUERIES = ("prompt", "answer")
-GROUPS = ("text", "v_sink", "l_sink", "ordinary")
+TOKENS = ("text", *GROUPS["three"])
 
 Readings = tuple[Reading, ...]
 
@@ -168,7 +169,7 @@ def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: 
 
     Returns:
         {"vit": {masks bool [C, P], norms [P], dims [P, d]}, "llm": the same with leading L, and mass float32 [L, 2, N, 4]: the
-        attention of QUERIES on GROUPS}.
+        attention of QUERIES on TOKENS}.
     """
     model = assemble(graphdef, params)
     sequence = model.sequence(batch)
@@ -213,7 +214,7 @@ def _in_force(readings: Readings) -> int:
 
 def _known_groups(vit: Readings, llm: Readings) -> list[str]:
     unknown = {"v_sink": vit[_in_force(vit)].unknown, "l_sink": llm[_in_force(llm)].unknown}
-    return [group for group in GROUPS if not unknown.get(group)]
+    return [group for group in TOKENS if not unknown.get(group)]
 
 
 def _groups(seen: Seen, vit: Readings, llm: Readings) -> dict[str, np.ndarray]:
@@ -305,7 +306,7 @@ def _counts(groups: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
 def _attention(seen: Sequence[Seen], known: Sequence[str]) -> list[dict[str, Any]]:
     mass = np.stack([s["llm"]["mass"] for s in seen])  # [images, L, 2, N, 4]
     # an unknown group has no tokens, so its share is left out
-    columns = [(group, GROUPS.index(group)) for group in known]
+    columns = [(group, TOKENS.index(group)) for group in known]
     rows = []
     for index, queries in enumerate(QUERIES):
         kept = [each for each in mass[:, :, index] if each.any()]  # all zeros: the image has no such queries

@@ -62,11 +62,15 @@ def _alone(section: Callable[..., Section]) -> Callable[..., Section]:
     return lambda study, folder, *, title: section(study, title=title)
 
 
+def _training(study: object, folder: Path, *, title: str) -> Section:
+    return run_section(read_run(folder), folder, title=title)
+
+
 KINDS: dict[str, tuple[tuple[str, ...], str, Callable[..., Section]]] = {
     "sinks.json": (("lsg-sinks-2", "lsg-sinks-1"), "Sinks", sinks_section),
     "probe.json": (("lsg-probe-1",), "Probes", _alone(probe_section)),
     "sweep.json": (("lsg-sweep-1",), "Oracle sweep", _alone(sweep_section)),
-    "run.json": (("lsg-run-1",), "Training", lambda study, folder, *, title: run_section(read_run(folder), folder, title=title)),
+    "run.json": (("lsg-run-1",), "Training", _training),
     "result.json": (("lsg-eval-3",), "Evaluation", eval_section),
     "stack.json": (("lsg-stack-1",), "Stack", _alone(stack_section)),
     "ablate.json": (("lsg-ablate-1",), "Ablation", _alone(ablate_section)),
