@@ -1,4 +1,4 @@
-"""Ablations: which variants there are and can be, and a study end to end, stopped and resumed."""
+"""Ablations: the variants and which of them are possible, and a study end to end, interrupted and resumed."""
 
 import json
 import os
@@ -6,12 +6,14 @@ import signal
 from dataclasses import replace
 
 import pytest
+from scripted import script_answers
 
 from lsg_jax.analysis.ablation import ablation_study, plan_variants
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.cli import main
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import ConfigError, InputError, Preempted
+from lsg_jax.methods.registry import name_of
 from lsg_jax.run_config import RunConfig
 
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
@@ -23,7 +25,8 @@ def config(tiny_model, records, scenes, tmp_path_factory):
     """One gate, two steps, four questions."""
     questions = tmp_path_factory.mktemp("questions") / "q.jsonl"
     rows = [
-        {"id": str(i), "image": str(scenes / "images" / f"{i}.png"), "question": "How many?", "answer": "3"} for i in range(4)
+        {"id": str(i), "image": str(scenes / "images" / f"{i}.png"), "question": "How many?", "answer": "right"}
+        for i in range(4)
     ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return RunConfig(
@@ -101,13 +104,16 @@ def test_refusals(config, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, capsys):
-    out, told = tmp_path / "out", []
+def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, capsys, monkeypatch):
+    """Training is real; the answers are scripted by the method that a model has."""
+    right = {"base": 1, "lsg": 2, "lora": 4}
+    script_answers(monkeypatch, right, lambda vlm: name_of(vlm.method))
+    out, events = tmp_path / "out", []
 
     def run(stop_at):
         def progress(done, total, what):
             what = what.partition(" loss")[0]
-            told.append((what, done))
+            events.append((what, done))
             if (what, done) == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -116,8 +122,8 @@ def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, cap
     with pytest.raises(Preempted, match="stopped at step 2 of 3, saved"):
         run(("training lora", 1))
     study = run(None)
-    assert told[-3:] == [("mine.base", 4), ("mine.reference", 4), ("mine.lora", 4)]
-    assert told[:-3] == [(f"training {name}", step) for name in ("reference", "lora") for step in (1, 2, 3)]  # each step once
+    assert events[-3:] == [("mine.base", 4), ("mine.reference", 4), ("mine.lora", 4)]
+    assert events[:-3] == [(f"training {name}", step) for name in ("reference", "lora") for step in (1, 2, 3)]  # each step once
 
     assert study["format"] == "lsg-ablate-1" and json.loads((out / "ablate.json").read_text()) == study
     assert [row["variant"] for row in study["skipped"]] == ["three"]
@@ -125,7 +131,7 @@ def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, cap
     heads, keys = model.text.num_heads * model.text.head_dim, model.text.num_kv_heads * model.text.head_dim
     assert study["parameters"]["lora"] == 8 * (4 * 64 + 2 * heads + 2 * keys)  # in and out of the q, k, v and o projections
     result = json.loads((out / "result.json").read_text())["benchmarks"]["mine"]
-    assert [row["variant"] for row in study["rows"]] == ["base", "reference", "lora"]
+    assert [(row["variant"], row["value"]) for row in study["rows"]] == [("base", 25.0), ("reference", 50.0), ("lora", 100.0)]
     for row in study["rows"]:
         method = row["variant"]
         assert list(row) == ["variant", "benchmark", "metric", "value", "change", "low", "high"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scripted import script_answers
 
 import lsg_jax
 from lsg_jax.analysis.scores import Selection, selection
@@ -16,7 +17,6 @@ from lsg_jax.checkpoint import read_manifest
 from lsg_jax.cli import main
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import ConfigError, InputError, Preempted
-from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, mean
 from lsg_jax.eval.results import BenchmarkResult, Estimate, EvaluationResult
 from lsg_jax.eval.runner import ask, evaluate
@@ -209,17 +209,7 @@ def script(singles, monkeypatch):
                 return "joint"
         return next(m for m in RIGHT if set(m.split("+")) == {f"L{layer}" for layer in vlm.gate.layers})
 
-    def answer(vlm, items, prompts, config, *, max_new_tokens, known, on_batch):
-        found, count = dict(known), RIGHT[method(vlm)]
-        for start in range(0, len(items), config.batch_size):
-            batch = range(start, start + config.batch_size)
-            new = {i: Answer("right" if i < count else "wrong") for i in batch if i not in found}
-            found |= new
-            if new:
-                on_batch(new)
-        return [found[i] for i in range(len(items))]
-
-    monkeypatch.setattr("lsg_jax.eval.runner.answer", answer)
+    script_answers(monkeypatch, RIGHT, method)
 
 
 SETTINGS = StackConfig(max_gates=3, joint=True)
