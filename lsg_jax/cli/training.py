@@ -144,7 +144,7 @@ def _eval(options: argparse.Namespace) -> None:
     if jax.process_index() == 0:
         plain = dataclasses.asdict(result)
         if len(models) > 1:
-            draw_gains(rows_of_gains(plain), out / "gains")
+            draw_gains(rows_of_gains(result), out / "gains")
         if result.ratios:
             draw_gate_ratios(plain["ratios"], out / "ratios")
         print(json.dumps(plain, indent=2) if options.json else table(result.benchmarks))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from lsg_jax.config import Protocol
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, ImageSource
 from lsg_jax.eval.registry import BENCHMARKS, QUESTIONS
+from lsg_jax.eval.results import BASE, BenchmarkResult, MethodSettings, QuestionRow, questions_file
+from lsg_jax.eval.results import read_questions as read_rows
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.pictures import small
 
@@ -18,7 +20,6 @@ Outcome = Literal["gained", "lost", "both right", "both wrong"]
 OUTCOMES: tuple[Outcome, ...] = ("gained", "lost", "both right", "both wrong")
 """In the order of the page."""
 
-BASE = "base"
 THUMBNAIL_SIDE = 224  # pixels
 MAX_IMAGE_BYTES = 600_000
 """Of all images of one benchmark, so that the page stays small enough to be sent."""
@@ -82,19 +83,18 @@ def read_questions(folder: Path, name: str, methods: Sequence[str]) -> list[Ques
         methods: `base` and at least one other.
 
     Raises:
-        InputError: a file is missing.
-        KeyError, TypeError, ValueError: a file is not as `lsg eval` writes it, or the files are of different questions.
+        InputError: a file is missing or broken.
+        ValueError: the files are of different questions.
     """
     task = _benchmark(name).task
-    lines = {method: _lines(folder / f"{name}.{method}.jsonl") for method in methods}
     questions = []
-    for row in zip(*lines.values(), strict=True):
-        first = row[0]
-        if any((line["id"], line["prompt"]) != (first["id"], first["prompt"]) for line in row):
+    for rows in zip(*(read_rows(questions_file(folder, name, method)) for method in methods), strict=True):
+        first = rows[0]
+        if any((row.id, row.prompt) != (first.id, first.prompt) for row in rows):
             raise ValueError(f"{name}: the methods were asked different questions")
-        answers = {method: _answered(line) for method, line in zip(methods, row, strict=True)}
-        category = str(first.get(task, "")) if task else ""
-        questions.append(Question(str(first["id"]), category, str(first["prompt"]), tuple(map(str, first["answers"])), answers))
+        answers = {method: _answered(row) for method, row in zip(methods, rows, strict=True)}
+        category = str(first.fields.get(task, "")) if task else ""
+        questions.append(Question(first.id, category, first.prompt, first.answers, answers))
     return questions
 
 
@@ -102,17 +102,9 @@ def _benchmark(name: str) -> Benchmark:
     return BENCHMARKS.get(name, QUESTIONS)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _answered(line: Mapping[str, Any]) -> Answered:
-    ratios = [layer[0] for layer in line.get("ratios") or []]
-    ratio = sum(ratios) / len(ratios) if ratios else None
-    return Answered(str(line["output"]), line["parsed"], float(line["score"]), ratio)
+def _answered(row: QuestionRow) -> Answered:
+    ratios = [layer[0] for layer in row.ratios or []]
+    return Answered(row.output, row.parsed, row.score, sum(ratios) / len(ratios) if ratios else None)
 
 
 def choose(questions: Sequence[Question], count: int) -> list[Question]:
@@ -128,27 +120,25 @@ def choose(questions: Sequence[Question], count: int) -> list[Question]:
     return [kinds[rank][i * len(kinds[rank]) // taken] for rank, taken in chosen.items() for i in range(taken)]
 
 
-def group_of(method: Mapping[str, Any]) -> str | None:
-    """The token group of `Answered.ratio`, from a method's settings in result.json; None without gates."""
-    gate = method.get("gate")
-    return GROUPS[gate["grouping"]][0] if gate else None
+def group_of(method: MethodSettings) -> str | None:
+    """The token group of `Answered.ratio`; None without gates."""
+    return GROUPS[method.gate["grouping"]][0] if method.gate else None
 
 
-def thumbnails(name: str, entry: Mapping[str, Any], questions: Sequence[Question]) -> tuple[dict[str, tuple[str, bytes]], str]:
+def thumbnails(
+    name: str, benchmark: BenchmarkResult, questions: Sequence[Question]
+) -> tuple[dict[str, tuple[str, bytes]], str]:
     """Small images of questions, read from the benchmark's files if these still ask the same questions.
 
     Nothing is raised: answers are shown without images, too.
 
-    Args:
-        entry: the benchmark's part of result.json.
-
     Returns:
         {id: (`png` or `jpeg`, the file)}, and why images are missing, "" if none is.
     """
-    if "path" not in entry:
+    if benchmark.path is None:
         return {}, "the evaluation did not note where its files are"
     try:
-        sources = _sources(name, entry, questions)
+        sources = _sources(name, benchmark.path, benchmark.protocol, questions)
     except (InputError, OSError, ValueError, KeyError, TypeError) as error:
         return {}, f"the files of the benchmark cannot be read ({error})"
     found: dict[str, tuple[str, bytes]] = {}
@@ -167,14 +157,12 @@ def thumbnails(name: str, entry: Mapping[str, Any], questions: Sequence[Question
     return found, problem
 
 
-def _sources(name: str, entry: Mapping[str, Any], questions: Sequence[Question]) -> dict[str, ImageSource]:
+def _sources(name: str, path: str, protocol: Protocol, questions: Sequence[Question]) -> dict[str, ImageSource]:
     benchmark = _benchmark(name)
     prompts = {question.id: question.prompt for question in questions}
-    items = {item.id: item for item in benchmark.read(entry["path"]) if item.id in prompts}
+    items = {item.id: item for item in benchmark.read(path) if item.id in prompts}
     return {
         id: item.image
         for id, prompt in prompts.items()
-        if (item := items.get(id)) is not None
-        and item.image is not None
-        and benchmark.prompt(item, entry["protocol"]) == prompt
+        if (item := items.get(id)) is not None and item.image is not None and benchmark.prompt(item, protocol) == prompt
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.eval.results import BASE, Estimate, EvaluationResult
 from lsg_jax.report.drawing import INK, Look, Row, check_rows, distinct, draw_interval, interval_text, plain, render, unit_of
 
 COLUMNS = ("benchmark", "metric", "method", "value", "change", "low", "high")
@@ -20,6 +21,7 @@ METHODS = {
     "full": "trained model",
     "fixed": "fixed coefficients",
 }
+NO_CHANGE = Estimate(None, None, None)
 BAND = "#EFEFEF"
 CHANGE = Look("change", "#0072B2", "-", "o", "")
 LINE_HEIGHT = 0.19  # inches
@@ -27,23 +29,20 @@ COLUMN_WIDTH = 4.6  # inches, with names at the left and numbers at the right
 LINES_A_COLUMN, MAX_COLUMNS = 45, 3
 
 
-def rows_of_gains(result: Mapping[str, Any], *, every_metric: bool = False) -> list[dict[str, Any]]:
+def rows_of_gains(result: EvaluationResult, *, every_metric: bool = False) -> list[dict[str, Any]]:
     """The scores of an evaluation as rows of COLUMNS; rows of the base model have no change.
 
     Args:
-        result: result.json of `lsg eval`, format lsg-eval-3.
         every_metric: all metrics of each benchmark, not only its official score (its first metric where it has none).
     """
     rows = []
-    for benchmark, entry in result["benchmarks"].items():
-        base = entry["methods"]["base"]
-        for metric in base if every_metric else [entry.get("score") or next(iter(base))]:
-            for method, scores in entry["methods"].items():
-                change = entry.get("change", {}).get(method, {}).get(metric, {})
-                numbers = {"value": scores[metric]["value"], **{of: change.get(of) for of in ("low", "high")}}
-                rows.append(
-                    {"benchmark": benchmark, "metric": metric, "method": method, "change": change.get("value"), **numbers}
-                )
+    for name, benchmark in result.benchmarks.items():
+        base = benchmark.methods[BASE]
+        for metric in base if every_metric else [benchmark.score or next(iter(base))]:
+            for method, scores in benchmark.methods.items():
+                change = benchmark.change.get(method, {}).get(metric, NO_CHANGE)
+                numbers = {"value": scores[metric].value, "change": change.value, "low": change.low, "high": change.high}
+                rows.append({"benchmark": name, "metric": metric, "method": method, **numbers})
     return rows
 
 
@@ -81,7 +80,7 @@ def draw_gains(rows: Sequence[Row], stem: Path) -> list[Path]:
         InputError: there are no rows, or only rows of the base model.
     """
     check_rows(rows, COLUMNS, study="lsg eval", stem=stem)
-    check_rows([row for row in rows if row["method"] != "base"], COLUMNS, study="lsg eval with gates or a method", stem=stem)
+    check_rows([row for row in rows if row["method"] != BASE], COLUMNS, study="lsg eval with gates or a method", stem=stem)
     blocks = _blocks(rows)
     units = dict.fromkeys(block.unit for block in blocks)
     columns = [column for unit in units for column in _fold([block for block in blocks if block.unit == unit])]

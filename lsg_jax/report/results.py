@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lsg_jax.checkpoint import RunRecord
+from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, result_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss
@@ -71,35 +73,36 @@ def _loss_rows(step: Mapping[str, Any], layers: list[int]) -> list[dict[str, Any
     return [{"step": step["step"], "layer": layer, "loss": of} for layer, of in zip(layers, loss, strict=True)]
 
 
-def eval_section(result: Mapping[str, Any], folder: Path, *, title: str) -> Section:
+def eval_section(tree: Mapping[str, Any], folder: Path, *, title: str) -> Section:
     """An evaluation: scores and changes of every method, gate ratios, and the answers side by side.
 
     Args:
-        result: result.json.
+        tree: result.json.
         folder: the folder of result.json, which also holds the answers.
     """
+    result = result_of(tree)
     parts: list[Part] = [_scores("Scores, with intervals at 95 %", result)]
-    for name, entry in result["benchmarks"].items():
-        parts += [Note(text) for text in _remarks(name, entry)]
+    for name, benchmark in result.benchmarks.items():
+        parts += [Note(text) for text in _remarks(name, benchmark)]
     rows = rows_of_gains(result)
-    if any(row["method"] != "base" for row in rows):
+    if any(row["method"] != BASE for row in rows):
         parts.append(drawing(draw_gains, rows, "gains", "Change over the base model; filled where the interval excludes 0."))
     parts.append(Details("All metrics", [_scores("All metrics", result, every_metric=True)]))
-    parts += _ratios(result.get("ratios", []))
+    parts += _ratios([asdict(row) for row in result.ratios])
     parts += answer_parts(result, folder)
-    parts.append(settings({name: value for name, value in result.items() if name not in ("benchmarks", "ratios")}))
-    asked = ", ".join(f"{entry['questions']} questions of {name}" for name, entry in result["benchmarks"].items())
-    gist = f"{asked}; {', '.join(METHODS.get(method, method) for method in result['methods'])}"
+    parts.append(settings({name: value for name, value in tree.items() if name not in ("benchmarks", "ratios")}))
+    asked = ", ".join(f"{benchmark.questions} questions of {name}" for name, benchmark in result.benchmarks.items())
+    gist = f"{asked}; {', '.join(METHODS.get(method, method) for method in result.methods)}"
     return Section(title, parts, gist=gist, scores=_headline(result, rows, title))
 
 
-def _headline(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+def _headline(result: EvaluationResult, rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """One score of each benchmark and method, for the summary."""
     lines = []
     for row in rows:
-        entry = result["benchmarks"][row["benchmark"]]
-        change = "" if row["method"] == "base" else interval_text(row["change"], row["low"], row["high"])
-        part = f" ({entry['questions']} of {entry['of']})" if entry.get("partial") else ""
+        benchmark = result.benchmarks[row["benchmark"]]
+        change = "" if row["method"] == BASE else interval_text(row["change"], row["low"], row["high"])
+        part = f" ({benchmark.questions} of {benchmark.of})" if benchmark.partial else ""
         measured = f"{row['benchmark']}, {row['metric']}{part}"
         lines.append([measured, METHODS.get(row["method"], row["method"]), plain(row["value"]), change])
     return Table(f"{title}: scores, and changes with intervals at 95 %", ["benchmark", "method", "score", "change"], lines)
@@ -119,29 +122,29 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
     return parts
 
 
-def _scores(caption: str, result: Mapping[str, Any], *, every_metric: bool = False) -> Table:
+def _scores(caption: str, result: EvaluationResult, *, every_metric: bool = False) -> Table:
     lines = []
     for row in rows_of_gains(result, every_metric=every_metric):
-        entry = result["benchmarks"][row["benchmark"]]
-        score = entry["methods"][row["method"]][row["metric"]]
-        test = entry.get("paired_test", {}).get(row["method"])
+        benchmark = result.benchmarks[row["benchmark"]]
+        score = benchmark.methods[row["method"]][row["metric"]]
+        test = benchmark.paired_test.get(row["method"])
         lines.append(
             [
-                f"{row['benchmark']}, {row['metric']}" + (" *" if row["metric"] == entry.get("score") else ""),
+                f"{row['benchmark']}, {row['metric']}" + (" *" if row["metric"] == benchmark.score else ""),
                 METHODS.get(row["method"], row["method"]),
-                plain(entry.get("majority", {}).get(row["metric"])),
-                interval_text(row["value"], score.get("low"), score.get("high"), sign=""),
-                "" if row["method"] == "base" else interval_text(row["change"], row["low"], row["high"]),
-                "" if test is None else f"{test['better']} / {test['worse']}, {test['p_value']:.3g}",
+                plain(benchmark.majority.get(row["metric"])),
+                interval_text(score.value, score.low, score.high, sign=""),
+                "" if row["method"] == BASE else interval_text(row["change"], row["low"], row["high"]),
+                "" if test is None else f"{test.better} / {test.worse}, {test.p_value:.3g}",
             ]
         )
     header = ["benchmark, metric (* official score)", "method", "majority answer", "score", "change", "better / worse, p"]
     return Table(caption, header, lines)
 
 
-def _remarks(name: str, entry: Mapping[str, Any]) -> list[str]:
+def _remarks(name: str, benchmark: BenchmarkResult) -> list[str]:
     remarks = []
-    if entry.get("partial"):
-        remarks.append(f"{name}: {entry['questions']} questions of {entry['of']}, so there is no official score.")
-    unread = ", ".join(f"{method} {count}" for method, count in entry.get("unread", {}).items() if count)
+    if benchmark.partial:
+        remarks.append(f"{name}: {benchmark.questions} questions of {benchmark.of}, so there is no official score.")
+    unread = ", ".join(f"{method} {count}" for method, count in benchmark.unread.items() if count)
     return [*remarks, f"{name}: outputs in which no answer was found: {unread}."] if unread else remarks

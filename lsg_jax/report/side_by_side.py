@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, MethodSettings, questions_file
 from lsg_jax.report.answers import (
-    BASE,
     OUTCOMES,
     THUMBNAIL_SIDE,
     Answered,
@@ -81,26 +81,25 @@ class Answers:
     rows: Sequence[AnswerRow]
 
 
-def answer_parts(result: Mapping[str, Any], folder: Path) -> list[Part]:
+def answer_parts(result: EvaluationResult, folder: Path) -> list[Part]:
     """The questions of all benchmarks under the base and each other method; nothing without another method.
 
     Args:
-        result: result.json.
-        folder: the folder of result.json, which also holds the answers.
+        folder: of the evaluation, with the answers.
     """
-    methods = list(result["methods"])
+    methods = list(result.methods)
     if BASE not in methods or len(methods) < 2:
         return []
     parts: list[Part] = []
-    for name, entry in result["benchmarks"].items():
+    for name, benchmark in result.benchmarks.items():
         parts.append(Heading(f"Answers side by side: {name}"))
-        missing = [file for m in methods if not (folder / (file := f"{name}.{m}.jsonl")).is_file()]
+        missing = [file.name for m in methods if not (file := questions_file(folder, name, m)).is_file()]
         if missing:
             parts.append(Note(f"{name}: the answers cannot be shown, since {', '.join(missing)} is not in the folder."))
             continue
         questions = read_questions(folder, name, methods)
         parts += [_outcome_table(name, questions, method) for method in methods if method != BASE]
-        parts.append(_question_list(name, entry, questions, result["methods"]))
+        parts.append(_question_list(name, benchmark, questions, result.methods))
     return parts
 
 
@@ -119,9 +118,11 @@ def _outcome_table(name: str, questions: Sequence[Question], method: str) -> Tab
     return Table(caption, ["category", "questions", *OUTCOMES], rows)
 
 
-def _question_list(name: str, entry: Mapping[str, Any], questions: Sequence[Question], methods: Mapping[str, Any]) -> Details:
+def _question_list(
+    name: str, benchmark: BenchmarkResult, questions: Sequence[Question], methods: Mapping[str, MethodSettings]
+) -> Details:
     shown = choose(questions, MAX_QUESTIONS)
-    pictures, problem = thumbnails(name, entry, shown)
+    pictures, problem = thumbnails(name, benchmark, shown)
     groups = {method: group_of(settings) for method, settings in methods.items()}
     answers = Answers(
         caption=f"{name}: answers of {', '.join(map(_label, methods))}",

@@ -1,6 +1,7 @@
 """Answers side by side: outcomes, the choice of questions, and images that exist, are gone, broken or too many."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from pages import HOSTILE, check_structure, write_evaluation, write_questions
 from PIL import Image
 
 from lsg_jax.cli import main
+from lsg_jax.eval.results import read_result
 from lsg_jax.eval.statistics import paired_test
 from lsg_jax.report import answers
 from lsg_jax.report.answers import OUTCOMES, Answered, Question, choose, read_questions, thumbnails
@@ -49,9 +51,9 @@ def test_an_even_share_of_each_outcome_is_shown(counts):
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """(folder, part of result.json, questions) of custom questions; all but one have a photo."""
+    """(folder, result of the benchmark, questions) of custom questions; all but one have a photo."""
     write_evaluation(tmp_path, write_questions(tmp_path / "questions"))
-    entry = json.loads((tmp_path / "result.json").read_text())["benchmarks"]["mine"]
+    entry = read_result(tmp_path / "result.json").benchmarks["mine"]
     return tmp_path, entry, read_questions(tmp_path, "mine", ["base", "lsg", "var"])
 
 
@@ -71,7 +73,7 @@ def test_images_come_from_the_files_of_the_benchmark_as_long_as_they_fit(evaluat
     assert thumbnails("mine", entry, asked)[0] == {} and "does not exist" in thumbnails("mine", entry, asked)[1]
     write_questions(folder / "questions", count=5)  # some ids now stand for other questions
     assert thumbnails("mine", entry, asked)[0].keys() == {"1", "2", "3", "4"}
-    for gone in (entry | {"path": str(folder / "no.jsonl")}, {"protocol": "paper"}, entry | {"path": None}):
+    for gone in (replace(entry, path=str(folder / "no.jsonl")), replace(entry, path=None)):
         assert thumbnails("mine", gone, asked)[0] == {} and thumbnails("mine", gone, asked)[1]
     assert thumbnails("mmstar", entry, asked)[0] == {}  # JSONL is no Parquet
 

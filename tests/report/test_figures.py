@@ -11,6 +11,7 @@ import pytest
 import study_rows
 
 from lsg_jax.errors import InputError
+from lsg_jax.eval.results import result_of
 from lsg_jax.report import figures
 from lsg_jax.report.gains import rows_of_ablation, rows_of_gains
 from lsg_jax.report.ratios import table_of_ratios
@@ -150,7 +151,7 @@ def test_rows_that_cannot_be_drawn_are_refused(tmp_path):
 
 
 def test_gains_of_an_evaluation_and_of_an_ablation():
-    base, lsg = rows_of_gains(study_rows.result())
+    base, lsg = rows_of_gains(result_of(study_rows.result()))
     assert base == {"benchmark": "cv_bench", "metric": "accuracy", "method": "base", "value": 50.0} | dict.fromkeys(
         ("change", "low", "high")
     )
@@ -159,10 +160,12 @@ def test_gains_of_an_evaluation_and_of_an_ablation():
         "low": 1.0,
         "high": 5.0,
     }
-    assert [row["metric"] for row in rows_of_gains(study_rows.result(), every_metric=True)] == ["accuracy"] * 2 + ["2D"] * 2
+    assert [row["metric"] for row in rows_of_gains(result_of(study_rows.result()), every_metric=True)] == ["accuracy"] * 2 + [
+        "2D"
+    ] * 2
     official = study_rows.result()
     official["benchmarks"]["cv_bench"]["score"] = "2D"
-    assert {row["metric"] for row in rows_of_gains(official)} == {"2D"}
+    assert {row["metric"] for row in rows_of_gains(result_of(official))} == {"2D"}
     variant = {"variant": "mean_all", **{name: value for name, value in lsg.items() if name != "method"}}
     assert rows_of_ablation([variant]) == [lsg | {"method": "mean_all"}]
 

@@ -76,7 +76,7 @@ def test_files_that_lsg_did_not_write_are_refused(work, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "old" / "result.json", {"format": "lsg-eval-2"})
     write(tmp_path / "list" / "probe.json", [1])
-    write(tmp_path / "broken" / "result.json", {"format": "lsg-eval-3"})
+    write(tmp_path / "broken" / "result.json", {"format": "lsg-eval-3", "methods": {}})
     write(tmp_path / "rows" / "probe.json", {"format": "lsg-probe-1", "rows": [{"attribute": "count"}]})
     write(tmp_path / "answers" / "result.json", json.loads((work / "run" / "eval" / "result.json").read_text()))
     for file in (work / "run" / "eval").glob("*.jsonl"):
