@@ -1,5 +1,6 @@
 """Strict configuration: what is read, what is refused, and in which words."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def test_refusals(tmp_path, text, overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         read(tmp_path, text, *overrides)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 65
+
+
+def test_any_dataclass_is_read_as_strictly():
+    @dataclasses.dataclass
+    class Plain:
+        count: int
+        share: float
+
+    assert from_dict(Plain, {"count": 3, "share": 1}, where="x") == Plain(3, 1.0)
+    for wrong in (True, 3.0, "3"):
+        with pytest.raises(ConfigError, match="x: count: expected int, got"):
+            from_dict(Plain, {"count": wrong, "share": 1.0}, where="x")
 
 
 def test_missing_file(tmp_path):

@@ -72,11 +72,12 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if value is None and inner is not hint:
         return None
     origin, args = typing.get_origin(inner), typing.get_args(inner)
-    if origin is Annotated:
-        kind, limits = range_of(inner)
+    kind, limits = range_of(inner) if origin is Annotated else (inner, None)
+    if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
-        limits.check(value, name)  # before the conversion: a huge integer has no float
+        if limits is not None:
+            limits.check(value, name)  # before the conversion: a huge integer has no float
         return kind(value)
     if origin is Literal:
         if value not in args:
@@ -90,7 +91,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{name}: expected a table, got {value!r}")
         return {key: _coerce(args[1], entry, f"{name}.{key}") for key, entry in value.items()}
-    if dataclasses.is_dataclass(inner):
+    if isinstance(inner, type) and dataclasses.is_dataclass(inner):
         return _build(inner, value, name)
     if not isinstance(value, inner):
         raise ConfigError(f"{name}: expected {inner.__name__}, got {value!r}")

@@ -68,10 +68,12 @@ class Table:
             _check(hint, getattr(self, name), prefix + name)
 
 
-@functools.cache
+_type_hints = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
+
+
 def field_types(cls: type) -> dict[str, Any]:
     """The type of each field of a dataclass, `Annotated` kept."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
