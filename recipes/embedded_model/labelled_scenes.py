@@ -33,8 +33,12 @@ class LabelledScenes:
 def draw_labelled_scenes(split: Split, count: int, *, side: int, grid: int, seed: int) -> LabelledScenes:
     """Draws the first `count` scenes of a split (`scene_conversation`), on all cores."""
     chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        drawn = pool.map(partial(_draw, split, side=side, grid=grid, seed=seed), chunks)
+    work = partial(_draw, split, side=side, grid=grid, seed=seed)
+    if len(chunks) == 1:
+        drawn = [work(chunks[0])]
+    else:
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            drawn = pool.map(work, chunks)
     return LabelledScenes(
         np.concatenate([images for images, _ in drawn]),
         {name: np.concatenate([known[name] for _, known in drawn]) for name in drawn[0][1]},

@@ -49,11 +49,18 @@ LESSONS: dict[Lesson, tuple[int, tuple[str, ...]]] = {
 
 
 def make(
-    out: Path, recipe: TowerRecipe, *, given: Path | None = None, conversations: int, overrides: Sequence[str] = ()
+    out: Path,
+    recipe: TowerRecipe,
+    alignment: AlignmentRecipe = ALIGNMENT,
+    *,
+    given: Path | None = None,
+    conversations: int,
+    overrides: Sequence[str] = (),
 ) -> Path:
     """Makes the model in `out` and returns the folder of its checkpoint.
 
     Args:
+        recipe: of the vision tower. alignment: of the projector.
         given: a checkpoint whose vision tower and tokenizer are taken; None trains new ones.
         conversations: at most, in each lesson.
         overrides: settings that differ from configs/embedded.toml, for every lesson.
@@ -62,7 +69,7 @@ def make(
         write_untrained(out / "checkpoint-untrained", given)
         convert(out / "checkpoint-untrained", out / "untrained")
     if not (out / "start").exists():
-        _write_start(out, recipe, given)
+        _write_start(out, recipe, alignment, given)
     model = out / "start"
     for lesson in LESSONS:
         model = _teach(out / lesson, model, lesson, conversations, overrides)
@@ -73,10 +80,10 @@ def make(
     return out / "checkpoint"
 
 
-def _write_start(out: Path, recipe: TowerRecipe, given: Path | None) -> None:
+def _write_start(out: Path, recipe: TowerRecipe, alignment: AlignmentRecipe, given: Path | None) -> None:
     """Writes the model that the curriculum starts from: trained vision tower, aligned projector, random language model."""
     config, grid = model_config(CONFIG), IMAGE_SIZE // PATCH_SIZE
-    count = min(ALIGNMENT.scenes, recipe.scenes) if given else recipe.scenes
+    count = min(alignment.scenes, recipe.scenes) if given else recipe.scenes
     logger.info("drawing %d scenes", count)
     scenes = draw_labelled_scenes("train", count, side=IMAGE_SIZE, grid=grid, seed=SEED)
     if given:
@@ -89,7 +96,7 @@ def _write_start(out: Path, recipe: TowerRecipe, given: Path | None) -> None:
     tower = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16).astype(np.float32), tower)
     vlm = load_backbone(out / "untrained")
     vlm = VLM(vlm.config, {**vlm.frozen, "vision_tower": tower}, folder=vlm.folder)
-    leaves = jax.tree.leaves_with_path({"vision_tower": tower, "projector": _aligned(vlm, scenes)})
+    leaves = jax.tree.leaves_with_path({"vision_tower": tower, "projector": _aligned(vlm, scenes, alignment)})
     named = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
     export(out / "untrained", out / "checkpoint-start", trained=named)
     convert(out / "checkpoint-start", out / "start")
@@ -102,7 +109,7 @@ def _teach(folder: Path, model: Path, lesson: Lesson, conversations: int, overri
     if not records.exists():
         count, drawn = min(most, conversations), folder / "conversations"
         logger.info("%s: writing %d conversations", lesson, count)
-        processes = os.cpu_count() or 1
+        processes = min(os.cpu_count() or 1, -(-count // 100))
         source = write_conversations(drawn, "train", count, lesson=lesson, seed=SEED, side=IMAGE_SIZE, processes=processes)
         prepare_llava(source, drawn, records)
     paths = [f'model="{model}"', f'data.records="{records}"', f'output="{run}"']
@@ -114,19 +121,19 @@ def _teach(folder: Path, model: Path, lesson: Lesson, conversations: int, overri
     return folder / "model"
 
 
-def _aligned(vlm: VLM, scenes: LabelledScenes) -> dict[str, Any]:
+def _aligned(vlm: VLM, scenes: LabelledScenes, recipe: AlignmentRecipe) -> dict[str, Any]:
     """Parameters of the projector, aligned with the word embeddings."""
     image_features = jax.jit(lambda params, images: assemble(vlm.graphdef, params).image_features(images))
-    patches = np.stack([to_patches(image, vlm.config.vision.patch_size)[None] for image in scenes.images[: ALIGNMENT.scenes]])
+    patches = np.stack([to_patches(image, vlm.config.vision.patch_size)[None] for image in scenes.images[: recipe.scenes]])
     starts = range(0, len(patches), 250)
     pairs = [image_features(vlm.params, VisualInput(patches[start : start + 250])) for start in starts]
     features, v_sinks = (np.concatenate([np.asarray(pair[part]) for pair in pairs]) for part in (0, 1))
     embeddings, encode = np.asarray(vlm.frozen["language_model"]["embed_tokens"]), vlm.processor.tokenizer.encode
     words = {word: embeddings[encode(f" {word}", add_special_tokens=False)].sum(0) for word in WORDS}
-    labels = {name: values[: ALIGNMENT.scenes] for name, values in scenes.labels.items()}
+    labels = {name: values[: recipe.scenes] for name, values in scenes.labels.items()}
     flat = lambda of_patches: of_patches.reshape(-1, *of_patches.shape[2:])
     wanted, kinds = flat(targets(labels, v_sinks, words)), flat(patch_kinds(labels, v_sinks))
-    projector, explained = align_projector(vlm.config, vlm.frozen["projector"], flat(features), wanted, kinds, ALIGNMENT)
+    projector, explained = align_projector(vlm.config, vlm.frozen["projector"], flat(features), wanted, kinds, recipe)
     logger.info("the aligned projector explains %.0f %% of the variance", 100 * explained)
     return projector
 

@@ -1,4 +1,4 @@
-"""The script that makes the embedded model, from nothing to a checkpoint, with hardly any training."""
+"""The recipe of the embedded model, from random weights to a checkpoint, with hardly any training."""
 
 import json
 
@@ -11,21 +11,28 @@ from safetensors.numpy import load_file
 import lsg_jax
 from converters.convert import convert
 from lsg_jax.checkpoint import read_step
-from lsg_jax.config import SinkConfig
+from lsg_jax.config import SinkConfig, load_run_config
 from lsg_jax.data.drawing import draw
 from lsg_jax.data.scene_questions import scene_question
 from lsg_jax.opening import load_backbone
-from recipes.embedded_model.make import LESSONS, make
+from recipes.embedded_model.alignment import AlignmentRecipe
+from recipes.embedded_model.conversations import TEXT_ONLY
+from recipes.embedded_model.make import LESSONS, SETTINGS, make
 from recipes.embedded_model.tower import TowerRecipe
 
-RECIPE = TowerRecipe(scenes=8, steps=2, batch_size=4, warmup=1, save_every=1)
-SHORT = ["train.batch_size=2", "train.max_steps=2", "train.save_every=1", "data.num_threads=1"]
+TOWER = TowerRecipe(scenes=8, steps=2, batch_size=4, warmup=1, save_every=1)
+ALIGNMENT = AlignmentRecipe(steps=2, patches=64)
+# one length for all lessons, so that two programs are compiled: with and without the projector
+SHORT = ["train.batch_size=2", "train.max_steps=2", "train.save_every=1", "data.num_threads=1", "data.max_length=128"]
+
+
+def make_short(out, **options):
+    return make(out, TOWER, ALIGNMENT, conversations=4, overrides=SHORT, **options)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    out = tmp_path_factory.mktemp("embedded")
-    return make(out, RECIPE, conversations=4, overrides=SHORT)
+    return make_short(tmp_path_factory.mktemp("embedded"))
 
 
 def test_the_checkpoint_is_what_was_trained(made, tmp_path):
@@ -57,8 +64,15 @@ def test_it_answers_and_its_prompts_are_short(made, tmp_path):
     assert isinstance(answer, str)
 
 
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_the_settings_of_each_lesson_fit_its_run(lesson):
+    config = load_run_config(SETTINGS, ['model="m"', 'data.records="r"', 'output="o"', *LESSONS[lesson][1]])
+    assert config.method == "full" and config.data.conversations == "whole"
+    assert config.full.parts == (("language_model",) if lesson in TEXT_ONLY else ("projector", "language_model"))
+
+
 def test_with_tower_and_tokenizer_of_a_model_the_same_model_is_made_again(made, tmp_path):
-    again = make(tmp_path, RECIPE, given=made, conversations=4, overrides=SHORT)
+    again = make_short(tmp_path, given=made)
     assert (again / "tokenizer.json").read_bytes() == (made / "tokenizer.json").read_bytes()
     first, second = (load_file(folder / "model.safetensors") for folder in (made, again))
     assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
@@ -76,5 +90,5 @@ def test_attention_starts_as_a_search_for_what_is_alike(made):
 
 def test_again_nothing_is_made_twice(made):
     before = {path: path.stat().st_mtime_ns for path in made.parent.rglob("*.safetensors")}
-    assert make(made.parent, RECIPE, conversations=4, overrides=SHORT) == made
+    assert make_short(made.parent) == made
     assert {path: path.stat().st_mtime_ns for path in made.parent.rglob("*.safetensors")} == before
