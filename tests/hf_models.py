@@ -1,7 +1,7 @@
-"""Tiny random Hugging Face models to hold ours against.
+"""Tiny random Hugging Face models, the references of the parity tests.
 
-Sizes are chosen so that mistakes show: 10 wide heads (no power of two), grouped keys, 3 x 3 patches, and weights, norms and
-biases all random and of a scale that keeps every stage's output at order 1.
+Sizes and values expose mistakes: heads of width 10, grouped keys, 3 x 3 patches; weights, norms and biases are all random, with
+scales that keep the output of every stage at order 1.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **over
 
 
 def _randomise(model: torch.nn.Module, generator: torch.Generator, *, tied: bool) -> None:
-    """Matrices of variance 1 / fan-in, norm scales around 1, and everything else of order 1/4: nothing is 0 or 1 by default."""
+    """Matrices have variance 1 / fan-in, norm scales are around 1, the rest has deviation 1/4: no value is a default."""
     normal = lambda p: torch.randn(p.shape, generator=generator, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.3 * normal(parameter))
             elif "embed_tokens" in name:
-                parameter.copy_(normal(parameter) * (0.3 if tied else 1.0))  # a tied one is the output head as well
+                parameter.copy_(normal(parameter) * (0.3 if tied else 1.0))  # a tied embedding is also the output head
             elif parameter.ndim >= 2 and "position" not in name and "probe" not in name:
                 fan_in = parameter[0].numel()
                 parameter.copy_(normal(parameter) * fan_in**-0.5 * (1.5 if "q_proj" in name or "k_proj" in name else 1.0))
@@ -98,7 +98,7 @@ def _randomise(model: torch.nn.Module, generator: torch.Generator, *, tied: bool
 
 
 def save_tiny(model: LlavaForConditionalGeneration, folder: str | Path, **kwargs: Any) -> Path:
-    """Saves weights, configuration, a byte tokenizer and an image processor as a checkpoint on the Hub has them."""
+    """Saves a checkpoint as on the Hub: weights, configuration, byte tokenizer and image processor."""
     folder = Path(folder)
     model.save_pretrained(folder, **kwargs)
     write_byte_tokenizer(folder)
@@ -122,7 +122,7 @@ def save_tiny(model: LlavaForConditionalGeneration, folder: str | Path, **kwargs
 
 
 def state_arrays(model: torch.nn.Module) -> dict[str, Any]:
-    """The state dict as numpy arrays, by the in-memory names. bfloat16 comes as ml_dtypes has it."""
+    """The state dict as numpy arrays, under the in-memory names; bfloat16 becomes that of ml_dtypes."""
     import ml_dtypes
 
     arrays = {}

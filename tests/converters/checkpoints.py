@@ -1,4 +1,4 @@
-"""Checkpoint folders for the tests: tiny ones to break, and one of true tensor shapes to measure memory with."""
+"""Checkpoint folders for tests: tools to change tiny ones, and one with the tensor shapes of a 7B model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def write_random_bf16(path: Path, tensors: dict[str, tuple[int, ...]], seed: int) -> None:
-    """A safetensors file of finite random bfloat16 values, streamed: nothing of the size of a tensor is held."""
+    """Streams finite random bfloat16 values to a safetensors file, without holding a whole tensor."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 1 << 16, 4_000_037, np.uint16) & np.uint16(0xBFFF)  # |value| < 2; a prime length, so rows differ
     header, end = {}, 0
@@ -115,7 +115,7 @@ LLAVA_7B: dict[str, Any] = {
     "vision_feature_select_strategy": "default",
     "vocab_size": 32064,
 }
-"""The configuration of LLaVA-1.5 7B in the style of 2023, which leaves most fields out."""
+"""The configuration of LLaVA-1.5 7B as written in 2023: most fields are missing."""
 
 LLAVA_13B = LLAVA_7B | {
     "text_config": LLAVA_7B["text_config"]

@@ -1,11 +1,8 @@
-"""Conversion and export of tiny checkpoints: round trips to the bit, damaged input, kill and resume."""
+"""Conversion and export of tiny checkpoints: round trips to the bit, manifests, damaged input."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +29,7 @@ from converters.convert import convert, tree_from_tensors
 from converters.export import export
 from converters.hf_config import model_config
 from lsg_jax.checkpoint import ModelSource, load_base, read_manifest, verify_base
-from lsg_jax.errors import BusyError, CheckpointError, ConfigError, InputError
+from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.model.multimodal import VisionLanguageModel
 
 FAMILIES = [
@@ -289,103 +286,6 @@ def test_export_of_a_damaged_model_leaves_nothing(source: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="damaged: leaf "):
         export(tmp_path / "model", tmp_path / "back")
     assert not list(tmp_path.glob("back*"))
-
-
-KILL = """
-import os, signal, sys
-from pathlib import Path
-from converters.convert import convert
-calls = 0
-def stop(done, total, what):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-convert(sys.argv[1], sys.argv[2], progress=stop)
-"""
-
-
-def run_until(source: Path, target: Path, block: int) -> int:
-    command = [sys.executable, "-c", KILL, str(source), str(target), str(block)]
-    return subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, check=False).returncode
-
-
-def test_kill_and_rerun_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "whole")
-    for block in (1, 70):
-        assert run_until(source, tmp_path / "model", block) == -signal.SIGKILL
-        assert not (tmp_path / "model").exists()
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "model.tmp/base").rglob("c/*/*") if path.is_file()}
-    assert len(finished) > 10
-    convert(source, tmp_path / "model")
-    assert files_below(tmp_path / "model") == files_below(tmp_path / "whole")
-    assert all(
-        (tmp_path / "model" / p.relative_to(tmp_path / "model.tmp")).stat().st_mtime_ns == t for p, t in finished.items()
-    )
-    assert not (tmp_path / "model.tmp").exists()
-
-
-def test_a_rerun_from_another_checkpoint_takes_nothing_over(source: Path, tmp_path: Path) -> None:
-    assert run_until(source, tmp_path / "model", 70) == -signal.SIGKILL
-    other = save_tiny(tiny_hf("clip", "llama", seed=1), tmp_path / "other")
-    convert(other, tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "back")
-    assert_same_bytes(all_tensors(tmp_path / "back"), all_tensors(other))
-
-
-def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
-    def second(done: int, total: int, what: str) -> None:
-        with pytest.raises(BusyError, match="in use by pid"):
-            convert(source, tmp_path / "model")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "model", progress=second)
-    convert(source, tmp_path / "model")
-    assert verify_base(tmp_path / "model") == []
-
-
-WITHOUT_TORCH = """
-import sys
-sys.modules["torch"] = None
-from converters.convert import convert
-convert(sys.argv[1], sys.argv[2])
-"""
-
-
-def test_torch_is_not_needed(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(source), str(tmp_path / "model")]
-    root = Path(__file__).resolve().parents[2]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    convert(source, tmp_path / "other")
-    assert files_below(tmp_path / "model") == files_below(tmp_path / "other")
-
-
-FULL_DISK = """
-import resource, sys
-from converters.convert import convert
-from converters.export import export
-resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000))
-try:
-    (convert if sys.argv[1] == "convert" else export)(sys.argv[2], sys.argv[3])
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
-def test_full_disk(source: Path, tmp_path: Path) -> None:
-    """A conversion keeps what it has, an export leaves nothing; both say in one line what happened."""
-    convert(source, tmp_path / "whole")
-    for verb, start, target in (("convert", source, "model"), ("export", tmp_path / "whole", "back")):
-        command = [sys.executable, "-c", FULL_DISK, verb, str(start), str(tmp_path / target)]
-        root = Path(__file__).resolve().parents[2]
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        assert result.stdout.startswith("CheckpointError ") and result.stdout.count("\n") == 1, result
-        assert not (tmp_path / target).exists()
-    assert not (tmp_path / "back.tmp").exists()
-    convert(source, tmp_path / "model")
-    assert files_below(tmp_path / "model") == files_below(tmp_path / "whole")
 
 
 def test_hub_id(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Reading weights by parts, and what is said about damaged files."""
+"""Reading weights in parts, and errors about damaged files."""
 
 import json
 import os

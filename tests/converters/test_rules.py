@@ -1,4 +1,4 @@
-"""Rules and plans: operations undo themselves, every leaf has one rule, and the real sizes fit; no tensor is read."""
+"""Rules and plans: operations are inverted, every leaf has one rule, real sizes fit; no tensor is read."""
 
 import dataclasses
 
@@ -92,7 +92,7 @@ def meta_model(config: dict) -> LlavaForConditionalGeneration:
 
 @pytest.mark.parametrize(("config", "billions"), [(LLAVA_7B, 7.06), (LLAVA_13B, 13.35)])
 def test_plan_of_the_real_sizes(config: dict, billions: float) -> None:
-    """Against the shapes of the Hugging Face model, which is never allocated, and neither is ours."""
+    """Compares with the shapes of the Hugging Face model; neither model is allocated."""
     tensors = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
     source = {name: (tensors[key], "float16") for name, key in canonical_names(tensors, canonical_name).items()}
     planned = plan(model_config(config), source)

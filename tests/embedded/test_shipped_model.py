@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def evaluated(model):
     """Folder of the card's evaluation: all 2,000 questions, base and gated.
 
-    It runs in a process of its own with XLA's optimisations, which are off in other tests: here most of the time is computation.
+    It runs in a process of its own with XLA's optimisations, which other tests turn off: most of the time here is computation.
     """
     out = model.parent / "eval"
     command = [sys.executable, "-m", "lsg_jax", "eval", "configs/tiny.toml", "--set", f"model={json.dumps(str(model))}"]

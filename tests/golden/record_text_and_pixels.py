@@ -1,9 +1,9 @@
-"""Records what the original code makes of some conversations and images, in text_and_pixels.json beside this file.
+"""Records the outputs of the original codes for some conversations and images in text_and_pixels.json, next to this file.
 
     python tests/golden/record_text_and_pixels.py --llava DIR --xtuner DIR --llama DIR --qwen DIR
 
-Only whoever changes the cases needs to run it; `tests/data/test_golden.py` reads the file, offline. It wants the
-originals' environment, `transformers==4.36.2 tokenizers==0.15.0 sentencepiece==0.1.99`, and torch, pillow, jinja2:
+Run it only to change the cases; `tests/data/test_golden.py` reads the file, offline. It needs the originals'
+environment, `transformers==4.36.2 tokenizers==0.15.0 sentencepiece==0.1.99`, and torch, pillow, jinja2:
 
 - `--llava`: the unpacked distribution `llava-torch` 1.2.2.post1 of PyPI (the folder that holds `llava/`), LLaVA-1.5's own code;
 - `--xtuner`: the unpacked distribution `xtuner` 0.2.0 of PyPI, which trained LLaVA-Phi-3-mini;
@@ -85,7 +85,7 @@ def module(name: str, **attributes: Any) -> types.ModuleType:
 
 
 def import_llava(folder: Path) -> types.SimpleNamespace:
-    """The parts of the package that handle text and images; models and trainer, which want more packages, are left empty."""
+    """The modules for text and images; models and trainer need more packages and are replaced by empty modules."""
     module("llava", __path__=[str(folder / "llava")])
     module("llava.model", __all__=[])
     module("llava.train", __path__=[str(folder / "llava/train")])
