@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lsg_jax.config import GateConfig, SinkConfig
+from lsg_jax.config import GateConfig, SinkConfig, from_dict
 from lsg_jax.errors import ConfigError
 from lsg_jax.run_config import RunConfig, load_run_config, run_config
 

@@ -71,7 +71,7 @@ def hugging_face():
     return model, processor, [question.prompt for question in questions], images
 
 
-def torch_answers(batch=40):
+def torch_answers(batch=20):
     model, processor, prompts, images = hugging_face()
     processor.tokenizer.padding_side = "left"
     answers = []
