@@ -211,7 +211,7 @@ def place_rows(local: Any, mesh: Mesh | None, size: int) -> Any:
     sharding, where = batch_sharding(mesh), {row: i for i, row in enumerate(local_rows(mesh, size))}
 
     def place(leaf: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> Any:
             start, stop, _ = index[0].indices(size)  # the rows of a device are contiguous in `local` too
             return leaf[where[start] : where[start] + stop - start]
 

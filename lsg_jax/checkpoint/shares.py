@@ -58,7 +58,7 @@ class Shares:
         """Assembles the leaf in its target sharding from the share [rows, ...] of each process; a collective."""
         start = jax.process_index() * self.rows
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> Any:
             return share[(slice(index[0].start - start, index[0].stop - start), *index[1:])]
 
         whole = (self.rows * jax.process_count(), *self.spec.shape[1:])
@@ -78,8 +78,9 @@ class Shares:
 
 def shares_of(spec: LeafSpec, sharding: Sharding | None) -> Shares | None:
     """How several processes split the reading of a leaf; None where each of them should read all of it."""
-    spans = jax.process_count() > 1 and isinstance(sharding, NamedSharding) and sharding.mesh.size == jax.device_count()
-    if not spans or spec.block_bytes * len(spec.offsets()) < SMALL:
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size != jax.device_count() or jax.process_count() == 1:
+        return None
+    if spec.block_bytes * len(spec.offsets()) < SMALL:
         return None
     targets = [*sharding.spec, *[None] * len(spec.shape)]
     fits = [axis for axis in range(1, len(spec.shape)) if spec.shape[axis] % jax.device_count() == 0]
