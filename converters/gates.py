@@ -23,6 +23,7 @@ import numpy as np
 
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.errors import InputError
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.gating.portable import PortableGates, from_torch_layout
 
 _MODULE = re.compile(r"norm|ln|layer_?norm|(fc|linear)[12]|\d+")
@@ -69,8 +70,9 @@ def import_torch_gates(
         layers[found] = _assign(parts, path, state)
     gate = gate or GateConfig()
     parameters = _stack(layers, path, state)
-    if (groups := parameters["fc2_bias"].shape[-1]) != gate.num_groups:
-        raise InputError(f"{path}: the gates have {groups} outputs, grouping {gate.grouping} needs {gate.num_groups}")
+    outputs, groups = parameters["fc2_bias"].shape[-1], len(GROUPS[gate.grouping])
+    if outputs != groups:
+        raise InputError(f"{path}: the gates have {outputs} outputs, grouping {gate.grouping} needs {groups}")
     gate = replace(gate, layers=tuple(sorted(layers)), width=parameters["fc1_bias"].shape[-1])
     return PortableGates(gate=gate, sinks=sinks or SinkConfig(), parameters=parameters, backbone=backbone)
 

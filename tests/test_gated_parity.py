@@ -17,6 +17,7 @@ from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
 from converters.torch_gate import attach
 from lsg_jax.config import GateConfig, ModelConfig, SinkConfig
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.gating.portable import PortableGates, to_torch_layout
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method import BASE
@@ -77,7 +78,7 @@ def random_gates(layers, *, signal="last", grouping="v_sink_rest", key_scale=1.0
     """Gates far from their start: ratios that differ by row and layer."""
     rng = np.random.default_rng(seed)
     config = GateConfig(layers=layers, width=16, activation=activation, key_scale=key_scale, signal=signal, grouping=grouping)
-    n, g = len(layers), config.num_groups
+    n, g = len(layers), len(GROUPS[config.grouping])
     normal = lambda *shape, scale=1.0: (scale * rng.normal(size=shape)).astype(np.float32)
     parameters = {
         "norm_scale": 1 + normal(n, width, scale=0.3),

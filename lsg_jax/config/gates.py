@@ -34,10 +34,6 @@ class GateConfig(Table, name="gate"):
     signal: Signal = "last"
     grouping: Grouping = "v_sink_rest"
 
-    @property
-    def num_groups(self) -> int:
-        return 3 if self.grouping == "three" else 2
-
     def for_depth(self, num_layers: int) -> GateConfig:
         """The same with all layers of a decoder listed where `independent` gates list none."""
         every = self.independent and not self.layers

@@ -11,6 +11,7 @@ from lsg_jax.config import GateConfig, Grouping, ModelConfig
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError
 from lsg_jax.gating.gate import KeyScaling
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.gates import check_gate
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.method_model import MethodModel
@@ -36,12 +37,10 @@ class Fixed(Method):
 
     def for_model(self, config: ModelConfig) -> Fixed:
         """Refuses layers that the model lacks, and another number of coefficients than of groups."""
-        gate, given = self._as_gate(), len(self.settings.coefficients)
-        check_gate(gate, config, name="fixed")
-        if given != gate.num_groups:
-            raise ConfigError(
-                f"fixed.coefficients: {given} given, grouping {self.settings.grouping} has {gate.num_groups} groups"
-            )
+        grouping, given = self.settings.grouping, len(self.settings.coefficients)
+        check_gate(self._as_gate(), config, name="fixed")
+        if given != (groups := len(GROUPS[grouping])):
+            raise ConfigError(f"fixed.coefficients: {given} given, grouping {grouping} has {groups} groups")
         return self
 
     def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> KeyScaling | None:

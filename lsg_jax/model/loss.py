@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.config import GateConfig
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.model.multimodal import VisionLanguageModel
 from lsg_jax.types import IGNORE, Batch
 
@@ -89,7 +90,7 @@ def chunked_cross_entropy(
 def mean_ratios(gate: GateConfig, batch: Batch, ratios: jax.Array | None) -> jax.Array:
     """Gate ratios [L - first gated layer, B, G] as means over the rows with an image: float32 [gated layers, G]."""
     if ratios is None:  # a batch without images
-        return jnp.zeros((len(gate.layers), gate.num_groups))
+        return jnp.zeros((len(gate.layers), len(GROUPS[gate.grouping])))
     return mean_over_images(batch, ratios[jnp.array(gate.layers) - min(gate.layers)])
 
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from lsg_jax.config import ModelConfig
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.method_model import MethodModel, assemble
 from lsg_jax.model.layers import layer_at
@@ -150,7 +151,7 @@ class _Suffixes:
 
     def _ratios(self, change: LayerChange) -> jax.Array:
         rows = self.batch.input_ids.shape[0]
-        return jnp.zeros((rows, self.gate.num_groups)) if change.ratios is None else change.ratios
+        return jnp.zeros((rows, len(GROUPS[self.gate.grouping]))) if change.ratios is None else change.ratios
 
 
 def _scan_inputs(gate: Any) -> tuple[Any, jax.Array]:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from converters.gates import import_torch_gates
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.errors import InputError
+from lsg_jax.gating.keys import GROUPS
 from lsg_jax.gating.portable import (
     PortableGates,
     check_width,
@@ -36,7 +37,7 @@ def make_gates(layers=(2, 5), grouping="three", sinks=SINKS, seed=0) -> Portable
     gate = GateConfig(
         layers=layers, width=WIDTH, activation="silu", layer_norm_eps=1e-6, key_scale=1.25, signal="mean_all", grouping=grouping
     )
-    n, groups = len(layers), gate.num_groups
+    n, groups = len(layers), len(GROUPS[gate.grouping])
     shapes = {"norm_scale": (n, WIDTH_IN), "norm_bias": (n, WIDTH_IN), "fc1_kernel": (n, WIDTH_IN, WIDTH)}
     shapes |= {"fc1_bias": (n, WIDTH), "fc2_kernel": (n, WIDTH, groups), "fc2_bias": (n, groups)}
     parameters = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
