@@ -57,7 +57,7 @@ def test_variants_differ_from_the_reference_in_one_thing(config, model):
         "l_sink_rest": ("last", "l_sink_rest"),
         "three": ("last", "three"),
     }
-    assert runs["lora"].method == "lora" and runs["lora"].lora.layer == 1
+    assert runs["lora"].method == "lora" and runs["lora"].get_method().settings.layer == 1
     for name, run in runs.items():
         assert replace(run, tables=able.tables, method="lsg") == able, name
     other = able.with_settings(replace(able.gate, signal="mean_visual", grouping="three"))
