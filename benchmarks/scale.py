@@ -139,7 +139,7 @@ def step_work(layers: tuple[int, ...], most: float) -> Found:
         "the same with attention kernels": (everything, None),
         "GB received a chip": (work.received_bytes / 1e9, 30.0),
         "collective-permutes": (work.collectives.get("collective-permute", 0.0), 1000.0),
-        "compile, s": (found["compile, s"][0], 90.0),
+        "compile, s": (found["compile, s"][0], 120.0),
         "memory of the compiling process, GiB": (found["memory of the compiling process, GiB"][0], 2.0),
     }
 
