@@ -74,8 +74,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ConfigError(f"mesh: sizes must be positive, and at most one may be -1: {dict(zip(AXES, sizes, strict=True))}")
+    if sizes.count(-1) > 1:
+        raise ConfigError(f"mesh: at most one size may be -1: {dict(zip(AXES, sizes, strict=True))}")
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):

@@ -20,6 +20,7 @@ from lsg_jax.checkpoint.run_record import RUN, Computation, GitRevision, RunReco
 from lsg_jax.config import to_dict
 from lsg_jax.errors import ConfigError
 from lsg_jax.methods.registry import METHODS
+from lsg_jax.run_config import run_config
 
 MAY_CHANGE = frozenset(
     {"model", "output", "mesh", "eval", "data.records", "data.num_threads", "data.prefetch"}
@@ -44,7 +45,10 @@ def check_same(run: RunFolder, computation: Computation) -> None:
     def compare() -> None:
         if not (run.path / RUN).exists():
             return
-        differ = _differences(read_run(run.path), computation)
+        record = read_run(run.path)
+        # fields that the run was started without have their defaults
+        before = replace(record, config=run_config(record.config, where=f"{run.path / RUN}: config").as_dict())
+        differ = _differences(before, computation)
         if changed := [name for name in differ if name not in MAY_CHANGE and name.split(".")[0] not in unused]:
             raise ConfigError(
                 f"{run.path}: holds a run with another {', '.join(changed)}; choose another output, or undo the change"
