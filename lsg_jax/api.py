@@ -1,4 +1,4 @@
-"""The public face: `lsg_jax.load`."""
+"""The public API: `lsg_jax.load`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     sinks: SinkConfig | None = None,
 ) -> VLM:
-    """Opens a converted model, with gates, or the baseline of a run, if given.
+    """Opens a converted model, with gates, or what else a run has trained, if given.
 
     Args:
         model_dir: folder written by `lsg convert`.

@@ -16,12 +16,12 @@ def bytes_sha256(data: bytes) -> str:
 
 
 def text_sha256(text: str) -> str:
-    """Of the text in UTF-8."""
+    """sha256 of the text, encoded as UTF-8."""
     return bytes_sha256(text.encode())
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file of any size.
+    """sha256 of a file of any size.
 
     Raises:
         OSError: it cannot be read.
@@ -31,13 +31,13 @@ def file_sha256(path: Path) -> str:
 
 
 def array_sha256(array: np.ndarray) -> str:
-    """Of the C-contiguous bytes of `array` (little endian on every supported machine), without its shape."""
+    """sha256 of the C-contiguous bytes of `array` (little endian on every supported machine), without its shape."""
     # A view as bytes: bfloat16 and its kin have no buffer protocol.
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def arrays_sha256(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Of names, shapes and bytes, in the order given."""
+    """sha256 of names, shapes and bytes, in the order given."""
     digest = hashlib.sha256()
     for name, array in arrays:
         digest.update(f"{name}{array.shape}".encode() + array.tobytes())
@@ -54,5 +54,5 @@ def canonical_json(value: Any) -> str:
 
 
 def json_sha256(value: Any) -> str:
-    """Of `canonical_json(value)`."""
+    """sha256 of `canonical_json(value)`."""
     return text_sha256(canonical_json(value))

@@ -105,9 +105,10 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
     if run is None or held == "lsg":
         return with_gates(vlm, source, sinks=sinks)
     kind, sinks = METHODS[held], sinks or run.sinks
-    assert kind.Settings is not None  # it is trained
-    table = kind.Settings.table
-    opened = kind(from_dict(kind.Settings, run.table(table), where=f"{source}/run.json: {table}"))
+    opened = kind()
+    if kind.Settings is not None:
+        table = kind.Settings.table
+        opened = kind(from_dict(kind.Settings, run.table(table), where=f"{source}/run.json: {table}"))
     trained = read_step(source)[1]["trained"]
     if opened.parts:  # in the dtype of the weights that they replace
         replaced = {part: vlm.frozen[part] for part in opened.parts}

@@ -51,7 +51,7 @@ class Batch:
         answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
         answer_target: int32 [B, A], token to predict; -100 where unused.
         row_id: int32 [B], position of the record in its data set, for error messages; -1 where unknown.
-        route: int32 [B], what a method read of the model's reply to its own question (Method.first_question); None without.
+        route: int32 [B], parsed from the reply to the method's first question (Method.first_question); None without one.
     """
 
     input_ids: Array
@@ -75,7 +75,7 @@ class Sequence:
     """What the decoder runs on: embeddings of text and visual tokens, and what says who attends to whom.
 
     Attributes:
-        x: [B, T, D]; None where only the tokens are asked about.
+        x: [B, T, D]; None where only the masks are needed.
         valid: bool [B, T], tokens that take part.
         positions: int32 [B, T], rotary positions; None where x is.
         visual: the visual tokens; None for a batch without images.

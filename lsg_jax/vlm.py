@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.checkpoint.processes import host_array
@@ -26,14 +27,14 @@ from lsg_jax.model.loss import answer_loss, answer_slots
 from lsg_jax.types import IGNORE, Batch, KVCache, VisualInput, VisualTokens
 
 PROMPT_BUCKET = 64  # prompt lengths are rounded up to a multiple, so that few shapes compile
-REPLY_TOKENS = 8  # longest reply to a method's own question; a word is expected
+REPLY_TOKENS = 8  # longest reply to a method's first question; one word is expected
 
 
 class VLM:
-    """A vision-language model with its weights, under a method or as it is.
+    """A vision-language model with its weights, with or without a method.
 
     Args:
-        config: the model; its `sinks` are those in force.
+        config: the model; its `sinks` are the settings used.
         frozen: backbone parameters, a nested dict.
         method: what is done to the model.
         trained: parameters of a trained method, such as gates stacked over their layers; None for other methods.
@@ -42,7 +43,7 @@ class VLM:
         mesh: the devices that hold the weights; None for one device.
 
     Raises:
-        ConfigError: the model cannot carry the method, or lacks a sink dimension.
+        ConfigError: the method does not fit the model, or a sink dimension does not exist.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class VLM:
         """The same backbone under another method; `trained` holds its parameters, for a method that is trained.
 
         Raises:
-            ConfigError: the model cannot carry it, for example a layer that does not exist.
+            ConfigError: the method does not fit the model, for example a layer that does not exist.
         """
         config = dataclasses.replace(self.config, sinks=sinks or self.config.sinks)
         return VLM(config, self.frozen, method=method, trained=trained, folder=self.folder, digest=self.digest, mesh=self.mesh)
@@ -167,8 +168,9 @@ class VLM:
         """Where the visual tokens are, which of them are V-sinks, and where each lies in its image.
 
         Args:
-            image_sizes: int [images, 2], height and width in pixels of the original images, as HF image processors return
-                them. None takes images for squares, so that boxes refer to the prepared square.
+            image_sizes: int, height and width in pixels of each original image, as HF image processors return them; [images, 2]
+                for the rows with image tokens, or [B, 2]. None takes images for squares, so that boxes refer to the prepared
+                square.
 
         Returns:
             mask bool [B, T]; v_sink bool [B, T], False where no V-sink dimensions are known; box float32 [B, T, 4], the corners
@@ -179,13 +181,14 @@ class VLM:
         if batch.images is None:
             nothing = np.zeros(batch.input_ids.shape, bool)
             return VisualTokens(mask=nothing, v_sink=nothing, box=box)
-        mask, v_sink = jax.tree.map(np.asarray, _visual_tokens(self.params, batch, self.graphdef))
+        mask, v_sink, output = jax.tree.map(np.asarray, _visual_tokens(self.params, batch, self.graphdef))
         shown = np.flatnonzero((batch.source >= 0).any((1, 2)))
         sizes = np.ones((len(shown), 2), int) if image_sizes is None else np.asarray(image_sizes, int)
+        sizes = sizes[shown] if sizes.shape == (len(mask), 2) else sizes
         if sizes.shape != (len(shown), 2) or (sizes < 1).any():
             raise InputError(f"image_sizes must be [{len(shown)}, 2], height and width of each image with tokens")
         for row, (height, width) in zip(shown, sizes.tolist(), strict=True):
-            box[row, batch.source[row, :, 0] >= 0] = lay_out((width, height), self.config).box
+            box[row, mask[row]] = lay_out((width, height), self.config).box[output[row, mask[row]]]
         return VisualTokens(mask=mask, v_sink=v_sink, box=box)
 
     def gate_ratios(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None) -> dict[int, np.ndarray]:
@@ -214,11 +217,17 @@ class VLM:
         batch = self.pad_questions(encoded, pixels)
         if all(image is None for image in images):
             batch = batch.without_images()
-        first = [question for prompt in prompts if (question := self.method.first_question(prompt)) is not None]
-        if first:
-            replies = self.plain().generate([None] * len(first), first, REPLY_TOKENS)
-            batch = dataclasses.replace(batch, route=np.array([self.method.read_reply(reply) for reply in replies], np.int32))
+        if first := self.first_questions(prompts, [image is not None for image in images]):
+            replies = self.plain().generate([None] * len(first), list(first.values()), REPLY_TOKENS)
+            route = np.zeros(len(prompts), np.int32)
+            route[list(first)] = [self.method.read_reply(reply) for reply in replies]
+            batch = dataclasses.replace(batch, route=route)
         return [self.processor.decode(row) for row in self.generate_batch(batch, max_new_tokens)]
+
+    def first_questions(self, prompts: Sequence[str], has_image: Sequence[bool]) -> dict[int, str]:
+        """Index of a prompt with an image -> what the plain model is asked before it, for methods that ask."""
+        asked = {i: self.method.first_question(prompt) for i, prompt in enumerate(prompts) if has_image[i]}
+        return {i: question for i, question in asked.items() if question is not None}
 
     def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[np.ndarray | None]) -> Batch:
         """Left-padded batch of encoded questions; its length is rounded up so that few shapes compile."""
@@ -330,10 +339,14 @@ def _v_sinks(params: dict, images: VisualInput, graphdef: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _visual_tokens(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
-    visual = assemble(graphdef, params).sequence(batch).visual
-    assert visual is not None
-    return visual.mask, visual.v_sink
+def _visual_tokens(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mask and V-sinks bool [B, T], and the connector output behind each token int32 [B, T], in the order of the image."""
+    model = assemble(graphdef, params)
+    visual = model.sequence(batch).visual
+    assert visual is not None and batch.images is not None
+    order = model.connect(*model.image_features(batch.images), batch, model.language_model.embed(batch.input_ids)).order
+    output = jnp.maximum(batch.source[..., 0], 0)
+    return visual.mask, visual.v_sink, output if order is None else jnp.take_along_axis(order, output, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -40,7 +40,7 @@ def add(command: Command) -> None:
     sub = command(
         "train",
         _train,
-        "train gates; run it again to resume",
+        "train gates or another method; run it again to resume",
         (
             "lsg train lsg-quickstart/config.toml --set output=runs/layer4 'gate.layers=[4]'",
             "lsg train lsg-quickstart/config.toml --set output=runs/each gate.layers=each train.remat=full",
@@ -68,7 +68,7 @@ def add(command: Command) -> None:
         action="extend",
         default=[],
         metavar="METHOD[=RUN]",
-        help="base, lsg, var, sink_front, diysink, lora, fixed; base is always asked. Default: what --gates holds",
+        help="base, lsg, var, sink_front, diysink, lora, fixed, full; base is always asked. Default: what --gates holds",
     )
     benchmark_option(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/eval")

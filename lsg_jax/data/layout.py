@@ -68,7 +68,7 @@ def num_tokens(image_size: ImageSize, config: ModelConfig) -> int:
 
 
 def place_sources(is_image: NDArray[np.bool_], layout: VisualLayout) -> NDArray[np.int32]:
-    """`Batch.source` of one row: the connector outputs behind each position of its sequence.
+    """`Batch.source` of one row of a layout with weights of 1: the connector outputs behind each position of its sequence.
 
     Args:
         is_image: bool [T], the positions of the image's visual tokens; none, or as many as the layout has.

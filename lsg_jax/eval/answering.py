@@ -101,8 +101,8 @@ def ask_routes(
 
     None for a method that asks no first question. A question without an image is not asked about: its route is 0.
     """
-    first = {i: vlm.method.first_question(prompts[i]) for i in which if items[i].image is not None}
-    asked = {i: question for i, question in first.items() if question is not None}
+    first = vlm.first_questions([prompts[i] for i in which], [items[i].image is not None for i in which])
+    asked = {which[place]: question for place, question in first.items()}
     if not asked:
         return None
     blind = [replace(items[i], image=None) for i in asked]

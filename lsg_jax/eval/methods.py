@@ -1,4 +1,4 @@
-"""The model under each method of an evaluation: as it is, with trained gates, or under a baseline."""
+"""Opens the models of an evaluation: the base model and one for each method."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from lsg_jax.types import Batch, KVCache, LayerChange, VisualTokens
 
 
 class GateParam(nnx.Param[jax.Array]):
-    """A parameter of a gate or of another trained method, in the subtree `gates`; the rest of the model is frozen."""
+    """A parameter of a gate or of another trained method, in the subtree `trained`; the rest of the model is frozen."""
 
 
 class SinkGate(nnx.Module):

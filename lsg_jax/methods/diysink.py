@@ -37,8 +37,6 @@ from lsg_jax.types import Batch
 BOTH, GLOBAL, LOCAL = 0, 1, 2
 """Values of `Batch.route`: which patches take part. GLOBAL keeps the sinks, LOCAL the others."""
 
-ROUTE_TOKENS = 8  # of the routing answer; a word is expected
-
 _ROUTING_PROMPT = """Here is a question about an image, between quotation marks:
 "{question}"
 Do not answer it. Say only what one must look at to answer it: the scene as a whole (global), small details in single places \

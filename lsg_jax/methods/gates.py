@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 
@@ -36,9 +36,7 @@ class Gates(Method):
 
     def for_model(self, config: ModelConfig) -> Gates:
         """With every layer named where independent gates name none."""
-        gate, layers = self.settings, config.text.num_layers
-        if gate.independent and not gate.layers:
-            gate = replace(gate, layers=tuple(range(layers)))
+        gate = self.settings.for_depth(config.text.num_layers)
         check_gate(gate, config)
         return Gates(gate)
 

@@ -88,7 +88,7 @@ class LowRankChange:
 
     Attributes:
         factors: projection name -> (A float32 [*in, r], B float32 [r, *out]).
-        scale: float32 [L], alpha / r at the layer and 0 at the others, where the scan computes the small product in vain.
+        scale: float32 [L], alpha / r at the layer and 0 at the others, where the scan multiplies the low-rank product by 0.
         first_layer: the layer, static.
     """
 

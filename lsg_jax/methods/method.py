@@ -37,10 +37,10 @@ class Method:
     trains_inputs: ClassVar[bool] = False
 
     def for_model(self, config: ModelConfig) -> Method:
-        """The method with everything filled in that depends on the model.
+        """Fills in settings that depend on the model.
 
         Raises:
-            ConfigError: the model cannot carry it.
+            ConfigError: the method does not fit the model.
         """
         return self
 
@@ -66,7 +66,7 @@ class Method:
         return None
 
     def initial(self, config: ModelConfig, params: dict[str, Any], key: jax.Array) -> dict[str, Any]:
-        """The values that training starts from: a nested dict of float32 arrays of its own.
+        """The values that training starts from: a nested dict of float32 arrays, which training may donate.
 
         Args:
             params: of the backbone.
@@ -76,7 +76,7 @@ class Method:
     # What is done to a batch.
 
     def first_question(self, question: str) -> str | None:
-        """What the model, as it is, is asked in words before each question; None for nothing."""
+        """The question put to the base model before each prompt with an image; None for none."""
         return None
 
     def read_reply(self, reply: str) -> int:

@@ -1,4 +1,4 @@
-"""The model under a method, its parameters, and programs' view of both."""
+"""The model with a method applied, and functions that split and join its parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
 from lsg_jax.types import Batch, Intervention, Sequence
 
 TRAINED = "trained"
-"""Where the parameters of a method are in the model's tree; everything else in it is frozen, except `Method.parts`."""
+"""Key of the method's parameters in the model's parameter tree; all else in it is frozen, except `Method.parts`."""
 
 
 class MethodModel(VisionLanguageModel):

@@ -25,5 +25,5 @@ METHODS: dict[str, type[Method]] = {
 
 
 def name_of(method: Method) -> str:
-    """The name under which a method is registered."""
-    return next(name for name, kind in METHODS.items() if type(method) is kind)
+    """The name under which a method is registered, or of its class."""
+    return next((name for name, kind in METHODS.items() if type(method) is kind), type(method).__name__)

@@ -26,20 +26,18 @@ class SinkFrontConfig(Table, name="sink_front"):
     tau: Annotated[float, Range("(0, 1e9]")] = 100.0  # norm of the features before the projector
 
 
-def sinks_to_front(features: jax.Array, v_sink: jax.Array, config: SinkFrontConfig) -> tuple[jax.Array, jax.Array]:
-    """Reorders the patches of each image: those whose norm reaches `tau`, then the others, each group in its old order.
+def sinks_first(features: jax.Array, config: SinkFrontConfig) -> jax.Array:
+    """The order of the patches of each image: those whose norm reaches `tau`, then the others, each group in its old order.
 
     Position follows the order of the sequence, so a moved patch has the position of its new place.
 
     Args:
-        features: [B, P, Dv], before the projector; feature layers that lie side by side count as one vector.
-        v_sink: bool [B, P], the model's own V-sinks, which need not be the same.
+        features: [B, P, Dv], before the projector; concatenated feature layers count as one vector.
 
     Returns:
-        Both, reordered.
+        int32 [B, P], patch indices.
     """
-    order = jnp.argsort(~norm(features, config.tau), axis=1, stable=True)
-    return jnp.take_along_axis(features, order[..., None], axis=1), jnp.take_along_axis(v_sink, order, axis=1)
+    return jnp.argsort(~norm(features, config.tau), axis=1, stable=True)
 
 
 @dataclass(frozen=True)
@@ -54,5 +52,6 @@ class SinkFront(Method):
         self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
         """The model's own tokens, reordered."""
-        features, v_sink = sinks_to_front(features, v_sink, self.settings)
-        return super().connect(model, features, v_sink, batch, text)
+        order = sinks_first(features, self.settings)
+        moved, v_sink = jnp.take_along_axis(features, order[..., None], axis=1), jnp.take_along_axis(v_sink, order, axis=1)
+        return ConnectorTokens(model.projector(moved), v_sink, order=order)

@@ -46,7 +46,7 @@ def redistribute(
     For each query and head: with m the attention on visual tokens and s the part of it on visual sinks, the head is
     image-centric if s <= rho m and m >= min_visual. There the attention on sinks, text sinks included, is multiplied by p, and
     what this frees goes to the visual tokens that are no sinks, in proportion to their attention. A head that gives those
-    tokens nothing stays as it is: there is no proportion to go by.
+    tokens nothing stays as it is: the proportions are undefined.
 
     Args:
         weights: float32 [B, N, A, S], rows sum to 1.

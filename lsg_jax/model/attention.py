@@ -74,7 +74,7 @@ def attend_causally(
     edit: Callable[..., jax.Array] | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """`attend` for T = S and a mask that lets a query see valid keys up to its own position.
+    """`attend` for T = S and a mask that lets a query attend to valid keys up to its own position.
 
     On a TPU a kernel computes it. Elsewhere, and where attention is edited, it runs on blocks of queries, each with the keys up
     to its end, which saves three eighths of the work. Outputs of padded queries may differ. `edit` is that of LayerChange.

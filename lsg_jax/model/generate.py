@@ -48,8 +48,8 @@ class ReadPrompts:
 def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> Generated:
     """Greedy continuation of each row; padding may be on either side.
 
-    The gates are read once, at prefill; the scaled keys stay in the cache, so decoding costs what it costs without gates. Edits
-    of the attention and low-rank updates go on with every token.
+    Gates run once, in prefill. The scaled keys stay in the cache, so decoding has no extra cost. Edits of the attention and
+    low-rank updates apply to every token.
     """
     read, cache = read_prompts(model, batch, max_new_tokens=max_new_tokens)
     return answer_prompts(model, batch, read, cache, max_new_tokens=max_new_tokens)

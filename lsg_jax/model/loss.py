@@ -13,7 +13,7 @@ from lsg_jax.gating.keys import GROUPS
 from lsg_jax.model.multimodal import VisionLanguageModel
 from lsg_jax.types import IGNORE, Batch
 
-VOCABULARY_CHUNK = 8192  # words
+VOCABULARY_CHUNK = 8192  # tokens
 
 
 def answer_loss(model: VisionLanguageModel, batch: Batch, *, remat: str = "none") -> tuple[jax.Array, dict[str, Any]]:
@@ -48,7 +48,7 @@ def score_answers(model: VisionLanguageModel, batch: Batch, hidden: jax.Array) -
 def chunked_cross_entropy(
     hidden: jax.Array, head: jax.Array, target: jax.Array, *, chunk: int = VOCABULARY_CHUNK
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of softmax(hidden · head), without the logits of all words at once, forward or backward.
+    """Cross-entropy of softmax(hidden · head), without the logits of all tokens at once, forward or backward.
 
     Args:
         hidden: [B, A, D], after the final norm.
@@ -56,7 +56,7 @@ def chunked_cross_entropy(
         target: int32 [B, A].
 
     Returns:
-        losses float32 [B, A] in nats, and the most likely word int32 [B, A], the first of equals.
+        losses float32 [B, A] in nats, and the most likely token int32 [B, A], the first of equals.
     """
     words = head.shape[1]
     chunk = min(chunk, words)
@@ -64,12 +64,12 @@ def chunked_cross_entropy(
     def add(carry: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         largest, total, hit, best = carry
         first = number * chunk
-        start = jnp.minimum(first, words - chunk)  # the last chunk reaches back over words that were counted
+        start = jnp.minimum(first, words - chunk)  # the last chunk overlaps the one before
         logits = jnp.einsum(
             "BAD,DV->BAV",
             hidden,
             jax.lax.dynamic_slice_in_dim(head, start, chunk, axis=1),
-            preferred_element_type=jnp.float32,  # bfloat16 logits would round away what tells close candidates apart
+            preferred_element_type=jnp.float32,  # bfloat16 logits would round away the differences between close candidates
         )
         word = start + jnp.arange(chunk)
         new = jnp.where(word >= first, logits, -jnp.inf)

@@ -29,11 +29,13 @@ class ConnectorTokens:
         x: [B, N, D].
         v_sink: bool [B, N].
         kept: bool [B, N], tokens that stay in the sequence; None for all.
+        order: int32 [B, N], the connector output that each token was; None where their order is unchanged.
     """
 
     x: jax.Array
     v_sink: jax.Array
     kept: jax.Array | None = None
+    order: jax.Array | None = None
 
 
 class VisionLanguageModel(nnx.Module):
@@ -185,7 +187,7 @@ def gather(tokens: jax.Array, source: Any, weight: Any) -> jax.Array:
 
 
 def gather_any(mask: jax.Array, source: Any) -> jax.Array:
-    """Positions behind which the mask bool [B, N] holds for any of the K tokens: bool [B, T]; False for text."""
+    """bool [B, T], True where the mask bool [B, N] holds for any source of the position; False for text."""
     source = jnp.asarray(source)
     found: list[jax.Array] = [
         (i >= 0) & jnp.take_along_axis(mask, jnp.maximum(i, 0), axis=1) for i in jnp.moveaxis(source, -1, 0)

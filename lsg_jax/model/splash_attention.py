@@ -23,7 +23,7 @@ def runs_splash(width: int, mesh: Mesh | None) -> bool:
 def splash_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """softmax(Q K^T / sqrt(H)) V on one device, each query looking at valid keys up to its own position.
+    """softmax(Q K^T / sqrt(H)) V on one device, each query attending to valid keys up to its own position.
 
     Outputs of queries that are not valid are undefined.
 

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Run time by activity (goodput)."""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ def losses_and_gradients(graphdef: Any, frozen: Any, gates: Any, batch: Batch) -
     """
     suffixes = _Suffixes(assemble(graphdef, frozen, gates), batch)
     layers = suffixes.gate.layers
-    looped = len(layers) - (layers[-1] == suffixes.last)  # the last layer is the end of every suffix, and a program of its own
+    looped = len(layers) - (
+        layers[-1] == suffixes.last
+    )  # a gate at the last layer has an empty suffix and is compiled separately
 
     def step(kept: Any, slot_and_layer: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple]:
         slot, layer = slot_and_layer

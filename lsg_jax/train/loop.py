@@ -75,7 +75,7 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     method = _trained_method(config)
     vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=mesh)
     method = method.for_model(vlm.config)
-    config = config.with_settings(method.settings)
+    config = config if method.settings is None else config.with_settings(method.settings)
     data = TrainingData(
         config.data.records,
         vlm.make_processor(config.data.image_aspect, config.data.template),

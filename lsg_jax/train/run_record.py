@@ -20,7 +20,7 @@ from lsg_jax.checkpoint.run_record import RUN, Computation, GitRevision, RunReco
 from lsg_jax.config import to_dict
 from lsg_jax.errors import ConfigError
 from lsg_jax.methods.registry import METHODS
-from lsg_jax.run_config import run_config
+from lsg_jax.run_config import method_tables, run_config
 
 MAY_CHANGE = frozenset(
     {"model", "output", "mesh", "eval", "data.records", "data.num_threads", "data.prefetch"}
@@ -40,7 +40,8 @@ def check_same(run: RunFolder, computation: Computation) -> None:
     """
 
     method = computation.config["method"]
-    unused = {kind.Settings.table for name, kind in METHODS.items() if kind.Settings is not None and name != method}
+    used = METHODS[method].Settings
+    unused = {name for name, settings in method_tables().items() if settings is not used}
 
     def compare() -> None:
         if not (run.path / RUN).exists():

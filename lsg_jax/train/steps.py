@@ -1,4 +1,4 @@
-"""Training steps in flight: dispatched one ahead, their metrics read by a thread and handled one behind."""
+"""Dispatches training steps one ahead; a thread reads their metrics, which are logged one step late."""
 
 from __future__ import annotations
 

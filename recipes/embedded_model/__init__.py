@@ -1,4 +1,4 @@
-"""How the embedded model was made: a small LLaVA with V-sinks, trained from nothing on drawn scenes.
+"""How the embedded model was made: a small LLaVA with V-sinks, trained from scratch on drawn scenes.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m recipes.embedded_model OUT
 

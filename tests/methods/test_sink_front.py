@@ -12,8 +12,9 @@ from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
 from lsg_jax.config import SinkConfig
 from lsg_jax.errors import ConfigError
+from lsg_jax.methods.method import BASE
 from lsg_jax.methods.method_model import assemble
-from lsg_jax.methods.sink_front import SinkFront, SinkFrontConfig, sinks_to_front
+from lsg_jax.methods.sink_front import SinkFront, SinkFrontConfig, sinks_first
 from lsg_jax.vlm import VLM
 
 TOLERANCE = 1e-4  # of the largest absolute value of the reference array
@@ -94,21 +95,29 @@ def test_logits_equal_hugging_face_and_v_sinks_move_along():
 
 def test_one_group_changes_nothing():
     """No sink, or nothing but sinks: the patches go on as they are, to the bit."""
-    patches, v_sink = features().numpy(), np.arange(2 * PATCHES).reshape(2, PATCHES) % 3 == 0
     for tau in (NOBODY, EVERYBODY):
-        moved, moved_sinks = sinks_to_front(patches, v_sink, SinkFrontConfig(tau=tau))
-        np.testing.assert_array_equal(moved, patches)
-        np.testing.assert_array_equal(moved_sinks, v_sink)
+        order = sinks_first(features().numpy(), SinkFrontConfig(tau=tau))
+        np.testing.assert_array_equal(order, np.broadcast_to(np.arange(PATCHES), (2, PATCHES)))
 
 
-def test_groups_keep_their_order_and_v_sinks_move_along():
+def test_groups_keep_their_order():
     norms = np.array([[1.0, 5, 2, 7, 5], [1, 1, 1, 1, 9], [6, 6, 6, 6, 6]], np.float32)
-    number = np.arange(5, dtype=np.float32) / 1000
-    patches = np.stack([norms, np.broadcast_to(number, norms.shape)], axis=-1)
-    v_sink = np.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 0]], bool)
-    moved, moved_sinks = sinks_to_front(patches, v_sink, SinkFrontConfig(tau=5.0))
-    np.testing.assert_array_equal(np.rint(1000 * moved[..., 1]), [[1, 3, 4, 0, 2], [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
-    np.testing.assert_array_equal(moved_sinks, [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
+    order = sinks_first(norms[..., None], SinkFrontConfig(tau=5.0))
+    np.testing.assert_array_equal(order, [[1, 3, 4, 0, 2], [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
+
+
+def test_boxes_of_visual_tokens_move_with_the_patches():
+    _, base = pair()
+    sinks = SinkConfig(criterion="norm", vit_tau=middle_norm())
+    front = base.with_method(SinkFront(SinkFrontConfig(tau=middle_norm())), sinks=sinks)
+    ids, pixels, mask = inputs()
+    plain = base.with_method(BASE, sinks=sinks).visual_tokens(ids, pixels, mask)
+    moved = front.visual_tokens(ids, pixels, mask)
+    for row in (0, 2):
+        where = ids[row] == IMAGE_TOKEN
+        assert not np.array_equal(moved.box[row], plain.box[row])
+        sinks_of = lambda tokens, row=row, where=where: set(map(tuple, tokens.box[row, where][tokens.v_sink[row, where]]))
+        assert sinks_of(moved) == sinks_of(plain) and len(sinks_of(plain)) not in (0, PATCHES)
 
 
 @pytest.mark.parametrize("tau", [0.0, -3.0, float("nan"), float("inf")])
