@@ -320,7 +320,8 @@ def test_collate_slots_predict_the_answer(byte_tokenizer, side):
         assert batch.gate_position[b] == batch.answer_index[b][0]
         assert not batch.answer_index[b][~used].any()
         assert batch.attention_mask[b][: batch.gate_position[b] + 1].sum() == encoded.num_prompt
-    assert batch.pixels.dtype == np.uint8 and batch.pixels[0].min() == 7 and batch.pixels[1].max() == 0
+    patches = batch.images.patches
+    assert patches.dtype == np.uint8 and patches[0].min() == 7 and patches[1].max() == 0
     assert batch.row_id.tolist() == [5, 6]
 
 

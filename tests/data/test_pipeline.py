@@ -1,5 +1,6 @@
 import functools
 import json
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from converters.byte_tokenizer import EOS, IMAGE, write_byte_tokenizer
 from lsg_jax.config import DataConfig
+from lsg_jax.data.images import to_patches
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.records import open_records, prepare_llava
@@ -74,12 +76,12 @@ def key(batch):
     return [(int(r), tuple(t[t != -100].tolist())) for r, t in zip(batch.row_id, batch.answer_target, strict=True)]
 
 
-FIELDS = ("input_ids", "attention_mask", "pixels", "gate_position", "answer_index", "answer_target", "row_id")
+FIELDS = ("input_ids", "attention_mask", "images.patches", "source", "gate_position", "answer_index", "answer_target", "row_id")
 
 
 def same(a, b):
     for name in FIELDS:
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+        np.testing.assert_array_equal(attrgetter(name)(a), attrgetter(name)(b), err_msg=name)
 
 
 def test_batches_hold_the_records(make, folder, processor):
@@ -91,13 +93,15 @@ def test_batches_hold_the_records(make, folder, processor):
     rows = open_records(folder / "records")
     for batch in batches:
         assert batch.input_ids.shape == batch.attention_mask.shape == (3, 260)
-        assert batch.pixels.shape == (3, 28, 28, 3) and batch.pixels.dtype == np.uint8
+        patches = batch.images.patches
+        assert patches.shape == (3, 1, 4, 14 * 14 * 3) and patches.dtype == np.uint8
         assert batch.answer_index.shape == batch.answer_target.shape == (3, 8)
         for b, row in enumerate(batch.row_id):
             tokens = batch.input_ids[b][batch.attention_mask[b]]
             assert (tokens == IMAGE).sum() == (0 if row == 4 else 4)
             expected = processor.blank if row == 4 else processor.pixels(rows[int(row)].image)
-            np.testing.assert_array_equal(batch.pixels[b], expected)
+            np.testing.assert_array_equal(patches[b, 0], to_patches(expected, 14))
+            assert batch.source[b][batch.source[b] >= 0].tolist() == ([] if row == 4 else [0, 1, 2, 3])
             answer = processor.decode(batch.answer_target[b][batch.answer_target[b] != -100])
             assert answer == {5: "far mor"}.get(int(row), f"a{row}") or (row == 6 and answer == "d6")
             used = batch.answer_target[b] != -100
@@ -249,6 +253,7 @@ import jax
 import numpy as np
 from transformers import AutoTokenizer
 sys.path.insert(0, sys.argv[3])
+from operator import attrgetter
 from test_pipeline import DATA, FIELDS, model_config, read_all
 from lsg_jax.config import MeshConfig
 from lsg_jax.data.pipeline import TrainingData
@@ -263,7 +268,7 @@ positions = json.loads((out / "states.json").read_text())
 def check(batch, step, mesh):
     placed, compared = place_rows(batch, mesh, 4), 0
     for field in FIELDS:
-        for shard in getattr(placed, field).addressable_shards:
+        for shard in attrgetter(field)(placed).addressable_shards:
             np.testing.assert_array_equal(shard.data, alone[f"{step}/{field}"][shard.index], err_msg=f"{mesh} {step} {field}")
             compared += 1
     assert compared == 2 * len(FIELDS)
@@ -294,7 +299,9 @@ def test_two_real_processes_hold_the_batches_of_one(alone, folder, tmp_path):
     """On every mesh, from the start and from any step of a single process. The positions are equal too."""
     batches, states = alone
     (tmp_path / "states.json").write_text(json.dumps(states))
-    np.savez(tmp_path / "alone.npz", **{f"{s}/{field}": getattr(b, field) for s, b in enumerate(batches) for field in FIELDS})
+    np.savez(
+        tmp_path / "alone.npz", **{f"{s}/{field}": attrgetter(field)(b) for s, b in enumerate(batches) for field in FIELDS}
+    )
     run_processes(WORKER, 2, devices_each=2, args=[folder, tmp_path, Path(__file__).parent], timeout=120)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["(1, 4, 1)"] == [0, 1] and second["(1, 4, 1)"] == [2, 3]
