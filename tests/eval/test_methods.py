@@ -38,7 +38,7 @@ def fresh_gates(tmp_path_factory):
 def test_what_is_asked_for_is_opened_once_and_base_comes_first(base, fresh_gates):
     models = open_methods(base, CONFIG, ["fixed", f"lsg={fresh_gates}", "base"])
     assert list(models) == ["base", "fixed", "lsg"] and models["base"] is base
-    assert models["fixed"].method == CONFIG.fixed and models["lsg"].gate.layers == (1, 4)
+    assert models["fixed"].method == CONFIG.get_method("fixed") and models["lsg"].gate.layers == (1, 4)
     assert list(open_methods(base, CONFIG, [], fresh_gates)) == ["base", "lsg"]
     assert list(open_methods(base, CONFIG, [])) == ["base"]
 
