@@ -74,7 +74,7 @@ def test_orbax_itself_reads_a_step(tmp_path):
 
     run = saved_run(tmp_path, 1)
     tree = ocp.load(run.checkpoints / "1")
-    np.testing.assert_array_equal(tree["trained"]["1"]["kernel"], make_state(1).trained["1"]["kernel"])
+    np.testing.assert_array_equal(tree["gates"]["1"]["kernel"], make_state(1).trained["1"]["kernel"])
 
 
 def test_what_is_trained_is_stored_under_the_name_that_version_0_1_reads(tmp_path):
