@@ -122,7 +122,7 @@ def test_a_gate_that_fails_leaves_the_others_alone(config, each, tmp_path, caplo
     (_, ours, _), (_, whole, _) = read_step(run.path), read_step(each)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[::2], b[::2]), ours["trained"], whole["trained"])
     after = trainer.state
-    for tree in ("gates", "opt_state"):
+    for tree in ("trained", "opt_state"):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), getattr(after, tree), getattr(before, tree))
     assert after.skipped.tolist() == [0, STEPS, 0]
 
