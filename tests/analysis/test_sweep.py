@@ -25,9 +25,12 @@ from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Benchmark, Item, Match, by, macro, mean
 from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.eval.runner import ask, ask_all, grade, summary
+from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.generate import last_token
+from lsg_jax.model.language_model import token_positions
+from lsg_jax.types import Sequence
 
 LAYERS, PATCHES, IMAGE, LENGTH = 6, 49, 3, 320
 SINKS = SinkConfig(criterion="norm", vit_tau=19.0, llm_criterion="norm", llm_tau=21.0)
@@ -69,15 +72,17 @@ def separate(params, shared, cell, graphdef):
     model = assemble(graphdef, params)
     layer, coefficients = cell
     layers = jnp.arange(LAYERS)
-    scaling = model.fixed_scaling(
+    scaling = KeyScaling.for_batch(
         shared.batch,
         shared.visual,
-        jnp.broadcast_to(coefficients, (LAYERS, len(coefficients))),
-        layers == layer,
         GateConfig(layers=(0,), grouping="three"),
+        model.config.sinks,
+        source=jnp.broadcast_to(coefficients, (LAYERS, len(coefficients))),
+        enabled=layers == layer,
     )
-    valid = shared.batch.attention_mask
-    out = model.language_model(shared.boundaries[0], jnp.asarray(valid), scaling, rows=last_token(valid)[:, None], keep_kv=True)
+    valid = jnp.asarray(shared.batch.attention_mask)
+    sequence = Sequence(x=shared.boundaries[0], valid=valid, positions=token_positions(valid), visual=shared.visual)
+    out = model.language_model(sequence, scaling, rows=last_token(valid)[:, None], keep_kv=True)
     return model.language_model.logits(out.hidden[:, 0]), out.key, out.value
 
 

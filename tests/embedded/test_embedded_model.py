@@ -68,7 +68,7 @@ def test_it_answers_and_its_prompts_are_short(made, tmp_path):
 def test_the_settings_of_each_lesson_fit_its_run(lesson):
     config = load_run_config(SETTINGS, ['model="m"', 'data.records="r"', 'output="o"', *LESSONS[lesson][1]])
     assert config.method == "full" and config.data.conversations == "whole"
-    assert config.full.parts == (("language_model",) if lesson in TEXT_ONLY else ("projector", "language_model"))
+    assert config.tables["full"].parts == (("language_model",) if lesson in TEXT_ONLY else ("projector", "language_model"))
 
 
 def test_with_tower_and_tokenizer_of_a_model_the_same_model_is_made_again(made, tmp_path):
