@@ -68,7 +68,7 @@ def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> 
         raise ConfigError("no V-sink dimensions are known for this model: set sinks.vit_dims, or another sinks.criterion")
     if gate.grouping != "v_sink_rest":
         if sinks.llm_criterion == "attention":
-            raise ConfigError("sinks.llm_criterion attention is known only after the keys are scaled: choose another")
+            raise ConfigError("sinks.llm_criterion attention is only known after the keys are scaled: choose another")
         if not sinks.knows_l_sinks:
             raise ConfigError(
                 "no L-sink dimensions are known for this model: set sinks.llm_dims, or another sinks.llm_criterion"

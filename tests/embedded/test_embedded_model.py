@@ -11,10 +11,11 @@ from safetensors.numpy import load_file
 import lsg_jax
 from converters.convert import convert
 from lsg_jax.checkpoint import read_step
-from lsg_jax.config import SinkConfig, load_run_config
+from lsg_jax.config import SinkConfig
 from lsg_jax.data.drawing import draw
 from lsg_jax.data.scene_questions import scene_question
 from lsg_jax.opening import load_backbone
+from lsg_jax.run_config import load_run_config
 from recipes.embedded_model.alignment import AlignmentRecipe
 from recipes.embedded_model.conversations import TEXT_ONLY
 from recipes.embedded_model.make import LESSONS, SETTINGS, make
