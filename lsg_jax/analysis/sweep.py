@@ -136,27 +136,10 @@ def sweep(
     """
     vlm, num_layers = vlm.plain(), vlm.config.text.num_layers
     settings = dataclasses.replace(settings, layers=settings.layers or tuple(range(num_layers)))
-    try:
-        check_gate(GateConfig(layers=settings.layers, grouping=settings.grouping), vlm.config, name="sweep")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_gate(GateConfig(layers=settings.layers, grouping=settings.grouping), vlm.config, name="sweep")
     asked = ask_all(config) if asked is None else asked
     on_primary(lambda: out.mkdir(parents=True, exist_ok=True))
-    result: dict[str, Any] = {
-        "format": "lsg-sweep-1",
-        "model": vlm.folder.name if vlm.folder else None,
-        "backbone": vlm.digest,
-        "sinks": to_dict(vlm.config.sinks),
-        **to_dict(settings),
-        "groups": list(GROUPS[settings.grouping]),
-        "settings": {k: v for k, v in to_dict(config).items() if k not in ("benchmarks", "batch_size")}
-        | {"decoding": "greedy"},
-        "versions": {name: version(name) for name in ("lsg_jax", "jax")},
-        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "benchmarks": {},
-        "base": [],
-        "rows": [],
-    }
+    result = _header(vlm, settings, config)
     for name, test in asked.items():
         answers = _Answering(vlm, name, test, settings, config, out, progress).run()
         grader = Grader(name, test, [found.outputs[0] for found in answers[NO_LAYER]])
@@ -177,6 +160,25 @@ def sweep(
     result["best"] = best_cells(result["rows"])
     on_primary(lambda: write_json(out / RESULT, result, sort_keys=False))
     return result
+
+
+def _header(vlm: VLM, settings: SweepConfig, config: EvalConfig) -> dict[str, Any]:
+    """What sweep.json states before any answer."""
+    return {
+        "format": "lsg-sweep-1",
+        "model": vlm.folder.name if vlm.folder else None,
+        "backbone": vlm.digest,
+        "sinks": to_dict(vlm.config.sinks),
+        **to_dict(settings),
+        "groups": list(GROUPS[settings.grouping]),
+        "settings": {k: v for k, v in to_dict(config).items() if k not in ("benchmarks", "batch_size")}
+        | {"decoding": "greedy"},
+        "versions": {name: version(name) for name in ("lsg_jax", "jax")},
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "benchmarks": {},
+        "base": [],
+        "rows": [],
+    }
 
 
 def work(answers: Mapping[int, Sequence[Cells]], settings: SweepConfig, num_layers: int) -> dict[str, Any]:

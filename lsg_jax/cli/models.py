@@ -45,6 +45,11 @@ def add(command: Command) -> None:
     sub.add_argument("hf_dir", type=Path, metavar="HF_DIR")
     sub.add_argument("--trained", type=Path, metavar="RUN", help='replace the parts that a run of method = "full" has trained')
 
+    _add_readers(command)
+
+
+def _add_readers(command: Command) -> None:
+    """Adds the commands that only read what is there."""
     sub = command(
         "inspect",
         _inspect,

@@ -37,6 +37,11 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--threads", type=int, metavar="N", help="threads that read images; default: one a core")
 
+    _add_runs(command)
+
+
+def _add_runs(command: Command) -> None:
+    """Adds the commands that take a configuration file."""
     sub = command(
         "train",
         _train,
