@@ -39,8 +39,7 @@ def check_same(run: RunFolder, computation: Computation) -> None:
         ConfigError: that run computes something else.
     """
 
-    method = computation.config["method"]
-    used = METHODS[method].Settings
+    used = METHODS[str(computation.config["method"])].Settings
     unused = {name for name, settings in method_tables().items() if settings is not used}
 
     def compare() -> None:
