@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # nearly all the time of a tiny model is its compilation
+# nearly all the time of a tiny model is its compilation
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one cache of compiled programs for all workers and for the processes that tests start, for the length of this run
 OWN_CACHE = None
