@@ -56,6 +56,7 @@ def make(
     given: Path | None = None,
     conversations: int,
     overrides: Sequence[str] = (),
+    lessons: Sequence[Lesson] = tuple(LESSONS),
 ) -> Path:
     """Makes the model in `out` and returns the folder of its checkpoint.
 
@@ -64,6 +65,7 @@ def make(
         given: a checkpoint whose vision tower and tokenizer are taken; None trains new ones.
         conversations: at most, in each lesson.
         overrides: settings that differ from configs/embedded.toml, for every lesson.
+        lessons: those that are taught, in this order.
     """
     if not (out / "untrained").exists():
         write_untrained(out / "checkpoint-untrained", given)
@@ -71,7 +73,7 @@ def make(
     if not (out / "start").exists():
         _write_start(out, recipe, alignment, given)
     model = out / "start"
-    for lesson in LESSONS:
+    for lesson in lessons:
         model = _teach(out / lesson, model, lesson, conversations, overrides)
     if not (out / "rounded").exists():
         convert(model.parent / "checkpoint", out / "rounded", dtype="bfloat16")
