@@ -11,7 +11,9 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # nearly all the time of a tiny model is its compilation
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one cache of compiled programs for all workers and for the processes that tests start, for the length of this run
 OWN_CACHE = None
@@ -20,6 +22,9 @@ if "LSG_TEST_CACHE" not in os.environ:
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LSG_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 sys.path.insert(0, str(Path(__file__).parent))
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers themselves are started with this environment too, and need PyTorch
+    hidden = str(Path(__file__).parent / "without_torch")
+    os.environ["PYTHONPATH"] = os.pathsep.join([hidden, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_unconfigure():
