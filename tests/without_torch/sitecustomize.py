@@ -1,4 +1,4 @@
-"""On the path of the processes that tests start: they run without PyTorch, which lsg_jax does not need, and start 3 s sooner."""
+"""On the path of the processes that tests start: without PyTorch, which lsg_jax does not need, they start 3 s sooner."""
 
 import sys
 
