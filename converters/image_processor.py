@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lsg_jax.config import Aspect, ImageConfig
+from lsg_jax.config import Aspect, Canvas, ImageConfig
 from lsg_jax.errors import ConfigError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -17,12 +17,14 @@ _KINDS = {
     "CLIPImageProcessor": "clip",
     "CLIPFeatureExtractor": "clip",
     "LlavaImageProcessor": "clip",
+    "LlavaNextImageProcessor": "clip",
     "SiglipImageProcessor": "siglip",
 }
 
 _HANDLED = {
     "image_processor_type", "feature_extractor_type", "do_pad", "do_center_crop", "crop_size", "size", "image_mean",
     "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "default_to_square",
+    "image_grid_pinpoints",
 }  # fmt: skip
 
 _NO_EFFECT = {
@@ -32,13 +34,20 @@ _NO_EFFECT = {
 }  # fmt: skip
 
 
-def image_config(preprocessor: Mapping[str, Any] | None, *, size: int, tower: Literal["clip", "siglip"]) -> ImageConfig:
+def image_config(
+    preprocessor: Mapping[str, Any] | None,
+    *,
+    size: int,
+    tower: Literal["clip", "siglip"],
+    pinpoints: Sequence[Sequence[int]] | None = None,
+) -> ImageConfig:
     """Reads `preprocessor_config.json`, or `processor_config.json` with an `image_processor` table.
 
     Args:
         preprocessor: the file's contents; None gives the tower's default (clip: centre crop; siglip: squash).
         size: side of the square that the vision tower takes, in pixels.
         tower: gives the defaults if the file names no processor.
+        pinpoints: `image_grid_pinpoints` of config.json, for a family with tiles.
 
     Raises:
         ConfigError: a field is unknown, or describes a preparation that `lsg_jax.data.images` does not implement.
@@ -49,7 +58,7 @@ def image_config(preprocessor: Mapping[str, Any] | None, *, size: int, tower: Li
     settings = {name: value for name, value in settings.items() if value is not None}
     if unknown := sorted(set(settings) - _HANDLED - _NO_EFFECT):
         raise ConfigError(f"image processor: not understood: {', '.join(f'{k}={settings[k]!r}'[:60] for k in unknown)}")
-    kind = _processor_kind(settings, tower)
+    kind = _processor_kind(settings, tower, tiled=bool(pinpoints))
     for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if not settings.get(name, True):
             raise ConfigError(f"image processor: {name} = false is not supported")
@@ -58,22 +67,28 @@ def image_config(preprocessor: Mapping[str, Any] | None, *, size: int, tower: Li
         raise ConfigError(f"image processor: rescale_factor = {factor!r} is not 1/255")
     if settings.get("resample", 3) != 3:
         raise ConfigError(f"image processor: resample = {settings['resample']!r} is not bicubic (3)")
+    stated = settings.get("image_grid_pinpoints", pinpoints)
+    if stated != pinpoints:
+        raise ConfigError(f"image processor: image_grid_pinpoints = {stated!r} are not those of config.json: {pinpoints!r}")
     mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (SIGLIP_MEAN, SIGLIP_STD)
     return ImageConfig(
         size=size,
-        aspect=_aspect(settings, size, kind),
+        aspect="squash" if pinpoints else _aspect(settings, size, kind),  # with tiles, `do_pad` is about their number
         mean=_three_floats(settings.get("image_mean", mean), "image_mean"),
         std=_three_floats(settings.get("image_std", std), "image_std"),
+        canvases=tuple(Canvas(height, width) for height, width in pinpoints or ()),
     )
 
 
-def _processor_kind(settings: Mapping[str, Any], tower: str) -> str:
+def _processor_kind(settings: Mapping[str, Any], tower: str, *, tiled: bool) -> str:
     name = settings.get("image_processor_type", settings.get("feature_extractor_type"))
     if name is None:
         return tower
     kind = _KINDS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
     if kind is None:
         raise ConfigError(f"image processor: {name!r} is not supported (known: {', '.join(_KINDS)})")
+    if str(name).startswith("LlavaNext") != tiled:
+        raise ConfigError(f"image processor: {name} does not go with a config.json {'with' if tiled else 'without'} tiles")
     return kind
 
 

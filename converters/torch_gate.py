@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from converters.families.decoders import DECODERS
 from lsg_jax.config import SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
+
+LlavaModel = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -61,14 +64,15 @@ class GateHandle:
         key_scales: {layer: float32 [B, T]} of the last prefill, key_scale included; text tokens have exactly 1.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, gates: PortableGates, sinks: SinkConfig):
+    def __init__(self, model: LlavaModel, gates: PortableGates, sinks: SinkConfig):
         self.config = gates.gate
         self.sinks = sinks
         self.gate_position: torch.Tensor | None = None
         self.ratios: dict[int, torch.Tensor] = {}
         self.key_scales: dict[int, torch.Tensor] = {}
+        self._model = model
         self._image_token = model.config.image_token_id
-        self._v_sinks: torch.Tensor | None = None  # of the images encoded last: bool [images, P]
+        self._v_sinks: torch.Tensor | None = None  # of the images encoded last: bool [tiles, P]
         self._tokens: _Tokens | None = None  # of the forward pass that is running
         decoder = model.model.language_model
         self.gates = nn.ModuleDict()
@@ -137,8 +141,9 @@ class GateHandle:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             tokens = self._tokens
-            visual = tokens.is_image & tokens.valid
-            members = self._members(hidden, tokens.spread(self._v_sinks).to(hidden.device) & visual, visual, tokens.valid)
+            marks = tokens.spread(self._packed(self._v_sinks, tokens.image_sizes)).to(hidden.device)
+            visual = tokens.is_image & tokens.valid & (marks >= 0)
+            members = self._members(hidden, visual & (marks == 1), visual, tokens.valid)
             ratios = self.gates[str(layer)](self._signal(hidden, tokens, visual))
             self.ratios[layer] = ratios.detach()
             # text tokens are in no group and keep exactly 1
@@ -148,6 +153,23 @@ class GateHandle:
             self.key_scales[layer] = scale
 
         return hook
+
+    def _packed(self, v_sinks: torch.Tensor, image_sizes: Any) -> torch.Tensor:
+        """For each image token, in order: 1 for a V-sink, 0 for another patch, -1 for a newline."""
+        marks = v_sinks.float()
+        if isinstance(self._model, LlavaForConditionalGeneration):
+            return marks.flatten()
+        config: Any = self._model.config
+        tiles = [
+            image_size_to_num_patches(s, config.image_grid_pinpoints, config.vision_config.image_size) for s in image_sizes
+        ]
+        packed, _ = self._model.pack_image_features(
+            torch.split(marks[..., None], tiles),
+            image_sizes,
+            config.vision_feature_select_strategy,
+            image_newline=-torch.ones_like(marks[0, :1]),
+        )
+        return torch.cat(packed)[:, 0]
 
     def _members(
         self, hidden: torch.Tensor, v_sink: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor
@@ -197,6 +219,7 @@ class _Tokens:
 
     def __init__(self, ids: torch.Tensor, is_image: torch.Tensor, kwargs: dict[str, Any], position: torch.Tensor | None):
         self.is_image = is_image
+        self.image_sizes = kwargs.get("image_sizes")
         mask = kwargs.get("attention_mask")
         if mask is not None and tuple(mask.shape) != tuple(ids.shape):
             raise InputError(f"attention_mask has shape {list(mask.shape)}, gates need [batch, tokens] = {list(ids.shape)}")
@@ -206,27 +229,27 @@ class _Tokens:
             raise InputError(f"gate_position has shape {list(position.shape)}, expected [batch] = {list(last.shape)}")
         self.gate_position = last if position is None else position.to(ids.device)
 
-    def spread(self, v_sinks: torch.Tensor) -> torch.Tensor:
-        """Scatters the V-sinks of the images [images, P], in order, to the image tokens: bool [B, T]."""
-        flat, slots = v_sinks.flatten(), int(self.is_image.sum())
+    def spread(self, flat: torch.Tensor) -> torch.Tensor:
+        """Scatters the values of all image tokens [n], in order: [B, T], 0 elsewhere."""
+        slots = int(self.is_image.sum())
         # with beams, or several sequences a prompt, each row is repeated `copies` times and its image is encoded once
         copies = slots // max(flat.numel(), 1)
         if slots != copies * flat.numel() or len(self.is_image) % max(copies, 1):
             raise InputError(f"{slots} image tokens for {flat.numel()} image features")
         rows = self.is_image[::copies]
-        out = torch.zeros_like(rows)
+        out = torch.zeros(rows.shape, device=rows.device)
         out[rows] = flat.to(rows.device)
         return out.repeat_interleave(copies, dim=0)
 
 
 def attach(
-    model: LlavaForConditionalGeneration,
+    model: LlavaModel,
     gates: PortableGates | str | Path,
     *,
     sinks: SinkConfig | None = None,
     gate_position: torch.Tensor | None = None,
 ) -> GateHandle:
-    """Attaches gates to a LLaVA model of transformers whose language model is Llama, Mistral, Qwen2 or Phi-3.
+    """Attaches gates to a LLaVA or LLaVA-NeXT model of transformers whose language model is Llama, Mistral, Qwen2 or Phi-3.
 
     Works in `model(...)` and `model.generate(...)`, with padding on either side. Input without an image is not affected.
 
@@ -240,8 +263,9 @@ def attach(
             the model's forward: inputs without positions of the image tokens.
     """
     gates = gates if isinstance(gates, PortableGates) else read_gates(gates)
-    if not isinstance(model, LlavaForConditionalGeneration):
-        raise InputError(f"gates attach to LlavaForConditionalGeneration, not to {type(model).__name__}")
+    if not isinstance(model, LlavaModel):
+        kinds = " and ".join(kind.__name__ for kind in LlavaModel.__args__)
+        raise InputError(f"gates attach to {kinds}, not to {type(model).__name__}")
     text: Any = model.config.text_config
     if text.model_type not in DECODERS:
         raise InputError(f"gates attach to llama, mistral, qwen2 and phi3 language models, not to {text.model_type}")

@@ -58,6 +58,7 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (_PROJECTORS + r"linear_1/bias", ("tensor",)),
     (_PROJECTORS + r"linear_2/kernel", ("tensor", "fsdp")),
     (_PROJECTORS + r"linear_2/bias", (None,)),
+    (r"image_newline", (None,)),
     (r"language_model/embed_tokens", ("tensor", "fsdp")),
     (r"language_model/norm/scale", (None,)),
     (r"language_model/lm_head/kernel", ("fsdp", "tensor")),
@@ -148,10 +149,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def abstract_batch(model: ModelConfig, mesh: Mesh, rows: int, length: int, *, answers: int | None = None) -> Batch:
+def abstract_batch(
+    model: ModelConfig, mesh: Mesh, rows: int, length: int, *, tiles: int = 1, answers: int | None = None
+) -> Batch:
     """Shapes and shardings of a batch of examples with an image each, of `rows` over all devices.
 
     Args:
+        tiles: squares that the vision tower sees of each row.
         answers: answer slots; None for questions.
     """
     vision, sharding = model.vision, batch_sharding(mesh)
@@ -160,7 +164,7 @@ def abstract_batch(model: ModelConfig, mesh: Mesh, rows: int, length: int, *, an
         input_ids=of(np.int32, length),
         attention_mask=of(np.bool_, length),
         gate_position=of(np.int32),
-        images=VisualInput(of(np.uint8, 1, vision.num_patches, vision.patch_size**2 * vision.num_channels)),
+        images=VisualInput(of(np.uint8, tiles, vision.num_patches, vision.patch_size**2 * vision.num_channels)),
         source=of(np.int32, length, 1),
     )
     if answers is None:

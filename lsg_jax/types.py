@@ -22,6 +22,12 @@ Array: TypeAlias = Any
 IGNORE = -100
 """Label value of a position that carries no loss (the convention of Hugging Face)."""
 
+NO_SOURCE = -1
+"""In `Batch.source`: no connector output, for text and for padding along K."""
+
+NEWLINE = -2
+"""In `Batch.source`: the model's newline embedding, which ends a row of patches. It is no visual token."""
+
 
 @flax.struct.dataclass
 class VisualInput:
@@ -45,8 +51,8 @@ class Batch:
         attention_mask: bool [B, T], False on padding.
         gate_position: int32 [B], index of the last prompt token, where the gates read.
         images: None for text only.
-        source: int32 [B, T, K], the connector's outputs behind each position, counted over the row's images (VisualLayout);
-            negative for text. None without `images`.
+        source: int32 [B, T, K], the connector's outputs behind each position, counted over the tiles of the row's images
+            (VisualLayout); `NO_SOURCE` for text, `NEWLINE` for the end of a row of patches. None without `images`.
         weight: float32 [B, T, K], their weights; None for weights of 1.
         answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
         answer_target: int32 [B, A], token to predict; -100 where unused.

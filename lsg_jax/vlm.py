@@ -11,19 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
-from lsg_jax.data.images import to_patches
-from lsg_jax.data.layout import lay_out, place_sources
+from lsg_jax.data.images import open_image, to_patches
+from lsg_jax.data.layout import place_boxes
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
 from lsg_jax.methods.method import BASE, Method
 from lsg_jax.methods.method_model import abstract_model, assemble, join_trained
 from lsg_jax.methods.registry import name_of
-from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, last_token, read_prompts
+from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, read_prompts
 from lsg_jax.model.loss import answer_loss, answer_slots
+from lsg_jax.model_inputs import make_batch, to_tiles
 from lsg_jax.types import IGNORE, Batch, KVCache, VisualInput, VisualTokens
 
 PROMPT_BUCKET = 64  # prompt lengths are rounded up to a multiple, so that few shapes compile
@@ -104,17 +106,18 @@ class VLM:
         config = dataclasses.replace(self.config, sinks=sinks or self.config.sinks)
         return VLM(config, self.frozen, method=method, trained=trained, folder=self.folder, digest=self.digest, mesh=self.mesh)
 
-    # Arrays in, arrays out: `input_ids` int [B, T] hold one image token per patch; `pixel_values` float [B, C, H, W] as HF
-    # image processors return them, one image a row or one for each row that has image tokens; None for text only.
+    # Arrays in, arrays out, as the family's HF processor returns them; `more` are its other fields (model_inputs.make_batch).
+    # `input_ids` int [B, T] hold one image token per visual token and newline; `pixel_values` is None for text only.
 
-    def logits(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> np.ndarray:
+    def logits(
+        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None, **more: Any
+    ) -> np.ndarray:
         """float32 [B, T, V]. `gate_position` int [B] defaults to the last unpadded token."""
-        return np.asarray(
-            _logits(self.params, self.batch(input_ids, pixel_values, attention_mask, gate_position), self.graphdef)
-        )
+        batch = self.batch(input_ids, pixel_values, attention_mask, gate_position, **more)
+        return np.asarray(_logits(self.params, batch, self.graphdef))
 
     def loss_and_grads(
-        self, input_ids: Any, pixel_values: Any, labels: Any, attention_mask: Any = None
+        self, input_ids: Any, pixel_values: Any, labels: Any, attention_mask: Any = None, **more: Any
     ) -> tuple[float, dict[int, dict[str, np.ndarray]]]:
         """Loss in nats a token, and the gradient of every gate.
 
@@ -136,66 +139,54 @@ class VLM:
         if not supervised.any(1).all():
             raise InputError(f"row {int(np.argmin(supervised.any(1)))} has no label: every row needs an answer")
         index, target = answer_slots(labels)
-        batch = self.batch(input_ids, pixel_values, attention_mask, index[:, 0])
+        batch = self.batch(input_ids, pixel_values, attention_mask, index[:, 0], **more)
         loss, gradients = _loss_and_grads(
             self.trained, self.frozen, dataclasses.replace(batch, answer_index=index, answer_target=target), self.graphdef
         )
         return float(loss), to_torch_layout(jax.tree.map(np.asarray, gradients), self.gate.layers)
 
     def generate_ids(
-        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, max_new_tokens: int = 32
+        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, max_new_tokens: int = 32, **more: Any
     ) -> np.ndarray:
         """int32 [B, N], greedy; N <= max_new_tokens ends where the last row ended, with pad tokens after each row's end."""
-        return self.generate_batch(self.batch(input_ids, pixel_values, attention_mask), max_new_tokens)
+        return self.generate_batch(self.batch(input_ids, pixel_values, attention_mask, **more), max_new_tokens)
 
     def v_sinks(self, pixel_values: Any) -> np.ndarray:
-        """bool [B, P], patches that the vision tower made sinks, in the order of the image."""
+        """bool [images, P], patches that the vision tower made sinks, tile by tile in the order of the image."""
         if not self.config.sinks.knows_v_sinks:
             raise ConfigError(
                 "no V-sink dimensions are known for this model: load it with sinks=SinkConfig(vit_dims=(...,), ...)"
             )
-        return np.asarray(_v_sinks(self.params, self._visual_input(to_pixels(pixel_values)), self.graphdef))
+        patches = to_patches(to_tiles(pixel_values, self.config), self.config.vision.patch_size)
+        return np.asarray(_v_sinks(self.params, VisualInput(patches), self.graphdef))
 
     def visual_tokens(
-        self,
-        input_ids: Any,
-        pixel_values: Any,
-        attention_mask: Any = None,
-        gate_position: Any = None,
-        *,
-        image_sizes: Any = None,
+        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None, **more: Any
     ) -> VisualTokens:
         """Where the visual tokens are, which of them are V-sinks, and where each lies in its image.
 
         Args:
-            image_sizes: int, height and width in pixels of each original image, as HF image processors return them; [images, 2]
-                for the rows with image tokens, or [B, 2]. None takes images for squares, so that boxes refer to the prepared
-                square.
+            more: `image_sizes` among others; without it images are taken for squares, and boxes refer to the prepared square.
 
         Returns:
             mask bool [B, T]; v_sink bool [B, T], False where no V-sink dimensions are known; box float32 [B, T, 4], the corners
             x0, y0, x1, y1 in units of the original image's sides, 0 outside `mask`. Patches of padding lie outside [0, 1].
         """
-        batch = self.batch(input_ids, pixel_values, attention_mask, gate_position)
+        batch, layouts = make_batch(self.config, input_ids, pixel_values, attention_mask, gate_position, **more)
         box = np.zeros((*batch.input_ids.shape, 4), np.float32)
         if batch.images is None:
             nothing = np.zeros(batch.input_ids.shape, bool)
             return VisualTokens(mask=nothing, v_sink=nothing, box=box)
         mask, v_sink, output = jax.tree.map(np.asarray, _visual_tokens(self.params, batch, self.graphdef))
-        shown = np.flatnonzero((batch.source >= 0).any((1, 2)))
-        sizes = np.ones((len(shown), 2), int) if image_sizes is None else np.asarray(image_sizes, int)
-        sizes = sizes[shown] if sizes.shape == (len(mask), 2) else sizes
-        if sizes.shape != (len(shown), 2) or (sizes < 1).any():
-            raise InputError(f"image_sizes must be [{len(shown)}, 2], height and width of each image with tokens")
-        for row, (height, width) in zip(shown, sizes.tolist(), strict=True):
-            box[row, mask[row]] = lay_out((width, height), self.config).box[output[row, mask[row]]]
+        for row, images in enumerate(layouts):
+            box[row, mask[row]] = place_boxes(images, self.config)[output[row, mask[row]]]
         return VisualTokens(mask=mask, v_sink=v_sink, box=box)
 
-    def gate_ratios(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None) -> dict[int, np.ndarray]:
+    def gate_ratios(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, **more: Any) -> dict[int, np.ndarray]:
         """{layer: float32 [B, G]}, the softmax of each gate (sum 1, before `key_scale`); {} without gates or images."""
         if self.gate is None or pixel_values is None:
             return {}
-        ratios = np.asarray(_ratios(self.params, self.batch(input_ids, pixel_values, attention_mask), self.graphdef))
+        ratios = np.asarray(_ratios(self.params, self.batch(input_ids, pixel_values, attention_mask, **more), self.graphdef))
         return {layer: ratios[layer - min(self.gate.layers)] for layer in self.gate.layers}
 
     # Images and text in, text out.
@@ -209,11 +200,12 @@ class VLM:
             raise InputError(f"{len(images)} images for {len(prompts)} prompts")
         if not prompts:
             return []
+        opened = [image if image is None or isinstance(image, Image.Image) else open_image(image) for image in images]
         encoded = [
-            self.processor.encode_question(prompt, has_image=image is not None)
-            for image, prompt in zip(images, prompts, strict=True)
+            self.processor.encode_question(prompt, has_image=image is not None, image_size=image.size if image else None)
+            for image, prompt in zip(opened, prompts, strict=True)
         ]
-        pixels = [None if image is None else self.processor.pixels(image) for image in images]
+        pixels = [None if image is None else self.processor.pixels(image) for image in opened]
         batch = self.pad_questions(encoded, pixels)
         if all(image is None for image in images):
             batch = batch.without_images()
@@ -253,64 +245,11 @@ class VLM:
             ratios = host_array(ratios)[np.array(self.gate.layers) - min(self.gate.layers)]
         return Generated(host_array(tokens)[:, :steps], steps, host_array(margin), ratios if self.gate is not None else None)
 
-    def batch(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None) -> Batch:
-        """Checks raw arrays and makes a Batch of them.
-
-        Raises:
-            InputError: shapes do not fit, or the image tokens of a row are neither 0 nor one per patch.
-        """
-        ids = np.asarray(input_ids, np.int32)
-        if ids.ndim != 2 or ids.size == 0:
-            raise InputError(f"input_ids must be [B, T] and not empty, got {list(ids.shape)}")
-        mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
-        if mask.shape != ids.shape:
-            raise InputError(f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}")
-        if not mask.any(1).all():
-            raise InputError(f"row {int(np.argmin(mask.any(1)))} is all padding")
-        if outside := ids[(ids < 0) | (ids >= self.config.text.vocab_size) & (ids != self.config.image_token_id)].tolist():
-            raise InputError(f"token {outside[0]} is outside the vocabulary of {self.config.text.vocab_size}")
-        position = last_token(mask) if gate_position is None else np.asarray(gate_position, np.int32)
-        batch = Batch(input_ids=ids, attention_mask=mask, gate_position=np.broadcast_to(position, ids.shape[:1]))
-        if (pixels := self._row_pixels(ids, mask, pixel_values)) is None:
-            return batch
-        side, is_image = self.config.vision.image_size, (ids == self.config.image_token_id) & mask
-        source = np.stack([place_sources(row, lay_out((side, side), self.config)) for row in is_image])
-        return dataclasses.replace(batch, images=self._visual_input(pixels), source=source)
-
-    def _visual_input(self, pixels: np.ndarray) -> VisualInput:
-        """[B, H, W, C], an image a row."""
-        return VisualInput(np.stack([to_patches(image, self.config.vision.patch_size)[None] for image in pixels]))
-
-    def _row_pixels(self, ids: np.ndarray, mask: np.ndarray, pixel_values: Any) -> np.ndarray | None:
-        counts = ((ids == self.config.image_token_id) & mask).sum(1)
-        expected = self.config.num_image_tokens
-        has_image = counts > 0
-        if pixel_values is None:
-            if has_image.any():
-                raise InputError(f"row {int(np.argmax(has_image))} has {counts.max()} image tokens, but there is no image")
-            return None
-        if (bad := has_image & (counts != expected)).any():
-            row = int(np.argmax(bad))
-            raise InputError(f"row {row} has {counts[row]} image tokens, the vision tower gives {expected} features an image")
-        pixels = to_pixels(pixel_values)
-        side = self.config.vision.image_size
-        if pixels.shape[1:] != (side, side, self.config.vision.num_channels):
-            raise InputError(f"pixel_values must be [B, {self.config.vision.num_channels}, {side}, {side}]")
-        if len(pixels) == len(ids):
-            return pixels
-        if len(pixels) != has_image.sum():
-            raise InputError(f"{len(pixels)} images for {len(ids)} rows, {has_image.sum()} of them with image tokens")
-        rows = np.zeros((len(ids), *pixels.shape[1:]), np.float32)
-        rows[has_image] = pixels
-        return rows
-
-
-def to_pixels(pixel_values: Any) -> np.ndarray:
-    """[B, C, H, W] as HF image processors return it -> float32 [B, H, W, C]."""
-    pixels = np.asarray(pixel_values, np.float32)
-    if pixels.ndim != 4:
-        raise InputError(f"pixel_values must be [B, C, H, W], got {list(pixels.shape)}")
-    return pixels.transpose(0, 2, 3, 1)
+    def batch(
+        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None, **more: Any
+    ) -> Batch:
+        """`model_inputs.make_batch`."""
+        return make_batch(self.config, input_ids, pixel_values, attention_mask, gate_position, **more)[0]
 
 
 def check_sinks(config: ModelConfig) -> None:

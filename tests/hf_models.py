@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from converters.byte_tokenizer import write_byte_tokenizer
 
@@ -29,7 +29,7 @@ _VISION = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipV
 
 
 def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **overrides: Any) -> LlavaForConditionalGeneration:
-    """A tiny LLaVA in evaluation mode, float32.
+    """A tiny LLaVA in evaluation mode, float32; a LLaVA-NeXT with `image_grid_pinpoints` among the overrides.
 
     Args:
         vision: clip or siglip. text: llama, mistral, qwen2 or phi3.
@@ -64,7 +64,8 @@ def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **over
             **overrides.pop("text_config", {}),
         }
     )
-    config = LlavaConfig(
+    tiles = "image_grid_pinpoints" in overrides
+    config = (LlavaNextConfig if tiles else LlavaConfig)(
         **{
             "vision_config": vision_config,
             "text_config": text_config,
@@ -76,7 +77,7 @@ def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **over
         }
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
+    model = (LlavaNextForConditionalGeneration if tiles else LlavaForConditionalGeneration)(config).eval()
     _randomise(model, torch.Generator().manual_seed(seed), tied=config.tie_word_embeddings)
     return model
 
@@ -115,6 +116,9 @@ def save_tiny(model: LlavaForConditionalGeneration, folder: str | Path, **kwargs
         "image_std": [0.26862954, 0.26130258, 0.27577711] if clip else [0.5, 0.5, 0.5],
         "size": {"shortest_edge": size} if clip else {"height": size, "width": size},
     }
+    if pinpoints := getattr(model.config, "image_grid_pinpoints", None):
+        image_processor |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
+        image_processor |= {"do_pad": True}
     if clip:
         image_processor |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_convert_rgb": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=1))

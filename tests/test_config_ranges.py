@@ -11,6 +11,7 @@ import pytest
 
 from lsg_jax import config
 from lsg_jax.config import (
+    Canvas,
     ImageConfig,
     MeshConfig,
     ModelConfig,
@@ -38,7 +39,7 @@ MODEL = ModelConfig(
 RUN = RunSettings(model="m", output="o")
 TABLES = [cls for _, cls in inspect.getmembers(config, dataclasses.is_dataclass)]
 TABLES = [*dict.fromkeys([*TABLES, *method_tables().values(), RunSettings])]
-VALID = {type(c): c for c in (MODEL, MODEL.vision, MODEL.text, MODEL.text.rope, MODEL.image, RUN)}
+VALID = {type(c): c for c in (MODEL, MODEL.vision, MODEL.text, MODEL.text.rope, MODEL.image, Canvas(672, 336), RUN)}
 
 
 def leaves(hint):

@@ -5,12 +5,12 @@ A new family is one file with a `Family` and a row here. `decoders.py` and `towe
 
 from __future__ import annotations
 
-from converters.families import llava
+from converters.families import llava, llava_next
 from converters.families.family import Family
 from converters.ops import Rule
 from lsg_jax.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llava.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (llava.FAMILY, llava_next.FAMILY)}
 """`model_type` of config.json -> the family."""
 
 

@@ -12,7 +12,7 @@ from converters.ops import Flat, Linear, Rule
 from lsg_jax.config import ModelConfig, SinkConfig
 from lsg_jax.errors import ConfigError
 
-_FIELDS = frozenset(
+FIELDS = frozenset(
     {
         "vision_config", "text_config", "image_token_index", "image_token_id", "projector_hidden_act",
         "multimodal_projector_bias", "vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings",
@@ -33,7 +33,8 @@ _PROJECTOR = prefixed(
 )
 
 
-def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
+def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
+    """The configuration of a tower, a two-layer projector and a decoder; `hf` may state tiles (`image_grid_pinpoints`)."""
     where = files.where
     vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
     text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
@@ -55,14 +56,21 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         image_token_id=hf.image_token_index,
         eos_token_ids=eos,
         pad_token_id=pad[0],
-        image=image_config(files.preprocessor, size=vision.image_size, tower=vision.family),
+        image=image_config(
+            files.preprocessor,
+            size=vision.image_size,
+            tower=vision.family,
+            pinpoints=getattr(hf, "image_grid_pinpoints", None),
+        ),
         projector_hidden_act=activation(hf.projector_hidden_act, f"{where}: projector_hidden_act"),
         projector_bias=hf.multimodal_projector_bias,
         sinks=stated_sinks(files) or known,
+        family=hf.model_type,
     )
 
 
-def _rules(config: ModelConfig) -> tuple[Rule, ...]:
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """The rules of the tower, the projector and the decoder."""
     return towers.TOWER_RULES[config.vision.family] + _PROJECTOR + decoders.DECODERS[config.text.family].rules
 
 
@@ -75,6 +83,7 @@ def canonical_name(name: str) -> str:
     | language_model.model.*      | language_model.model.*    | model.language_model.*         |
     | language_model.lm_head.*    | language_model.lm_head.*  | lm_head.*                      |
     | multi_modal_projector.*     | multi_modal_projector.*   | model.multi_modal_projector.*  |
+    | image_newline               | image_newline             | model.image_newline            |
 
     The canonical name is that of the middle column.
     """
@@ -82,7 +91,7 @@ def canonical_name(name: str) -> str:
         return f"language_model.{name}"
     if name.startswith("model.language_model."):
         return f"language_model.model.{name.removeprefix('model.language_model.')}"
-    if re.match(r"model\.(vision_tower|multi_modal_projector)\.", name):
+    if re.match(r"model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", name):
         name = name.removeprefix("model.")
     if name.startswith("vision_tower.vision_model."):
         name = f"vision_tower.{name.removeprefix('vision_tower.vision_model.')}"
@@ -92,10 +101,10 @@ def canonical_name(name: str) -> str:
 FAMILY = Family(
     model_type="llava",
     architecture="LlavaForConditionalGeneration",
-    fields=_FIELDS,
+    fields=FIELDS,
     parts={"vision_config": towers.VISION_PART, "text_config": decoders.TEXT_PART},
-    model_config=_model_config,
-    rules=_rules,
+    model_config=model_config,
+    rules=rules,
     canonical_name=canonical_name,
     carried=towers.CARRIED,
     ignored=towers.IGNORED + decoders.IGNORED,

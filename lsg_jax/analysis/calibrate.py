@@ -30,6 +30,8 @@ import numpy as np
 
 from lsg_jax.analysis.sinks import IMPLAUSIBLE_SHARE
 from lsg_jax.config import to_dict
+from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.images import open_image
 from lsg_jax.errors import InputError
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
@@ -68,19 +70,21 @@ class Sample:
     def batches(self, what: str) -> Iterator[tuple[int, Batch, np.ndarray]]:
         """Yields (half of the sample, 0 or 1; batch of fixed shape; bool [B], the rows that are not padding)."""
         size = self.size
-        question = self.vlm.processor.encode_question(self.prompt, has_image=True)
+        processor = self.vlm.processor
         # the first pass keeps only the readable paths, so that the second one makes the same batches
-        pending, read = [], []
+        pending: list[tuple[Encoded, np.ndarray]] = []
+        read = []
         for done, path in enumerate(self.paths, 1):
             try:
-                pending.append(self.vlm.processor.pixels(path))
+                opened = open_image(path)
+                question = processor.encode_question(self.prompt, image_size=opened.size)
+                pending.append((question, processor.pixels(opened)))
                 read.append(path)
             except InputError as error:
                 self.skipped.append(str(error))
             self.progress(done, len(self.paths), what)
             if len(pending) == size or (pending and done == len(self.paths)):
-                rows = pending + [self.vlm.processor.blank] * (size - len(pending))
-                batch = self.vlm.pad_questions([question] * size, rows)
+                batch = self.vlm.pad_questions(*zip(*pending, *pending[:1] * (size - len(pending)), strict=True))
                 yield (len(read) - 1) // size % 2, batch, np.arange(size) < len(pending)
                 pending = []
         if not read:
@@ -168,28 +172,35 @@ def calibrate(vlm: VLM, images: Sequence[Path], prompt: str, *, progress: Progre
 def _count_sizes(sample: Sample, sites: dict[str, Site]) -> None:
     for half, batch, counted in sample.batches("1/2 dimensions"):
         seen = _sizes(sample.vlm.params, batch, counted, sample.vlm.graphdef)
-        vit, llm, norms = jax.tree.map(np.asarray, seen)
+        vit, llm, norms, used = jax.tree.map(np.asarray, seen)
         sites["vit"].sizes[half] += vit
         sites["llm"].sizes[half] += llm[sites["llm"].looked].sum(0, dtype=np.int64)
-        sites["vit"].tokens[half] += counted.sum() * norms.shape[1]
+        sites["vit"].tokens[half] += used.sum()
         sites["llm"].tokens[half] += batch.attention_mask[counted].sum() * sites["llm"].depth
-        sites["vit"].norms += histogram(norms[counted])
+        sites["vit"].norms += histogram(norms[used])
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tuple[jax.Array, ...]:
     """Counts of tokens that reach each of SIZES, in the rows `counted` bool [B].
 
     Returns:
-        Counts of the features int32 [E, Dv], of the residual stream int32 [L, E, D]; norms of the features float32 [B, P].
+        Counts of the features int32 [E, Dv], of the residual stream int32 [L, E, D]; norms of the features float32 [B, N], and
+        bool [B, N], those that a token of these rows shows.
     """
     model = assemble(graphdef, params)
     assert batch.images is not None
     features, _ = model.image_features(batch.images)
-    everywhere = jnp.broadcast_to(counted[:, None], features.shape[:2])
+    used = shown_features(batch, features.shape[1]) & counted[:, None]
     valid = batch.attention_mask & counted[:, None]
     streams = model(batch, observe=lambda view: reach(view.hidden, valid)).observed
-    return reach(features, everywhere), streams, jnp.linalg.norm(features.astype(jnp.float32), axis=-1)
+    return reach(features, used), streams, jnp.linalg.norm(features.astype(jnp.float32), axis=-1), used
+
+
+def shown_features(batch: Batch, count: int) -> jax.Array:
+    """bool [B, count], the features that some token shows; the others are of padding."""
+    source = jnp.asarray(batch.source).reshape(len(batch.source), -1)
+    return jax.vmap(lambda row: jnp.zeros(count, bool).at[jnp.where(row < 0, count, row)].set(True, mode="drop"))(source)
 
 
 def _dims(site: Site, images: int) -> tuple[SinkDims, list[SinkDims]]:
@@ -208,11 +219,11 @@ def _count_peaks(sample: Sample, sites: dict[str, Site], dims: dict[str, tuple[i
         return
     for half, batch, counted in sample.batches("2/2 thresholds"):
         seen = _peaks(sample.vlm.params, batch, sample.vlm.graphdef, dims["vit"], dims["llm"])
-        vit, llm = jax.tree.map(np.asarray, seen)
-        visual = batch.input_ids == sample.vlm.config.image_token_id
+        vit, llm, used = jax.tree.map(np.asarray, seen)
+        visual = batch.source[..., 0] >= 0
         text = batch.attention_mask & ~visual & counted[:, None]
-        sites["vit"].peaks[half, 0] += histogram(vit[counted])
-        sites["vit"].largest += vit[counted].max(-1).tolist()
+        sites["vit"].peaks[half, 0] += histogram(vit[used & counted[:, None]])
+        sites["vit"].largest += np.where(used, vit, 0.0).max(-1)[counted].tolist()
         for layer, peak in enumerate(llm):
             sites["llm"].peaks[half, layer] += histogram(peak[visual & counted[:, None]])
             sites["llm"].text[layer] += histogram(peak[text])
@@ -220,13 +231,17 @@ def _count_peaks(sample: Sample, sites: dict[str, Site], dims: dict[str, tuple[i
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _peaks(params: dict, batch: Batch, graphdef: Any, vit_dims: tuple, llm_dims: tuple) -> tuple[jax.Array, jax.Array]:
-    """max |h[d]| over the dimensions: of the features float32 [B, P], of the stream [L, B, T]; 0 without dimensions."""
+def _peaks(params: dict, batch: Batch, graphdef: Any, vit_dims: tuple, llm_dims: tuple) -> tuple[jax.Array, ...]:
+    """max |h[d]| over the dimensions: of the features float32 [B, N], of the stream [L, B, T]; 0 without dimensions.
+
+    The third result is `shown_features`.
+    """
     model = assemble(graphdef, params)
     peak = lambda states, dims: jnp.abs(states[..., jnp.array(dims, int)].astype(jnp.float32)).max(-1, initial=0.0)
     assert batch.images is not None
     features, _ = model.image_features(batch.images)
-    return peak(features, vit_dims), model(batch, observe=lambda view: peak(view.hidden, llm_dims)).observed
+    streams = model(batch, observe=lambda view: peak(view.hidden, llm_dims)).observed
+    return peak(features, vit_dims), streams, shown_features(batch, features.shape[1])
 
 
 def _result(site: Site, dims: SinkDims, halves: list[SinkDims], images: int) -> dict[str, Any]:

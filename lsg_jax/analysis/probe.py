@@ -28,11 +28,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from lsg_jax.analysis.linear_probe import SHRINKAGES, Attribute, Probes, Splits, make_splits, predict, score
 from lsg_jax.analysis.probe_images import ProbeData
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import to_dict
+from lsg_jax.data.images import image_size
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
@@ -120,8 +122,11 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
         InputError: an image cannot be read, the disk has too little room, or hidden states are not finite.
     """
     layers, tokens = settings.chosen_layers(vlm.config.text.num_layers), settings.tokens
-    count, patches, size = data.train + data.test, vlm.config.num_image_tokens, settings.batch_size * batch_rows(vlm.mesh)
-    encoded = vlm.processor.encode_question(settings.prompt, has_image=True)
+    count, size = data.train + data.test, settings.batch_size * batch_rows(vlm.mesh)
+    first = data.read(0)[0]
+    size_of_all = first.size if isinstance(first, Image.Image) else image_size(first)
+    encoded = vlm.processor.encode_question(settings.prompt, image_size=size_of_all)
+    patches = sum(int((layout.source[:, 0] >= 0).sum()) for layout in encoded.layouts)
     shape = (len(layers), count, 2 + settings.draws, vlm.config.text.hidden_size)
     features = _on_disk(shape, scratch)
     present, flagged, values = np.zeros((len(layers), count, 3), bool), 0.0, []
@@ -191,7 +196,8 @@ def _pool(
 
     def run(picked: np.ndarray) -> tuple[jax.Array, jax.Array, np.ndarray]:
         placed, places = place_rows((batch, picked[rows]), vlm.mesh, size)
-        pools, states, sinks = _observe(vlm.params, placed, places, vlm.graphdef, vlm.config.sinks.knows_l_sinks)
+        knows_l, patches = vlm.config.sinks.knows_l_sinks, orders.shape[-1]
+        pools, states, sinks = _observe(vlm.params, placed, places, vlm.graphdef, knows_l, patches)
         return pools, states, host_array(sinks)
 
     picked = orders[..., : SPARE * tokens]
@@ -209,8 +215,8 @@ def _pool(
     return np.concatenate([host_array(pools), host_array(averaged)], axis=2), sinks
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l: bool) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l: bool, patches: int) -> tuple[jax.Array, ...]:
     """One forward pass. X is the number of patches picked in each draw.
 
     Returns:
@@ -221,7 +227,7 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
     sequence, sinks, valid = model.sequence(batch), model.config.sinks, jnp.asarray(batch.attention_mask)
     visual = sequence.visual
     assert visual is not None
-    places_BP = jax.vmap(lambda mask: jnp.flatnonzero(mask, size=model.config.num_image_tokens))(visual.mask)
+    places_BP = jax.vmap(lambda mask: jnp.flatnonzero(mask, size=patches))(visual.mask)
     picked = jnp.take_along_axis(places_BP[:, None], picked_BRX, axis=-1)
 
     def l_sinks(view: LayerView) -> jax.Array:

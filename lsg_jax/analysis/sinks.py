@@ -38,14 +38,14 @@ from PIL import Image
 
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import open_image
-from lsg_jax.data.layout import NO_SOURCE, ImageSize, lay_out
+from lsg_jax.data.layout import ImageSize
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, side_by_side
-from lsg_jax.types import Batch, LayerView
+from lsg_jax.types import NO_SOURCE, Batch, LayerView
 from lsg_jax.vlm import VLM
 
 FORMAT = "lsg-sinks-2"
@@ -83,12 +83,13 @@ def find_sinks(
     if not images or max_new_tokens < 0:
         raise InputError("there is no image to look at" if not images else f"max_new_tokens is {max_new_tokens}, below 0")
     vit, llm = _readings(vlm)
-    encoded = vlm.processor.encode_question(prompt, has_image=True)
     seen, entries = [], {}
     prepared = {name: _prepare(vlm, image) for name, image in images.items()}
     for done, (name, (size, pixels)) in enumerate(prepared.items(), 1):
+        encoded = vlm.processor.encode_question(prompt, image_size=size)
         batch, prompt_mask, answer = _with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
-        seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm)))
+        patches = int((batch.source[0, :, 0] >= 0).sum())
+        seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, patches)))
         entries[name] = _place(vlm, size) | _entry(seen[-1], vit, llm)
         entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
         if max_new_tokens and not len(answer):
@@ -118,7 +119,8 @@ def _prepare(vlm: VLM, image: Image.Image | bytes | str | Path) -> tuple[ImageSi
 
 def _place(vlm: VLM, size: ImageSize) -> dict[str, Any]:
     """Where the patches lie in the original image."""
-    box = lay_out(size, dataclasses.replace(vlm.config, image=vlm.processor.image)).box
+    layout = vlm.processor.layout(size)
+    box = layout.box[layout.source[:, 0] >= 0]
     return {"size": list(size), "boxes": [[round(float(edge), 6) for edge in each] for each in box]}
 
 
@@ -163,8 +165,10 @@ def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np
     return whole, prompt, answer
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: Readings, llm: Readings) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _observe(
+    params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: Readings, llm: Readings, count: int
+) -> dict[str, Any]:
     """Masks, sizes and attention mass of one image; attention weights are reduced within each layer and never stored.
 
     Returns:
@@ -175,7 +179,7 @@ def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: 
     sequence = model.sequence(batch)
     visual, valid = sequence.visual, jnp.asarray(batch.attention_mask)
     assert visual is not None
-    patches = jnp.flatnonzero(visual.mask[0], size=model.config.num_image_tokens)
+    patches = jnp.flatnonzero(visual.mask[0], size=count)
     asking = (prompt & (jnp.arange(valid.shape[1]) > patches[-1]), valid & ~prompt)
 
     def observe(view: LayerView) -> dict[str, jax.Array]:
@@ -195,7 +199,8 @@ def _observe(params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: 
     features, by_attention = model.image_features(batch.images, sinks=sinks)
     everywhere = jnp.ones(features.shape[:2], bool)
     masks = [by_attention if r is attention and not r.unknown else r.mask(features, everywhere, None) for r in vit]
-    return {"vit": {"masks": jnp.stack([m[0] for m in masks]), **_sizes(features[0], vit)}, "llm": seen}
+    shown = jnp.asarray(batch.source)[0, patches, 0]  # the features behind the tokens, in the order of the sequence
+    return {"vit": {"masks": jnp.stack([m[0, shown] for m in masks]), **_sizes(features[0, shown], vit)}, "llm": seen}
 
 
 def _sizes(states: jax.Array, readings: Readings) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ from lsg_jax.config.loading import apply_override, from_dict, to_dict
 from lsg_jax.config.model import (
     Activation,
     Aspect,
+    Canvas,
     Criterion,
     ImageConfig,
     ModelConfig,
@@ -28,6 +29,7 @@ from lsg_jax.config.run import DataConfig, EvalConfig, MeshConfig, Protocol, Rem
 __all__ = [
     "Activation",
     "Aspect",
+    "Canvas",
     "Criterion",
     "DataConfig",
     "EvalConfig",

@@ -134,6 +134,14 @@ class SinkConfig(Table, name="sinks"):
 
 
 @dataclass(frozen=True)
+class Canvas(Table, name="canvas"):
+    """What an image is resized into and cut into tiles, in pixels; HF's `image_grid_pinpoints`."""
+
+    height: Annotated[int, Range("[1, 1e6]")]
+    width: Annotated[int, Range("[1, 1e6]")]
+
+
+@dataclass(frozen=True)
 class ImageConfig(Table, name="image"):
     """How pixels are prepared, as the checkpoint's image processor states it.
 
@@ -145,6 +153,7 @@ class ImageConfig(Table, name="image"):
     aspect: Aspect
     mean: tuple[Annotated[float, Range("[-1000, 1000]")], ...]  # one a channel, of pixels in [0, 1]
     std: tuple[Annotated[float, Range("(0, 1000]")], ...]  # one a channel
+    canvases: tuple[Canvas, ...] = ()  # the best of them is cut into tiles beside the whole image; none: the whole image alone
 
 
 @dataclass(frozen=True)
@@ -163,14 +172,21 @@ class ModelConfig(Table):
     projector_hidden_act: Activation = "gelu_exact"
     projector_bias: bool = True
     sinks: SinkConfig = SinkConfig()
-    family: Literal["llava"] = "llava"  # which of converters/families it was converted by
+    family: Literal["llava", "llava_next"] = "llava"  # which of converters/families it was converted by
 
     def __post_init__(self) -> None:
         super().__post_init__()
         last = self.vision.num_layers
         if not self.feature_layers or any(not -last - 1 <= layer <= last for layer in self.feature_layers):
             raise ConfigError(f"feature_layers is {list(self.feature_layers)}: the tower has hidden states 0 to {last}")
+        side = self.vision.image_size
+        for canvas in self.image.canvases:
+            if canvas.height % side or canvas.width % side:
+                raise ConfigError(f"image.canvases: {canvas.height} x {canvas.width} pixels are no multiple of {side}")
+        if self.image.canvases and self.num_image_tokens != self.vision.num_patches:
+            raise ConfigError("image.canvases need one feature a patch: feature_select default for CLIP, full for SigLIP")
 
     @property
     def num_image_tokens(self) -> int:
+        """Features of one tile that enter the connector."""
         return self.vision.num_positions - (self.feature_select == "default")

@@ -1,6 +1,7 @@
-"""Image files -> the uint8 square that goes to the device. The device normalises it; `normalise` is the tests' reference.
+"""Image files -> the uint8 squares that go to the device. The device normalises them; `normalise` is the tests' reference.
 
-Pixels equal those of the Hugging Face image processors (LLaVA, CLIP, SigLIP). EXIF orientation is ignored, as there.
+Pixels equal those of the Hugging Face image processors (LLaVA, LLaVA-NeXT, CLIP, SigLIP). EXIF orientation is ignored, as
+there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig
-from lsg_jax.data.layout import ImageSize, resized_to_cover
+from lsg_jax.data.layout import ImageSize, best_canvas, resized_to_cover, resized_to_fit
 from lsg_jax.errors import InputError
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -106,6 +107,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def prepare_tiles(image: Image.Image, config: ImageConfig) -> np.ndarray:
+    """An RGB image -> uint8 [S, size, size, 3], the tiles of its layout: the whole image, then those of its canvas."""
+    whole = prepare_pixels(image, config)
+    if not config.canvases:
+        return whole[None]
+    canvas = best_canvas(image.size, config.canvases)
+    width, height = resized_to_fit(image.size, canvas)
+    padded = Image.new("RGB", canvas)
+    place = (canvas[0] - width) // 2, (canvas[1] - height) // 2
+    padded.paste(image.resize((width, height), Image.Resampling.BICUBIC), place)
+    size = config.size
+    grid = np.asarray(padded).reshape(canvas[1] // size, size, canvas[0] // size, size, 3).swapaxes(1, 2)
+    return np.concatenate([whole[None], grid.reshape(-1, size, size, 3)])
+
+
 def prepare_pixels(image: Image.Image, config: ImageConfig) -> np.ndarray:
     """An RGB image -> uint8 [size, size, 3], resized by PIL's bicubic filter."""
     if config.aspect == "squash":
@@ -148,13 +164,15 @@ def _centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
-    """uint8 [H, W, C] -> [P, h * w * C], the patches row by row.
+    """[..., H, W, C] -> [..., P, h * w * C], the patches row by row.
 
     Within a patch the order is row, column, channel. A remainder at the right and lower edge is dropped.
     """
-    rows, columns, channels = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size, pixels.shape[2]
-    grid = pixels[: rows * patch_size, : columns * patch_size].reshape(rows, patch_size, columns, patch_size, channels)
-    return grid.swapaxes(1, 2).reshape(rows * columns, patch_size * patch_size * channels)
+    *lead, height, width, channels = pixels.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = pixels[..., : rows * patch_size, : columns * patch_size, :]
+    grid = cut.reshape(*lead, rows, patch_size, columns, patch_size, channels).swapaxes(-4, -3)
+    return grid.reshape(*lead, rows * columns, patch_size * patch_size * channels)
 
 
 def normalise(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:

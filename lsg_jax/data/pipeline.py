@@ -11,7 +11,9 @@ import numpy as np
 
 from lsg_jax.config import DataConfig
 from lsg_jax.data.conversation import RecordError, examples
-from lsg_jax.data.processor import Encoded, Processor, to_batch
+from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.layout import tile_bucket
+from lsg_jax.data.processor import Processor, to_batch
 from lsg_jax.data.records import PreparedRecords, Record, open_records
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
@@ -68,6 +70,7 @@ class TrainingData(Iterator[Batch]):
         self.dropped: dict[str, int] = {}
         self.truncated = 0
         self._index = self._usable_examples()
+        self._tiles = self._most_tiles()
         self.num_examples = len(self._index)
         if not self.num_examples:
             raise InputError(f"{records_path}: none of the {sum(self.dropped.values())} examples is usable: {self.dropped}")
@@ -95,6 +98,13 @@ class TrainingData(Iterator[Batch]):
                 kept.append((row, number))
         self.dropped = dict(sorted(dropped.items()))
         return np.asarray(kept, np.int32).reshape(-1, 2)
+
+    def _most_tiles(self) -> int:
+        """Tiles of a row that holds any example: a batch has one shape."""
+        if not self._processor.image.canvases:
+            return 1
+        sizes = {self._records[int(row)].image_size for row in np.unique(self._index[:, 0])}
+        return max(tile_bucket(self._processor.layout(size).tiles if size else 1) for size in sizes)
 
     def _encode(self, record: Record, number: int) -> Encoded:
         if self._data.conversations == "whole":
@@ -129,6 +139,7 @@ class TrainingData(Iterator[Batch]):
             return self._processor.row(
                 self._encode(record, number),
                 pixels,
+                tiles=self._tiles,
                 max_length=self._data.max_length,
                 max_answer_tokens=self._data.max_answer_tokens,
                 row_id=row,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from lsg_jax.data.conversation import (
     render,
     tag_front,
 )
+from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import to_patches
 from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out, place_sources
 from lsg_jax.errors import ConfigError, InputError
@@ -31,39 +31,6 @@ from lsg_jax.types import IGNORE, Batch, VisualInput
 
 CHAT_TEMPLATE = "chat_template"
 """Name of the checkpoint's own template."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One tokenized example.
-
-    Attributes:
-        ids: int32 [T]; `<image>` is replaced by the tokens of the image's layout.
-        num_prompt: number of tokens before the (first) answer.
-        cut: number of answer tokens removed by truncation.
-        answers: (start, stop) of each answer, end marker included. None: a single answer, from `num_prompt` to the end.
-    """
-
-    ids: np.ndarray
-    num_prompt: int
-    cut: int = 0
-    answers: tuple[tuple[int, int], ...] | None = None
-
-    @property
-    def answered(self) -> np.ndarray:
-        """int [A], positions of the answer tokens, ascending."""
-        spans = [(self.num_prompt, len(self.ids))] if self.answers is None else self.answers
-        return np.concatenate([np.arange(*span) for span in spans])
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """int32 [T], `ids` with -100 outside the answers (not shifted). None if there is no answer token."""
-        positions = self.answered
-        if not len(positions):
-            return None
-        labels = np.full(len(self.ids), IGNORE, np.int32)
-        labels[positions] = self.ids[positions]
-        return labels
 
 
 class Processor:
@@ -81,7 +48,7 @@ class Processor:
         model: the configuration, with `image_aspect` applied.
 
     Raises:
-        ConfigError: the template is unknown or does not fit the tokenizer.
+        ConfigError: the template is unknown or does not fit the tokenizer, or the model's images have no choice of aspect.
     """
 
     def __init__(
@@ -93,6 +60,8 @@ class Processor:
         image_aspect: Aspect | None = None,
         chat_template: str | None = None,
     ):
+        if image_aspect and model.image.canvases:
+            raise ConfigError("image_aspect: this model takes the whole image and its tiles as they are; leave it out")
         self.tokenizer = tokenizer
         self.image = dataclasses.replace(model.image, aspect=image_aspect) if image_aspect else model.image
         self.model = dataclasses.replace(model, image=self.image)
@@ -181,7 +150,8 @@ class Processor:
                 answer, `prompt_too_long`.
         """
         prompt, ending = self._render(prompt_turns, answer)
-        ids, num_prompt = self._chunks.encode(prompt, ending, self._layout(image_size).token_ids.tolist())
+        layout = self.layout(image_size)
+        ids, num_prompt = self._chunks.encode(prompt, ending, layout.token_ids.tolist())
         limit = len(ids) if max_answer_tokens is None else num_prompt + max_answer_tokens
         limit = limit if max_length is None else min(limit, max_length)
         kept = ids[:limit]
@@ -191,7 +161,9 @@ class Processor:
             raise RecordError("prompt_too_long", f"the prompt has {num_prompt} tokens; at most {max_length} fit")
         if answer is not None and len(kept) <= num_prompt:
             raise RecordError("nothing_supervised", f"the prompt has {num_prompt} tokens; no answer fits into {max_length}")
-        return Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept))
+        return Encoded(
+            np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept), layouts=(layout,) * prompt.count(IMAGE_TAG)
+        )
 
     def encode_conversation(
         self, turns: Sequence[Turn], *, image_size: ImageSize | None = None, max_length: int, max_answer_tokens: int
@@ -202,7 +174,8 @@ class Processor:
             RecordError: `image_truncated`, `nothing_supervised`, `reserved_text`, or `answers_apart`: the template or the
                 tokenizer writes an earlier answer differently from a final one, so one sequence cannot train both.
         """
-        image_ids = self._layout(image_size).token_ids.tolist()
+        layout = self.layout(image_size)
+        image_ids = layout.token_ids.tolist()
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         prompt, ending = self._render(turns[:-1], turns[-1].text)
@@ -221,7 +194,7 @@ class Processor:
         if not kept:
             raise RecordError("nothing_supervised", f"the prompt has {spans[0][0]} tokens; no answer fits into {max_length}")
         cut = len(whole.answered) - sum(stop - start for start, stop in kept)
-        return Encoded(whole.ids[:length], spans[0][0], cut, kept)
+        return Encoded(whole.ids[:length], spans[0][0], cut, kept, (layout,) * prompt.count(IMAGE_TAG))
 
     def _exchanges(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[str, str]]:
         """Splits a rendered conversation into pairs (text before the answer, the answer with its end marker)."""
@@ -255,11 +228,12 @@ class Processor:
         """
         prompt, ending = self._render(prompt_turns, answer)
         tags = prompt.count(IMAGE_TAG)
-        most = len(prompt) + len(ending or "") + 2 + tags * len(self._layout(image_size))
+        most = len(prompt) + len(ending or "") + 2 + tags * len(self.layout(image_size))
         fits = most <= max_length and 0 < len(ending or "") <= max_answer_tokens and tags < 2
         return fits and prompt.isascii() and answer.isascii()
 
-    def _layout(self, image_size: ImageSize | None) -> VisualLayout:
+    def layout(self, image_size: ImageSize | None = None) -> VisualLayout:
+        """The layout of an image of (width, height) pixels. None: as large as the vision tower's."""
         side = self.model.vision.image_size
         return lay_out(image_size or (side, side), self.model)
 
@@ -290,14 +264,14 @@ class Processor:
     # ---------------------------------------------------------------------------------------------------------------- images
 
     def pixels(self, image: Image.Image | bytes | str | Path) -> np.ndarray:
-        """An image, its file, or the file's bytes -> uint8 [size, size, 3]."""
+        """An image, its file, or the file's bytes -> uint8 [S, size, size, 3], the tiles of its layout."""
         opened = images.to_rgb(image) if isinstance(image, Image.Image) else images.open_image(image)
-        return images.prepare_pixels(opened, self.image)
+        return images.prepare_tiles(opened, self.image)
 
     @property
     def blank(self) -> np.ndarray:
-        """uint8 [size, size, 3] of zeros, what a row without an image carries."""
-        return np.zeros((self.image.size, self.image.size, 3), np.uint8)
+        """uint8 [1, size, size, 3] of zeros, what a row without an image carries."""
+        return np.zeros((1, self.image.size, self.image.size, 3), np.uint8)
 
     # --------------------------------------------------------------------------------------------------------------- batches
 
@@ -310,12 +284,17 @@ class Processor:
         max_answer_tokens: int,
         padding_side: Literal["left", "right"] = "right",
         row_id: int = -1,
+        tiles: int | None = None,
     ) -> dict[str, np.ndarray]:
         """The fields of `Batch` for one example, without the batch axis; `patches` for its images.
 
+        Args:
+            pixels: uint8 [S, size, size, 3], the tiles of its images.
+            tiles: what S is padded to; None for `encoded.tiles`.
+
         Raises:
-            InputError: the example is longer than `max_length`, its answer longer than `max_answer_tokens`, or its image
-                tokens are neither none nor as many as the vision tower's features.
+            InputError: the example is longer than `max_length`, its answer longer than `max_answer_tokens`, or its pixels are
+                not those of its image tokens.
         """
         length = len(encoded.ids)
         answered = encoded.answered
@@ -324,16 +303,19 @@ class Processor:
             raise InputError(
                 f"example of {length} tokens ({len(targets)} of them answer) exceeds {max_length} ({max_answer_tokens})"
             )
-        count = int((encoded.ids == self.model.image_token_id).sum())
-        if count not in (0, self.model.num_image_tokens):
-            raise InputError(f"{count} image tokens in a prompt; the vision tower gives {self.model.num_image_tokens} features")
-        if count and pixels is None:
+        if (is_image := encoded.ids == self.model.image_token_id).any() and pixels is None:
             raise InputError("the prompt has image tokens, but no image was given")
+        if is_image.sum() != (count := sum(map(len, encoded.layouts))):
+            raise InputError(f"{is_image.sum()} image tokens in a prompt whose images have {count}")
+        shown = self.blank if pixels is None or not encoded.layouts else pixels
+        if encoded.layouts and len(shown) != (wanted := sum(layout.tiles for layout in encoded.layouts)):
+            raise InputError(f"{len(shown)} tiles for a prompt whose images have {wanted}")
         start = 0 if padding_side == "right" else max_length - length
         input_ids = np.full(max_length, self.model.pad_token_id, np.int32)
         input_ids[start : start + length] = encoded.ids
         positions = np.arange(max_length)
         valid = (positions >= start) & (positions < start + length)
+        room = (tiles or encoded.tiles) - len(shown)
         answer_index = np.zeros(max_answer_tokens, np.int32)
         answer_target = np.full(max_answer_tokens, IGNORE, np.int32)
         answer_index[: len(targets)] = start + answered - 1  # whose hidden state predicts it
@@ -341,8 +323,8 @@ class Processor:
         return {
             "input_ids": input_ids,
             "attention_mask": valid,
-            "patches": to_patches(self.blank if pixels is None else pixels, self.model.vision.patch_size)[None],
-            "source": place_sources(valid & (input_ids == self.model.image_token_id), self._layout(None)),
+            "patches": np.pad(to_patches(shown, self.model.vision.patch_size), ((0, room), (0, 0), (0, 0))),
+            "source": place_sources(valid & (input_ids == self.model.image_token_id), encoded.layouts, self.model),
             "gate_position": np.asarray(start + encoded.num_prompt - 1, np.int32),
             "answer_index": answer_index,
             "answer_target": answer_target,
@@ -359,7 +341,10 @@ class Processor:
         padding_side: Literal["left", "right"] = "right",
         row_ids: Sequence[int] | None = None,
     ) -> Batch:
-        """Stacks examples into a `Batch` of numpy arrays: T = `max_length`, A = `max_answer_tokens`. See `row` for errors."""
+        """Stacks examples into a `Batch` of numpy arrays: T = `max_length`, A = `max_answer_tokens`. See `row` for errors.
+
+        S is the largest number of tiles of a row.
+        """
         if not encoded or len(encoded) != len(pixels):
             raise InputError(f"{len(encoded)} examples and {len(pixels)} images cannot make a batch")
         rows = [
@@ -370,6 +355,7 @@ class Processor:
                 max_answer_tokens=max_answer_tokens,
                 padding_side=padding_side,
                 row_id=-1 if row_ids is None else row_ids[i],
+                tiles=max(other.tiles for other in encoded),
             )
             for i, (e, p) in enumerate(zip(encoded, pixels, strict=True))
         ]

@@ -13,10 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.conversation import RecordError
-from lsg_jax.data.processor import Encoded, Processor
+from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.images import image_size
+from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.processor import Processor
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.model.generate import Generated
@@ -123,10 +127,13 @@ def near_tie_of(vlm: VLM, config: EvalConfig) -> float:
 
 
 def plan(encoded: Mapping[int, Encoded], size: int) -> list[list[int]]:
-    """Batches of exactly `size` positions, each of one length bucket; the last of a bucket is padded with its first member."""
-    buckets: dict[int, list[int]] = {}
+    """Batches of exactly `size` positions, each of one bucket of tiles and length.
+
+    The last of a bucket is padded with its first member.
+    """
+    buckets: dict[tuple[int, int], list[int]] = {}
     for i, e in encoded.items():
-        buckets.setdefault(-(-len(e.ids) // PROMPT_BUCKET), []).append(i)
+        buckets.setdefault((e.tiles, -(-len(e.ids) // PROMPT_BUCKET)), []).append(i)
     batches = []
     for bucket in sorted(buckets):
         members = buckets[bucket]
@@ -137,15 +144,29 @@ def plan(encoded: Mapping[int, Encoded], size: int) -> list[list[int]]:
 
 
 def encode_item(processor: Processor, item: Item, prompt: str, config: EvalConfig) -> Encoded:
-    """The tokens of a question. Raises InputError that names the item if it is too long."""
+    """The tokens of a question. Raises InputError that names the item if it is too long, or its image cannot be read."""
+    size = item_size(processor, item)
     try:
-        return processor.encode_question(prompt, has_image=item.image is not None, max_length=config.max_length)
+        return processor.encode_question(
+            prompt, has_image=item.image is not None, image_size=size, max_length=config.max_length
+        )
     except RecordError as error:
         raise InputError(f"question {item.id}: {error}; raise eval.max_length") from None
 
 
+def item_size(processor: Processor, item: Item) -> ImageSize | None:
+    """(width, height) of the item's image; None where it does not matter, or there is none. Errors as `item_pixels`."""
+    if item.image is None or not processor.image.canvases:
+        return None
+    try:
+        image = item.image.read()
+        return image.size if isinstance(image, Image.Image) else image_size(image)
+    except InputError as error:
+        raise InputError(f"question {item.id}: {error}") from None
+
+
 def item_pixels(processor: Processor, item: Item) -> np.ndarray | None:
-    """uint8 [size, size, 3], None for an item without an image. Raises InputError that names the item."""
+    """uint8 [S, size, size, 3], None for an item without an image. Raises InputError that names the item."""
     try:
         return None if item.image is None else processor.pixels(item.image.read())
     except InputError as error:

@@ -15,9 +15,10 @@ import optax
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, tag_front
-from lsg_jax.data.processor import Encoded, Processor
+from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.processor import Processor
 from lsg_jax.errors import InputError
-from lsg_jax.eval.answering import ask_routes, item_pixels, plan
+from lsg_jax.eval.answering import ask_routes, item_pixels, item_size, plan
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
@@ -56,14 +57,16 @@ def log_likelihoods(
 def _encode(processor: Processor, item: Item, prompt: str, answer: str, config: EvalConfig) -> Encoded:
     text = tag_front(prompt) if item.image is not None else prompt.replace(IMAGE_TAG, "").strip()
     try:
-        whole = processor.encode([Turn("human", text)], answer.strip(), max_length=config.max_length)
+        whole = processor.encode(
+            [Turn("human", text)], answer.strip(), image_size=item_size(processor, item), max_length=config.max_length
+        )
     except RecordError as error:
         raise InputError(f"question {item.id}: {error}; raise max_length") from None
     if whole.cut:
         raise InputError(f"question {item.id}: the answer does not fit into {config.max_length} tokens; raise max_length")
     ends = np.isin(whole.ids[whole.num_prompt :], processor.model.eos_token_ids)
     length = whole.num_prompt + (int(ends.argmax()) if ends.any() else len(ends))
-    return Encoded(whole.ids[:length], whole.num_prompt)
+    return dataclasses.replace(whole, ids=whole.ids[:length])
 
 
 def _slots(encoded: dict[int, Encoded], members: Sequence[int]) -> int:

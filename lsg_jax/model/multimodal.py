@@ -18,7 +18,7 @@ from lsg_jax.model.projector import Projector
 from lsg_jax.model.vision_tower import VisionTower
 from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import sink_mask
-from lsg_jax.types import Batch, Intervention, LayerView, Sequence, VisualInput, VisualTokens
+from lsg_jax.types import NEWLINE, Batch, Intervention, LayerView, Sequence, VisualInput, VisualTokens
 
 
 @flax.struct.dataclass
@@ -52,6 +52,8 @@ class VisionLanguageModel(nnx.Module):
         self.mesh = mesh
         self.vision_tower = VisionTower(config.vision, rngs=rngs, dtype=dtype, mesh=mesh)
         self.projector = Projector(config, rngs=rngs, dtype=dtype)
+        if config.image.canvases:
+            self.image_newline = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.text.hidden_size,), dtype))
         self.language_model = LanguageModel(config.text, rngs=rngs, dtype=dtype, mesh=mesh)
 
     def image_features(self, images: VisualInput, *, sinks: SinkConfig | None = None) -> tuple[jax.Array, jax.Array]:
@@ -120,6 +122,9 @@ class VisionLanguageModel(nnx.Module):
         tokens = self.connect(*self.image_features(batch.images), batch, x)
         is_visual = jnp.asarray(batch.source)[..., 0] >= 0
         x = jnp.where(is_visual[..., None], gather(tokens.x, batch.source, batch.weight).astype(x.dtype), x)
+        if self.config.image.canvases:
+            is_newline = jnp.asarray(batch.source)[..., :1] == NEWLINE
+            x = jnp.where(is_newline, self.image_newline[...].astype(x.dtype), x)
         visual = is_visual
         if tokens.kept is not None:
             visual = is_visual & gather_any(tokens.kept, batch.source)

@@ -248,8 +248,8 @@ def test_files_that_are_damaged(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path, InputError, "no such file; is the download complete")
     edit_config(source, lambda config: config["text_config"].update(is_causal=False))
     refused(source, tmp_path, ConfigError, "not understood")
-    edit_config(source, lambda config: config.update(model_type="llava_next"))
-    refused(source, tmp_path, ConfigError, "model_type 'llava_next' is not supported")
+    edit_config(source, lambda config: config.update(model_type="blip-2"))
+    refused(source, tmp_path, ConfigError, "model_type 'blip-2' is not supported")
     refused(tmp_path / "nowhere", tmp_path, InputError, "no such folder, and not a Hub id")
     refused(source / "config.json", tmp_path, InputError, "is a file; give the folder")
     with pytest.raises(InputError, match=r"owner/name: no such folder, and it could not be fetched from the Hugging Face Hub"):

@@ -103,7 +103,7 @@ def test_token_ids() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (changed(model_type="llava_next"), "model_type 'llava_next' is not supported; supported: 'llava'"),
+        (changed(model_type="blip-2"), "model_type 'blip-2' is not supported; supported: 'llava'"),
         (changed(model_type=None), "model_type None is not supported"),
         (text(model_type="gemma2"), "text_config is of model_type 'gemma2', which is not supported; supported: llama, mistral"),
         (changed("vision_config", model_type="dinov2"), "vision_config is of model_type 'dinov2', which is not supported"),

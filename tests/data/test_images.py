@@ -184,8 +184,9 @@ def test_settings_are_read(settings, family, aspect):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_grid_pinpoints": [[336, 672]]}, "not understood: image_grid_pinpoints"),
-        ({"image_processor_type": "LlavaNextImageProcessor"}, "LlavaNextImageProcessor"),
+        ({"image_grid_pinpoints": [[336, 672]]}, "are not those of config.json"),
+        ({"image_processor_type": "LlavaNextImageProcessor"}, "does not go with a config.json without tiles"),
+        ({"image_processor_type": "LlavaOnevisionImageProcessor"}, "LlavaOnevisionImageProcessor"),
         ({"resample": 2}, "not bicubic"),
         ({"rescale_factor": 1 / 127.5}, "not 1/255"),
         ({"do_normalize": False}, "do_normalize"),

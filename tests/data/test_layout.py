@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsg_jax.config import ImageConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
-from lsg_jax.data.images import prepare_pixels, to_patches
-from lsg_jax.data.layout import lay_out, num_tokens
+from lsg_jax.config import Canvas, ImageConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
+from lsg_jax.data.images import prepare_pixels, prepare_tiles, to_patches
+from lsg_jax.data.layout import lay_out, longest_layout, place_boxes, place_sources, tile_bucket
 from lsg_jax.errors import InputError
 
 PATCH = 14
@@ -85,8 +85,8 @@ def test_square_image_is_a_plain_grid(aspect, side):
     np.testing.assert_allclose(layout.box, np.stack([column, row, column + 1, row + 1], 1) / 4, atol=1e-6)
     assert layout.token_ids.tolist() == [IMAGE_TOKEN] * 16
     assert layout.source.tolist() == [[i] for i in range(16)] and (layout.weight == 1).all()
-    dtypes = [getattr(layout, f.name).dtype for f in dataclasses.fields(layout)]
-    assert dtypes == [np.int32, np.int32, np.float32, np.float32]
+    dtypes = [array.dtype for array in (layout.token_ids, layout.source, layout.weight, layout.box)]
+    assert dtypes == [np.int32, np.int32, np.float32, np.float32] and layout.tiles == 1
 
 
 def test_padding_lies_outside_the_image():
@@ -107,7 +107,7 @@ def test_padding_lies_outside_the_image():
 def test_class_token(family, feature_select, count, first):
     config = model("squash", size=56, family=family, feature_select=feature_select)
     layout = lay_out((40, 30), config)
-    assert len(layout) == num_tokens((40, 30), config) == config.num_image_tokens == count
+    assert len(layout) == config.num_image_tokens == count
     np.testing.assert_allclose(layout.box[0], first)
     np.testing.assert_allclose(layout.box[-1], [0.75, 0.75, 1, 1])
 
@@ -124,3 +124,58 @@ def test_patches_are_row_major():
     for place, patch in enumerate(patches):
         row, column = divmod(place, 3)
         np.testing.assert_array_equal(patch.reshape(2, 2, 3), pixels[2 * row : 2 * row + 2, 2 * column : 2 * column + 2])
+
+
+SIDE = 56  # 4 x 4 patches a tile
+CANVASES = tuple(Canvas(height * SIDE, width * SIDE) for height, width in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
+
+
+def tiled():
+    config = model("squash", size=SIDE)
+    return dataclasses.replace(config, image=dataclasses.replace(config.image, canvases=CANVASES))
+
+
+@pytest.mark.parametrize(("width", "height"), [*SIZES, (56, 56), (300, 90), (90, 300), (112, 112), (400, 60)])
+def test_what_is_painted_into_a_box_lands_in_its_patch_of_the_tiles(width, height):
+    config = tiled()
+    layout = lay_out((width, height), config)
+    for token in range(16, len(layout)):
+        x0, y0, x1, y1 = layout.box[token] * (width, height, width, height)
+        left, top, right, bottom = max(0, round(x0)), max(0, round(y0)), min(width, round(x1)), min(height, round(y1))
+        if layout.source[token, 0] < 0:
+            assert not layout.box[token].any()
+            continue
+        values = np.zeros((height, width), np.uint8)
+        values[top:bottom, left:right] = 255
+        image = Image.fromarray(np.repeat(values[:, :, None], 3, axis=2))
+        tiles = to_patches(prepare_tiles(image, config.image), PATCH).mean(-1)
+        assert len(tiles) == layout.tiles
+        tiles[0] = 0  # the whole image shows it too
+        assert left >= right or top >= bottom or tiles.argmax() == layout.source[token, 0]
+
+
+@pytest.mark.parametrize("size", [*SIZES, (56, 56), (300, 90), (25, 160), (400, 60)])
+def test_rows_of_the_canvas_end_with_a_newline_and_cover_the_image(size):
+    layout = lay_out(size, tiled())
+    ends = np.flatnonzero(layout.source[16:, 0] < 0)
+    assert len(layout) <= len(longest_layout(tiled())) and layout.tiles <= tile_bucket(layout.tiles) <= 5
+    (columns,) = set(np.diff(ends, prepend=-1))
+    box = layout.box[16:].reshape(len(ends), columns, 4)[:, :-1]
+    np.testing.assert_allclose(box[:, 1:, 0], box[:, :-1, 2], atol=1e-6)
+    np.testing.assert_allclose(box[1:, :, 1], box[:-1, :, 3], atol=1e-6)
+    # unpadding removes whole patches, so at most a part of one lies outside
+    width, height = box[0, 0, 2] - box[0, 0, 0], box[0, 0, 3] - box[0, 0, 1]
+    assert (box[..., 2] > -width).all() and (box[..., 0] < 1 + width).all() and (box[..., 3] > -height).all()
+    assert (box[..., 1] < 1 + height).all() and np.unique(layout.source[layout.source >= 0]).size == (layout.source >= 0).sum()
+
+
+def test_images_of_a_row_follow_each_other():
+    config, sizes = tiled(), [(100, 30), (60, 60)]
+    layouts = [lay_out(size, config) for size in sizes]
+    is_image = np.zeros(4 + sum(map(len, layouts)), bool)
+    is_image[2:-2] = True
+    source = place_sources(is_image, layouts, config)[:, 0]
+    boxes = place_boxes(layouts, config)
+    assert (source[~is_image] == -1).all() and len(boxes) == 16 * sum(layout.tiles for layout in layouts)
+    shown = source[is_image] >= 0
+    np.testing.assert_array_equal(boxes[source[is_image][shown]], np.concatenate([layout.box for layout in layouts])[shown])

@@ -100,7 +100,7 @@ def test_batches_hold_the_records(make, folder, processor):
             tokens = batch.input_ids[b][batch.attention_mask[b]]
             assert (tokens == IMAGE).sum() == (0 if row == 4 else 4)
             expected = processor.blank if row == 4 else processor.pixels(rows[int(row)].image)
-            np.testing.assert_array_equal(patches[b, 0], to_patches(expected, 14))
+            np.testing.assert_array_equal(patches[b], to_patches(expected, 14))
             assert batch.source[b][batch.source[b] >= 0].tolist() == ([] if row == 4 else [0, 1, 2, 3])
             answer = processor.decode(batch.answer_target[b][batch.answer_target[b] != -100])
             assert answer == {5: "far mor"}.get(int(row), f"a{row}") or (row == 6 and answer == "d6")

@@ -12,7 +12,7 @@ from processes import run_processes
 
 import lsg_jax
 from lsg_jax.config import EvalConfig, MeshConfig
-from lsg_jax.data.processor import Encoded
+from lsg_jax.data.encoded import Encoded
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval import runner
 from lsg_jax.eval.answering import Answer, answer, plan

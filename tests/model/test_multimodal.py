@@ -87,7 +87,7 @@ def test_a_bright_place_is_in_the_box_of_its_token(tiny_model):
     normal = (pixels / 255 - np.array(vlm.config.image.mean)) / np.array(vlm.config.image.std)
     ids = np.full((1, 50), vlm.config.image_token_id)
     ids[0, 0] = 9
-    found = vlm.visual_tokens(ids, normal.transpose(2, 0, 1)[None], image_sizes=[(90, 160)])
+    found = vlm.visual_tokens(ids, normal.transpose(0, 3, 1, 2), image_sizes=[(90, 160)])
     brightness = pixels.reshape(7, 8, 7, 8, 3).mean((1, 3, 4)).ravel()
     x0, y0, x1, y1 = found.box[0, 1:][brightness.argmax()]
     assert x0 < 75 / 160 < x1 and y0 < 35 / 90 < y1

@@ -75,7 +75,7 @@ def test_planned_questions_are_those_that_are_asked(run_config, tiny_model):
     vlm = load_backbone(tiny_model, sinks=SINKS)
     encoded = vlm.processor.encode_question("What is it?", has_image=True)
     side = vlm.config.image.size
-    asked = vlm.pad_questions([encoded] * 4, [np.zeros((side, side, 3), np.uint8)] * 4)
+    asked = vlm.pad_questions([encoded] * 4, [np.zeros((1, side, side, 3), np.uint8)] * 4)
     asked = dataclasses.replace(asked, answer_index=None, answer_target=None, row_id=None)
     mesh = answering_mesh(None, vlm.config.text)
     planned = question_batch(vlm.config, mesh, 4)
@@ -170,7 +170,7 @@ def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):
     config.write_text(f'model = "{tmp_path}/none"\noutput = "{tmp_path}/run"\n[gate]\nlayers = [99]\n[sinks]\nvit_dims = [1]\n')
     shapes = ["--model-config", str(tiny_hf_folder)]
     for code, said, arguments in (
-        (65, "known: llava15_13b, llava15_7b, llava_phi3_mini", ["--topology", "v5e:2x2"]),
+        (65, "known: llava15_13b, llava15_7b, llava16_vicuna_7b, llava_phi3_mini", ["--topology", "v5e:2x2"]),
         (65, "no such topology; known: v4:{", ["--topology", "v3:8", *shapes]),
         (65, "libtpu refuses it", ["--topology", "v5e:3x5", *shapes]),
         (65, "layer 99 does not exist", ["--topology", "v5e:2x2", *shapes]),
@@ -205,4 +205,9 @@ def test_known_shapes_are_those_of_the_models():
         _, params = abstract_model(model_config(json.loads(entry.read_text())))
         billions[entry.name] = round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e9, 2)
     # the checkpoints' own counts
-    assert billions == {"llava15_7b.json": 7.06, "llava15_13b.json": 13.35, "llava_phi3_mini.json": 4.14}
+    assert billions == {
+        "llava15_7b.json": 7.06,
+        "llava16_vicuna_7b.json": 7.06,
+        "llava15_13b.json": 13.35,
+        "llava_phi3_mini.json": 4.14,
+    }

@@ -1,0 +1,50 @@
+"""One tokenized example, before it is padded into a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lsg_jax.data.layout import VisualLayout, tile_bucket
+from lsg_jax.types import IGNORE
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenized example.
+
+    Attributes:
+        ids: int32 [T]; `<image>` is replaced by the tokens of the image's layout.
+        num_prompt: number of tokens before the (first) answer.
+        cut: number of answer tokens removed by truncation.
+        answers: (start, stop) of each answer, end marker included. None: a single answer, from `num_prompt` to the end.
+        layouts: of the images whose tokens are in `ids`.
+    """
+
+    ids: np.ndarray
+    num_prompt: int
+    cut: int = 0
+    answers: tuple[tuple[int, int], ...] | None = None
+    layouts: tuple[VisualLayout, ...] = ()
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row that holds the example, at least one."""
+        return tile_bucket(sum(layout.tiles for layout in self.layouts))
+
+    @property
+    def answered(self) -> np.ndarray:
+        """int [A], positions of the answer tokens, ascending."""
+        spans = [(self.num_prompt, len(self.ids))] if self.answers is None else self.answers
+        return np.concatenate([np.arange(*span) for span in spans])
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 [T], `ids` with -100 outside the answers (not shifted). None if there is no answer token."""
+        positions = self.answered
+        if not len(positions):
+            return None
+        labels = np.full(len(self.ids), IGNORE, np.int32)
+        labels[positions] = self.ids[positions]
+        return labels

@@ -1,0 +1,106 @@
+"""The commands on a tiny LLaVA-NeXT, with images of many sizes: training, evaluation, studies, plan and report."""
+
+import json
+
+import numpy as np
+import pytest
+from hf_models import save_tiny, tiny_hf
+from PIL import Image
+
+import lsg_jax
+from converters.convert import convert
+from lsg_jax.cli import main
+from lsg_jax.data.layout import lay_out
+from lsg_jax.vlm import read_batch
+
+PINPOINTS = [[42, 84], [84, 42], [84, 84], [42, 126]]
+SIZES = [(60, 200), (200, 60), (77, 90), (42, 42), (300, 101), (99, 100)]  # width, height
+SINKS = {"vit_dims": [3], "vit_tau": 1.2, "llm_dims": [5], "llm_tau": 3.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, twelve pictures of six sizes, questions about them, and a configuration."""
+    root = tmp_path_factory.mktemp("next")
+    hf = tiny_hf("clip", "llama", image_grid_pinpoints=PINPOINTS, text_config={"max_position_embeddings": 1024})
+    save_tiny(hf, root / "hf")
+    stated = json.loads((root / "hf/config.json").read_text())
+    (root / "hf/config.json").write_text(json.dumps({**stated, "lsg_sinks": SINKS}))
+    convert(root / "hf", root / "model")
+    (root / "images").mkdir()
+    rng, questions, records = np.random.default_rng(0), [], []
+    for index in range(12):
+        width, height = SIZES[index % len(SIZES)]
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(root / f"images/{index}.png")
+        common = {"id": str(index), "image": f"images/{index}.png"}
+        questions.append(common | {"question": "How many?", "answer": "two", "category": str(index % 2)})
+        turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "two"}]
+        records.append(common | {"conversations": turns})
+    for name, rows in {"questions": questions, "records": records}.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "run.toml").write_text(
+        f'model = "{root / "model"}"\noutput = "{root / "run"}"\n[gate]\nlayers = [1, 3]\n'
+        f'[data]\nrecords = "{root / "prepared"}"\nmax_length = 256\nmax_answer_tokens = 8\n'
+        "[train]\nbatch_size = 4\nmax_steps = 2\nlearning_rate = 0.05\n"
+        f'[eval]\nmax_new_tokens = 4\nbatch_size = 4\n[eval.benchmarks]\nmine = "{root / "questions.jsonl"}"\n'
+    )
+    return root
+
+
+def lsg(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def answers(path):
+    return [json.loads(line)["output"] for line in path.read_text().splitlines()]
+
+
+def test_trained_and_evaluated(folder):
+    lsg("prepare", folder / "records.jsonl", folder / "prepared", "--images", folder)
+    lsg("train", folder / "run.toml")
+    before = read_batch._cache_size()
+    lsg("eval", folder / "run.toml", "--out", folder / "eval")
+    shapes = (read_batch._cache_size() - before) / 2  # base and gated
+    assert shapes <= 4  # six sizes: (3 or 4, 5) tiles x (up to 64, 128) tokens
+    lsg("eval", folder / "run.toml", "--out", folder / "alone", "--set", "eval.batch_size=1")
+    for method in ("base", "lsg"):
+        assert answers(folder / f"eval/mine.{method}.jsonl") == answers(folder / f"alone/mine.{method}.jsonl")
+    result = json.loads((folder / "eval/result.json").read_text())
+    assert result["ratios"] and all(row["questions"] == 6 or row["questions"] == 12 for row in result["ratios"])
+
+
+def test_studies_run_and_are_reported(folder):
+    config = folder / "run.toml"
+    lsg("sweep", config, "--out", folder / "sweep", "--layers", 1, 3, "--coefficients", "0,1", "1,1")
+    sweep = json.loads((folder / "sweep/sweep.json").read_text())
+    assert len(sweep["rows"]) > 0
+    lsg("probe", folder / "model", "--data", "scenes", "--images", 60, "--draws", 2, "--tokens", 2, "--out", folder / "probe")
+    lsg("report", folder, "--out", folder / "report.html")
+    assert "sweep" in (folder / "report.html").read_text()
+
+
+def test_sinks_lie_on_the_original_image(folder, capfd):
+    files = [folder / f"images/{index}.png" for index in range(4)]
+    lsg("sinks", folder / "model", "--images", *files, "--out", folder / "sinks", "--max-new-tokens", 2)
+    found = json.loads(capfd.readouterr().out)["images"]
+    vlm = lsg_jax.load(folder / "model")
+    for file, size in zip(files, SIZES, strict=False):
+        entry, layout = found[str(file)], lay_out(size, vlm.config)
+        assert len(entry["boxes"]) == len(entry["norms"]) == (layout.source >= 0).sum()
+        with Image.open(file) as image:
+            encoded = vlm.processor.encode_question("x", image_size=image.size)
+            batch = vlm.pad_questions([encoded], [vlm.processor.pixels(image)])
+        marked = np.asarray(_marked(vlm, batch))
+        assert entry["v_sinks"] == np.flatnonzero(marked).tolist() != []
+    lsg("calibrate", folder / "model", "--images", folder / "images", "--out", folder / "sinks.toml")
+
+
+def _marked(vlm, batch):
+    """V-sinks of the tokens of one row, in the order of the sequence."""
+    tiles = vlm.config.vision
+    patches = np.asarray(batch.images.patches, np.float32) / 255
+    image = (patches.reshape(*patches.shape[:3], -1, 3) - vlm.config.image.mean) / vlm.config.image.std
+    side, size = tiles.image_size // tiles.patch_size, tiles.patch_size
+    grid = image.reshape(*patches.shape[:2], side, side, size, size, 3).swapaxes(3, 4)
+    pixels = grid.reshape(*patches.shape[:2], tiles.image_size, tiles.image_size, 3).transpose(0, 1, 4, 2, 3)
+    return vlm.v_sinks(pixels)[0][batch.source[0, batch.source[0, :, 0] >= 0, 0]]
