@@ -24,7 +24,7 @@ _KINDS = {
 _HANDLED = {
     "image_processor_type", "feature_extractor_type", "do_pad", "do_center_crop", "crop_size", "size", "image_mean",
     "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "default_to_square",
-    "image_grid_pinpoints",
+    "image_grid_pinpoints", "aspect_ratio_setting",
 }  # fmt: skip
 
 _NO_EFFECT = {
@@ -70,10 +70,14 @@ def image_config(
     stated = settings.get("image_grid_pinpoints", pinpoints)
     if stated != pinpoints:
         raise ConfigError(f"image processor: image_grid_pinpoints = {stated!r} are not those of config.json: {pinpoints!r}")
+    if settings.get("aspect_ratio_setting", "anyres") != "anyres":
+        raise ConfigError(f"image processor: aspect_ratio_setting = {settings['aspect_ratio_setting']!r} is not anyres")
+    # with tiles, `do_pad` fills up their number, and the whole image is resized as it is
+    aspect = _aspect({**settings, "do_pad": settings.get("do_pad", False) and not pinpoints}, size, kind)
     mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (SIGLIP_MEAN, SIGLIP_STD)
     return ImageConfig(
         size=size,
-        aspect="squash" if pinpoints else _aspect(settings, size, kind),  # with tiles, `do_pad` is about their number
+        aspect="squash" if pinpoints else aspect,
         mean=_three_floats(settings.get("image_mean", mean), "image_mean"),
         std=_three_floats(settings.get("image_std", std), "image_std"),
         canvases=tuple(Canvas(height, width) for height, width in pinpoints or ()),

@@ -29,12 +29,12 @@ def make_batch(
 
     Args:
         input_ids: int [B, T], with as many image tokens as the images of the row have.
-        pixel_values: as `to_tiles` takes them, the images of all rows in order; None for text only. A model with one square an
-            image also takes one image for each row, whether it has image tokens or not.
+        pixel_values: as `to_tiles` takes them, the images of all rows in order; None for text only. A model without tiles also
+            takes one image for each row, whether it has image tokens or not.
         attention_mask: [B, T], true for tokens that take part; None for all.
         gate_position: int [B]; None for the last token of each row.
-        image_sizes: int [images, 2], height and width of the original images in pixels. None takes images for squares as large
-            as the vision tower's.
+        image_sizes: int [images, 2], height and width of the original images in pixels; needed for a model with tiles. None
+            takes images for squares as large as the vision tower's.
         batch_num_images: ignored: the image tokens of a row say how many images it has.
 
     Returns:
@@ -62,7 +62,10 @@ def make_batch(
             raise InputError(f"row {row} has {is_image[row].sum()} image tokens, but there is no image")
         return batch, [[] for _ in ids]
     tiles = to_tiles(pixel_values, config)
-    rows = images_by_row(is_image, [lay_out(size, config) for size in _image_sizes(len(tiles), image_sizes, config)])
+    layouts = [lay_out(size, config) for size in _image_sizes(len(tiles), image_sizes, config)]
+    if layouts and tiles.shape[1] < (most := max(layout.tiles for layout in layouts)):
+        raise InputError(f"pixel_values have {tiles.shape[1]} tiles an image, images of these image_sizes have up to {most}")
+    rows = images_by_row(is_image, layouts, one_a_row=not config.image.canvases)
     return batch.replace(**_images(tiles, rows, is_image, config)), [list(row.values()) for row in rows]  # type: ignore[attr-defined]
 
 
@@ -85,7 +88,7 @@ def _image_sizes(count: int, image_sizes: Any, config: ModelConfig) -> list[Imag
     """(width, height) of each image."""
     if image_sizes is None:
         if config.image.canvases:
-            raise InputError("image_sizes are needed: the number of an image's tokens depends on its size")
+            raise InputError("image_sizes are needed, as the processor returns them: an image's tokens depend on its size")
         return [(config.vision.image_size, config.vision.image_size)] * count
     sizes = np.asarray(image_sizes, int)
     if sizes.shape != (count, 2) or (sizes < 1).any():
@@ -93,18 +96,20 @@ def _image_sizes(count: int, image_sizes: Any, config: ModelConfig) -> list[Imag
     return [(width, height) for height, width in sizes.tolist()]
 
 
-def images_by_row(is_image: np.ndarray, layouts: Sequence[VisualLayout]) -> list[dict[int, VisualLayout]]:
+def images_by_row(is_image: np.ndarray, layouts: Sequence[VisualLayout], *, one_a_row: bool) -> list[dict[int, VisualLayout]]:
     """The images of each row, in order: number of the image -> its layout.
 
     Args:
         is_image: bool [B, T], image tokens.
-        layouts: of all images. They go to the rows in order, or are one for each row, whether it has image tokens or not.
+        layouts: of all images, which go to the rows in order.
+        one_a_row: the images may also be one for each row, whether it has image tokens or not.
 
     Raises:
         InputError: the tokens of a row are not those of its next images, or an image is left over.
     """
     tokens = is_image.sum(1).tolist()
-    if len(layouts) == len(tokens) and all(count in (0, len(layout)) for count, layout in zip(tokens, layouts, strict=True)):
+    fits = lambda: all(count in (0, len(layout)) for count, layout in zip(tokens, layouts, strict=True))
+    if one_a_row and len(layouts) == len(tokens) and fits():
         return [{row: layouts[row]} if count else {} for row, count in enumerate(tokens)]
     rows: list[dict[int, VisualLayout]] = []
     at = 0

@@ -166,7 +166,7 @@ class VLM:
         """Where the visual tokens are, which of them are V-sinks, and where each lies in its image.
 
         Args:
-            more: `image_sizes` among others; without it images are taken for squares, and boxes refer to the prepared square.
+            more: `image_sizes` among others; without it, boxes refer to the prepared square (a model with tiles needs it).
 
         Returns:
             mask bool [B, T]; v_sink bool [B, T], False where no V-sink dimensions are known; box float32 [B, T, 4], the corners

@@ -118,7 +118,7 @@ def save_tiny(model: LlavaForConditionalGeneration, folder: str | Path, **kwargs
     }
     if pinpoints := getattr(model.config, "image_grid_pinpoints", None):
         image_processor |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
-        image_processor |= {"do_pad": True}
+        image_processor |= {"do_pad": True, "aspect_ratio_setting": "anyres"}
     if clip:
         image_processor |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_convert_rgb": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=1))

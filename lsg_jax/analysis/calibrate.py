@@ -68,7 +68,7 @@ class Sample:
         self.size = min(BATCH, -(-len(self.paths) // 2))  # two halves, however few images there are
 
     def batches(self, what: str) -> Iterator[tuple[int, Batch, np.ndarray]]:
-        """Yields (half of the sample, 0 or 1; batch of fixed shape; bool [B], the rows that are not padding)."""
+        """Yields (half of the sample, 0 or 1; batch of one of few shapes; bool [B], the rows that are not padding)."""
         size = self.size
         processor = self.vlm.processor
         # the first pass keeps only the readable paths, so that the second one makes the same batches

@@ -35,6 +35,7 @@ from lsg_jax.analysis.probe_images import ProbeData
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import image_size
+from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
@@ -124,15 +125,17 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
     layers, tokens = settings.chosen_layers(vlm.config.text.num_layers), settings.tokens
     count, size = data.train + data.test, settings.batch_size * batch_rows(vlm.mesh)
     first = data.read(0)[0]
-    size_of_all = first.size if isinstance(first, Image.Image) else image_size(first)
+    size_of_all = _size(first)
     encoded = vlm.processor.encode_question(settings.prompt, image_size=size_of_all)
-    patches = sum(int((layout.source[:, 0] >= 0).sum()) for layout in encoded.layouts)
+    patches = int((vlm.processor.layout(size_of_all).source >= 0).sum())
     shape = (len(layers), count, 2 + settings.draws, vlm.config.text.hidden_size)
     features = _on_disk(shape, scratch)
     present, flagged, values = np.zeros((len(layers), count, 3), bool), 0.0, []
 
     def read(index: int) -> tuple[np.ndarray, dict[str, Any]]:
         image, found = data.read(min(index, count - 1))  # the last batch is filled up with the last image
+        if vlm.config.image.canvases and (size := _size(image)) != size_of_all:
+            raise InputError(f"image {index} is {size}, the first is {size_of_all}: with tiles, all must be of one size")
         return vlm.processor.pixels(image), {name: found[name] for name in data.vocabularies}
 
     stream = in_order(read, range(-(-count // size) * size), thread_count(None))
@@ -154,6 +157,11 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
         flagged += ever.sum() / (count * patches)
         progress(kept.stop, count, "images")
     return PooledStates(features, present, values, flagged)
+
+
+def _size(image: Any) -> ImageSize:
+    """(width, height) in pixels of an image or its bytes."""
+    return image.size if isinstance(image, Image.Image) else image_size(image)
 
 
 def _on_disk(shape: tuple[int, ...], folder: Path) -> np.ndarray:

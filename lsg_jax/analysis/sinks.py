@@ -10,7 +10,8 @@ value is NaN. `find_sinks` returns, and sinks.json holds:
         size        [width, height] of the original image, in pixels
         boxes       [P][4]: x0, y0, x1, y1 of each patch, in units of the original image's width and height; outside [0, 1] is
                     padding
-        v_sinks     patch indices, row-major; null where unknown
+        v_sinks     patch indices, in the order of the sequence: row by row, and with tiles the whole image first; null where
+                    unknown
         l_sinks, ordinary   the same for each layer
         criteria    {stage: {name: the same}}; here L-sinks still include V-sinks
         norms       of the features, one for each patch
@@ -180,7 +181,9 @@ def _observe(
     visual, valid = sequence.visual, jnp.asarray(batch.attention_mask)
     assert visual is not None
     patches = jnp.flatnonzero(visual.mask[0], size=count)
-    asking = (prompt & (jnp.arange(valid.shape[1]) > patches[-1]), valid & ~prompt)
+    positions = jnp.arange(valid.shape[1])
+    last = jnp.max(jnp.where(jnp.asarray(batch.source)[0, :, 0] != NO_SOURCE, positions, -1))  # of the image, newline included
+    asking = (prompt & (positions > last), valid & ~prompt)
 
     def observe(view: LayerView) -> dict[str, jax.Array]:
         received = received_attention(view.attention, prompt)
@@ -197,8 +200,10 @@ def _observe(
         sinks = dataclasses.replace(sinks, criterion="attention", vit_tau=attention.tau)
     assert batch.images is not None
     features, by_attention = model.image_features(batch.images, sinks=sinks)
-    everywhere = jnp.ones(features.shape[:2], bool)
-    masks = [by_attention if r is attention and not r.unknown else r.mask(features, everywhere, None) for r in vit]
+    by_tile = features.reshape(-1, model.config.num_image_tokens, features.shape[-1])  # as the model judges them
+    everywhere = jnp.ones(by_tile.shape[:2], bool)
+    judge = lambda r: r.mask(by_tile, everywhere, None).reshape(by_attention.shape)
+    masks = [by_attention if r is attention and not r.unknown else judge(r) for r in vit]
     shown = jnp.asarray(batch.source)[0, patches, 0]  # the features behind the tokens, in the order of the sequence
     return {"vit": {"masks": jnp.stack([m[0, shown] for m in masks]), **_sizes(features[0, shown], vit)}, "llm": seen}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lsg_jax.data.layout import VisualLayout, tile_bucket
+from lsg_jax.data.layout import ImageSize, tile_bucket
 from lsg_jax.types import IGNORE
 
 
@@ -19,19 +19,21 @@ class Encoded:
         num_prompt: number of tokens before the (first) answer.
         cut: number of answer tokens removed by truncation.
         answers: (start, stop) of each answer, end marker included. None: a single answer, from `num_prompt` to the end.
-        layouts: of the images whose tokens are in `ids`.
+        image_sizes: (width, height) in pixels of the images whose tokens are in `ids`.
+        num_tiles: squares that the vision tower sees of them.
     """
 
     ids: np.ndarray
     num_prompt: int
     cut: int = 0
     answers: tuple[tuple[int, int], ...] | None = None
-    layouts: tuple[VisualLayout, ...] = ()
+    image_sizes: tuple[ImageSize, ...] = ()
+    num_tiles: int = 0
 
     @property
     def tiles(self) -> int:
-        """Tiles of a row that holds the example, at least one."""
-        return tile_bucket(sum(layout.tiles for layout in self.layouts))
+        """Tiles of a row that holds the example, at least one and rounded up so that few shapes compile."""
+        return tile_bucket(self.num_tiles)
 
     @property
     def answered(self) -> np.ndarray:

@@ -55,7 +55,7 @@ class VisualLayout:
         return len(self.token_ids)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def lay_out(image_size: ImageSize, config: ModelConfig) -> VisualLayout:
     """The layout of an image of (width, height) pixels.
 

@@ -12,7 +12,6 @@ import numpy as np
 from lsg_jax.config import DataConfig
 from lsg_jax.data.conversation import RecordError, examples
 from lsg_jax.data.encoded import Encoded
-from lsg_jax.data.layout import tile_bucket
 from lsg_jax.data.processor import Processor, to_batch
 from lsg_jax.data.records import PreparedRecords, Record, open_records
 from lsg_jax.errors import InputError
@@ -69,8 +68,8 @@ class TrainingData(Iterator[Batch]):
         self.digest = self._records.digest
         self.dropped: dict[str, int] = {}
         self.truncated = 0
+        self._tiles = 1  # of a row that holds any example: a batch has one shape
         self._index = self._usable_examples()
-        self._tiles = self._most_tiles()
         self.num_examples = len(self._index)
         if not self.num_examples:
             raise InputError(f"{records_path}: none of the {sum(self.dropped.values())} examples is usable: {self.dropped}")
@@ -96,15 +95,10 @@ class TrainingData(Iterator[Batch]):
                     dropped[error.reason] += 1
                     continue
                 kept.append((row, number))
+                if record.image_size:
+                    self._tiles = max(self._tiles, self._processor.layout(record.image_size).tiles)
         self.dropped = dict(sorted(dropped.items()))
         return np.asarray(kept, np.int32).reshape(-1, 2)
-
-    def _most_tiles(self) -> int:
-        """Tiles of a row that holds any example: a batch has one shape."""
-        if not self._processor.image.canvases:
-            return 1
-        sizes = {self._records[int(row)].image_size for row in np.unique(self._index[:, 0])}
-        return max(tile_bucket(self._processor.layout(size).tiles if size else 1) for size in sizes)
 
     def _encode(self, record: Record, number: int) -> Encoded:
         if self._data.conversations == "whole":

@@ -150,8 +150,7 @@ class Processor:
                 answer, `prompt_too_long`.
         """
         prompt, ending = self._render(prompt_turns, answer)
-        layout = self.layout(image_size)
-        ids, num_prompt = self._chunks.encode(prompt, ending, layout.token_ids.tolist())
+        ids, num_prompt = self._chunks.encode(prompt, ending, self.layout(image_size).token_ids.tolist())
         limit = len(ids) if max_answer_tokens is None else num_prompt + max_answer_tokens
         limit = limit if max_length is None else min(limit, max_length)
         kept = ids[:limit]
@@ -161,9 +160,8 @@ class Processor:
             raise RecordError("prompt_too_long", f"the prompt has {num_prompt} tokens; at most {max_length} fit")
         if answer is not None and len(kept) <= num_prompt:
             raise RecordError("nothing_supervised", f"the prompt has {num_prompt} tokens; no answer fits into {max_length}")
-        return Encoded(
-            np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept), layouts=(layout,) * prompt.count(IMAGE_TAG)
-        )
+        encoded = Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept))
+        return self._with_images(encoded, image_size, prompt.count(IMAGE_TAG))
 
     def encode_conversation(
         self, turns: Sequence[Turn], *, image_size: ImageSize | None = None, max_length: int, max_answer_tokens: int
@@ -174,8 +172,7 @@ class Processor:
             RecordError: `image_truncated`, `nothing_supervised`, `reserved_text`, or `answers_apart`: the template or the
                 tokenizer writes an earlier answer differently from a final one, so one sequence cannot train both.
         """
-        layout = self.layout(image_size)
-        image_ids = layout.token_ids.tolist()
+        image_ids = self.layout(image_size).token_ids.tolist()
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         prompt, ending = self._render(turns[:-1], turns[-1].text)
@@ -194,7 +191,7 @@ class Processor:
         if not kept:
             raise RecordError("nothing_supervised", f"the prompt has {spans[0][0]} tokens; no answer fits into {max_length}")
         cut = len(whole.answered) - sum(stop - start for start, stop in kept)
-        return Encoded(whole.ids[:length], spans[0][0], cut, kept, (layout,) * prompt.count(IMAGE_TAG))
+        return self._with_images(Encoded(whole.ids[:length], spans[0][0], cut, kept), image_size, prompt.count(IMAGE_TAG))
 
     def _exchanges(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[str, str]]:
         """Splits a rendered conversation into pairs (text before the answer, the answer with its end marker)."""
@@ -234,8 +231,15 @@ class Processor:
 
     def layout(self, image_size: ImageSize | None = None) -> VisualLayout:
         """The layout of an image of (width, height) pixels. None: as large as the vision tower's."""
-        side = self.model.vision.image_size
-        return lay_out(image_size or (side, side), self.model)
+        return lay_out(image_size or self._square, self.model)
+
+    @property
+    def _square(self) -> ImageSize:
+        return self.model.vision.image_size, self.model.vision.image_size
+
+    def _with_images(self, encoded: Encoded, image_size: ImageSize | None, count: int) -> Encoded:
+        sizes = (image_size or self._square,) * count
+        return dataclasses.replace(encoded, image_sizes=sizes, num_tiles=count and self.layout(image_size).tiles * count)
 
     def _render(self, prompt_turns: Sequence[Turn], answer: str | None) -> tuple[str, str | None]:
         """(prompt, answer with its end marker). Special tokens within the turns' own text are hidden."""
@@ -305,11 +309,12 @@ class Processor:
             )
         if (is_image := encoded.ids == self.model.image_token_id).any() and pixels is None:
             raise InputError("the prompt has image tokens, but no image was given")
-        if is_image.sum() != (count := sum(map(len, encoded.layouts))):
+        layouts = [self.layout(size) for size in encoded.image_sizes]
+        if is_image.sum() != (count := sum(map(len, layouts))):
             raise InputError(f"{is_image.sum()} image tokens in a prompt whose images have {count}")
-        shown = self.blank if pixels is None or not encoded.layouts else pixels
-        if encoded.layouts and len(shown) != (wanted := sum(layout.tiles for layout in encoded.layouts)):
-            raise InputError(f"{len(shown)} tiles for a prompt whose images have {wanted}")
+        shown = self.blank if pixels is None or not layouts else pixels
+        if layouts and len(shown) != encoded.num_tiles:
+            raise InputError(f"{len(shown)} tiles for a prompt whose images have {encoded.num_tiles}")
         start = 0 if padding_side == "right" else max_length - length
         input_ids = np.full(max_length, self.model.pad_token_id, np.int32)
         input_ids[start : start + length] = encoded.ids
@@ -324,7 +329,7 @@ class Processor:
             "input_ids": input_ids,
             "attention_mask": valid,
             "patches": np.pad(to_patches(shown, self.model.vision.patch_size), ((0, room), (0, 0), (0, 0))),
-            "source": place_sources(valid & (input_ids == self.model.image_token_id), encoded.layouts, self.model),
+            "source": place_sources(valid & (input_ids == self.model.image_token_id), layouts, self.model),
             "gate_position": np.asarray(start + encoded.num_prompt - 1, np.int32),
             "answer_index": answer_index,
             "answer_target": answer_target,

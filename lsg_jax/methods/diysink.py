@@ -27,7 +27,7 @@ from lsg_jax.config import ModelConfig
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.gating.gate import GateParam
 from lsg_jax.methods.full import float32_copy
-from lsg_jax.methods.method import Method
+from lsg_jax.methods.method import Method, check_one_square
 from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.model.projector import Projector
@@ -148,6 +148,11 @@ class DiySink(Method):
     Settings = DiySinkConfig
     trains = True
     trains_inputs = True
+
+    def for_model(self, config: ModelConfig) -> DiySink:
+        """Refuses a model that cuts images into tiles."""
+        check_one_square(config, "diysink")
+        return self
 
     def module(self, config: ModelConfig, key: jax.Array) -> SinkProjectors:
         """Two projectors, and the network of the routing `mlp`."""

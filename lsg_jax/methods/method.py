@@ -10,6 +10,7 @@ from flax import nnx
 
 from lsg_jax.config import GateConfig, ModelConfig, Part
 from lsg_jax.config.ranges import Table
+from lsg_jax.errors import ConfigError
 from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.types import Batch, Intervention, Sequence
 
@@ -95,3 +96,9 @@ class Method:
 
 
 BASE = Method()
+
+
+def check_one_square(config: ModelConfig, name: str) -> None:
+    """Raises ConfigError for a method that takes the patches of one square image, and a model that cuts images into tiles."""
+    if config.image.canvases:
+        raise ConfigError(f"{name} takes the patches of one square image, but this model cuts images into tiles")

@@ -8,8 +8,9 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from lsg_jax.config import ModelConfig
 from lsg_jax.config.ranges import Range, Table
-from lsg_jax.methods.method import Method
+from lsg_jax.methods.method import Method, check_one_square
 from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.sinks.criteria import norm
@@ -48,10 +49,18 @@ class SinkFront(Method):
 
     Settings = SinkFrontConfig
 
+    def for_model(self, config: ModelConfig) -> SinkFront:
+        """Refuses a model that cuts images into tiles."""
+        check_one_square(config, "sink_front")
+        return self
+
     def connect(
         self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
         """The model's own tokens, reordered."""
-        order = sinks_first(features, self.settings)
+        each = model.config.num_image_tokens  # image by image: each of them is one square
+        count = features.shape[1] // each
+        order = sinks_first(features.reshape(-1, each, features.shape[-1]), self.settings).reshape(-1, count, each)
+        order = (order + each * jnp.arange(count)[:, None]).reshape(features.shape[:2])
         moved, v_sink = jnp.take_along_axis(features, order[..., None], axis=1), jnp.take_along_axis(v_sink, order, axis=1)
         return ConnectorTokens(model.projector(moved), v_sink, order=order)

@@ -1,4 +1,5 @@
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from converters.image_processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, image_config
-from lsg_jax.config import ImageConfig
+from lsg_jax.config import Canvas, ImageConfig
 from lsg_jax.data import images
 from lsg_jax.data.images import normalise, open_image, prepare_pixels
 from lsg_jax.errors import ConfigError, InputError
@@ -204,3 +205,21 @@ def test_settings_are_read(settings, family, aspect):
 def test_settings_that_change_pixels_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         image_config(settings, size=336, tower="clip")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"aspect_ratio_setting": "pad"}, "'pad' is not anyres"),
+        ({"crop_size": 384}, "crop_size 384 differs"),
+        ({"size": {"shortest_edge": 384}}, "size 384 differs"),
+        ({"image_grid_pinpoints": [[672, 336]]}, "are not those of config.json"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "does not go with a config.json with tiles"),
+    ],
+)
+def test_settings_of_tiles(settings, message):
+    stated = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True, "aspect_ratio_setting": "anyres"}
+    read = partial(image_config, size=336, tower="clip", pinpoints=[[336, 672]])
+    assert read(stated).canvases == (Canvas(336, 672),) and read(stated).aspect == "squash"
+    with pytest.raises(ConfigError, match=message):
+        read(stated | settings)

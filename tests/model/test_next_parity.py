@@ -17,9 +17,11 @@ from converters.hf_config import model_config, read_config
 from converters.torch_gate import attach
 from lsg_jax.config import Canvas, GateConfig, SinkConfig
 from lsg_jax.data.layout import lay_out, longest_layout
-from lsg_jax.errors import InputError
+from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import PortableGates
+from lsg_jax.methods.diysink import DiySink
 from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.sink_front import SinkFront
 from lsg_jax.vlm import VLM
 
 TOLERANCE = 1e-4  # absolute; logits are of order 1
@@ -116,6 +118,8 @@ def test_wrong_images_are_refused():
         vlm.logits(**{**arrays, "image_sizes": None})
     with pytest.raises(InputError, match=r"row 0 has \d+ image tokens"):
         vlm.logits(**{**arrays, "image_sizes": arrays["image_sizes"][::-1]})
+    with pytest.raises(InputError, match=r"pixel_values have 1 tiles an image, images of these image_sizes have up to \d"):
+        vlm.logits(**{**arrays, "pixel_values": arrays["pixel_values"][:, :1]})
     with pytest.raises(InputError, match=r"pixel_values must be \[images, tiles, 3, 42, 42\]"):
         vlm.logits(**{**arrays, "pixel_values": arrays["pixel_values"][:, 0]})
 
@@ -179,6 +183,13 @@ def test_gates_equal_those_in_pytorch():
     ours = gated.logits(**arrays)
     assert np.abs(ours[valid] - vlm.logits(**arrays)[valid]).max() > 0.01
     np.testing.assert_allclose(ours[valid], expected[valid], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", [SinkFront(), DiySink()], ids=lambda method: type(method).__name__)
+def test_methods_of_one_square_image_are_refused(method):
+    _, vlm = pair("clip-llama")
+    with pytest.raises(ConfigError, match="this model cuts images into tiles"):
+        vlm.with_method(method, {})
 
 
 def test_export_gives_back_the_bytes(folder):
