@@ -74,7 +74,7 @@ def rows_of(vlm, answers):
         encoded = vlm.processor.encode([Turn("human", text)], answer.strip())
         bounds.append((encoded.num_prompt, len(encoded.ids) - 1))
         row[: len(encoded.ids) - 1] = encoded.ids[:-1]
-    pixels = np.stack([normalise(vlm.processor.pixels(item.image.image), vlm.config.image) for item in ITEMS[:4]])
+    pixels = np.concatenate([normalise(vlm.processor.pixels(item.image.image), vlm.config.image) for item in ITEMS[:4]])
     return ids, bounds, pixels.transpose(0, 3, 1, 2)
 
 

@@ -58,7 +58,7 @@ def image_of(seed=0):
 
 def batch_of(vlm, encoded, seed=0):
     pixels = image_of(seed)
-    return vlm.processor.collate(encoded, [pixels] * len(encoded), max_length=400, max_answer_tokens=40)
+    return vlm.processor.collate(encoded, [pixels[None]] * len(encoded), max_length=400, max_answer_tokens=40)
 
 
 def gradients_of(vlm, batch, parts=PARTS):
