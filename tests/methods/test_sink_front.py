@@ -124,3 +124,17 @@ def test_boxes_of_visual_tokens_move_with_the_patches():
 def test_a_threshold_that_is_no_norm_is_refused(tau):
     with pytest.raises(ConfigError, match=rf"sink_front.tau is {tau}: it must lie in \(0, 1e9\]"):
         pair()[1].with_method(SinkFront(SinkFrontConfig(tau=tau)))
+
+
+def test_sinks_go_before_the_patches_of_their_own_image():
+    vlm, config = pair()[1], SinkFrontConfig(middle_norm())
+    ids = np.array([[BOS, *[IMAGE_TOKEN] * PATCHES, 5, *[IMAGE_TOKEN] * PATCHES, 6]])
+    sequence = jax.jit(lambda params, batch, graphdef: assemble(graphdef, params).sequence(batch).x, static_argnums=2)
+    plain, moved = (
+        np.asarray(sequence(model.params, model.batch(ids, inputs()[1]), model.graphdef))[0]
+        for model in (vlm, vlm.with_method(SinkFront(config)))
+    )
+    for start, order in zip((1, 2 + PATCHES), sinks_first(features().numpy(), config), strict=True):
+        where = slice(start, start + PATCHES)
+        assert not np.array_equal(moved[where], plain[where])
+        np.testing.assert_allclose(moved[where], plain[where][np.asarray(order)], atol=1e-5)
