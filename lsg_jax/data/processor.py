@@ -13,19 +13,12 @@ from PIL import Image
 
 from lsg_jax.config import Aspect, ModelConfig
 from lsg_jax.data import images
-from lsg_jax.data.conversation import (
-    IMAGE_TAG,
-    TEMPLATES,
-    ChatTemplate,
-    ChunkTokenizer,
-    RecordError,
-    Turn,
-    render,
-    tag_front,
-)
+from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, tag_front
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import to_patches
 from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out, place_sources
+from lsg_jax.data.templates import TEMPLATES, ChatTemplate, render
+from lsg_jax.data.tokenization import ChunkTokenizer
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.types import IGNORE, Batch, VisualInput
 

@@ -7,8 +7,10 @@ from tokenizers_for_tests import byte_level_tokenizer, llama_tokenizer, model_co
 from transformers import AutoTokenizer
 
 from converters.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, write_byte_tokenizer
-from lsg_jax.data.conversation import TEMPLATES, ChunkTokenizer, RecordError, Turn, examples, parse_record, render
+from lsg_jax.data.conversation import RecordError, Turn, examples, parse_record
 from lsg_jax.data.processor import Processor
+from lsg_jax.data.templates import TEMPLATES, render
+from lsg_jax.data.tokenization import ChunkTokenizer
 from lsg_jax.errors import ConfigError, InputError
 
 SYSTEM = (

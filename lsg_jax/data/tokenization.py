@@ -1,0 +1,118 @@
+"""Text -> token ids, as in LLaVA's code."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lsg_jax.data.conversation import IMAGE_TAG, RecordError
+from lsg_jax.data.templates import TEMPLATES
+from lsg_jax.errors import ConfigError
+
+
+class ChunkTokenizer:
+    """Text with at most one `<image>` -> token ids, as in LLaVA's code.
+
+    The prompt is split at `<image>`, and each chunk is tokenized on its own. This puts the piece `▁` in front of the newline
+    after an image; tokenizing the whole string would not, with `legacy=False` (Metaspace `first`). Text without an image gets
+    the ids of the whole string. The prompt and the answer are tokenized together.
+
+    Special tokens within a turn's text (`</s>`) stay text; those of the template are control tokens. They look alike after
+    rendering, so `protect` replaces the former beforehand. A copy of the tokenizer has a stand-in for each control token, with
+    the same flags, and treats the literal spelling as ordinary text.
+
+    Args:
+        mark_segments: text after a control token starts a word, as in Phi-3's tokenizer files and in xtuner's training on
+            them. transformers 5 reads `legacy = false` as "only the first text does".
+
+    Raises:
+        ConfigError: the tokenizer is a slow one.
+    """
+
+    _HIDDEN = re.compile("\ue000lsg:t([0-9]+)\ue001")
+
+    def __init__(self, tokenizer: Any, *, mark_segments: bool = False):
+        from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(f"{type(tokenizer).__name__}: a fast tokenizer (tokenizer.json) is needed")
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        markers = {marker for template in TEMPLATES.values() for marker in template.markers}
+        added = {t.content: (i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content in markers}
+        self.control: dict[str, int] = {text: index for text, (index, _) in added.items()}
+        self._literals = sorted({*added, IMAGE_TAG}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, self._literals)))
+        self._stand_ins = {text: f"\ue000lsg:c{i}\ue001" for i, text in enumerate(added)}
+        backend.add_tokens(
+            [
+                AddedToken(self._stand_ins[text], special=False, normalized=t.normalized, lstrip=t.lstrip, rstrip=t.rstrip)
+                for text, (_, t) in added.items()
+            ]
+        )
+        self._ids = {backend.token_to_id(self._stand_ins[text]): index for text, (index, _) in added.items()}
+        self._backend = backend
+        self._beginning = functools.lru_cache(maxsize=64)(self._chunk)  # usually just the system text
+        words = backend.pre_tokenizer
+        self._eats_space = isinstance(words, pre_tokenizers.Metaspace) and words.prepend_scheme != "never"
+        if self._eats_space and mark_segments:
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            backend.pre_tokenizer = None
+            self._eats_space = False
+        bos = tokenizer.bos_token_id
+        self._bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
+
+    def protect(self, text: str, *, keep_tag: bool = False) -> str:
+        """Replaces special tokens in a turn's text by placeholders. With `keep_tag`, a tag at the very start stays.
+
+        Raises:
+            RecordError: `reserved_text`, the text contains the private characters of the placeholders.
+        """
+        if "\ue000lsg:" in text:
+            raise RecordError("reserved_text", "the text contains the private-use sequence U+E000 `lsg:`")
+        tag = IMAGE_TAG if keep_tag and text.startswith(IMAGE_TAG) else ""
+        hidden = self._pattern.sub(lambda m: f"\ue000lsg:t{self._literals.index(m[0])}\ue001", text[len(tag) :])
+        return tag + hidden
+
+    def encode(
+        self, prompt: str, answer: str | None, image_ids: Sequence[int], *, beginning: bool = True
+    ) -> tuple[list[int], int]:
+        """(ids, number of prompt ids). `image_ids` replace the tag.
+
+        With `beginning`, exactly one BOS comes first, if the tokenizer adds it.
+        """
+        first, *rest = prompt.split(IMAGE_TAG)
+        if len(rest) > 1:
+            raise ConfigError(f"the template writes {len(rest)} {IMAGE_TAG} tags")
+        head: list[int] = []
+        if rest:
+            head = [*self._with_bos(self._beginning(first), beginning), *image_ids]
+        last = rest[0] if rest else first
+        prompt_ids = self._chunk(last)
+        answer_ids = [] if answer is None else self._continuation(last, prompt_ids, answer)
+        prompt_ids = head + prompt_ids if rest else self._with_bos(prompt_ids, beginning)
+        return prompt_ids + answer_ids, len(prompt_ids)
+
+    def _with_bos(self, ids: list[int], beginning: bool) -> list[int]:
+        return [self._bos, *ids] if beginning and self._bos is not None and ids[:1] != [self._bos] else ids
+
+    def _chunk(self, text: str) -> list[int]:
+        text = self._pattern.sub(lambda m: self._stand_ins.get(m[0], m[0]), text)
+        text = self._HIDDEN.sub(lambda m: self._literals[int(m[1])], text)
+        if self._eats_space and text.startswith(" "):
+            text = " " + text  # Metaspace turns a leading space into its mark; SentencePiece puts the mark before the space
+        return [self._ids.get(i, i) for i in self._backend.encode(text, add_special_tokens=False).ids]
+
+    def _continuation(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
+        """Ids of the answer. The prompt's ids must stay as they are at generation, without an answer."""
+        joint = self._chunk(prompt + answer)
+        if joint[: len(prompt_ids)] == prompt_ids:
+            return joint[len(prompt_ids) :]
+        # a merge spans both: tokenize the answer after a control token, where no word start is added
+        if not self.control:
+            return self._chunk(answer)
+        return self._chunk(next(iter(self.control)) + answer)[1:]
