@@ -18,6 +18,7 @@ _KINDS = {
     "CLIPFeatureExtractor": "clip",
     "LlavaImageProcessor": "clip",
     "LlavaNextImageProcessor": "clip",
+    "LlavaOnevisionImageProcessor": "onevision",
     "SiglipImageProcessor": "siglip",
 }
 
@@ -74,7 +75,7 @@ def image_config(
         raise ConfigError(f"image processor: aspect_ratio_setting = {settings['aspect_ratio_setting']!r} is not anyres")
     # with tiles, `do_pad` fills up their number, and the whole image is resized as it is
     aspect = _aspect({**settings, "do_pad": settings.get("do_pad", False) and not pinpoints}, size, kind)
-    mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (SIGLIP_MEAN, SIGLIP_STD)
+    mean, std = (SIGLIP_MEAN, SIGLIP_STD) if kind == "siglip" else (CLIP_MEAN, CLIP_STD)
     return ImageConfig(
         size=size,
         aspect="squash" if pinpoints else aspect,
@@ -91,7 +92,7 @@ def _processor_kind(settings: Mapping[str, Any], tower: str, *, tiled: bool) -> 
     kind = _KINDS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
     if kind is None:
         raise ConfigError(f"image processor: {name!r} is not supported (known: {', '.join(_KINDS)})")
-    if str(name).startswith("LlavaNext") != tiled:
+    if str(name).startswith(("LlavaNext", "LlavaOnevision")) != tiled:
         raise ConfigError(f"image processor: {name} does not go with a config.json {'with' if tiled else 'without'} tiles")
     return kind
 

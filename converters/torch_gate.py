@@ -19,7 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    VipLlavaForConditionalGeneration,
+)
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from converters.families.decoders import DECODERS
@@ -27,7 +32,8 @@ from lsg_jax.config import SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
 
-LlavaModel = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+TiledModel = LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration
+LlavaModel = LlavaForConditionalGeneration | VipLlavaForConditionalGeneration | TiledModel
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -141,9 +147,9 @@ class GateHandle:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             tokens = self._tokens
-            marks = tokens.spread(self._packed(self._v_sinks, tokens.image_sizes)).to(hidden.device)
+            marks = tokens.spread(self._packed(self._v_sinks, tokens)).to(hidden.device)
             visual = tokens.is_image & tokens.valid & (marks >= 0)
-            members = self._members(hidden, visual & (marks == 1), visual, tokens.valid)
+            members = self._members(hidden, visual & (marks > 0), visual, tokens.valid)
             ratios = self.gates[str(layer)](self._signal(hidden, tokens, visual))
             self.ratios[layer] = ratios.detach()
             # text tokens are in no group and keep exactly 1
@@ -154,20 +160,25 @@ class GateHandle:
 
         return hook
 
-    def _packed(self, v_sinks: torch.Tensor, image_sizes: Any) -> torch.Tensor:
-        """For each image token, in order: 1 for a V-sink, 0 for another patch, -1 for a newline."""
+    def _packed(self, v_sinks: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
+        """For each image token, in order: the share of V-sinks in it, in [0, 1]; -1 for a newline."""
         marks = v_sinks.float()
-        if isinstance(self._model, LlavaForConditionalGeneration):
+        if not isinstance(self._model, TiledModel):
             return marks.flatten()
         config: Any = self._model.config
+        onevision = isinstance(self._model, LlavaOnevisionForConditionalGeneration)
         tiles = [
-            image_size_to_num_patches(s, config.image_grid_pinpoints, config.vision_config.image_size) for s in image_sizes
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            if alone or not onevision
+            else 1
+            for size, alone in zip(tokens.image_sizes, tokens.alone, strict=True)
         ]
-        packed, _ = self._model.pack_image_features(
+        how = "vision_aspect_ratio" if onevision else "vision_feature_select_strategy"
+        packed, _ = self._model.model.pack_image_features(
             torch.split(marks[..., None], tiles),
-            image_sizes,
-            config.vision_feature_select_strategy,
+            tokens.image_sizes,
             image_newline=-torch.ones_like(marks[0, :1]),
+            **{how: getattr(config, how)},
         )
         return torch.cat(packed)[:, 0]
 
@@ -219,7 +230,10 @@ class _Tokens:
 
     def __init__(self, ids: torch.Tensor, is_image: torch.Tensor, kwargs: dict[str, Any], position: torch.Tensor | None):
         self.is_image = is_image
-        self.image_sizes = kwargs.get("image_sizes")
+        self.image_sizes: Any = () if kwargs.get("image_sizes") is None else kwargs["image_sizes"]
+        numbers = kwargs.get("batch_num_images")
+        numbers = [1] * len(self.image_sizes) if numbers is None else [int(number) for number in numbers]
+        self.alone = [number == 1 for number in numbers for _ in range(number)]
         mask = kwargs.get("attention_mask")
         if mask is not None and tuple(mask.shape) != tuple(ids.shape):
             raise InputError(f"attention_mask has shape {list(mask.shape)}, gates need [batch, tokens] = {list(ids.shape)}")
@@ -249,7 +263,9 @@ def attach(
     sinks: SinkConfig | None = None,
     gate_position: torch.Tensor | None = None,
 ) -> GateHandle:
-    """Attaches gates to a LLaVA or LLaVA-NeXT model of transformers whose language model is Llama, Mistral, Qwen2 or Phi-3.
+    """Attaches gates to a LLaVA, ViP-LLaVA, LLaVA-NeXT or OneVision model of transformers.
+
+    The language model is Llama, Mistral, Qwen2 or Phi-3.
 
     Works in `model(...)` and `model.generate(...)`, with padding on either side. Input without an image is not affected.
 

@@ -35,7 +35,8 @@ def make_batch(
         gate_position: int [B]; None for the last token of each row.
         image_sizes: int [images, 2], height and width of the original images in pixels; needed for a model with tiles. None
             takes images for squares as large as the vision tower's.
-        batch_num_images: ignored: the image tokens of a row say how many images it has.
+        batch_num_images: int [rows with images], the number of images of each; None takes each image for the only one of its
+            row. It matters to OneVision alone (`lay_out`).
 
     Returns:
         The batch, and the layouts of each row's images.
@@ -62,7 +63,9 @@ def make_batch(
             raise InputError(f"row {row} has {is_image[row].sum()} image tokens, but there is no image")
         return batch, [[] for _ in ids]
     tiles = to_tiles(pixel_values, config)
-    layouts = [lay_out(size, config) for size in _image_sizes(len(tiles), image_sizes, config)]
+    alone = _alone(len(tiles), batch_num_images)
+    sizes = _image_sizes(len(tiles), image_sizes, config)
+    layouts = [lay_out(size, config, alone=single) for size, single in zip(sizes, alone, strict=True)]
     if layouts and tiles.shape[1] < (most := max(layout.tiles for layout in layouts)):
         raise InputError(f"pixel_values have {tiles.shape[1]} tiles an image, images of these image_sizes have up to {most}")
     rows = images_by_row(is_image, layouts, one_a_row=not config.image.canvases)
@@ -72,7 +75,7 @@ def make_batch(
 def _images(
     tiles: np.ndarray, rows: Sequence[dict[int, VisualLayout]], is_image: np.ndarray, config: ModelConfig
 ) -> dict[str, Any]:
-    """`images` and `source` of a batch."""
+    """`images`, `source` and `weight` of a batch."""
     patches = to_patches(tiles, config.vision.patch_size)
     room = tile_bucket(max(sum(layout.tiles for layout in row.values()) for row in rows))
     padded = np.zeros((len(rows), room, *patches.shape[2:]), patches.dtype)
@@ -80,8 +83,18 @@ def _images(
         if images:
             shown = np.concatenate([patches[image, : layout.tiles] for image, layout in images.items()])
             padded[row, : len(shown)] = shown
-    source = [place_sources(where, list(row.values()), config) for where, row in zip(is_image, rows, strict=True)]
-    return {"images": VisualInput(padded), "source": np.stack(source)}
+    placed = [place_sources(where, list(row.values()), config) for where, row in zip(is_image, rows, strict=True)]
+    return {"images": VisualInput(padded), **{name: np.stack([row[name] for row in placed]) for name in placed[0]}}
+
+
+def _alone(count: int, batch_num_images: Any) -> list[bool]:
+    """Whether each image is the only one of its row."""
+    if batch_num_images is None:
+        return [True] * count
+    numbers = [int(number) for number in np.asarray(batch_num_images).ravel()]
+    if sum(numbers) != count:
+        raise InputError(f"batch_num_images are {numbers}, {sum(numbers)} in all, but there are {count} images")
+    return [number == 1 for number in numbers for _ in range(number)]
 
 
 def _image_sizes(count: int, image_sizes: Any, config: ModelConfig) -> list[ImageSize]:

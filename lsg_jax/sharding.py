@@ -54,6 +54,7 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (r"vision_tower/position_embedding", (None, ALL)),
     (r"vision_tower/class_embedding", (None,)),
     (r"vision_tower/pre_norm/(?:scale|bias)", (None,)),
+    (_PROJECTORS + r"norm/(?:scale|bias)", (None,)),
     (_PROJECTORS + r"linear_1/kernel", ("fsdp", "tensor")),
     (_PROJECTORS + r"linear_1/bias", ("tensor",)),
     (_PROJECTORS + r"linear_2/kernel", ("tensor", "fsdp")),
@@ -158,14 +159,15 @@ def abstract_batch(
         tiles: squares that the vision tower sees of each row.
         answers: answer slots; None for questions.
     """
-    vision, sharding = model.vision, batch_sharding(mesh)
+    vision, sharding, count = model.vision, batch_sharding(mesh), model.sources_per_token
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
     batch = Batch(
         input_ids=of(np.int32, length),
         attention_mask=of(np.bool_, length),
         gate_position=of(np.int32),
         images=VisualInput(of(np.uint8, tiles, vision.num_patches, vision.patch_size**2 * vision.num_channels)),
-        source=of(np.int32, length, 1),
+        source=of(np.int32, length, count),
+        weight=None if count == 1 else of(np.float32, length, count),
     )
     if answers is None:
         return batch

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
 from lsg_jax.data.images import open_image, to_patches
-from lsg_jax.data.layout import place_boxes
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
@@ -177,9 +175,12 @@ class VLM:
         if batch.images is None:
             nothing = np.zeros(batch.input_ids.shape, bool)
             return VisualTokens(mask=nothing, v_sink=nothing, box=box)
-        mask, v_sink, output = jax.tree.map(np.asarray, _visual_tokens(self.params, batch, self.graphdef))
+        mask, v_sink, order = jax.tree.map(np.asarray, _visual_tokens(self.params, batch, self.graphdef))
+        is_image = (batch.input_ids == self.config.image_token_id) & batch.attention_mask
         for row, images in enumerate(layouts):
-            box[row, mask[row]] = place_boxes(images, self.config)[output[row, mask[row]]]
+            boxes = np.concatenate([layout.box for layout in images]) if images else np.zeros((0, 4), np.float32)
+            box[row, is_image[row]] = boxes if order is None else boxes[order[row, : len(boxes)]]
+        box[~mask] = 0
         return VisualTokens(mask=mask, v_sink=v_sink, box=box)
 
     def gate_ratios(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, **more: Any) -> dict[int, np.ndarray]:
@@ -278,14 +279,13 @@ def _v_sinks(params: dict, images: VisualInput, graphdef: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _visual_tokens(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mask and V-sinks bool [B, T], and the connector output behind each token int32 [B, T], in the order of the image."""
+def _visual_tokens(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Mask and V-sinks bool [B, T], and `ConnectorTokens.order`."""
     model = assemble(graphdef, params)
     visual = model.sequence(batch).visual
     assert visual is not None and batch.images is not None
     order = model.connect(*model.image_features(batch.images), batch, model.language_model.embed(batch.input_ids)).order
-    output = jnp.maximum(batch.source[..., 0], 0)
-    return visual.mask, visual.v_sink, output if order is None else jnp.take_along_axis(order, output, axis=1)
+    return visual.mask, visual.v_sink, order
 
 
 @functools.partial(jax.jit, static_argnums=2)

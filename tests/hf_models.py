@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from converters.byte_tokenizer import write_byte_tokenizer
 
@@ -28,8 +27,11 @@ _TEXT = {
 _VISION = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}
 
 
-def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **overrides: Any) -> LlavaForConditionalGeneration:
-    """A tiny LLaVA in evaluation mode, float32; a LLaVA-NeXT with `image_grid_pinpoints` among the overrides.
+def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """A tiny LLaVA in evaluation mode, float32.
+
+    With `image_grid_pinpoints` among the overrides it is a LLaVA-NeXT, with `vision_aspect_ratio` a OneVision, with
+    `projector_layernorm_eps` a ViP-LLaVA.
 
     Args:
         vision: clip or siglip. text: llama, mistral, qwen2 or phi3.
@@ -64,8 +66,10 @@ def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **over
             **overrides.pop("text_config", {}),
         }
     )
-    tiles = "image_grid_pinpoints" in overrides
-    config = (LlavaNextConfig if tiles else LlavaConfig)(
+    kind = "LlavaNext" if "image_grid_pinpoints" in overrides else "Llava"
+    kind = "LlavaOnevision" if "vision_aspect_ratio" in overrides else kind
+    kind = "VipLlava" if "projector_layernorm_eps" in overrides else kind
+    config = getattr(transformers, f"{kind}Config")(
         **{
             "vision_config": vision_config,
             "text_config": text_config,
@@ -77,7 +81,7 @@ def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **over
         }
     )
     torch.manual_seed(seed)
-    model = (LlavaNextForConditionalGeneration if tiles else LlavaForConditionalGeneration)(config).eval()
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     _randomise(model, torch.Generator().manual_seed(seed), tied=config.tie_word_embeddings)
     return model
 
@@ -98,7 +102,7 @@ def _randomise(model: torch.nn.Module, generator: torch.Generator, *, tied: bool
                 parameter.copy_(0.25 * normal(parameter))
 
 
-def save_tiny(model: LlavaForConditionalGeneration, folder: str | Path, **kwargs: Any) -> Path:
+def save_tiny(model: transformers.PreTrainedModel, folder: str | Path, **kwargs: Any) -> Path:
     """Saves a checkpoint as on the Hub: weights, configuration, byte tokenizer and image processor."""
     folder = Path(folder)
     model.save_pretrained(folder, **kwargs)
@@ -117,8 +121,9 @@ def save_tiny(model: LlavaForConditionalGeneration, folder: str | Path, **kwargs
         "size": {"shortest_edge": size} if clip else {"height": size, "width": size},
     }
     if pinpoints := getattr(model.config, "image_grid_pinpoints", None):
-        image_processor |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
-        image_processor |= {"do_pad": True, "aspect_ratio_setting": "anyres"}
+        kind = type(model.config).__name__.removesuffix("Config")
+        image_processor |= {"image_processor_type": f"{kind}ImageProcessor", "image_grid_pinpoints": pinpoints}
+        image_processor |= {"do_pad": True, "aspect_ratio_setting": "anyres"} if kind == "LlavaNext" else {"do_pad": True}
     if clip:
         image_processor |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_convert_rgb": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=1))

@@ -5,12 +5,14 @@ A new family is one file with a `Family` and a row here. `decoders.py` and `towe
 
 from __future__ import annotations
 
-from converters.families import llava, llava_next
+from converters.families import llava, llava_next, llava_onevision, vipllava
 from converters.families.family import Family
 from converters.ops import Rule
 from lsg_jax.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llava.FAMILY, llava_next.FAMILY)}
+_MODULES = (llava, llava_next, llava_onevision, vipllava)
+
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 """`model_type` of config.json -> the family."""
 
 

@@ -8,7 +8,7 @@ from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig, prefixed
 from converters.families.values import activation, stated_sinks, token_ids
 from converters.image_processor import image_config
-from converters.ops import Flat, Linear, Rule
+from converters.ops import Copy, Flat, Linear, Rule
 from lsg_jax.config import ModelConfig, SinkConfig
 from lsg_jax.errors import ConfigError
 
@@ -25,6 +25,8 @@ _PROJECTOR = prefixed(
     "projector/",
     "multi_modal_projector.",
     (
+        Rule("norm/scale", "projector_layernorm.weight", Copy()),
+        Rule("norm/bias", "projector_layernorm.bias", Copy()),
         Rule("linear_1/kernel", "linear_1.weight", Linear()),
         Rule("linear_1/bias", "linear_1.bias", Flat()),
         Rule("linear_2/kernel", "linear_2.weight", Linear()),
@@ -34,7 +36,7 @@ _PROJECTOR = prefixed(
 
 
 def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
-    """The configuration of a tower, a two-layer projector and a decoder; `hf` may state tiles (`image_grid_pinpoints`)."""
+    """The configuration of a tower, a two-layer projector and a decoder; `hf` may state tiles, and a norm of the projector."""
     where = files.where
     vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
     text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
@@ -52,7 +54,7 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         vision=vision,
         text=text,
         feature_layers=layers,
-        feature_select=hf.vision_feature_select_strategy,
+        feature_select=getattr(hf, "vision_feature_select_strategy", "default"),  # ViP-LLaVA has no such setting
         image_token_id=hf.image_token_index,
         eos_token_ids=eos,
         pad_token_id=pad[0],
@@ -63,7 +65,8 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
             pinpoints=getattr(hf, "image_grid_pinpoints", None),
         ),
         projector_hidden_act=activation(hf.projector_hidden_act, f"{where}: projector_hidden_act"),
-        projector_bias=hf.multimodal_projector_bias,
+        projector_bias=getattr(hf, "multimodal_projector_bias", True),
+        projector_norm_eps=getattr(hf, "projector_layernorm_eps", None),
         sinks=stated_sinks(files) or known,
         family=hf.model_type,
     )

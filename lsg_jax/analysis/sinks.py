@@ -8,13 +8,13 @@ value is NaN. `find_sinks` returns, and sinks.json holds:
     criteria    {stage `vit` | `llm`: {name: {tau, in_force, published, unknown}}}; `unknown`: why it cannot be applied, or null
     images      {name: {
         size        [width, height] of the original image, in pixels
-        boxes       [P][4]: x0, y0, x1, y1 of each patch, in units of the original image's width and height; outside [0, 1] is
-                    padding
-        v_sinks     patch indices, in the order of the sequence: row by row, and with tiles the whole image first; null where
+        boxes       [P][4]: x0, y0, x1, y1 of each visual token, in units of the original image's width and height; outside
+                    [0, 1] is padding
+        v_sinks     token indices, in the order of the sequence: row by row, and with tiles the whole image first; null where
                     unknown
         l_sinks, ordinary   the same for each layer
         criteria    {stage: {name: the same}}; here L-sinks still include V-sinks
-        norms       of the features, one for each patch
+        norms       of the features, one for each token: the largest of those that it combines
         values      rows {stage, layer, quantity `norm` | `dim 650`, group, tokens, mean, max}: norms, and |h[dim]|
         answer, answer_tokens (without the end marker), warnings}}
     counts      rows {layer, group, mean, std} of tokens over images
@@ -43,6 +43,7 @@ from lsg_jax.data.layout import ImageSize
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
+from lsg_jax.model.multimodal import gather_any
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, side_by_side
@@ -162,7 +163,8 @@ def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np
     ids[0, start : start + len(answer)] = answer
     valid[0, start : start + len(answer)] = True
     source = np.pad(batch.source, (*room, (0, 0)), constant_values=NO_SOURCE)
-    whole = dataclasses.replace(batch, input_ids=ids, attention_mask=valid, source=source)
+    weight = None if batch.weight is None else np.pad(batch.weight, (*room, (0, 0)))
+    whole = dataclasses.replace(batch, input_ids=ids, attention_mask=valid, source=source, weight=weight)
     return whole, prompt, answer
 
 
@@ -204,8 +206,10 @@ def _observe(
     everywhere = jnp.ones(by_tile.shape[:2], bool)
     judge = lambda r: r.mask(by_tile, everywhere, None).reshape(by_attention.shape)
     masks = [by_attention if r is attention and not r.unknown else judge(r) for r in vit]
-    shown = jnp.asarray(batch.source)[0, patches, 0]  # the features behind the tokens, in the order of the sequence
-    return {"vit": {"masks": jnp.stack([m[0, shown] for m in masks]), **_sizes(features[0, shown], vit)}, "llm": seen}
+    shown = jnp.asarray(batch.source)[0, patches]  # [P, K], the features behind the tokens, in the order of the sequence
+    largest = lambda sizes: jnp.where((shown >= 0).reshape(*shown.shape, *[1] * (sizes.ndim - 1)), sizes[shown], 0).max(1)
+    of_tokens = jax.tree.map(largest, _sizes(features[0], vit))
+    return {"vit": {"masks": jnp.stack([gather_any(m, shown[None])[0] for m in masks]), **of_tokens}, "llm": seen}
 
 
 def _sizes(states: jax.Array, readings: Readings) -> dict[str, jax.Array]:

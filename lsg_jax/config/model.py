@@ -154,6 +154,9 @@ class ImageConfig(Table, name="image"):
     mean: tuple[Annotated[float, Range("[-1000, 1000]")], ...]  # one a channel, of pixels in [0, 1]
     std: tuple[Annotated[float, Range("(0, 1000]")], ...]  # one a channel
     canvases: tuple[Canvas, ...] = ()  # the best of them is cut into tiles beside the whole image; none: the whole image alone
+    # N of OneVision's `anyres_max_N`: more patches than N tiles have are shrunk bilinearly, and each of several images of one
+    # prompt is a square; None: neither (LLaVA-NeXT)
+    max_tiles: Annotated[int, Range("[1, 1e4]")] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,10 @@ class ModelConfig(Table):
     image: ImageConfig
     projector_hidden_act: Activation = "gelu_exact"
     projector_bias: bool = True
+    projector_norm_eps: Annotated[float, Range("(0, 1]")] | None = None  # of a layer norm before the projector (ViP-LLaVA)
     sinks: SinkConfig = SinkConfig()
-    family: Literal["llava", "llava_next"] = "llava"  # which of converters/families it was converted by
+    # which of converters/families it was converted by
+    family: Literal["llava", "llava_next", "llava_onevision", "vipllava"] = "llava"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,3 +195,8 @@ class ModelConfig(Table):
     def num_image_tokens(self) -> int:
         """Features of one tile that enter the connector."""
         return self.vision.num_positions - (self.feature_select == "default")
+
+    @property
+    def sources_per_token(self) -> int:
+        """K, the connector outputs that a visual token may combine: 4 where patches are shrunk bilinearly."""
+        return 1 if self.image.max_tiles is None else 4

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig
-from lsg_jax.data.layout import ImageSize, best_canvas, resized_to_cover, resized_to_fit
+from lsg_jax.data.layout import ImageSize, best_canvas, image_of, resized_to_cover, resized_to_fit
 from lsg_jax.errors import InputError
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -107,8 +107,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def prepare_tiles(image: Image.Image, config: ImageConfig) -> np.ndarray:
-    """An RGB image -> uint8 [S, size, size, 3], the tiles of its layout: the whole image, then those of its canvas."""
+def prepare_tiles(image: Image.Image, config: ImageConfig, *, alone: bool = True) -> np.ndarray:
+    """An RGB image -> uint8 [S, size, size, 3], the tiles of its layout: the whole image, then those of its canvas.
+
+    Args:
+        alone: it is the only image of its prompt; see `layout.image_of`.
+    """
+    config = image_of(config, alone=alone)
     whole = prepare_pixels(image, config)
     if not config.canvases:
         return whole[None]

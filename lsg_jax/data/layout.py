@@ -5,16 +5,17 @@ The layout depends only on the image's size and the model's configuration, so le
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lsg_jax.config import Canvas, ModelConfig
+from lsg_jax.config import Aspect, Canvas, ImageConfig, ModelConfig
 from lsg_jax.errors import InputError
 from lsg_jax.types import NEWLINE, NO_SOURCE
 
@@ -23,8 +24,6 @@ TILE_BUCKETS = (1, 3, 5, 10, 19, 37)
 
 ImageSize = tuple[int, int]
 """(width, height) in pixels, as PIL states it."""
-
-Kind = Literal["square", "anyres"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,23 +54,43 @@ class VisualLayout:
         return len(self.token_ids)
 
 
-@functools.lru_cache(maxsize=512)
-def lay_out(image_size: ImageSize, config: ModelConfig) -> VisualLayout:
+@functools.lru_cache(maxsize=256)
+def lay_out(image_size: ImageSize, config: ModelConfig, *, alone: bool = True) -> VisualLayout:
     """The layout of an image of (width, height) pixels.
+
+    Args:
+        alone: it is the only image of its prompt. OneVision makes each of several images one square (`image_of`).
 
     Raises:
         InputError: a side is below one pixel.
     """
     if min(image_size) < 1:
         raise InputError(f"an image of {image_size[0]} x {image_size[1]} pixels has no area")
-    return _LAYOUTS[_kind(config)](image_size, config)
+    image = image_of(config.image, alone=alone)
+    if image.canvases:
+        return _anyres(image_size, config, image)
+    source, box = _square(image_size, config, image.aspect)
+    if config.image.canvases:  # tokens that go beside those of other images end with a newline, as theirs do
+        source, box = np.append(source, NEWLINE), np.pad(box, ((0, 1), (0, 0)))
+    return _layout(source[:, None], np.ones((len(source), 1)), box, config)
+
+
+def image_of(image: ImageConfig, *, alone: bool) -> ImageConfig:
+    """How an image is prepared that is the only one of its prompt, or one of several: these OneVision pads to a square each."""
+    return image if alone or image.max_tiles is None else dataclasses.replace(image, aspect="pad", canvases=())
 
 
 def longest_layout(config: ModelConfig) -> VisualLayout:
-    """The layout with the most tokens of all image sizes: without padding on the largest canvas."""
+    """The layout with the most tokens of the images that fill a canvas. With `max_tiles`, others are up to 21 % longer."""
     side = config.vision.image_size
     canvases = config.image.canvases or (Canvas(side, side),)
     return max((lay_out((canvas.width, canvas.height), config) for canvas in canvases), key=len)
+
+
+def most_tiles(config: ModelConfig) -> int:
+    """The largest number of tiles of an image."""
+    side = config.vision.image_size
+    return max((1 + canvas.width // side * (canvas.height // side) for canvas in config.image.canvases), default=1)
 
 
 def tile_bucket(tiles: int) -> int:
@@ -79,48 +98,35 @@ def tile_bucket(tiles: int) -> int:
     return next((size for size in TILE_BUCKETS if size >= tiles), -(-tiles // TILE_BUCKETS[-1]) * TILE_BUCKETS[-1])
 
 
-def place_sources(is_image: NDArray[np.bool_], layouts: Sequence[VisualLayout], config: ModelConfig) -> NDArray[np.int32]:
-    """`Batch.source` of one row of layouts with weights of 1: the connector outputs behind each position of its sequence.
+def place_sources(is_image: NDArray[np.bool_], layouts: Sequence[VisualLayout], config: ModelConfig) -> dict[str, NDArray[Any]]:
+    """`source` and, for a model that shrinks, `weight` of one row of a `Batch`: the connector outputs behind each position.
 
     Args:
         is_image: bool [T], the positions of the tokens of all images; as many as the layouts have.
         layouts: of the row's images, whose tiles follow each other.
 
     Returns:
-        int32 [T, K], `NO_SOURCE` for text.
+        source int32 [T, K], `NO_SOURCE` for text; weight float32 [T, K], 0 for text.
     """
-    source = np.full((len(is_image), 1), NO_SOURCE, np.int32)
+    count = config.sources_per_token
+    source = np.full((len(is_image), count), NO_SOURCE, np.int32)
+    weight = np.zeros((len(is_image), count), np.float32)
     if layouts:
         starts = np.cumsum([0, *(layout.tiles for layout in layouts)]) * config.num_image_tokens
         shifted = [layout.source + start * (layout.source >= 0) for layout, start in zip(layouts, starts[:-1], strict=True)]
         source[is_image] = np.concatenate(shifted)
-    return source
+        weight[is_image] = np.concatenate([layout.weight for layout in layouts])
+    return {"source": source} if count == 1 else {"source": source, "weight": weight}
 
 
-def place_boxes(layouts: Sequence[VisualLayout], config: ModelConfig) -> NDArray[np.float32]:
-    """float32 [N, 4], the box of each connector output of one row; 0 for outputs that no token shows."""
-    each = config.num_image_tokens
-    boxes = []
-    for layout in layouts:
-        box = np.zeros((layout.tiles * each, 4), np.float32)
-        shown = layout.source[:, 0] >= 0
-        box[layout.source[shown, 0]] = layout.box[shown]
-        boxes.append(box)
-    return np.concatenate(boxes) if boxes else np.zeros((0, 4), np.float32)
-
-
-def _kind(config: ModelConfig) -> Kind:
-    return "anyres" if config.image.canvases else "square"
-
-
-def _square(image_size: ImageSize, config: ModelConfig) -> VisualLayout:
-    """One square image, one token a patch, row by row (LLaVA-1.5).
+def _square(image_size: ImageSize, config: ModelConfig, aspect: Aspect) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(source [n], box [n, 4]) of one square image, one token a patch, row by row (LLaVA-1.5).
 
     The tower drops a remainder at the right and lower edge. The box of a class token is the whole image. `feature_select =
     "default"` drops the first token, whatever it is.
     """
     size, patch = config.vision.image_size, config.vision.patch_size
-    x, y = _grid_lines(image_size, size, patch, config.image.aspect)
+    x, y = _grid_lines(image_size, size, patch, aspect)
     lines = np.arange(len(x) - 1)
     row, column = (index.ravel() for index in np.meshgrid(lines, lines, indexing="ij"))
     box = np.stack([x[column], y[row], x[column + 1], y[row + 1]], axis=1)
@@ -128,54 +134,98 @@ def _square(image_size: ImageSize, config: ModelConfig) -> VisualLayout:
         box = np.concatenate([[[0.0, 0.0, 1.0, 1.0]], box])
     if config.feature_select == "default":
         box = box[1:]
-    return _plain(np.arange(len(box)), box, config)
+    return np.arange(len(box)), box
 
 
-def _plain(source: NDArray[Any], box: NDArray[Any], config: ModelConfig, tiles: int = 1) -> VisualLayout:
-    """A layout in which each token is one connector output, or a newline."""
-    count = len(source)
+def _layout(source: NDArray[Any], weight: NDArray[Any], box: NDArray[Any], config: ModelConfig, tiles: int = 1) -> VisualLayout:
+    """A layout of sources [n, k] and their weights, filled up to the K of the model."""
+    room = ((0, 0), (0, config.sources_per_token - source.shape[1]))
     return VisualLayout(
-        token_ids=np.full(count, config.image_token_id, np.int32),
-        source=source.astype(np.int32)[:, None],
-        weight=np.ones((count, 1), np.float32),
+        token_ids=np.full(len(source), config.image_token_id, np.int32),
+        source=np.pad(source, room, constant_values=NO_SOURCE).astype(np.int32),
+        weight=np.pad(weight, room).astype(np.float32),
         box=box.astype(np.float32),
         tiles=tiles,
     )
 
 
-def _anyres(image_size: ImageSize, config: ModelConfig) -> VisualLayout:
+def _anyres(image_size: ImageSize, config: ModelConfig, image: ImageConfig) -> VisualLayout:
     """The whole image as the first tile, then the tiles of a canvas without its padding, row by row (LLaVA-NeXT).
 
-    The rows run over all tiles of the canvas, and a newline ends each of them.
+    The rows run over all tiles of the canvas, and a newline ends each of them. With `max_tiles` (OneVision) they are shrunk
+    bilinearly if there are many of them.
     """
-    whole = _square(image_size, config)
+    whole, whole_box = _square(image_size, config, image.aspect)
     width, height = image_size
     side, patch = config.vision.image_size, config.vision.patch_size
-    canvas_width, canvas_height = best_canvas(image_size, config.image.canvases)
-    grid, across = side // patch, canvas_width // side
-    rows, columns = canvas_height // side * grid, across * grid
+    canvas = best_canvas(image_size, image.canvases)
+    grid, across, down = side // patch, canvas[0] // side, canvas[1] // side
+    rows, columns = down * grid, across * grid
     # the padding in patches, as LLaVA-NeXT takes it away: HF's unpad_image, with its rounding
     top = left = 0
     if width / height > columns / rows:
         top = (rows - int(round(height * (columns / width), 7))) // 2
     else:
         left = (columns - int(round(width * (rows / height), 7))) // 2
-    row, column = np.meshgrid(np.arange(top, rows - top), np.arange(left, columns - left), indexing="ij")
-    tile = 1 + row // grid * across + column // grid
-    source = tile * len(whole) + row % grid * grid + column % grid
+    new_rows, new_columns = _shrunk(rows - 2 * top, columns - 2 * left, grid, image.max_tiles)
+    row, row_weight, y = _resampled(rows - 2 * top, new_rows)
+    column, column_weight, x = _resampled(columns - 2 * left, new_columns)
+    # [rows, columns, 2, 2]: the patches above and below, to the left and to the right
+    row, column = (top + row)[:, None, :, None], (left + column)[None, :, None, :]
+    source = (1 + row // grid * across + column // grid) * len(whole) + row % grid * grid + column % grid
+    weight = row_weight[:, None, :, None] * column_weight[None, :, None, :]
+    source = np.where(weight > 0, source, NO_SOURCE).reshape(new_rows, new_columns, 4)[..., : config.sources_per_token]
+    weight = weight.reshape(new_rows, new_columns, 4)[..., : config.sources_per_token]
 
-    new_width, new_height = resized_to_fit(image_size, (canvas_width, canvas_height))
-    x = (column // grid * side + column % grid * patch - (canvas_width - new_width) // 2) / new_width
-    y = (row // grid * side + row % grid * patch - (canvas_height - new_height) // 2) / new_height
-    box = np.stack([x, y, x + patch / new_width, y + patch / new_height], axis=-1)
-    ended = np.pad(source, ((0, 0), (0, 1)), constant_values=NEWLINE)
-    boxes = np.pad(box, ((0, 0), (0, 1), (0, 0)))
-    return _plain(
-        np.concatenate([whole.source[:, 0], ended.ravel()]),
-        np.concatenate([whole.box, boxes.reshape(-1, 4)]),
+    new_size = resized_to_fit(image_size, canvas)
+    x0, x1 = (_pixels(left + x, side, patch) - (canvas[0] - new_size[0]) // 2) / new_size[0]
+    y0, y1 = (_pixels(top + y, side, patch) - (canvas[1] - new_size[1]) // 2) / new_size[1]
+    box = np.stack(np.broadcast_arrays(x0[None], y0[:, None], x1[None], y1[:, None]), axis=-1)
+    # a newline after each row
+    end = ((0, 0), (0, 1), (0, 0))
+    source = np.pad(source, end, constant_values=NO_SOURCE)
+    source[:, -1, 0] = NEWLINE
+    k = source.shape[-1]
+    room = ((0, 0), (0, k - 1))
+    return _layout(
+        np.concatenate([np.pad(whole[:, None], room, constant_values=NO_SOURCE), source.reshape(-1, k)]),
+        np.concatenate([np.pad(np.ones((len(whole), 1)), room), np.pad(weight, end).reshape(-1, k)]),
+        np.concatenate([whole_box, np.pad(box, end).reshape(-1, 4)]),
         config,
-        tiles=1 + across * (canvas_height // side),
+        tiles=1 + across * down,
     )
+
+
+def _shrunk(rows: int, columns: int, grid: int, max_tiles: int | None) -> tuple[int, int]:
+    """What rows and columns of patches are shrunk to: to about the patches of `max_tiles` tiles (OneVision's anyres_max_N)."""
+    if max_tiles is None:
+        return rows, columns
+    ratio = math.sqrt(rows * columns / (max_tiles * grid**2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def _resampled(length: int, new: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
+    """One axis of PyTorch's `interpolate(mode="bilinear", align_corners=False)`, in its float32 arithmetic.
+
+    Returns:
+        int [new, 2], the old places behind each new one; float32 [new, 2], their weights; float64 [2, new], where each new
+        place starts and ends, in units of old places.
+    """
+    at = np.maximum((np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(length / new) - np.float32(0.5), 0)
+    low = at.astype(np.int64)
+    share = at - low.astype(np.float32)
+    lines = np.arange(new + 1) * length / new
+    return (
+        np.stack([low, np.minimum(low + 1, length - 1)], 1),
+        np.stack([1 - share, share], 1),
+        np.stack([lines[:-1], lines[1:]]),
+    )
+
+
+def _pixels(lines: NDArray[np.float64], side: int, patch: int) -> NDArray[np.float64]:
+    """Starts and ends [2, n] of tokens in patches of a canvas -> in its pixels. The tower drops the remainder of each tile."""
+    patches: NDArray[np.float64] = np.stack([np.floor(lines[0]), np.ceil(lines[1]) - 1])
+    return patches // (side // patch) * side + patches % (side // patch) * patch + (lines - patches) * patch
 
 
 def best_canvas(image_size: ImageSize, canvases: Sequence[Canvas]) -> ImageSize:
@@ -223,6 +273,3 @@ def resized_to_cover(image_size: ImageSize, size: int) -> ImageSize:
     """
     width, height = image_size
     return size if width <= height else int(size * width / height), size if height <= width else int(size * height / width)
-
-
-_LAYOUTS: dict[Kind, Callable[[ImageSize, ModelConfig], VisualLayout]] = {"square": _square, "anyres": _anyres}

@@ -322,7 +322,7 @@ class Processor:
             "input_ids": input_ids,
             "attention_mask": valid,
             "patches": np.pad(to_patches(shown, self.model.vision.patch_size), ((0, room), (0, 0), (0, 0))),
-            "source": place_sources(valid & (input_ids == self.model.image_token_id), layouts, self.model),
+            **place_sources(valid & (input_ids == self.model.image_token_id), layouts, self.model),
             "gate_position": np.asarray(start + encoded.num_prompt - 1, np.int32),
             "answer_index": answer_index,
             "answer_target": answer_target,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
 from lsg_jax.config import GateConfig, ModelConfig
-from lsg_jax.data.layout import longest_layout, tile_bucket
+from lsg_jax.data.layout import longest_layout, most_tiles, tile_bucket
 from lsg_jax.errors import ConfigError
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method import BASE, Method
@@ -197,13 +197,13 @@ def trained_method(config: RunConfig, model: ModelConfig) -> Method:
 def training_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Batch:
     """A batch as `lsg train` places it on the mesh."""
     data = config.data
-    tiles = tile_bucket(longest_layout(model).tiles)
+    tiles = tile_bucket(most_tiles(model))
     return abstract_batch(model, mesh, config.train.batch_size, data.max_length, tiles=tiles, answers=data.max_answer_tokens)
 
 
 def question_batch(model: ModelConfig, mesh: Mesh, rows: int) -> Batch:
     """Questions with the largest image each, as `lsg eval` places them on the mesh; `prompt_tokens` long."""
-    return abstract_batch(model, mesh, rows, prompt_tokens(model), tiles=tile_bucket(longest_layout(model).tiles))
+    return abstract_batch(model, mesh, rows, prompt_tokens(model), tiles=tile_bucket(most_tiles(model)))
 
 
 def prompt_tokens(model: ModelConfig) -> int:

@@ -1,13 +1,16 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lsg_jax.config import Canvas, ImageConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
 from lsg_jax.data.images import prepare_pixels, prepare_tiles, to_patches
-from lsg_jax.data.layout import lay_out, longest_layout, place_boxes, place_sources, tile_bucket
+from lsg_jax.data.layout import lay_out, longest_layout, place_sources, tile_bucket
 from lsg_jax.errors import InputError
+from lsg_jax.types import NEWLINE
 
 PATCH = 14
 ASPECTS = ["pad", "crop", "squash"]
@@ -169,13 +172,55 @@ def test_rows_of_the_canvas_end_with_a_newline_and_cover_the_image(size):
     assert (box[..., 1] < 1 + height).all() and np.unique(layout.source[layout.source >= 0]).size == (layout.source >= 0).sum()
 
 
+def shrinking(max_tiles):
+    config = tiled()
+    return dataclasses.replace(config, image=dataclasses.replace(config.image, max_tiles=max_tiles))
+
+
+@pytest.mark.parametrize("size", [*SIZES, (56, 56), (300, 90), (90, 300), (112, 112), (400, 60)])
+@pytest.mark.parametrize("max_tiles", [1, 2, 9])
+def test_shrunk_rows_are_what_pytorch_interpolates(size, max_tiles):
+    """A map over the rows and columns of the canvas, gathered by the layout: that of PyTorch, and still in its place."""
+    wide, layout = lay_out(size, tiled()), lay_out(size, shrinking(max_tiles))
+    columns = np.flatnonzero(wide.source[16:, 0] < 0)[0]
+    rows = len(wide.source[16:]) // (columns + 1)
+    outputs = np.random.default_rng(0).normal(size=(16 * layout.tiles,)).astype(np.float32)
+    grid = outputs[wide.source[16:, 0].reshape(rows, -1)[:, :-1]]
+    ratio = math.sqrt(rows * columns / (max_tiles * 16))
+    new = (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+    expected = torch.nn.functional.interpolate(torch.tensor(grid)[None, None], new, mode="bilinear")[0, 0].numpy()
+    found = (outputs[np.maximum(layout.source, 0)] * layout.weight).sum(1)
+    tokens = found[16:].reshape(new[0], new[1] + 1)[:, :-1]
+    np.testing.assert_allclose(tokens, expected, atol=1e-6)
+    np.testing.assert_array_equal(found[:16], outputs[:16])
+    assert ((layout.source >= 0) == (layout.weight > 0))[layout.source[:, 0] >= 0].all()
+    box = layout.box[16:].reshape(new[0], new[1] + 1, 4)[:, :-1]
+    np.testing.assert_allclose(box[:, 1:, 0], box[:, :-1, 2], atol=1e-6)
+    np.testing.assert_allclose(box[1:, :, 1], box[:-1, :, 3], atol=1e-6)
+    whole = wide.box[16:].reshape(rows, columns + 1, 4)[:, :-1]
+    for corner, place in (((0, 0), slice(0, 2)), ((-1, -1), slice(2, 4))):
+        np.testing.assert_allclose(box[corner][place], whole[corner][place], atol=1e-6)
+
+
+def test_several_images_are_a_square_each():
+    """OneVision; LLaVA-NeXT cuts each of them into tiles."""
+    config = shrinking(9)
+    layout, square = lay_out((150, 99), config, alone=False), lay_out((150, 99), model("pad", size=SIDE))
+    assert layout.tiles == 1 and layout.source[:, 0].tolist() == [*range(16), NEWLINE]
+    np.testing.assert_array_equal(layout.box, [*square.box, [0, 0, 0, 0]])
+    np.testing.assert_array_equal(lay_out((150, 99), tiled(), alone=False).source, lay_out((150, 99), tiled()).source)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 150, 3), np.uint8))
+    expected = prepare_pixels(image, dataclasses.replace(config.image, aspect="pad"))
+    np.testing.assert_array_equal(prepare_tiles(image, config.image, alone=False), expected[None])
+
+
 def test_images_of_a_row_follow_each_other():
     config, sizes = tiled(), [(100, 30), (60, 60)]
     layouts = [lay_out(size, config) for size in sizes]
     is_image = np.zeros(4 + sum(map(len, layouts)), bool)
     is_image[2:-2] = True
-    source = place_sources(is_image, layouts, config)[:, 0]
-    boxes = place_boxes(layouts, config)
-    assert (source[~is_image] == -1).all() and len(boxes) == 16 * sum(layout.tiles for layout in layouts)
+    source = place_sources(is_image, layouts, config)["source"][:, 0]
+    assert (source[~is_image] == -1).all() and source.max() < 16 * sum(layout.tiles for layout in layouts)
     shown = source[is_image] >= 0
-    np.testing.assert_array_equal(boxes[source[is_image][shown]], np.concatenate([layout.box for layout in layouts])[shown])
+    boxes = np.concatenate([layout.box for layout in layouts])[shown]
+    assert len(np.unique(source[is_image][shown])) == len(boxes)

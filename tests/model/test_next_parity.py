@@ -1,4 +1,4 @@
-"""LLaVA-NeXT against Hugging Face: pixels, token ids, logits, gates and answers, for images that pad and fill a canvas."""
+"""LLaVA-NeXT and OneVision against Hugging Face: pixels, ids, logits, gates, answers; images that pad, fill and shrink."""
 
 from functools import cache
 
@@ -8,7 +8,13 @@ import pytest
 import torch
 from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, save_tiny, state_arrays, tiny_hf
 from PIL import Image
-from transformers import AutoTokenizer, LlavaNextImageProcessorPil, LlavaNextProcessor
+from transformers import (
+    AutoTokenizer,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+)
 
 import lsg_jax
 from converters.convert import convert, tree_from_tensors
@@ -16,7 +22,7 @@ from converters.export import export
 from converters.hf_config import model_config, read_config
 from converters.torch_gate import attach
 from lsg_jax.config import Canvas, GateConfig, SinkConfig
-from lsg_jax.data.layout import lay_out, longest_layout
+from lsg_jax.data.layout import lay_out
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import PortableGates
 from lsg_jax.methods.diysink import DiySink
@@ -32,6 +38,7 @@ FAMILIES = {
     "clip-llama": ("clip", "llama", {}),
     "clip-mistral": ("clip", "mistral", {}),
     "siglip-qwen2": ("siglip", "qwen2", {}),
+    "onevision": ("siglip", "qwen2", {"vision_aspect_ratio": "anyres_max_2", "vision_feature_layer": -1}),
 }
 
 
@@ -59,13 +66,12 @@ def images(sizes, seed=0):
 def processed(hf, shown):
     """What HF's image processor returns, with its mean and std for the tower."""
     size = hf.config.vision_config.image_size
-    processor = LlavaNextImageProcessorPil(
-        image_grid_pinpoints=PINPOINTS,
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
+    settings = {"image_grid_pinpoints": PINPOINTS, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if hf.config.model_type == "llava_onevision":
+        processor = LlavaOnevisionImageProcessorPil(size={"height": size, "width": size}, **settings)
+    else:
+        crop = {"height": size, "width": size}
+        processor = LlavaNextImageProcessorPil(size={"shortest_edge": size}, crop_size=crop, **settings)
     return processor(shown, return_tensors="np")
 
 
@@ -76,7 +82,7 @@ def inputs(vlm, sizes, side, images_a_row=1):
     for start in range(0, len(sizes), images_a_row):
         ids = [BOS, *rng.integers(4, VOCABULARY, 2 + start)]
         for size in sizes[start : start + images_a_row]:
-            ids += [*lay_out(size, vlm.config).token_ids, *rng.integers(4, VOCABULARY, 3)]
+            ids += [*lay_out(size, vlm.config, alone=images_a_row == 1).token_ids, *rng.integers(4, VOCABULARY, 3)]
         rows.append(ids)
     length = max(map(len, rows))
     ids, mask = np.full((len(rows), length), PAD), np.zeros((len(rows), length), np.int64)
@@ -89,14 +95,21 @@ def inputs(vlm, sizes, side, images_a_row=1):
 def both(name, sizes, side, images_a_row=1):
     hf, vlm = pair(name)
     ids, mask = inputs(vlm, sizes, side, images_a_row)
-    found = processed(hf, images(sizes))
+    shown = images(sizes)
+    found = processed(hf, [shown[i : i + images_a_row] for i in range(0, len(shown), images_a_row)])
     arrays = {"input_ids": ids, "attention_mask": mask, **found}
     return hf, vlm, arrays, {name: torch.tensor(np.asarray(value)) for name, value in arrays.items()}
 
 
 @pytest.mark.parametrize(
     ("name", "side", "images_a_row"),
-    [("clip-llama", "left", 1), ("clip-mistral", "right", 2), ("siglip-qwen2", "right", 1)],
+    [
+        ("clip-llama", "left", 1),
+        ("clip-mistral", "right", 2),
+        ("siglip-qwen2", "right", 1),
+        ("onevision", "left", 1),
+        ("onevision", "right", 2),
+    ],
 )
 def test_logits_equal_hugging_face(name, side, images_a_row):
     sizes = SIZES[: 6 if images_a_row == 2 else 7]
@@ -109,7 +122,8 @@ def test_logits_equal_hugging_face(name, side, images_a_row):
     place = vlm.visual_tokens(**arrays)
     assert not place.box[~place.mask].any() and (place.mask <= (arrays["input_ids"] == IMAGE_TOKEN)).all()
     newlines = (arrays["input_ids"] == IMAGE_TOKEN) & ~place.mask
-    assert newlines.sum() == sum((lay_out(size, vlm.config).source < 0).sum() for size in sizes)
+    layouts = [lay_out(size, vlm.config, alone=images_a_row == 1) for size in sizes]
+    assert newlines.sum() == sum((layout.source[:, 0] < 0).sum() for layout in layouts)
 
 
 def test_wrong_images_are_refused():
@@ -124,52 +138,64 @@ def test_wrong_images_are_refused():
         vlm.logits(**{**arrays, "pixel_values": arrays["pixel_values"][:, 0]})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["clip-llama", "onevision"])
+def folder(request, tmp_path_factory):
     """A checkpoint as on the Hub, and the model folder of it."""
-    root = tmp_path_factory.mktemp("next")
-    save_tiny(reference("clip-llama"), root / "hf")
+    root = tmp_path_factory.mktemp("tiles") / request.param
+    save_tiny(reference(request.param), root / "hf")
     convert(root / "hf", root / "model")
     return root
 
 
+def hf_processor(folder):
+    if folder.parent.name == "clip-llama":
+        made = LlavaNextProcessor.__new__(LlavaNextProcessor)
+        settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        image_processor = LlavaNextImageProcessorPil.from_pretrained(folder)
+    else:
+        made = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+        settings = {"num_image_tokens": 9, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"}
+        settings["video_processor"] = None
+        image_processor = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+        made.check_argument_for_proper_class = lambda name, argument: None  # no video processor without torchvision
+    made.__init__(image_processor, AutoTokenizer.from_pretrained(folder), **settings)
+    return made
+
+
 def test_pixels_and_token_ids_are_those_of_the_processor(folder):
     config = read_config(folder / "hf")
-    assert config.image.canvases == tuple(Canvas(*each) for each in PINPOINTS) and config.family == "llava_next"
-    vlm = lsg_jax.load(folder / "model")
-    processor = LlavaNextProcessor(
-        LlavaNextImageProcessorPil.from_pretrained(folder / "hf"),
-        AutoTokenizer.from_pretrained(folder / "hf"),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    assert config.image.canvases == tuple(Canvas(*each) for each in PINPOINTS)
+    vlm, processor = lsg_jax.load(folder / "model"), hf_processor(folder / "hf")
+    shrunk = 0
     for image, size in zip(images(SIZES), SIZES, strict=True):
         theirs = processor(images=image, text="USER: <image>\nWhat? ASSISTANT:", return_tensors="np")
         tiles = vlm.processor.pixels(image)
         ours = (tiles / np.float32(255) - vlm.config.image.mean) / vlm.config.image.std
         np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), theirs["pixel_values"][0], atol=1e-6)
         encoded = vlm.processor.encode_question("What?", image_size=size)
-        count = (theirs["input_ids"] == IMAGE_TOKEN).sum()
-        assert (encoded.ids == IMAGE_TOKEN).sum() == count <= len(longest_layout(vlm.config))
+        assert (encoded.ids == IMAGE_TOKEN).sum() == (theirs["input_ids"] == IMAGE_TOKEN).sum()
+        shrunk += (lay_out(size, config).source[:, 1:] >= 0).any()
+    assert shrunk == 0 if config.image.max_tiles is None else 0 < shrunk < len(SIZES)
 
 
 def test_text_and_images_to_text(folder):
-    """Different sizes in one batch answer as each alone, and as PyTorch does."""
-    hf, vlm = reference("clip-llama"), lsg_jax.load(folder / "model")
+    """Different sizes in one batch answer as alone, and as PyTorch does."""
+    hf, vlm = reference(folder.name), lsg_jax.load(folder / "model")
+    processor = hf_processor(folder / "hf").image_processor
     shown = images(SIZES[:4])
     together = vlm.generate(shown, ["What?"] * 4, 8)
-    assert together == [vlm.generate([image], ["What?"], 8)[0] for image in shown]
+    assert together[:1] == vlm.generate(shown[:1], ["What?"], 8)
     for image, text in zip(shown, together, strict=True):
-        found = LlavaNextImageProcessorPil.from_pretrained(folder / "hf")(image, return_tensors="pt")
         ids = torch.tensor(vlm.processor.encode_question("What?", image_size=image.size).ids)[None]
         with torch.no_grad():
+            found = processor(image, return_tensors="pt")
             made = hf.generate(input_ids=ids, **found, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert vlm.processor.decode(made.numpy()) == text
 
 
-def test_gates_equal_those_in_pytorch():
-    hf, vlm, arrays, tensors = both("clip-llama", SIZES[:4], "left")
+@pytest.mark.parametrize(("name", "images_a_row"), [("clip-llama", 1), ("onevision", 1), ("onevision", 2)])
+def test_gates_equal_those_in_pytorch(name, images_a_row):
+    hf, vlm, arrays, tensors = both(name, SIZES[:4], "left", images_a_row)
     sinks = SinkConfig(vit_dims=(3,), vit_tau=1.0)
     method = Gates(GateConfig(layers=(1, 3)))
     trained = method.initial(vlm.config, vlm.frozen, jax.random.key(0))

@@ -55,7 +55,7 @@ FAMILIES = {
     "clip-phi3": ("clip", "phi3", {}),
     "clip-llama-last-layer": ("clip", "llama", {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}),
     "siglip-llama-default": ("siglip", "llama", {"vision_feature_layer": 3, "vision_feature_select_strategy": "default"}),
-    "clip-llama-two-layers": ("clip", "llama", {"vision_feature_layer": [-2, 1, 0]}),
+    "vipllava": ("clip", "llama", {"vision_feature_layer": [-2, 1, 0], "projector_layernorm_eps": 1e-3}),
     "clip-llama-odd-patches": ("clip", "llama", {"vision_config": {"patch_size": 13}, "multimodal_projector_bias": False}),
 }
 
