@@ -77,7 +77,8 @@ class GateHandle:
         self.ratios: dict[int, torch.Tensor] = {}
         self.key_scales: dict[int, torch.Tensor] = {}
         self._model = model
-        self._image_token = model.config.image_token_id
+        ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+        self._visual_ids = torch.tensor([token for token in ids if token is not None])
         self._v_sinks: torch.Tensor | None = None  # of the images encoded last: bool [tiles, P]
         self._tokens: _Tokens | None = None  # of the forward pass that is running
         decoder = model.model.language_model
@@ -124,10 +125,10 @@ class GateHandle:
         decoding = past is not None and int(past.get_seq_length()) > 0
         if ids is None and not decoding:
             raise InputError("gated models need input_ids: inputs_embeds do not say which tokens are image patches")
-        if ids is None or not (is_image := ids == self._image_token).any():
+        if ids is None or not (is_image := torch.isin(ids, self._visual_ids.to(ids.device))).any():
             return
-        pixels = args[1] if len(args) > 1 else kwargs.get("pixel_values")
-        if pixels is None and self._v_sinks is None:
+        pixels = [args[1] if len(args) > 1 else kwargs.get("pixel_values"), kwargs.get("pixel_values_videos")]
+        if all(given is None for given in pixels) and self._v_sinks is None:
             if kwargs.get("mm_encoder_outputs"):
                 raise InputError("gates saw no image being encoded: attach them first, and generate with use_cache=True")
             return  # without an image, image tokens are text; a model may also generate them
@@ -165,6 +166,9 @@ class GateHandle:
         marks = v_sinks.float()
         if not isinstance(self._model, TiledModel):
             return marks.flatten()
+        if tokens.videos:  # all of one length, as the model takes them
+            pooled = self._model.model.apply_pooling(marks[..., None])[..., 0].reshape(tokens.videos, -1)
+            return torch.nn.functional.pad(pooled, (0, 1), value=-1.0).flatten()
         config: Any = self._model.config
         onevision = isinstance(self._model, LlavaOnevisionForConditionalGeneration)
         tiles = [
@@ -231,6 +235,8 @@ class _Tokens:
     def __init__(self, ids: torch.Tensor, is_image: torch.Tensor, kwargs: dict[str, Any], position: torch.Tensor | None):
         self.is_image = is_image
         self.image_sizes: Any = () if kwargs.get("image_sizes") is None else kwargs["image_sizes"]
+        videos = kwargs.get("pixel_values_videos")
+        self.videos = 0 if videos is None else len(videos)
         numbers = kwargs.get("batch_num_images")
         numbers = [1] * len(self.image_sizes) if numbers is None else [int(number) for number in numbers]
         self.alone = [number == 1 for number in numbers for _ in range(number)]

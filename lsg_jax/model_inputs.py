@@ -9,7 +9,7 @@ import numpy as np
 
 from lsg_jax.config import ModelConfig
 from lsg_jax.data.images import to_patches
-from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out, place_sources, tile_bucket
+from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out, lay_out_video, place_sources, tile_bucket
 from lsg_jax.errors import InputError
 from lsg_jax.model.generate import last_token
 from lsg_jax.types import Batch, VisualInput
@@ -24,6 +24,7 @@ def make_batch(
     *,
     image_sizes: Any = None,
     batch_num_images: Any = None,
+    pixel_values_videos: Any = None,
 ) -> tuple[Batch, list[list[VisualLayout]]]:
     """Checks raw arrays, and makes a Batch of them.
 
@@ -37,6 +38,7 @@ def make_batch(
             takes images for squares as large as the vision tower's.
         batch_num_images: int [rows with images], the number of images of each; None takes each image for the only one of its
             row. It matters to OneVision alone (`lay_out`).
+        pixel_values_videos: [videos, frames, C, H, W] in place of images, for a model that takes videos (OneVision).
 
     Returns:
         The batch, and the layouts of each row's images.
@@ -52,11 +54,14 @@ def make_batch(
         raise InputError(f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}")
     if not mask.any(1).all():
         raise InputError(f"row {int(np.argmin(mask.any(1)))} is all padding")
-    if outside := ids[(ids < 0) | (ids >= config.text.vocab_size) & (ids != config.image_token_id)].tolist():
+    known = np.isin(ids, [config.image_token_id, config.video_token_id or 0]) | (ids < config.text.vocab_size)
+    if outside := ids[(ids < 0) | ~known].tolist():
         raise InputError(f"token {outside[0]} is outside the vocabulary of {config.text.vocab_size}")
     position = last_token(mask) if gate_position is None else np.asarray(gate_position, np.int32)
     batch = Batch(input_ids=ids, attention_mask=mask, gate_position=np.broadcast_to(position, ids.shape[:1]))
-    is_image = (ids == config.image_token_id) & mask
+    if pixel_values_videos is not None:
+        return _with_videos(batch, pixel_values, pixel_values_videos, config)
+    is_image = is_visual(batch, config)
     if pixel_values is None:
         if is_image.any():
             row = int(np.argmax(is_image.any(1)))
@@ -70,6 +75,25 @@ def make_batch(
         raise InputError(f"pixel_values have {tiles.shape[1]} tiles an image, images of these image_sizes have up to {most}")
     rows = images_by_row(is_image, layouts, one_a_row=not config.image.canvases)
     return batch.replace(**_images(tiles, rows, is_image, config)), [list(row.values()) for row in rows]  # type: ignore[attr-defined]
+
+
+def is_visual(batch: Batch, config: ModelConfig) -> np.ndarray:
+    """bool [B, T], the positions of image and video tokens."""
+    tokens = [config.image_token_id] if config.video_token_id is None else [config.image_token_id, config.video_token_id]
+    return np.isin(batch.input_ids, tokens) & batch.attention_mask
+
+
+def _with_videos(batch: Batch, images: Any, videos: Any, config: ModelConfig) -> tuple[Batch, list[list[VisualLayout]]]:
+    """The rest of `make_batch` for videos."""
+    if config.video_token_id is None:
+        raise InputError(f"pixel_values_videos: a model of the family {config.family} takes no video")
+    if images is not None:
+        raise InputError("pixel_values beside pixel_values_videos: give images or videos, in calls of their own")
+    frames = to_tiles(videos, config)
+    layouts = [lay_out_video(frames.shape[1], config)] * len(frames)
+    rows = images_by_row(is_visual(batch, config), layouts, one_a_row=False)
+    images = _images(frames, rows, is_visual(batch, config), config)
+    return batch.replace(**images), [list(row.values()) for row in rows]  # type: ignore[attr-defined]
 
 
 def _images(

@@ -23,7 +23,7 @@ from lsg_jax.methods.method_model import abstract_model, assemble, join_trained
 from lsg_jax.methods.registry import name_of
 from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, read_prompts
 from lsg_jax.model.loss import answer_loss, answer_slots
-from lsg_jax.model_inputs import make_batch, to_tiles
+from lsg_jax.model_inputs import is_visual, make_batch, to_tiles
 from lsg_jax.types import IGNORE, Batch, KVCache, VisualInput, VisualTokens
 
 PROMPT_BUCKET = 64  # prompt lengths are rounded up to a multiple, so that few shapes compile
@@ -176,7 +176,7 @@ class VLM:
             nothing = np.zeros(batch.input_ids.shape, bool)
             return VisualTokens(mask=nothing, v_sink=nothing, box=box)
         mask, v_sink, order = jax.tree.map(np.asarray, _visual_tokens(self.params, batch, self.graphdef))
-        is_image = (batch.input_ids == self.config.image_token_id) & batch.attention_mask
+        is_image = is_visual(batch, self.config)
         for row, images in enumerate(layouts):
             boxes = np.concatenate([layout.box for layout in images]) if images else np.zeros((0, 4), np.float32)
             box[row, is_image[row]] = boxes if order is None else boxes[order[row, : len(boxes)]]

@@ -1,4 +1,4 @@
-"""The commands on a tiny LLaVA-NeXT, with images of many sizes: training, evaluation, studies, plan and report."""
+"""The commands on a tiny LLaVA-NeXT and OneVision, with images of many sizes: training, evaluation, studies, report."""
 
 import json
 
@@ -18,11 +18,14 @@ SIZES = [(60, 200), (200, 60), (77, 90), (42, 42), (300, 101), (99, 100)]  # wid
 SINKS = {"vit_dims": [3], "vit_tau": 1.2, "llm_dims": [5], "llm_tau": 3.0}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["next", "onevision"])
+def folder(request, tmp_path_factory):
     """A model, twelve pictures of six sizes, questions about them, and a configuration."""
-    root = tmp_path_factory.mktemp("next")
-    hf = tiny_hf("clip", "llama", image_grid_pinpoints=PINPOINTS, text_config={"max_position_embeddings": 1024})
+    root = tmp_path_factory.mktemp(request.param)
+    onevision = {"vision_aspect_ratio": "anyres_max_1", "vision_feature_layer": -1} if request.param == "onevision" else {}
+    vision, text = ("siglip", "qwen2") if onevision else ("clip", "llama")
+    limits = {"max_position_embeddings": 1024}
+    hf = tiny_hf(vision, text, image_grid_pinpoints=PINPOINTS, text_config=limits, **onevision)
     save_tiny(hf, root / "hf")
     stated = json.loads((root / "hf/config.json").read_text())
     (root / "hf/config.json").write_text(json.dumps({**stated, "lsg_sinks": SINKS}))
@@ -89,12 +92,13 @@ def test_sinks_lie_on_the_original_image(folder, capfd):
     vlm = lsg_jax.load(folder / "model")
     for file, size in zip(files, SIZES, strict=False):
         entry, layout = found[str(file)], lay_out(size, vlm.config)
-        assert len(entry["boxes"]) == len(entry["norms"]) == (layout.source >= 0).sum()
+        assert len(entry["boxes"]) == len(entry["norms"]) == (layout.source[:, 0] >= 0).sum()
         with Image.open(file) as image:
             encoded = vlm.processor.encode_question("x", image_size=image.size)
             batch = vlm.pad_questions([encoded], [vlm.processor.pixels(image)])
         marked = np.asarray(_marked(vlm, batch))
-        assert entry["v_sinks"] == np.flatnonzero(marked).tolist() != []
+        assert entry["v_sinks"] == np.flatnonzero(marked).tolist()
+        assert 0 < len(entry["v_sinks"]) < len(marked)
     lsg("calibrate", folder / "model", "--images", folder / "images", "--out", folder / "sinks.toml")
 
 
@@ -106,4 +110,5 @@ def _marked(vlm, batch):
     side, size = tiles.image_size // tiles.patch_size, tiles.patch_size
     grid = image.reshape(*patches.shape[:2], side, side, size, size, 3).swapaxes(3, 4)
     pixels = grid.reshape(*patches.shape[:2], tiles.image_size, tiles.image_size, 3).transpose(0, 1, 4, 2, 3)
-    return vlm.v_sinks(pixels)[0][batch.source[0, batch.source[0, :, 0] >= 0, 0]]
+    members = batch.source[0, batch.source[0, :, 0] >= 0]
+    return (vlm.v_sinks(pixels)[0][members] & (members >= 0)).any(1)

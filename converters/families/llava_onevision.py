@@ -16,14 +16,14 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
     if not stated:
         raise ConfigError(f"{files.where}: vision_aspect_ratio = {hf.vision_aspect_ratio!r} is not anyres_max_N")
     config = llava.model_config(hf, files)
-    return dataclasses.replace(config, image=dataclasses.replace(config.image, max_tiles=int(stated[1])))
+    image = dataclasses.replace(config.image, max_tiles=int(stated[1]))
+    return dataclasses.replace(config, image=image, video_token_id=hf.video_token_index)
 
 
 FAMILY: Family = dataclasses.replace(
     llava_next.FAMILY,
     model_type="llava_onevision",
     architecture="LlavaOnevisionForConditionalGeneration",
-    # videos have a token of their own, and are not read
     fields=llava_next.FAMILY.fields | {"vision_aspect_ratio", "video_token_index", "video_token_id"},
     model_config=_model_config,
 )

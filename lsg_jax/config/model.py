@@ -176,6 +176,7 @@ class ModelConfig(Table):
     projector_bias: bool = True
     projector_norm_eps: Annotated[float, Range("(0, 1]")] | None = None  # of a layer norm before the projector (ViP-LLaVA)
     sinks: SinkConfig = SinkConfig()
+    video_token_id: Annotated[int, Range("[0, 1e8]")] | None = None  # None: the model takes no video
     # which of converters/families it was converted by
     family: Literal["llava", "llava_next", "llava_onevision", "vipllava"] = "llava"
 

@@ -167,20 +167,18 @@ def _anyres(image_size: ImageSize, config: ModelConfig, image: ImageConfig) -> V
         top = (rows - int(round(height * (columns / width), 7))) // 2
     else:
         left = (columns - int(round(width * (rows / height), 7))) // 2
-    new_rows, new_columns = _shrunk(rows - 2 * top, columns - 2 * left, grid, image.max_tiles)
-    row, row_weight, y = _resampled(rows - 2 * top, new_rows)
-    column, column_weight, x = _resampled(columns - 2 * left, new_columns)
-    # [rows, columns, 2, 2]: the patches above and below, to the left and to the right
-    row, column = (top + row)[:, None, :, None], (left + column)[None, :, None, :]
+    unpadded = rows - 2 * top, columns - 2 * left
+    row, column, weight, y, x = _resampled(unpadded, _shrunk(unpadded, grid, image.max_tiles))
+    row, column = top + row, left + column
     source = (1 + row // grid * across + column // grid) * len(whole) + row % grid * grid + column % grid
-    weight = row_weight[:, None, :, None] * column_weight[None, :, None, :]
-    source = np.where(weight > 0, source, NO_SOURCE).reshape(new_rows, new_columns, 4)[..., : config.sources_per_token]
-    weight = weight.reshape(new_rows, new_columns, 4)[..., : config.sources_per_token]
+    source = np.where(weight > 0, source, NO_SOURCE)[..., : config.sources_per_token]
+    weight = weight[..., : config.sources_per_token]
 
     new_size = resized_to_fit(image_size, canvas)
-    x0, x1 = (_pixels(left + x, side, patch) - (canvas[0] - new_size[0]) // 2) / new_size[0]
-    y0, y1 = (_pixels(top + y, side, patch) - (canvas[1] - new_size[1]) // 2) / new_size[1]
-    box = np.stack(np.broadcast_arrays(x0[None], y0[:, None], x1[None], y1[:, None]), axis=-1)
+    box = _boxes(
+        (_pixels(left + x, side, patch) - (canvas[0] - new_size[0]) // 2) / new_size[0],
+        (_pixels(top + y, side, patch) - (canvas[1] - new_size[1]) // 2) / new_size[1],
+    )
     # a newline after each row
     end = ((0, 0), (0, 1), (0, 0))
     source = np.pad(source, end, constant_values=NO_SOURCE)
@@ -196,30 +194,63 @@ def _anyres(image_size: ImageSize, config: ModelConfig, image: ImageConfig) -> V
     )
 
 
-def _shrunk(rows: int, columns: int, grid: int, max_tiles: int | None) -> tuple[int, int]:
-    """What rows and columns of patches are shrunk to: to about the patches of `max_tiles` tiles (OneVision's anyres_max_N)."""
+def lay_out_video(frames: int, config: ModelConfig) -> VisualLayout:
+    """The layout of a video: each frame is a square whose patches are pooled 2 x 2, and a newline ends the last (OneVision).
+
+    Boxes are in units of the frame's sides.
+    """
+    assert config.video_token_id is not None
+    side, patch = config.vision.image_size, config.vision.patch_size
+    grid, pooled = side // patch, math.ceil(side // patch / 2)
+    row, column, weight, y, x = _resampled((grid, grid), (pooled, pooled))
+    source = np.where(weight > 0, row * grid + column, NO_SOURCE).reshape(1, -1, 4)
+    source = np.where(source < 0, source, source + np.arange(frames)[:, None, None] * grid**2).reshape(-1, 4)
+    box = _boxes(x * patch / side, y * patch / side).reshape(-1, 4)
+    layout = _layout(
+        np.concatenate([source, [[NEWLINE] + 3 * [NO_SOURCE]]]),
+        np.concatenate([np.tile(weight.reshape(-1, 4), (frames, 1)), np.zeros((1, 4))]),
+        np.concatenate([np.tile(box, (frames, 1)), np.zeros((1, 4))]),
+        config,
+        tiles=frames,
+    )
+    return dataclasses.replace(layout, token_ids=np.full(len(layout), config.video_token_id, np.int32))
+
+
+def _shrunk(size: tuple[int, int], grid: int, max_tiles: int | None) -> tuple[int, int]:
+    """What (rows, columns) of patches are shrunk to: to about the patches of `max_tiles` tiles (OneVision's anyres_max_N)."""
     if max_tiles is None:
-        return rows, columns
-    ratio = math.sqrt(rows * columns / (max_tiles * grid**2))
-    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+        return size
+    ratio = math.sqrt(size[0] * size[1] / (max_tiles * grid**2))
+    return (int(size[0] // ratio), int(size[1] // ratio)) if ratio > 1.1 else size
 
 
-def _resampled(length: int, new: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
-    """One axis of PyTorch's `interpolate(mode="bilinear", align_corners=False)`, in its float32 arithmetic.
+def _resampled(size: tuple[int, int], new: tuple[int, int]) -> tuple[NDArray[Any], ...]:
+    """PyTorch's `interpolate(mode="bilinear", align_corners=False)` of [rows, columns], as weights of what is combined.
 
     Returns:
-        int [new, 2], the old places behind each new one; float32 [new, 2], their weights; float64 [2, new], where each new
-        place starts and ends, in units of old places.
+        int [R, C, 4], the rows and the columns behind each new place; float32 [R, C, 4], their weights; float64 [2, R] and
+        [2, C], where each new row and column starts and ends, in units of old ones.
     """
+    (row, row_weight, y), (column, column_weight, x) = (_resampled_axis(*each) for each in zip(size, new, strict=True))
+    pairs = lambda rows, columns: (rows[:, None, :, None], columns[None, :, None, :])
+    each = [part.reshape(*new, 4) for part in np.broadcast_arrays(*pairs(row, column))]
+    weight = np.multiply(*pairs(row_weight, column_weight)).reshape(*new, 4)
+    return each[0], each[1], weight, y, x
+
+
+def _resampled_axis(length: int, new: int) -> tuple[NDArray[Any], ...]:
+    """One axis of `_resampled`, in PyTorch's float32: places [new, 2], weights [new, 2], starts and ends [2, new]."""
     at = np.maximum((np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(length / new) - np.float32(0.5), 0)
     low = at.astype(np.int64)
     share = at - low.astype(np.float32)
     lines = np.arange(new + 1) * length / new
-    return (
-        np.stack([low, np.minimum(low + 1, length - 1)], 1),
-        np.stack([1 - share, share], 1),
-        np.stack([lines[:-1], lines[1:]]),
-    )
+    places = np.stack([low, np.minimum(low + 1, length - 1)], axis=1)
+    return places, np.stack([1 - share, share], axis=1), np.stack([lines[:-1], lines[1:]])
+
+
+def _boxes(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Starts and ends of columns [2, C] and of rows [2, R] -> boxes [R, C, 4]."""
+    return np.stack(np.broadcast_arrays(x[0][None], y[0][:, None], x[1][None], y[1][:, None]), axis=-1)
 
 
 def _pixels(lines: NDArray[np.float64], side: int, patch: int) -> NDArray[np.float64]:

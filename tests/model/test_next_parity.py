@@ -34,11 +34,12 @@ TOLERANCE = 1e-4  # absolute; logits are of order 1
 SIDE = 42
 PINPOINTS = [[42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
 SIZES = [(60, 200), (200, 60), (77, 90), (42, 42), (300, 101), (99, 100), (84, 84)]  # width, height
+ONEVISION = {"vision_aspect_ratio": "anyres_max_2", "vision_feature_layer": -1, "video_token_index": VOCABULARY - 1}
 FAMILIES = {
     "clip-llama": ("clip", "llama", {}),
     "clip-mistral": ("clip", "mistral", {}),
     "siglip-qwen2": ("siglip", "qwen2", {}),
-    "onevision": ("siglip", "qwen2", {"vision_aspect_ratio": "anyres_max_2", "vision_feature_layer": -1}),
+    "onevision": ("siglip", "qwen2", ONEVISION),
 }
 
 
@@ -80,9 +81,9 @@ def inputs(vlm, sizes, side, images_a_row=1):
     rng = np.random.default_rng(1)
     rows = []
     for start in range(0, len(sizes), images_a_row):
-        ids = [BOS, *rng.integers(4, VOCABULARY, 2 + start)]
+        ids = [BOS, *rng.integers(4, VOCABULARY - 1, 2 + start)]
         for size in sizes[start : start + images_a_row]:
-            ids += [*lay_out(size, vlm.config, alone=images_a_row == 1).token_ids, *rng.integers(4, VOCABULARY, 3)]
+            ids += [*lay_out(size, vlm.config, alone=images_a_row == 1).token_ids, *rng.integers(4, VOCABULARY - 1, 3)]
         rows.append(ids)
     length = max(map(len, rows))
     ids, mask = np.full((len(rows), length), PAD), np.zeros((len(rows), length), np.int64)
@@ -209,6 +210,31 @@ def test_gates_equal_those_in_pytorch(name, images_a_row):
     ours = gated.logits(**arrays)
     assert np.abs(ours[valid] - vlm.logits(**arrays)[valid]).max() > 0.01
     np.testing.assert_allclose(ours[valid], expected[valid], rtol=0, atol=TOLERANCE)
+
+
+def test_videos():
+    """Frames are pooled 2 x 2 and end with a newline; ungated and gated logits as in PyTorch."""
+    hf, vlm = pair("onevision")
+    rng, frames, video_token = np.random.default_rng(0), 3, hf.config.video_token_id
+    ids = rng.integers(4, VOCABULARY - 1, (2, 4 + 4 * frames + 1 + 3))
+    ids[:, 4:-3] = video_token
+    pixels = rng.normal(size=(2, frames, 3, SIDE, SIDE)).astype(np.float32)
+    arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": None, "pixel_values_videos": pixels}
+    tensors = {name: torch.tensor(array) for name, array in arrays.items() if array is not None}
+    sinks, method = SinkConfig(vit_dims=(3,), vit_tau=1.0), Gates(GateConfig(layers=(1, 3)))
+    trained = method.initial(vlm.config, vlm.frozen, jax.random.key(0))
+    trained = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), trained)
+    gated = vlm.with_method(method, trained, sinks=sinks)
+    place = gated.visual_tokens(**arrays)
+    assert place.mask.sum(1).tolist() == [4 * frames] * 2 and 0 < place.v_sink.sum() < place.mask.sum()
+    np.testing.assert_allclose(place.box[0, 4:8], [[x, y, x + 0.5, y + 0.5] for y in (0, 0.5) for x in (0, 0.5)])
+    with torch.no_grad():
+        np.testing.assert_allclose(vlm.logits(**arrays), hf(**tensors).logits.numpy(), rtol=0, atol=TOLERANCE)
+        with attach(hf, PortableGates(method.gate, sinks, jax.tree.map(np.asarray, trained))):
+            expected = hf(**tensors).logits.numpy()
+    np.testing.assert_allclose(gated.logits(**arrays), expected, rtol=0, atol=TOLERANCE)
+    with pytest.raises(InputError, match="takes no video"):
+        pair("clip-llama")[1].logits(**arrays)
 
 
 @pytest.mark.parametrize("method", [SinkFront(), DiySink()], ids=lambda method: type(method).__name__)
