@@ -170,7 +170,11 @@ def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):
     config.write_text(f'model = "{tmp_path}/none"\noutput = "{tmp_path}/run"\n[gate]\nlayers = [99]\n[sinks]\nvit_dims = [1]\n')
     shapes = ["--model-config", str(tiny_hf_folder)]
     for code, said, arguments in (
-        (65, "known: llava15_13b, llava15_7b, llava16_vicuna_7b, llava_onevision_7b, llava_phi3_mini", ["--topology", "v5e:2x2"]),
+        (
+            65,
+            "known: llava15_13b, llava15_7b, llava16_vicuna_7b, llava_onevision_7b, llava_phi3_mini",
+            ["--topology", "v5e:2x2"],
+        ),
         (65, "no such topology; known: v4:{", ["--topology", "v3:8", *shapes]),
         (65, "libtpu refuses it", ["--topology", "v5e:3x5", *shapes]),
         (65, "layer 99 does not exist", ["--topology", "v5e:2x2", *shapes]),
