@@ -12,6 +12,39 @@ from lsg_jax.errors import InputError
 MAX_JSON_BYTES = 64 << 20
 
 
+def check_output(path: Path, *, folder: bool) -> None:
+    """Refuses an output folder or file that cannot be written, before any work is done for it.
+
+    Raises:
+        InputError: it, or a folder above it, is of the other kind or not writable.
+    """
+    if path.exists() and path.is_dir() != folder:
+        found, needed = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise InputError(f"{path}: is {found}, and {needed} is written; choose another output")
+    above = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if above != path and not above.is_dir():
+        raise InputError(f"{path}: cannot be written: {above} is a file; choose another output")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{path}: cannot be written: Permission denied; choose another output")
+
+
+def check_only(folder: Path, known: frozenset[str], what: str) -> None:
+    """Refuses an output folder that holds something else than `known` names, settings and logs.
+
+    Args:
+        what: what the folder is to be, for the error.
+
+    Raises:
+        InputError: it does.
+    """
+    notes = lambda name: name.startswith(".") or name.endswith((".toml", ".log", ".txt"))
+    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in names if name not in known and not notes(name)]
+    if others:
+        listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise InputError(f"{folder}: holds {listed} and is no {what}; choose another output")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file through a temporary one: a crash leaves the old content or the new, never a part.
 

@@ -20,6 +20,7 @@ from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
+from lsg_jax.files import check_only, check_output
 from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.finished import read_sections
@@ -71,6 +72,11 @@ limit = {questions}
 validation = {validation}
 """
 
+WRITTEN = frozenset(
+    {"config.toml", "eval", "model", "model.tmp", "records", "report.html", "run", "sinks", "sweep", "train", "validation"}
+)
+"""What the quickstart writes."""
+
 ProgressBar = Callable[[str], AbstractContextManager[Progress]]
 """Title -> a context that shows the progress reported to it."""
 
@@ -81,6 +87,8 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: Progr
     Args:
         convert: `converters.convert.convert`.
     """
+    check_output(out, folder=True)
+    check_only(out, WRITTEN, "quickstart folder")
     out.mkdir(parents=True, exist_ok=True)
     model, records, run = out / "model", out / "records", out / "run"
     logger.info("1/6 converting the embedded model")

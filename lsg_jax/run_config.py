@@ -59,6 +59,8 @@ class RunConfig(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (self.model and self.output):
+            raise ConfigError(f"{'output' if self.model else 'model'} is empty: it is the path of a folder")
         if self.method not in METHODS:
             raise ConfigError(f"method: {self.method!r} is not one of {', '.join(METHODS)}")
         defaults = {name: kind() for name, kind in method_tables().items()}
@@ -103,6 +105,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, or a number of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:

@@ -74,14 +74,15 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = stated = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
         raise ConfigError(f"mesh: at most one size may be -1: {dict(zip(AXES, sizes, strict=True))}")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // fixed
+        sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
-        raise ConfigError(f"mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
+        asked = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, stated, strict=True))
+        raise ConfigError(f"mesh: {asked} does not fit {len(devices)} devices: the sizes must multiply to that (-1 fills up)")
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 

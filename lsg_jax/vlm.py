@@ -234,8 +234,9 @@ class VLM:
 
     def generate_in_full(self, batch: Batch, max_new_tokens: int) -> Generated:
         """`generate_batch` with the margins and, of a gated model, the ratios float32 [gated layers, B, G]; on the host."""
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+        if not 1 <= max_new_tokens <= self.config.text.max_positions:
+            most = self.config.text.max_positions
+            raise InputError(f"max_new_tokens is {max_new_tokens}: it must lie in [1, {most}], the positions of the model")
         # the answer slots are not used, and would only add shapes to compile
         batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
         read, cache = read_batch(self.params, batch, self.graphdef, max_new_tokens)

@@ -93,10 +93,11 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_round_trip(tmp_path, small_blocks, verify):
-    leaves = write_model(tmp_path)
+    leaves = write_model(tmp_path / "base" / "..")
     assert len(read_manifest(tmp_path).leaves["language_model/embed"].sha256) == 4
     same(load_base(tmp_path, abstract(leaves), verify=verify), leaves)
-    assert verify_base(tmp_path) == []
+    (tmp_path / "beside").mkdir()
+    assert verify_base(tmp_path) == verify_base(tmp_path / "beside" / "..") == []
     again = {name: np.empty_like(leaf) for name, leaf in leaves.items()}
     for name, offset, block in iter_base(tmp_path):
         if block.shape:

@@ -67,6 +67,13 @@ def test_round_trip(tmp_path):
     assert run.verify() == [] and run.steps() == [1, 2, 3]
 
 
+def test_a_path_with_dots_is_the_same_folder(tmp_path):
+    (tmp_path / "beside").mkdir()
+    run = saved_run(tmp_path / "beside" / ".." / "run", 1)
+    same(run.latest(abstract(make_state(0))).state, make_state(1))
+    assert run.verify() == RunFolder(tmp_path / "run").verify() == []
+
+
 def test_orbax_itself_reads_a_step(tmp_path):
     from orbax.checkpoint import v1 as ocp
 

@@ -98,11 +98,11 @@ def coefficient_grid(groups: int, step: float) -> tuple[tuple[float, ...], ...]:
     """All grid points >= 0 that sum to 1: for two groups and step 0.1 from (0, 1) to (1, 0), as in the paper.
 
     Raises:
-        ConfigError: `step` does not divide 1.
+        ConfigError: `step` is below 0.01, or does not divide 1.
     """
-    count = round(1 / step) if 0 < step <= 1 else 0
+    count = round(1 / step) if 0.01 <= step <= 1 else 0
     if not count or abs(count * step - 1) > 1e-6:
-        raise ConfigError(f"the step is {step:g}: it must divide 1, as 0.1 or 0.25 do")
+        raise ConfigError(f"the step is {step:g}: it must lie in [0.01, 1] and divide 1, as 0.1 or 0.25 do")
     parts = itertools.product(range(count + 1), repeat=groups - 1)
     return tuple((*(n / count for n in first), (count - sum(first)) / count) for first in parts if sum(first) <= count)
 

@@ -148,7 +148,7 @@ def write_step(folder: Path, step: int, stored: Mapping[str, StoredLeaf], meta: 
     tree = nest({name: leaf.data for name, leaf in stored.items()})
     try:
         # Orbax 0.12 saves only with all processes, whatever `active_processes` says.
-        call_orbax(lambda ocp: ocp.save(path.absolute(), tree, custom_metadata=custom))
+        call_orbax(lambda ocp: ocp.save(path.resolve(), tree, custom_metadata=custom))
     except OrbaxError as error:
         raise _lost(folder, step, error) from None
 
@@ -224,7 +224,7 @@ def _read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     """The arrays of a step, through TensorStore: calls to Orbax are matched between processes, and only one reads."""
     import tensorstore
 
-    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/state/"}}
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.resolve()}/state/"}}
     specs = [{"driver": "zarr3", "kvstore": {**database, "path": name.replace("/", ".") + "/"}} for name in names]
     stores = [store.result() for store in [tensorstore.open(spec, open=True, read=True) for spec in specs]]
     reads = [store.read() for store in stores]

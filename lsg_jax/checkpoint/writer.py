@@ -227,7 +227,7 @@ def open_store(folder: Path, name: str, spec: LeafSpec, *, create: bool = False)
     return tensorstore.open(
         {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{(folder / leaf_folder(name)).absolute()}/"},
+            "kvstore": {"driver": "file", "path": f"{(folder / leaf_folder(name)).resolve()}/"},
             "metadata": {
                 "shape": list(spec.shape),
                 "data_type": spec.dtype,

@@ -13,6 +13,7 @@ from typing import Any
 from lsg_jax.cli import gates, models, plan, probe, report, sinks, stack, sweep, training
 from lsg_jax.cli.options import Command
 from lsg_jax.errors import LsgError
+from lsg_jax.files import check_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("converters").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax logs through it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not found: nothing here needs it
     try:
+        if (out := getattr(options, "out", None)) is not None and hasattr(options, "out_is_folder"):
+            check_output(out, folder=options.out_is_folder)
         options.run(options)
         sys.stdout.flush()
         return 0

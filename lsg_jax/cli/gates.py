@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, sink_config, sink_option
+from lsg_jax.cli.options import Command, out_option, sink_config, sink_option
+from lsg_jax.errors import InputError
+from lsg_jax.files import check_output
 
 EXAMPLES = (
     "lsg gates export lsg-quickstart/run gate.safetensors",
@@ -30,7 +32,7 @@ def add(command: Command) -> None:
         (EXAMPLES[1], "lsg gates combine runs/each@4 gate.safetensors --out two.safetensors"),
     )
     sub.add_argument("sources", nargs="+", metavar="G", help="run folders or gate files, or layers of one as RUN@3,6")
-    sub.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    out_option(sub, folder=False, required=True)
     sub = command(
         "import",
         _gates_import,
@@ -46,10 +48,18 @@ def add(command: Command) -> None:
     sink_option(sub)
 
 
+def _check_new(path: Path) -> None:
+    """InputError for a file that exists or cannot be written."""
+    check_output(path, folder=False)
+    if path.exists():
+        raise InputError(f"{path}: exists; choose another output")
+
+
 def _gates_export(options: argparse.Namespace) -> None:
     from lsg_jax.gating.portable import write_gates
     from lsg_jax.opening import open_gates
 
+    _check_new(options.file)
     write_gates(options.file, open_gates(options.source))
     print(options.file)
 
@@ -58,6 +68,7 @@ def _gates_combine(options: argparse.Namespace) -> None:
     from lsg_jax.gating.portable import combine_gates, write_gates
     from lsg_jax.opening import open_gates
 
+    _check_new(options.out)
     write_gates(options.out, combine_gates([open_gates(source) for source in options.sources]))
     print(options.out)
 
@@ -67,5 +78,6 @@ def _gates_import(options: argparse.Namespace) -> None:
     from lsg_jax.config import SinkConfig
     from lsg_jax.gating.portable import write_gates
 
+    _check_new(options.out)
     write_gates(options.out, import_torch_gates(options.file, sinks=sink_config(options, SinkConfig()), layer=options.layer))
     print(options.out)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar
 
 IMAGE = "lsg-quickstart/validation/images/00000.png"
 ASK = f'lsg generate lsg-quickstart/model --image {IMAGE} --prompt "How many shapes are there?"'
@@ -20,7 +20,7 @@ def add(command: Command) -> None:
         "all steps on the embedded model, on CPU, in minutes",
         ("lsg quickstart", "lsg quickstart --out story"),
     )
-    sub.add_argument("--out", type=Path, default=Path("lsg-quickstart"), metavar="DIR")
+    out_option(sub, folder=True, default=Path("lsg-quickstart"))
 
     sub = command(
         "convert",

@@ -8,7 +8,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lsg_jax import distributed
 from lsg_jax.errors import ConfigError
@@ -24,6 +25,12 @@ SECONDS_BETWEEN_LINES = 30.0
 
 Command = Callable[[str, Callable[[argparse.Namespace], None], str, tuple[str, str]], argparse.ArgumentParser]
 """Adds a command: (name, the function that runs it, its help, two examples) -> its parser."""
+
+
+def out_option(sub: argparse.ArgumentParser, *, folder: bool, **settings: Any) -> None:
+    """Adds --out, which `main` checks before it runs the command."""
+    sub.add_argument("--out", type=Path, metavar="DIR" if folder else "FILE", **settings)
+    sub.set_defaults(out_is_folder=folder)
 
 
 def gate_options(sub: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar
 from lsg_jax.errors import ConfigError
 
 SCENES = "scenes"
@@ -40,7 +40,7 @@ def add(command: Command) -> None:
     sub.add_argument("--layers", type=int, nargs="+", metavar="L", help="decoder layers, 0-based; default: all")
     sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time on each device; default: 8")
     gate_options(sub)
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for probe.json and the figure")
+    out_option(sub, folder=True, required=True, help="folder for probe.json and the figure")
     sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
 
 

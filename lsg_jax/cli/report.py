@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lsg_jax.cli.options import Command
+from lsg_jax.cli.options import Command, out_option
 
 
 def add(command: Command) -> None:
@@ -19,7 +19,7 @@ def add(command: Command) -> None:
     sub.add_argument(
         "paths", type=Path, nargs="+", metavar="RUN", help="folder of a run, an evaluation or a study, or of several"
     )
-    sub.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    out_option(sub, folder=False, required=True)
 
 
 def _report(options: argparse.Namespace) -> None:

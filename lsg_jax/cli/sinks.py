@@ -7,7 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar
 from lsg_jax.errors import InputError
 
 PROMPT = "Describe the image."
@@ -29,7 +29,7 @@ def add(command: Command) -> None:
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="FILE")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="write sinks.json, an overlay of each image, and figures")
+    out_option(sub, folder=True, help="write sinks.json, an overlay of each image, and figures")
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     text = "longest answer whose attention is measured (16); 0 for the prompt's alone"
     sub.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=text)
@@ -46,7 +46,7 @@ def add(command: Command) -> None:
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, searched with its subfolders")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="write the TOML to this file as well")
+    out_option(sub, folder=False, help="write the TOML to this file as well")
     sub.add_argument("--limit", type=int, default=256, metavar="N", help="use N images, evenly spaced by name (256)")
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     sub.add_argument("--json", action="store_true", help="print the evidence as JSON instead of the TOML")

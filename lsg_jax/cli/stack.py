@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_options, progress_bar
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, out_option, process_options, progress_bar
 
 
 def add(command: Command) -> None:
@@ -60,7 +60,7 @@ def _common_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     benchmark_option(sub)
-    sub.add_argument("--out", type=Path, metavar="DIR", help=f"default: OUTPUT/{study}")
+    out_option(sub, folder=True, help=f"default: OUTPUT/{study}")
     sub.add_argument("--json", action="store_true", help=f"print {study}.json instead of a table")
     process_options(sub)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lsg_jax.cli.compile_cache import use_compile_cache
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_options, progress_bar
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, out_option, process_options, progress_bar
 
 
 def add(command: Command) -> None:
@@ -48,14 +48,17 @@ def add(command: Command) -> None:
         metavar="N",
         help="questions at a time on each device, each under all coefficients; default: eval.batch_size / their number",
     )
-    sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/sweep")
+    out_option(sub, folder=True, help="default: OUTPUT/sweep")
     sub.add_argument("--json", action="store_true", help="print sweep.json instead of a table")
     process_options(sub)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     """`0.5,1` -> (0.5, 1.0)."""
-    return tuple(map(float, text.split(",")))
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers with commas between them, as 0.5,1") from None
 
 
 def _sweep(options: argparse.Namespace) -> None:

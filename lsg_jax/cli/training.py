@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.cli.compile_cache import use_compile_cache
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, process_options, progress_bar
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, out_option, process_options, progress_bar
 
 
 def add(command: Command) -> None:
@@ -76,7 +76,7 @@ def _add_runs(command: Command) -> None:
         help="base, lsg, var, sink_front, diysink, lora, fixed, full; base is always asked. Default: what --gates holds",
     )
     benchmark_option(sub)
-    sub.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT/eval")
+    out_option(sub, folder=True, help="default: OUTPUT/eval")
     sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     process_options(sub)
 

@@ -26,7 +26,7 @@ from lsg_jax.data.conversation import RecordError, image_field
 from lsg_jax.data.prepared import new_folder, write_manifest
 from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
 from lsg_jax.data.reports import CambrianReport, CategoryCounts
-from lsg_jax.data.sources import ImageFolder, first_bracket, numbered_lines, parse_line, thread_count
+from lsg_jax.data.sources import ImageFolder, check_fraction, first_bracket, numbered_lines, parse_line, thread_count
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.progress import Progress, silent
@@ -155,6 +155,7 @@ def prepare_cambrian(
         ConfigError: `sample` is below six, or the source map cannot be used.
     """
     source = Path(source)
+    check_fraction(max_bad_fraction)
     quotas = shares(sample)
     table = SourceMap.built_in() if source_map is None else SourceMap.built_in().extended(Path(source_map))
     if first_bracket(source) == b"[":

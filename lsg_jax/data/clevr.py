@@ -21,7 +21,7 @@ from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.prepared import FolderLayout, PreparedRows, new_folder, write_manifest, write_rows
 from lsg_jax.data.records import REJECTS
-from lsg_jax.data.sources import ImageFolder, in_order, thread_count
+from lsg_jax.data.sources import ImageFolder, check_fraction, in_order, thread_count
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.progress import Progress, silent
@@ -155,6 +155,7 @@ def prepare_clevr(
     source = Path(source)
     if limit is not None and limit < 1:
         raise ConfigError(f"a limit of {limit} scenes: must be at least 1")
+    check_fraction(max_bad_fraction)
     threads, path = thread_count(threads), _scenes_file(source, split)
     scenes, images = _read_scenes(path)[:limit], ImageFolder(source / "images" / split)
     report = ClevrReport(split, file_sha256(path))

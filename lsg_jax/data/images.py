@@ -77,7 +77,8 @@ def _read(source: bytes | str | Path, read: Callable[[Image.Image], Result]) -> 
         raise InputError(f"{name}: not an image of a known format (starts with {source[:12]!r})") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         raise InputError(f"{name}: broken image file: {str(error) or type(error).__name__}") from None
-    raise InputError(f"{name}: {size[0]} x {size[1]} pixels is too extreme (a side of {MAX_SIDE}, an aspect of {MAX_ASPECT}:1)")
+    limits = f"sides of up to {MAX_SIDE} and an aspect of up to {MAX_ASPECT}:1 are read"
+    raise InputError(f"{name}: {size[0]} x {size[1]} pixels is too extreme: {limits}")
 
 
 def _not_an_image(data: bytes) -> str | None:

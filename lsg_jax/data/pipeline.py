@@ -72,7 +72,9 @@ class TrainingData(Iterator[Batch]):
         self._index = self._usable_examples()
         self.num_examples = len(self._index)
         if not self.num_examples:
-            raise InputError(f"{records_path}: none of the {sum(self.dropped.values())} examples is usable: {self.dropped}")
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.items())
+            advice = "; raise data.max_length" if "image_truncated" in self.dropped else ""
+            raise InputError(f"{records_path}: none of the {sum(self.dropped.values())} examples is usable ({reasons}){advice}")
         if batch_size > self.num_examples:
             raise InputError(f"batch of {batch_size} is larger than the {self.num_examples} examples of {records_path}")
         self.num_batches = self.num_examples * epochs // batch_size

@@ -20,7 +20,7 @@ from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.prepared import FolderLayout, PreparedRows, new_folder, write_manifest, write_rows
 from lsg_jax.data.reports import Report, read_report
-from lsg_jax.data.sources import ImageFolder, first_bracket, in_order, read_source, thread_count
+from lsg_jax.data.sources import ImageFolder, check_fraction, first_bracket, in_order, read_source, thread_count
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import InputError
 from lsg_jax.progress import Progress, silent
@@ -166,6 +166,7 @@ def prepare_llava(
             records are bad. `out` is left unchanged.
     """
     source = Path(source)
+    check_fraction(max_bad_fraction)
     first_bracket(source)
     image_folder, threads, report = ImageFolder(Path(images)), thread_count(threads), Report(source.name)
     with new_folder(Path(out)) as folder, (folder / REJECTS).open("w", encoding="utf-8") as rejects:

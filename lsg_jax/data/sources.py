@@ -159,3 +159,9 @@ def in_order(call: Callable[[Item], Result], items: Iterable[Item], threads: int
         finally:
             for future in in_flight:
                 future.cancel()
+
+
+def check_fraction(max_bad_fraction: float) -> None:
+    """Raises InputError unless it lies in [0, 1]; NaN does not."""
+    if not 0 <= max_bad_fraction <= 1:
+        raise InputError(f"the largest share of bad records is {max_bad_fraction}: it must lie in [0, 1]")

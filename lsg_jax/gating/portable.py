@@ -210,7 +210,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path}: no such gate file")
+        raise InputError(f"{path}: no such run folder or gate file")
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}

@@ -19,6 +19,7 @@ from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.checkpoint.run_record import RUN, Computation, GitRevision, RunRecord, Start, read_run
 from lsg_jax.config import to_dict
 from lsg_jax.errors import ConfigError
+from lsg_jax.files import check_only
 from lsg_jax.methods.registry import METHODS
 from lsg_jax.run_config import method_tables, run_config
 
@@ -29,6 +30,9 @@ MAY_CHANGE = frozenset(
 )
 """Settings that may change when a run continues: they do not affect the numbers. Model and data are compared by digest."""
 
+BESIDE_A_RUN = frozenset({"checkpoints", "lock", "metrics.jsonl", "eval", "sweep", "stack", "each", "ablate", "baselines"})
+"""What a folder may hold where no run has started: an interrupted start, and studies of the model without gates."""
+
 _PACKAGES = ("lsg_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -37,6 +41,7 @@ def check_same(run: RunFolder, computation: Computation) -> None:
 
     Raises:
         ConfigError: that run computes something else.
+        InputError: the folder holds something else.
     """
 
     used = METHODS[str(computation.config["method"])].Settings
@@ -44,6 +49,7 @@ def check_same(run: RunFolder, computation: Computation) -> None:
 
     def compare() -> None:
         if not (run.path / RUN).exists():
+            check_only(run.path, BESIDE_A_RUN, "run folder")
             return
         record = read_run(run.path)
         # fields that the run was started without have their defaults

@@ -192,8 +192,8 @@ def test_faulty_metadata_is_refused(tmp_path, field, value, message):
 
 def test_files_that_are_something_else_are_refused(tmp_path):
     path = tmp_path / "g.safetensors"
-    _refused(path, "no such gate file")
-    _refused(tmp_path, "no such gate file")
+    _refused(path, "no such run folder or gate file")
+    _refused(tmp_path, "no such run folder or gate file")
     write_gates(path, make_gates())
     whole = path.read_bytes()
     for length in (0, 4, 40, len(whole) // 2, len(whole) - 1):
@@ -342,5 +342,5 @@ def test_pytorch_files_that_do_not_fit_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="not a PyTorch file"):
         import_torch_gates(path)
-    with pytest.raises(InputError, match="no such gate file"):
+    with pytest.raises(InputError, match="no such run folder or gate file"):
         import_torch_gates(tmp_path / "none.pt")

@@ -45,6 +45,12 @@ GOOD = [
 ]
 
 
+@pytest.mark.parametrize("share", [float("nan"), -0.1, 1.1])
+def test_the_share_of_bad_records_has_a_range(tmp_path, share):
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\]"):
+        prepare_llava(tmp_path / "none.json", tmp_path, tmp_path / "out", max_bad_fraction=share)
+
+
 def test_rows_round_trip(tmp_path, images):
     (tmp_path / "r.json").write_text(json.dumps(GOOD))
     report = prepare_llava(tmp_path / "r.json", images, tmp_path / "out")

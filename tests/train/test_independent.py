@@ -171,7 +171,7 @@ def test_gates_are_loaded_by_layer(config, each, tmp_path, capsys):
     for source, message in [
         (f"{each}@1", r"each: no gate at layer 1; there are 0, 2, 5"),
         (f"{each}@two", r"after @ come layers, for example .*each@10 or .*each@3,6,7"),
-        (f"{tmp_path}/none@2", "none: no such gate file"),
+        (f"{tmp_path}/none@2", "none: no such run folder or gate file"),
     ]:
         with pytest.raises(InputError, match=message):
             open_gates(source)
