@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from converters.blocks import check_finite, described, equal_tensors, pieces, re
 from converters.families import family_of
 from converters.hf_config import ignored_fields, read_config
 from converters.hub import SMALL_FILES, Checkpoint, find_checkpoint
+from converters.image_token import with_image_token
 from converters.json_file import read_object
 from converters.reader import ArraySource, Source, canonical_names, open_source
 from converters.rules import Part, Plan, plan
@@ -78,7 +78,7 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     check_free(target)
     checkpoint = find_checkpoint(source)
-    config = read_config(checkpoint.folder)
+    config = with_image_token(read_config(checkpoint.folder), checkpoint.folder)
     weights = open_source(checkpoint.folder)
     try:
         names = in_folder(checkpoint.folder, canonical_names, weights.tensors, family_of(config).canonical_name)
@@ -220,17 +220,20 @@ def blocks(planned: Plan, specs: Mapping[str, LeafSpec]) -> Iterator[tuple[Part,
 
 
 def _write_hf(job: _Conversion, folder: Path) -> dict[str, str]:
-    """Copies the small files and the carried tensors. Returns file name -> sha256."""
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():  # of an interrupted conversion
-        path.unlink()
-    for path in sorted(job.checkpoint.folder.iterdir()):
-        wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SMALL_FILES)
-        if wanted and path.is_file() and path.suffix not in (".py", ".safetensors", ".bin"):
-            try:
-                shutil.copyfile(path, folder / path.name)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be copied to {folder}: {error.strerror}") from None
+    """Copies the small files and the carried tensors. Returns file below `folder` -> sha256."""
+    if folder.exists():  # of an interrupted conversion
+        shutil.rmtree(folder)
+    folder.mkdir()
+    source = job.checkpoint.folder
+    for path in sorted({path for pattern in SMALL_FILES for path in source.glob(pattern)}):
+        if not path.is_file() or path.suffix in (".py", ".safetensors", ".bin"):
+            continue
+        copy = folder / path.relative_to(source)
+        try:
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be copied to {copy.parent}: {error.strerror}") from None
     if carried := job.planned.carried:
         tensors = described(job.weights, {name: job.names[name] for name in carried})
         with SafetensorsWriter(folder / CARRIED, tensors) as out:
@@ -238,4 +241,5 @@ def _write_hf(job: _Conversion, folder: Path) -> dict[str, str]:
                 for row, values in pieces(job.weights, job.names[name]):
                     check_finite(job.names[name], values)
                     out.put(name, values.reshape(len(values), -1), row)
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}

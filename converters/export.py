@@ -182,9 +182,9 @@ class _Export:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _copy_files(self, folder: Path) -> None:
-        for path in sorted((self.model / "hf").iterdir()):
-            if path.name != CARRIED:
-                shutil.copyfile(path, folder / path.name)
+        for name in self.manifest.hf.keys() - {CARRIED}:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.model / "hf" / name, folder / name)
         if any(self.manifest.dtypes[name] != self.dtype for name in self.tensors if name not in self.manifest.carried):
             config = read_object(folder / "config.json")
             _state_dtype(config, self.dtype)

@@ -18,6 +18,7 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "tokenizer*",
     "vocab.*",
     "merges.txt",

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lsg_jax.config import SinkConfig
+from lsg_jax.config import SinkConfig, Template
 from lsg_jax.opening import load_backbone, open_trained
 from lsg_jax.vlm import VLM
 
@@ -19,6 +19,7 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     sinks: SinkConfig | None = None,
+    template: Template | None = None,
 ) -> VLM:
     """Opens a converted model, with gates, or what else a run has trained, if given.
 
@@ -28,9 +29,10 @@ def load(
         dtype: of the weights, e.g. "float32"; None keeps them as stored.
         mesh: devices to spread the weights over (lsg_jax.sharding.make_mesh); None for one device.
         sinks: what counts as a sink; None takes what the gates were trained with, else what the model folder says.
+        template: the text template of prompts, by the names of `data.template`; None takes the checkpoint's own.
 
     Raises:
         InputError, ConfigError, CheckpointError: each with one line that says what, where and what to do.
     """
-    vlm = load_backbone(model_dir, dtype=dtype, sinks=sinks, mesh=mesh)
+    vlm = load_backbone(model_dir, dtype=dtype, sinks=sinks, mesh=mesh, template=template)
     return vlm if gates is None else open_trained(vlm, gates, sinks=sinks)

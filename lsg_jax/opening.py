@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.checkpoint import LeafEntry, load_base, read_manifest, read_run, read_step
-from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, from_dict
+from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
 from lsg_jax.methods.gates import Gates
@@ -30,6 +30,7 @@ def load_backbone(
     sinks: SinkConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
     verify: bool = True,
+    template: Template | None = None,
 ) -> VLM:
     """Opens a model folder without gates.
 
@@ -37,6 +38,7 @@ def load_backbone(
         dtype: of the weights; None keeps them as stored.
         sinks: instead of the sink settings of the folder.
         mesh: devices to spread the weights over; None for one device.
+        template: the text template of prompts; None for the checkpoint's own.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -44,7 +46,7 @@ def load_backbone(
     _, abstract = abstract_model(config)
     stored = _as_stored(abstract, manifest.leaves)
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
-    return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh)
+    return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh, template=template)
 
 
 def open_to_answer(config: RunConfig, *, sinks: SinkConfig | None = None) -> VLM:
@@ -117,7 +119,7 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
     trained = jax.device_put(trained, placed)
     if opened.parts:
         config = dataclasses.replace(vlm.config, sinks=sinks)
-        return VLM(config, join_trained(vlm.frozen, trained), folder=vlm.folder, mesh=vlm.mesh)
+        return VLM(config, join_trained(vlm.frozen, trained), folder=vlm.folder, mesh=vlm.mesh, template=vlm.template)
     return vlm.with_method(opened, trained, sinks=sinks)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
+from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.data.images import open_image, to_patches
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError
@@ -41,6 +42,7 @@ class VLM:
         folder: the model folder, for tokenizer and processor files.
         digest: identity of the backbone's weights.
         mesh: the devices that hold the weights; None for one device.
+        template: the text template of prompts; None for the checkpoint's own.
 
     Raises:
         ConfigError: the method does not fit the model, or a sink dimension does not exist.
@@ -56,6 +58,7 @@ class VLM:
         folder: Path | None = None,
         digest: str = "",
         mesh: jax.sharding.Mesh | None = None,
+        template: Template | None = None,
     ):
         check_sinks(config)
         method = method.for_model(config)
@@ -68,6 +71,7 @@ class VLM:
         self.folder = folder
         self.digest = digest
         self.mesh = mesh
+        self.template = template
         self.graphdef, _ = abstract_model(config, method, mesh=mesh)
 
     @property
@@ -81,9 +85,10 @@ class VLM:
         return self.make_processor()
 
     def make_processor(self, image_aspect: Aspect | None = None, template: Template | None = None) -> Processor:
-        """Tokenizer and image preparation, with another image aspect or text template than the folder's if given."""
+        """Tokenizer and image preparation, with another image aspect or text template than the model's if given."""
         if self.folder is None:
             raise InputError("this model was not loaded from a folder: it has no tokenizer")
+        template = template or self.template
         return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect, template=template)
 
     @property
@@ -102,7 +107,16 @@ class VLM:
             ConfigError: the method does not fit the model, for example a layer that does not exist.
         """
         config = dataclasses.replace(self.config, sinks=sinks or self.config.sinks)
-        return VLM(config, self.frozen, method=method, trained=trained, folder=self.folder, digest=self.digest, mesh=self.mesh)
+        return VLM(
+            config,
+            self.frozen,
+            method=method,
+            trained=trained,
+            folder=self.folder,
+            digest=self.digest,
+            mesh=self.mesh,
+            template=self.template,
+        )
 
     # Arrays in, arrays out, as the family's HF processor returns them; `more` are its other fields (model_inputs.make_batch).
     # `input_ids` int [B, T] hold one image token per visual token and newline; `pixel_values` is None for text only.
@@ -219,7 +233,9 @@ class VLM:
 
     def first_questions(self, prompts: Sequence[str], has_image: Sequence[bool]) -> dict[int, str]:
         """Index of a prompt with an image -> what the plain model is asked before it, for methods that ask."""
-        asked = {i: self.method.first_question(prompt) for i, prompt in enumerate(prompts) if has_image[i]}
+        asked = {
+            i: self.method.first_question(prompt.replace(IMAGE_TAG, "")) for i, prompt in enumerate(prompts) if has_image[i]
+        }
         return {i: question for i, question in asked.items() if question is not None}
 
     def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[np.ndarray | None]) -> Batch:

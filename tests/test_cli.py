@@ -12,6 +12,7 @@ import lsg_jax
 from lsg_jax.cli import main
 from lsg_jax.gating.portable import write_gates
 
+UNKNOWN_TEMPLATE = ("generate", "m", "--prompt", "x", "--template", "alpaca")
 SINK_OPTIONS = ["--sinks", "criterion=norm", "vit_tau=10.0", "llm_criterion=norm", "llm_tau=12.0"]
 
 
@@ -101,7 +102,13 @@ def test_generate_prints_the_answer_only(lsg, tiny_model, scenes, tmp_path):
     for options, source in ([], None), (["--gates", tmp_path / "g.safetensors"], gates()):
         (answer,) = lsg_jax.load(tiny_model, source).generate([image], ["What is this?"], 5)
         assert lsg(*common, "--image", image, *options) == (0, f"{answer}\n", "")
-    assert lsg(*common)[0] == 0  # text only
+    # text only, with another template
+    vlm = lsg_jax.load(tiny_model, template="mistral_instruct")
+    prompt = vlm.processor.decode(vlm.processor.encode_question("What is this?", has_image=False).ids)
+    assert prompt == vlm.plain().processor.decode(vlm.plain().processor.encode_question("What is this?", has_image=False).ids)
+    assert prompt == "[INST] What is this? [/INST]"
+    (answer,) = vlm.generate([None], ["What is this?"], 5)
+    assert lsg(*common, "--template", "mistral_instruct") == (0, f"{answer}\n", "")
 
 
 def test_sinks(lsg, tiny_model, scenes, tmp_path):
@@ -111,7 +118,9 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
     code, out, err = lsg(*common, *SINK_OPTIONS, "vit_tau=18.375")
     assert code == 0, err
     found = json.loads(out)
-    assert found["format"] == "lsg-sinks-2" and list(found["images"]) == [str(f) for f in files]
+    assert (found["format"], found["template"]) == ("lsg-sinks-2", "vicuna_v1") and list(found["images"]) == [
+        str(f) for f in files
+    ]
     entry = found["images"][str(files[0])]
     norms = np.array(entry["norms"])
     assert entry["v_sinks"] == np.flatnonzero(norms >= 18.375).tolist() != [] and len(entry["boxes"]) == len(norms)
@@ -124,9 +133,10 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
         assert overlay.size == (672, 672)
     # a threshold that is far too low is said, and a model without dimensions says so instead of inventing sinks
     assert "more than 25% of the patches are flagged as L-sinks" in err
-    code, out, err = lsg("sinks", tiny_model, "--images", files[0], "--max-new-tokens", 0)
+    code, out, err = lsg("sinks", tiny_model, "--images", files[0], "--max-new-tokens", 0, "--template", "mistral_instruct")
     assert code == 0 and "no V-sink dimensions are known" in err
     found = json.loads(out)
+    assert found["template"] == "mistral_instruct"
     entry = found["images"][str(files[0])]
     assert entry["v_sinks"] is entry["l_sinks"] is entry["criteria"]["llm"]["dim_rms"] is None
     assert {row["group"] for row in found["attention"]} == {"text", "ordinary"}
@@ -161,7 +171,7 @@ def test_prepare(lsg, scenes, tmp_path):
 def test_no_configuration_is_needed_for_text_help(lsg):
     code, out, _ = lsg("--help")
     assert code == 0 and all(name in out for name in ("quickstart", "convert", "train", "eval", "sinks"))
-    for arguments in ((), ("nonsense",), ("generate", "m"), ("gates",), ("train", "c", "--epochs", "3")):
+    for arguments in ((), ("nonsense",), ("generate", "m"), ("gates",), ("train", "c", "--epochs", "3"), UNKNOWN_TEMPLATE):
         assert lsg(*arguments)[0] == 2
 
 
@@ -178,6 +188,13 @@ def test_no_configuration_is_needed_for_text_help(lsg):
         (["generate", "{model}", "--prompt", "x", "--image", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
         (["generate", "{model}", "--prompt", "x", "--gates", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
         (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], 65, "must be at least 1"),
+        (["generate", "{model}", "--prompt", "what is <image>?"], 65, "<image> in the text, but there is no image"),
+        (
+            ["generate", "{model}", "--prompt", "x", "--template", "qwen2"],
+            65,
+            "template qwen2: the tokenizer lacks <|im_start|>",
+        ),
+        (["generate", "{model}", "--prompt", "x", "--template", "chat_template"], 65, "the checkpoint has no chat template"),
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dim=[3]"], 65, "did you mean vit_dims?"),
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dims=[999]"], 65, "outside the model width 64"),
         (["sinks", "{model}", "--images", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),

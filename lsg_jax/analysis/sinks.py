@@ -4,7 +4,7 @@ V-sinks are decided on the features before the projector, L-sinks on the hidden 
 `hidden_states[l]`). A group whose criterion lacks its dimensions is left out everywhere, and its tokens count as ordinary. No
 value is NaN. `find_sinks` returns, and sinks.json holds:
 
-    format, model, backbone, gated_layers, prompt, sinks (the settings in force), warnings (about all images)
+    format, model, backbone, gated_layers, prompt, template, sinks (the settings in force), warnings (about all images)
     criteria    {stage `vit` | `llm`: {name: {tau, in_force, published, unknown}}}; `unknown`: why it cannot be applied, or null
     images      {name: {
         size        [width, height] of the original image, in pixels
@@ -103,6 +103,7 @@ def find_sinks(
         "backbone": vlm.digest,
         "gated_layers": list(vlm.gate.layers) if vlm.gate else [],
         "prompt": prompt,
+        "template": vlm.processor.template,
         "sinks": to_dict(vlm.config.sinks),
         "criteria": {stage: {r.criterion: _settings(r) for r in readings} for stage, readings in (("vit", vit), ("llm", llm))},
         "images": entries,

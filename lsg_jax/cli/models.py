@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar, template_option
 
 IMAGE = "lsg-quickstart/validation/images/00000.png"
 ASK = f'lsg generate lsg-quickstart/model --image {IMAGE} --prompt "How many shapes are there?"'
@@ -76,6 +76,7 @@ def _add_readers(command: Command) -> None:
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--image", type=Path, metavar="FILE", help="leave out for a text-only question")
     sub.add_argument("--prompt", required=True, metavar="TEXT")
+    template_option(sub)
     gate_options(sub)
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
 

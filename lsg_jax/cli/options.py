@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lsg_jax import distributed
 from lsg_jax.errors import ConfigError
@@ -60,13 +60,23 @@ def sink_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sinks", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=text)
 
 
+def template_option(sub: argparse.ArgumentParser) -> None:
+    """Adds --template, for `load_model`."""
+    from lsg_jax.config import Template
+
+    text = "text template of the prompt, as data.template and eval.template; default: the checkpoint's own"
+    sub.add_argument("--template", choices=get_args(Template), metavar="NAME", help=text)
+
+
 def load_model(options: argparse.Namespace, mesh: Mesh | None = None) -> VLM:
     """The model, gates and sink settings that the options name."""
     import lsg_jax
 
-    vlm = lsg_jax.load(options.model, options.gates, mesh=mesh)
+    template = getattr(options, "template", None)
+    vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, template=template)
     if options.sinks:
-        vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, sinks=sink_config(options, vlm.config.sinks))
+        sinks = sink_config(options, vlm.config.sinks)
+        vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, template=template, sinks=sinks)
     return vlm
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar, template_option
 from lsg_jax.errors import InputError
 
 PROMPT = "Describe the image."
@@ -33,6 +33,7 @@ def add(command: Command) -> None:
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     text = "longest answer whose attention is measured (16); 0 for the prompt's alone"
     sub.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=text)
+    template_option(sub)
     gate_options(sub)
 
     sub = command(
@@ -49,6 +50,7 @@ def add(command: Command) -> None:
     out_option(sub, folder=False, help="write the TOML to this file as well")
     sub.add_argument("--limit", type=int, default=256, metavar="N", help="use N images, evenly spaced by name (256)")
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
+    template_option(sub)
     sub.add_argument("--json", action="store_true", help="print the evidence as JSON instead of the TOML")
 
 
@@ -81,7 +83,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     images = _images_below(options.images, options.limit)
     if options.out is not None and not options.out.parent.is_dir():
         raise InputError(f"--out {options.out}: there is no folder {options.out.parent}")
-    vlm = lsg_jax.load(options.model)
+    vlm = lsg_jax.load(options.model, template=options.template)
     with progress_bar("calibrate") as progress:
         result = calibrate(vlm, images, options.prompt, progress=progress)
     for skipped in result["skipped"]:

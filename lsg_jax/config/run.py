@@ -9,7 +9,10 @@ from lsg_jax.config.model import Aspect
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError
 
-Template = Literal["chat_template", "vicuna_v1", "qwen2", "phi3"]
+Template = Literal[
+    "chat_template", "vicuna_v1", "qwen2", "qwen_1_5", "chatml_direct", "mistral_instruct", "llava_llama_3", "llama3", "phi3",
+    "qwen2_base", "qwen2_instruct",
+]  # fmt: skip
 Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian"]
 Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]
 

@@ -149,6 +149,21 @@ def tag_front(text: str) -> str:
     return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
 
 
+def question_turn(text: str, *, has_image: bool) -> Turn:
+    """A question as a turn, with the tag in front if it has an image.
+
+    Raises:
+        RecordError: `tag_without_image` or `empty_question`, where there is no image.
+    """
+    if has_image:
+        return Turn("human", tag_front(text))
+    if IMAGE_TAG in text:
+        raise RecordError("tag_without_image", f"{IMAGE_TAG} in the text, but there is no image")
+    if not text.strip():
+        raise RecordError("empty_question", "the question is empty, and there is no image")
+    return Turn("human", text.strip())
+
+
 def examples(turns: Sequence[Turn]) -> list[Example]:
     """One example per answer; the turns before it are the prompt."""
     return [(tuple(turns[:i]), turn.text) for i, turn in enumerate(turns) if turn.role == "gpt"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +12,12 @@ from PIL import Image
 
 from lsg_jax.config import Aspect, ModelConfig
 from lsg_jax.data import images
-from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, tag_front
+from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, question_turn
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import to_patches
 from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out, place_sources
-from lsg_jax.data.templates import TEMPLATES, ChatTemplate, render
+from lsg_jax.data.processor_files import default_of, image_token_id, open_tokenizer, read_chat_template, read_image_token
+from lsg_jax.data.templates import TEMPLATES, ChatTemplate, default_template, render
 from lsg_jax.data.tokenization import ChunkTokenizer
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.types import IGNORE, Batch, VisualInput
@@ -32,13 +32,15 @@ class Processor:
     Args:
         tokenizer: a Hugging Face fast tokenizer.
         model: configuration of the checkpoint.
-        template: `vicuna_v1`, `qwen2`, `phi3` or `chat_template`. None: the checkpoint's chat template if it has one, else the
-            template of the language model's family if the tokenizer has its markers, else `vicuna_v1`.
+        template: a name in `TEMPLATES`, or `chat_template`. None: the checkpoint's chat template if it has one, else that of
+            its family (`default_template`).
         image_aspect: `pad`, `crop` or `squash`; overrides `model.image.aspect`.
-        chat_template: Jinja source; overrides the tokenizer's chat template.
+        chat_template: the checkpoint's, in Jinja. None: the tokenizer's, if it has one.
+        image_token: how `chat_template` writes an image. If the tokenizer knows it, its id is what stands for an image in token
+            ids, whatever `model.image_token_id` says.
 
     Attributes:
-        model: the configuration, with `image_aspect` applied.
+        model: the configuration, with `image_aspect` and the id of `image_token` applied.
 
     Raises:
         ConfigError: the template is unknown or does not fit the tokenizer, or the model's images have no choice of aspect.
@@ -52,20 +54,30 @@ class Processor:
         template: str | None = None,
         image_aspect: Aspect | None = None,
         chat_template: str | None = None,
+        image_token: str = IMAGE_TAG,
     ):
         if image_aspect and model.image.canvases:
             raise ConfigError("image_aspect: this model takes the whole image and its tiles as they are; leave it out")
         self.tokenizer = tokenizer
         self.image = dataclasses.replace(model.image, aspect=image_aspect) if image_aspect else model.image
-        self.model = dataclasses.replace(model, image=self.image)
-        self._chunks = ChunkTokenizer(tokenizer, mark_segments=model.text.family == "phi3")
-        chat_template = chat_template or getattr(tokenizer, "chat_template", None)
-        self.template = template or self._default_template(chat_template is not None)
+        known_id = image_token_id(tokenizer, image_token)
+        image_id = model.image_token_id if known_id is None else known_id
+        self.model = dataclasses.replace(model, image=self.image, image_token_id=image_id)
+        self._chunks = ChunkTokenizer(tokenizer, image_token=image_token, mark_segments=model.text.family == "phi3")
+        # text is never tokenized to a control token, but may be to any other
+        known = tokenizer.convert_ids_to_tokens(image_id) is not None
+        self._image_is_text = known and image_id not in self._chunks.control.values()
+        if chat_template is None and template in (None, CHAT_TEMPLATE):
+            chat_template = default_of(getattr(tokenizer, "chat_template", None), "the tokenizer")
+        self.template = template or CHAT_TEMPLATE
+        if template is None and chat_template is None:
+            tiles = bool(model.image.canvases)
+            self.template = default_template(model.text.family, tiles=tiles, known=self._chunks.control)
         self._chat: ChatTemplate | None = None
         if self.template == CHAT_TEMPLATE:
             if chat_template is None:
                 raise ConfigError(f"the checkpoint has no chat template; choose one of {', '.join(TEMPLATES)}")
-            self._chat = ChatTemplate(tokenizer, chat_template)
+            self._chat = ChatTemplate(tokenizer, chat_template, image_token)
         elif self.template not in TEMPLATES:
             raise ConfigError(f"unknown template {self.template!r}; known: {', '.join((*TEMPLATES, CHAT_TEMPLATE))}")
         else:
@@ -80,38 +92,21 @@ class Processor:
         template: str | None = None,
         image_aspect: Aspect | None = None,
     ) -> Processor:
-        """Loads the tokenizer from a local folder, and the chat template of older checkpoints from `chat_template.json`.
+        """Opens the tokenizer, the chat template and the image token of a local folder, as `AutoProcessor` chooses them.
 
         No code of the checkpoint is run.
 
         Raises:
             InputError: the folder is missing, or its tokenizer or chat template cannot be read.
-            ConfigError: as for `Processor`.
+            ConfigError: as for `Processor`, or there are chat templates but no default one.
         """
-        from transformers import AutoTokenizer
-
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"{folder}: no such model folder")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many types for missing and damaged files
-            raise InputError(f"{folder}: no usable tokenizer: {str(error).strip().splitlines()[0][:200]}") from None
-        source = None
-        if (path := folder / "chat_template.json").is_file() and not tokenizer.chat_template:
-            try:
-                source = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}: no chat template in it") from None
-        return cls(tokenizer, model, template=template, image_aspect=image_aspect, chat_template=source)
-
-    def _default_template(self, has_chat_template: bool) -> str:
-        if has_chat_template:
-            return CHAT_TEMPLATE
-        family = self.model.text.family
-        if family in TEMPLATES and set(TEMPLATES[family].markers) <= set(self._chunks.control):
-            return family
-        return "vicuna_v1"
+        tokenizer = open_tokenizer(folder)
+        source = read_chat_template(folder, tokenizer) if template in (None, CHAT_TEMPLATE) else None
+        token = read_image_token(folder, tokenizer, model.image_token_id)
+        return cls(tokenizer, model, template=template, image_aspect=image_aspect, chat_template=source, image_token=token)
 
     def _check_markers(self, name: str) -> None:
         missing = [m for m in TEMPLATES[name].markers if m not in self._chunks.control]
@@ -139,11 +134,13 @@ class Processor:
             max_answer_tokens: maximum number of answer tokens.
 
         Raises:
-            RecordError: `image_truncated`, `nothing_supervised` (no answer token is left), `reserved_text`, or, without an
-                answer, `prompt_too_long`.
+            RecordError: `image_truncated`, `nothing_supervised` (no answer token is left), `reserved_text`, `bad_text`,
+                `image_token_in_text`, those of `ChatTemplate.render`, or, without an answer, `prompt_too_long`.
         """
         prompt, ending = self._render(prompt_turns, answer)
-        ids, num_prompt = self._chunks.encode(prompt, ending, self.layout(image_size).token_ids.tolist())
+        image_ids = self.layout(image_size).token_ids.tolist()
+        ids, num_prompt = self._chunks.encode(prompt, ending, image_ids)
+        self._check_text(ids, image_ids, prompt.count(IMAGE_TAG))
         limit = len(ids) if max_answer_tokens is None else num_prompt + max_answer_tokens
         limit = limit if max_length is None else min(limit, max_length)
         kept = ids[:limit]
@@ -162,8 +159,8 @@ class Processor:
         """Tokenizes a conversation as one example with a loss on every answer. Arguments and truncation as in `encode`.
 
         Raises:
-            RecordError: `image_truncated`, `nothing_supervised`, `reserved_text`, or `answers_apart`: the template or the
-                tokenizer writes an earlier answer differently from a final one, so one sequence cannot train both.
+            RecordError: those of `encode`, or `answers_apart`: the template or the tokenizer writes an earlier answer
+                differently from a final one, so one sequence cannot train both.
         """
         image_ids = self.layout(image_size).token_ids.tolist()
         ids: list[int] = []
@@ -175,6 +172,7 @@ class Processor:
             ids += more
         if ids != self._chunks.encode(prompt, ending, image_ids)[0]:
             raise RecordError("answers_apart", "its turns tokenize differently together than one by one")
+        self._check_text(ids, image_ids, prompt.count(IMAGE_TAG))
         whole = Encoded(np.asarray(ids, np.int32), spans[0][0], answers=tuple(spans))
         positions = whole.answered[:max_answer_tokens]
         length = min(max_length, int(positions[-1]) + 1)
@@ -185,6 +183,13 @@ class Processor:
             raise RecordError("nothing_supervised", f"the prompt has {spans[0][0]} tokens; no answer fits into {max_length}")
         cut = len(whole.answered) - sum(stop - start for start, stop in kept)
         return self._with_images(Encoded(whole.ids[:length], spans[0][0], cut, kept), image_size, prompt.count(IMAGE_TAG))
+
+    def _check_text(self, ids: list[int], image_ids: list[int], images: int) -> None:
+        """Raises RecordError `image_token_in_text` where text has the id that stands for an image."""
+        token = self.model.image_token_id
+        if ids.count(token) != images * image_ids.count(token):
+            name = self.tokenizer.convert_ids_to_tokens(token)
+            raise RecordError("image_token_in_text", f"the text contains token {token} ({name!r}), which is this model's image")
 
     def _exchanges(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[str, str]]:
         """Splits a rendered conversation into pairs (text before the answer, the answer with its end marker)."""
@@ -214,13 +219,13 @@ class Processor:
         """Whether `encode` certainly neither fails nor truncates. Reads only the length of the text, so it is much faster.
 
         Each token covers at least one byte, except BOS and the word-start mark of the first word. Text beyond ASCII is never
-        sure, because normalization can lengthen it.
+        sure, because normalization can lengthen it; nor is any where a token of text stands for an image.
         """
         prompt, ending = self._render(prompt_turns, answer)
         tags = prompt.count(IMAGE_TAG)
         most = len(prompt) + len(ending or "") + 2 + tags * len(self.layout(image_size))
         fits = most <= max_length and 0 < len(ending or "") <= max_answer_tokens and tags < 2
-        return fits and prompt.isascii() and answer.isascii()
+        return fits and not self._image_is_text and prompt.isascii() and answer.isascii()
 
     def layout(self, image_size: ImageSize | None = None) -> VisualLayout:
         """The layout of an image of (width, height) pixels. None: as large as the vision tower's."""
@@ -245,9 +250,12 @@ class Processor:
     def encode_question(
         self, text: str, *, has_image: bool = True, image_size: ImageSize | None = None, max_length: int | None = None
     ) -> Encoded:
-        """Tokenizes the generation prompt of a single question. `<image>` in `text` moves to the front. See `encode`."""
-        turn = Turn("human", tag_front(text) if has_image else text.replace(IMAGE_TAG, "").strip())
-        return self.encode([turn], None, image_size=image_size, max_length=max_length)
+        """Tokenizes the generation prompt of a single question. `<image>` in `text` moves to the front. See `encode`.
+
+        Raises:
+            RecordError: those of `encode` and `question_turn`.
+        """
+        return self.encode([question_turn(text, has_image=has_image)], None, image_size=image_size, max_length=max_length)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first end-of-sequence token. Special tokens and outer whitespace are removed."""

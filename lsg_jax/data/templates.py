@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+import json
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lsg_jax.data.conversation import IMAGE_TAG, Turn
+from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn
 from lsg_jax.errors import ConfigError
 
 
@@ -24,24 +27,57 @@ class TextTemplate:
     between: str = ""
     question_without_image: str | None = None  # None: as `question`
     markers: tuple[str, ...] = ()  # control tokens that the tokenizer must know
+    strip: bool = False  # turns lose outer whitespace
 
+
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+)
+_LLAMA3_QUESTION = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+_LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
 
 TEMPLATES: dict[str, TextTemplate] = {
     # LLaVA-1.5: no space after the end marker.
-    "vicuna_v1": TextTemplate(
-        system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        "and polite answers to the user's questions. ",
-        question="USER: {} ASSISTANT:",
-        answer=" {}{eos}",
-    ),
-    # LLaVA-OneVision: a question without an image keeps the newline that would follow the image.
+    "vicuna_v1": TextTemplate(system=_VICUNA_SYSTEM, question="USER: {} ASSISTANT:", answer=" {}{eos}"),
+    # LLaVA-OneVision in HF format: a question without an image keeps the newline that would follow the image.
     "qwen2": TextTemplate(
         system="",
         question="<|im_start|>user {}<|im_end|><|im_start|>assistant\n",
         question_without_image="<|im_start|>user \n{}<|im_end|><|im_start|>assistant\n",
         answer="{}<|im_end|>",
-        markers=("<|im_start|>", "<|im_end|>"),
+        markers=_CHATML_MARKERS,
     ),
+    # LLaVA-NeXT and LLaVA-OneVision with Qwen, in LLaVA-NeXT's own code.
+    "qwen_1_5": TextTemplate(
+        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        question="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        answer="{}<|im_end|>",
+        between="\n",
+        markers=_CHATML_MARKERS,
+    ),
+    # LLaVA-1.6-34B.
+    "chatml_direct": TextTemplate(
+        system="<|im_start|>system\nAnswer the questions.<|im_end|>",
+        question="<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
+        answer="{}<|im_end|>",
+        markers=_CHATML_MARKERS,
+    ),
+    # LLaVA-1.6-Mistral.
+    "mistral_instruct": TextTemplate(system="", question="[INST] {} [/INST]", answer=" {} {eos}"),
+    # LLaVA-NeXT-Llama-3 as it was trained. Its inference code writes <|start_header_id|> twice before `user`.
+    "llava_llama_3": TextTemplate(
+        system="<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to "
+        "understand the visual content that the user provides, and assist the user with a variety of tasks using natural "
+        "language.<|eot_id|>",
+        question=_LLAMA3_QUESTION,
+        answer="{}<|eot_id|>",
+        markers=_LLAMA3_MARKERS,
+        strip=True,
+    ),
+    # LLaVA-Llama-3 (xtuner).
+    "llama3": TextTemplate(system="", question=_LLAMA3_QUESTION, answer="{}<|eot_id|>", markers=_LLAMA3_MARKERS),
     # LLaVA-Phi-3 (xtuner).
     "phi3": TextTemplate(
         system="",
@@ -50,20 +86,52 @@ TEMPLATES: dict[str, TextTemplate] = {
         between="\n",
         markers=("<|user|>", "<|assistant|>", "<|end|>"),
     ),
+    # TinyLLaVA with a Qwen2 base model, and with an instruct model: vicuna_v1 with an end marker of their own.
+    "qwen2_base": TextTemplate(
+        system=_VICUNA_SYSTEM, question="USER: {} ASSISTANT:", answer=" {}<|endoftext|>", markers=("<|endoftext|>",)
+    ),
+    "qwen2_instruct": TextTemplate(
+        system=_VICUNA_SYSTEM, question="USER: {} ASSISTANT:", answer=" {}<|im_end|>", markers=("<|im_end|>",)
+    ),
 }
+
+_OF_FAMILIES: dict[tuple[str, bool], tuple[str, ...]] = {
+    ("llama", False): ("llama3",),
+    ("llama", True): ("llava_llama_3", "chatml_direct"),
+    ("mistral", True): ("mistral_instruct",),
+    ("qwen2", False): ("qwen2",),
+    ("qwen2", True): ("qwen_1_5",),
+    ("phi3", False): ("phi3",),
+    ("phi3", True): ("phi3",),
+}
+"""(family of the language model, whether its images have tiles) -> templates in order of preference."""
+
+
+def default_template(family: str, *, tiles: bool, known: Collection[str]) -> str:
+    """The template of a checkpoint that brings no chat template: the first of its family whose markers are all `known`.
+
+    `vicuna_v1` where there is none, as of Vicuna itself.
+    """
+    for name in _OF_FAMILIES.get((family, tiles), ()):
+        if set(TEMPLATES[name].markers) <= set(known):
+            return name
+    return "vicuna_v1"
 
 
 def render(template: TextTemplate, turns: Sequence[Turn], answer: str | None, *, eos: str) -> tuple[str, str | None]:
     """(prompt, up to the generation prompt; answer with its end marker, or None)."""
     parts = [template.system]
     for turn in turns:
+        text = turn.text.strip() if template.strip else turn.text
         if turn.role == "gpt":
-            parts.append(_fill(template.answer, turn.text, eos) + template.between)
-        elif turn.text.startswith(IMAGE_TAG) or template.question_without_image is None:
-            parts.append(_fill(template.question, turn.text, eos))
+            parts.append(_fill(template.answer, text, eos) + template.between)
+        elif text.startswith(IMAGE_TAG) or template.question_without_image is None:
+            parts.append(_fill(template.question, text, eos))
         else:
-            parts.append(_fill(template.question_without_image, turn.text, eos))
-    return "".join(parts), None if answer is None else _fill(template.answer, answer, eos)
+            parts.append(_fill(template.question_without_image, text, eos))
+    if answer is not None:
+        answer = _fill(template.answer, answer.strip() if template.strip else answer, eos)
+    return "".join(parts), answer
 
 
 def _fill(pattern: str, text: str, eos: str) -> str:
@@ -72,51 +140,114 @@ def _fill(pattern: str, text: str, eos: str) -> str:
     return before + text + after
 
 
+def as_jinja(template: TextTemplate) -> str:
+    """The template in Jinja, for the file `chat_template.jinja` of a checkpoint that was trained with it.
+
+    Messages alternate between `user` and `assistant`, and end with a question to be answered or with an answer. Content is
+    text, or a list of parts; images come in front of the text.
+    """
+    image = json.dumps(IMAGE_TAG + "\n")
+    without = template.question_without_image or template.question
+    return (
+        f"{{{{ {json.dumps(template.system)} }}}}{{% for message in messages %}}"
+        "{% set images = 0 %}{% set text = message['content'] %}{% if text is not string %}"
+        "{% set images = text | selectattr('type', 'equalto', 'image') | list | length %}"
+        "{% set text = text | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}{% endif %}"
+        f"{{% if images %}}{{% set text = ({image} * images ~ text) | trim %}}{{% endif %}}"
+        f"{'{% set text = text | trim %}' if template.strip else ''}"
+        f"{{% if message['role'] == 'assistant' %}}{{{{ {_expression(template.answer)} }}}}"
+        f"{{% if not loop.last %}}{{{{ {json.dumps(template.between)} }}}}{{% endif %}}"
+        "{% elif message['role'] != 'user' %}{{ raise_exception('this model knows no role ' + message['role']) }}"
+        f"{{% elif images %}}{{{{ {_expression(template.question)} }}}}"
+        f"{{% else %}}{{{{ {_expression(without)} }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def _expression(pattern: str) -> str:
+    """A pattern of `TextTemplate` as an expression in Jinja."""
+    names = {"{}": "text", "{eos}": "eos_token"}
+    return " ~ ".join(names.get(part) or json.dumps(part) for part in re.split(r"(\{\}|\{eos\})", pattern) if part)
+
+
+DATE = datetime.datetime(2024, 7, 26)
+"""What every chat template takes for now, so that a prompt is the same on any day. Llama 3.1's template falls back on it."""
+
+
+def with_fixed_date(source: str) -> str:
+    """A Jinja source in which `strftime_now(format)` gives `DATE`, instead of the time at which it is rendered."""
+    if "strftime_now" not in source:
+        return source
+    # transformers passes only plain data to templates, so the function is written in Jinja
+    texts = {f"%{letter}": DATE.strftime(f"%{letter}") for letter in "aAbBcdfHIjmMpSUwWxXyYzZ"} | {"%e": f"{DATE.day:2}"}
+    texts |= {f"%-{letter}": texts[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMS"}  # without leading zeros
+    filters = "".join(f"|replace('{directive}', '{text}')" for directive, text in texts.items())
+    # the newline is the one that `trim_blocks` removes
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{source}"
+
+
 class ChatTemplate:
     """The checkpoint's own template, rendered by `tokenizer.apply_chat_template` (sandboxed Jinja).
 
-    Templates of LLaVA checkpoints take a list of parts as content, those of language models a string. A test render decides.
+    Templates of LLaVA checkpoints take a list of parts as content, those of language models a string, and some write the text
+    parts alone. A test render decides. A template that writes no image gets it in front of the text, as in LLaVA's code.
+
+    Args:
+        source: in Jinja.
+        image_token: how the template writes an image. What it renders has `<image>` in its place.
 
     Raises:
-        ConfigError: the template fails on a short conversation, or drops the image tag or the text.
+        ConfigError: the template fails on a short conversation, or drops the image or the text.
     """
 
-    def __init__(self, tokenizer: Any, source: str | None = None):
+    def __init__(self, tokenizer: Any, source: str, image_token: str = IMAGE_TAG):
         self._tokenizer = tokenizer
-        self._source = source
+        self._source = with_fixed_date(source)
+        self._image_token = image_token
         self._eos: str = tokenizer.eos_token or ""
         probe = [Turn("human", f"{IMAGE_TAG}\nquestion"), Turn("gpt", "answer"), Turn("human", "second")]
         problems = []
-        for self._in_parts in (True, False):
+        for self._content in ("parts", "text", "text in a part"):
             try:
                 text = self._apply(probe, generate=True)
-            except Exception as error:  # Jinja raises what the template raises
-                problems.append(f"{type(error).__name__}: {error}")
+            except RecordError as error:
+                problems.append(str(error))
                 continue
             # a template that expects a string prints the list as Python does, or drops it
-            if text.count(IMAGE_TAG) == 1 and "'type'" not in text and all(t in text for t in ("question", "answer", "second")):
+            if "'type'" not in text and all(t in text for t in ("question", "answer", "second")):
                 return
             problems.append(f"rendered {text[:80]!r}")
         raise ConfigError(
-            f"the checkpoint's chat template cannot be used ({'; '.join(problems)}); choose one of {list(TEMPLATES)}"
+            f"the checkpoint's chat template cannot be used ({'; '.join(problems)}); choose one of {', '.join(TEMPLATES)}"
         )
 
     def _apply(self, turns: Sequence[Turn], *, generate: bool) -> str:
-        messages: list[dict[str, Any]] = []
-        for turn in turns:
-            role = "user" if turn.role == "human" else "assistant"
-            content: Any = turn.text
-            if self._in_parts:
-                text = turn.text.removeprefix(IMAGE_TAG).removeprefix("\n") if turn.role == "human" else turn.text
-                content = [{"type": "image"}] if text != turn.text else []
-                content.append({"type": "text", "text": text})
-            messages.append({"role": role, "content": content})
-        return self._tokenizer.apply_chat_template(
-            messages, chat_template=self._source, tokenize=False, add_generation_prompt=generate
-        )
+        messages = [{"role": "user" if t.role == "human" else "assistant", "content": self._as_content(t)} for t in turns]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._source, tokenize=False, add_generation_prompt=generate
+            )
+        except Exception as error:  # Jinja raises what the template raises
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise RecordError("chat_template_failed", f"the chat template fails: {message}") from None
+        text = text.replace(self._image_token, IMAGE_TAG)
+        if (found := text.count(IMAGE_TAG)) != (expected := sum(turn.text.count(IMAGE_TAG) for turn in turns)):
+            raise RecordError("image_not_written", f"the chat template writes {found} images of {expected} in {text[:80]!r}")
+        return text
+
+    def _as_content(self, turn: Turn) -> str | list[dict[str, str]]:
+        if self._content == "parts":
+            text = turn.text.removeprefix(IMAGE_TAG).removeprefix("\n") if turn.role == "human" else turn.text
+            image = [{"type": "image"}] if text != turn.text else []
+            return [*image, {"type": "text", "text": text}]
+        text = turn.text.replace(IMAGE_TAG, self._image_token)
+        return text if self._content == "text" else [{"type": "text", "text": text}]
 
     def render(self, turns: Sequence[Turn], answer: str | None) -> tuple[str, str | None]:
-        """As the function `render`: (prompt, answer with its end marker or None)."""
+        """As the function `render`: (prompt, answer with its end marker or None).
+
+        Raises:
+            RecordError: `chat_template_failed` or `image_not_written`: the template refuses these turns, or drops an image.
+        """
         prompt = self._apply(turns, generate=True)
         if answer is None:
             return prompt, None
@@ -127,7 +258,7 @@ class ChatTemplate:
             # LLaVA-OneVision writes "assistant \n" before answers, but "assistant\n" as the generation prompt
             start = whole.rfind(answer.strip())
             if start < 0:
-                raise ConfigError(f"the checkpoint's chat template rewrites answers; choose one of {list(TEMPLATES)}")
+                raise ConfigError(f"the checkpoint's chat template rewrites answers; choose one of {', '.join(TEMPLATES)}")
             tail = whole[start:]
         if self._eos and self._eos in tail:
             return prompt, tail[: tail.rindex(self._eos) + len(self._eos)]

@@ -21,9 +21,11 @@ class ChunkTokenizer:
 
     Special tokens within a turn's text (`</s>`) stay text; those of the template are control tokens. They look alike after
     rendering, so `protect` replaces the former beforehand. A copy of the tokenizer has a stand-in for each control token, with
-    the same flags, and treats the literal spelling as ordinary text.
+    the same flags, and treats the literal spelling as ordinary text. The markers of templates and the image token count as
+    special, whether or not the tokenizer's file says so.
 
     Args:
+        image_token: how the checkpoint's processor writes an image.
         mark_segments: text after a control token starts a word, as in Phi-3's tokenizer files and in xtuner's training on
             them. transformers 5 reads `legacy = false` as "only the first text does".
 
@@ -33,7 +35,7 @@ class ChunkTokenizer:
 
     _HIDDEN = re.compile("\ue000lsg:t([0-9]+)\ue001")
 
-    def __init__(self, tokenizer: Any, *, mark_segments: bool = False):
+    def __init__(self, tokenizer: Any, *, image_token: str = IMAGE_TAG, mark_segments: bool = False):
         from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
         if not getattr(tokenizer, "is_fast", False):
@@ -42,10 +44,11 @@ class ChunkTokenizer:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
-        markers = {marker for template in TEMPLATES.values() for marker in template.markers}
-        added = {t.content: (i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content in markers}
+        known = {image_token, *(marker for template in TEMPLATES.values() for marker in template.markers)}
+        added = {t.content: (i, t) for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content in known}
+        backend.add_special_tokens(list(added))  # `encode_special_tokens` is about special ones only
         self.control: dict[str, int] = {text: index for text, (index, _) in added.items()}
-        self._literals = sorted({*added, IMAGE_TAG}, key=len, reverse=True)
+        self._literals = sorted({*added, IMAGE_TAG, image_token}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._literals)))
         self._stand_ins = {text: f"\ue000lsg:c{i}\ue001" for i, text in enumerate(added)}
         backend.add_tokens(
@@ -70,8 +73,13 @@ class ChunkTokenizer:
         """Replaces special tokens in a turn's text by placeholders. With `keep_tag`, a tag at the very start stays.
 
         Raises:
-            RecordError: `reserved_text`, the text contains the private characters of the placeholders.
+            RecordError: `reserved_text`, the text contains the private characters of the placeholders; or `bad_text`, it
+                contains half of a surrogate pair.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RecordError("bad_text", f"the text contains half of a surrogate pair: {text[:80]!r}") from None
         if "\ue000lsg:" in text:
             raise RecordError("reserved_text", "the text contains the private-use sequence U+E000 `lsg:`")
         tag = IMAGE_TAG if keep_tag and text.startswith(IMAGE_TAG) else ""

@@ -151,7 +151,13 @@ def encode_item(processor: Processor, item: Item, prompt: str, config: EvalConfi
             prompt, has_image=item.image is not None, image_size=size, max_length=config.max_length
         )
     except RecordError as error:
-        raise InputError(f"question {item.id}: {error}; raise eval.max_length") from None
+        raise unusable(item, error) from None
+
+
+def unusable(item: Item, error: RecordError) -> InputError:
+    """The error of a question that cannot be asked, with what to do if it is too long."""
+    too_long = error.reason in ("prompt_too_long", "image_truncated", "nothing_supervised")
+    return InputError(f"question {item.id}: {error}{'; raise eval.max_length' if too_long else ''}")
 
 
 def item_size(processor: Processor, item: Item) -> ImageSize | None:

@@ -14,11 +14,11 @@ import optax
 
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import EvalConfig
-from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, tag_front
+from lsg_jax.data.conversation import RecordError, question_turn
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import InputError
-from lsg_jax.eval.answering import ask_routes, item_pixels, item_size, plan
+from lsg_jax.eval.answering import ask_routes, item_pixels, item_size, plan, unusable
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
@@ -55,13 +55,11 @@ def log_likelihoods(
 
 
 def _encode(processor: Processor, item: Item, prompt: str, answer: str, config: EvalConfig) -> Encoded:
-    text = tag_front(prompt) if item.image is not None else prompt.replace(IMAGE_TAG, "").strip()
     try:
-        whole = processor.encode(
-            [Turn("human", text)], answer.strip(), image_size=item_size(processor, item), max_length=config.max_length
-        )
+        turn = question_turn(prompt, has_image=item.image is not None)
+        whole = processor.encode([turn], answer.strip(), image_size=item_size(processor, item), max_length=config.max_length)
     except RecordError as error:
-        raise InputError(f"question {item.id}: {error}; raise max_length") from None
+        raise unusable(item, error) from None
     if whole.cut:
         raise InputError(f"question {item.id}: the answer does not fit into {config.max_length} tokens; raise max_length")
     ends = np.isin(whole.ids[whole.num_prompt :], processor.model.eos_token_ids)

@@ -25,6 +25,7 @@ from flax import nnx
 from hf_models import save_tiny, state_arrays, tiny_hf
 from transformers import LlavaForConditionalGeneration
 
+from converters.byte_tokenizer import IMAGE
 from converters.convert import convert, tree_from_tensors
 from converters.export import export
 from converters.hf_config import model_config
@@ -181,6 +182,29 @@ def test_manifest_and_files(source: Path, tmp_path: Path) -> None:
     (tmp_path / "model/hf/carried.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"damaged: hf/carried.safetensors: is missing"):
         export(tmp_path / "model", tmp_path / "back")
+
+
+def test_the_image_token_is_the_processors_and_templates_come_back(source: Path, tmp_path: Path, caplog) -> None:
+    """config.json names the token of the letter `!`, but the processor writes `<image>`; the folder has every template file."""
+    edit_config(source, lambda config: config.update(image_token_index=4))
+    named = json.loads((source / "tokenizer_config.json").read_text())
+    named["chat_template"] = [{"name": "default", "template": "own {{ messages[0]['content'] }}"}]
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": "old"}))
+    (source / "chat_template.jinja").write_text("new\n")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    (source / "additional_chat_templates/notes.md").write_text("no template")
+    convert(source, tmp_path / "model")
+    manifest = read_manifest(tmp_path / "model")
+    assert manifest.config.image_token_id == IMAGE
+    assert "config.json states image token 4, but the processor writes <image>, which is token 3" in caplog.text
+    assert files_below(tmp_path / "model/hf").keys() == manifest.hf.keys()
+    export(tmp_path / "model", tmp_path / "back")
+    back, given = files_below(tmp_path / "back"), files_below(source)
+    names = {name for name in given if "template" in name or name.endswith("json")} - {"additional_chat_templates/notes.md"}
+    assert len(names) == 8 and {name: back[name] for name in names} == {name: given[name] for name in names}
+    assert "additional_chat_templates/notes.md" not in back
 
 
 def set_nan(tensors: dict[str, np.ndarray]) -> None:

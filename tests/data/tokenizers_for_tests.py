@@ -56,7 +56,7 @@ def llama_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
 
 
 def byte_level_tokenizer(
-    specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"), rstrip: bool = False
+    specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"), rstrip: bool = False, image: str = "<image>"
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE with chat markers and no BOS, like Qwen2's (or with Phi-3's markers and `rstrip`)."""
     tokenizer = Tokenizer(models.BPE())
@@ -66,10 +66,10 @@ def byte_level_tokenizer(
         vocab_size=400, special_tokens=["<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens([AddedToken(s, special=True, rstrip=rstrip) for s in (*specials, "<image>")])
+    tokenizer.add_special_tokens([AddedToken(s, special=True, rstrip=rstrip) for s in (*specials, image)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token=specials[-1],
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": image},
     )

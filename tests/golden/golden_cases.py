@@ -1,4 +1,4 @@
-"""The conversations and images that `record_text_and_pixels.py` records."""
+"""The conversations and images that `record_text_and_pixels.py` and `record_templates.py` record."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ CONVERSATIONS: list[tuple[str, bool, list[str]]] = [
     ("end marker in an answer", True, ["<image>\nHow does it end?", "With </s> at the end.", "Sure?", "Yes."]),
     ("generation prompt in an answer", True, ["<image>\nHow?", "Write ASSISTANT: first.", "Why?", "So it is."]),
 ]
+
+_TEMPLATE_CASES = {
+    "one turn", "short answers", "no image", "tag in the middle", "tag in the second turn", "tag alone", "newlines",
+    "spaces around", "tabs and code", "role words in text",
+}  # fmt: skip
+TEMPLATE_CONVERSATIONS = [case for case in CONVERSATIONS if case[0] in _TEMPLATE_CASES]
+"""What `record_templates.py` records."""
 
 # The chat template that the converted LLaVA-OneVision checkpoints ship, in fewer words: same text for these conversations.
 ONEVISION_CHAT = (
