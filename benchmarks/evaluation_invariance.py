@@ -17,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from processes import run_processes
 
+from lsg_jax.files import json_lines
+
 # name: (processes, devices of each, batch size per device, whether it is stopped half way and resumed on one device)
 WAYS = {
     "1 device, 16 at a time": (1, 1, 16, False),
@@ -87,8 +89,7 @@ def compare(folder: Path, questions: int) -> dict[str, dict[str, float]]:
         run_processes(
             SCRIPT, processes, devices_each=devices, args=[folder / "model", out, batch, questions, stop], timeout=3600
         )
-        lines = (out / "scenes.base.jsonl").read_text(encoding="utf-8").splitlines()
-        outputs = [json.loads(line)["output"] for line in lines]
+        outputs = [json.loads(line)["output"] for _, line in json_lines(out / "scenes.base.jsonl")]
         first = first or outputs
         rows[name] = {
             "differ": sum(a != b for a, b in zip(first, outputs, strict=True)),

@@ -224,6 +224,7 @@ def start_up(model: Path, work: Path, count: int) -> dict[str, float]:
 def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, float]:
     """Trains the tiny model and sums the time that steps waited for data, without the first step, which compiles."""
     from lsg_jax.config import DataConfig, GateConfig, SinkConfig, TrainConfig
+    from lsg_jax.files import json_lines
     from lsg_jax.run_config import RunConfig
     from lsg_jax.train.loop import METRICS, train
 
@@ -235,7 +236,7 @@ def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, flo
         data=DataConfig(records=str(records), max_length=384, max_answer_tokens=ANSWER),
         train=TrainConfig(batch_size=BATCH, epochs=steps, max_steps=steps, save_every=steps),
     )
-    lines = [json.loads(line) for line in (train(config) / METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for _, line in json_lines(train(config) / METRICS)]
     waits, seconds = ([line[name] for line in lines[1:]] for name in ("data_wait_s", "step_s"))
     return {
         "steps": len(waits),

@@ -19,6 +19,7 @@ from converters.families.values import shortened
 from converters.json_file import read_object
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import ConfigError
+from lsg_jax.installed import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
 
 def _with_defaults(family: Family, config: Mapping[str, Any], where: str) -> HFConfig:
     """The same as a configuration object of transformers, with every default filled in."""
+    check_installed("transformers")
     from transformers import CONFIG_MAPPING
 
     try:

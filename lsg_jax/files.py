@@ -1,4 +1,4 @@
-"""Small files: written atomically; JSON is read strictly."""
+"""Small files: written atomically; JSON is read strictly, JSONL line by line."""
 
 from __future__ import annotations
 
@@ -99,6 +99,19 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
         raise InputError(f"{path}: not valid JSON: {error}") from None
+
+
+def json_lines(path: Path) -> list[tuple[int, str]]:
+    """(1-based number, line) of the non-blank lines of a JSONL file, with or without a byte order mark.
+
+    A line ends at a newline only: other characters at which `str.splitlines` and text files break, such as U+2028, U+0085 and
+    a carriage return, may stand inside a JSON line.
+
+    Raises:
+        OSError, UnicodeDecodeError: the file cannot be read, or is not UTF-8.
+    """
+    lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lsg_jax.config import to_dict
 from lsg_jax.data import clevr, records
 from lsg_jax.data.prepared import PreparedRows
 from lsg_jax.errors import InputError
+from lsg_jax.files import json_lines
 from lsg_jax.gating.portable import read_gates
 
 
@@ -79,8 +80,8 @@ def _model(path: Path) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     run = read_run(path)
     metrics = path / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
+    lines = json_lines(metrics) if metrics.exists() else []
+    last = json.loads(lines[-1][1]) if lines else {}
     return {
         "kind": "run",
         "path": str(path),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lsg_jax"
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
-FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files"}
+FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files", "installed"}
 BELOW_VLM = FOUNDATION | {"sinks", "gating", "sharding", "model", "methods", "data", "checkpoint"}
 OPENED = BELOW_VLM | {"vlm", "run_config", "opening"}
 MAY_IMPORT = {
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "progress": set(),
     "digest": set(),
     "files": {"errors"},
+    "installed": {"errors"},
     "config": {"errors"},
     "sinks": FOUNDATION,
     "gating": FOUNDATION | {"sinks"},

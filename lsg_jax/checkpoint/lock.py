@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lsg_jax.errors import BusyError, InputError
+from lsg_jax.errors import BusyError, InputError, LsgError
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,8 @@ class FolderLock:
 
         Raises:
             BusyError: someone else holds it.
-        InputError: the folder cannot be made or written.
+            InputError: the folder cannot be made or written.
+            LsgError: the system has no locks (Windows).
         """
         if self._descriptor is not None:
             raise BusyError(f"{self.folder}: already locked by this process")
@@ -88,6 +88,10 @@ class FolderLock:
 
     def _open_locked(self) -> int:
         """Descriptor of the locked file."""
+        try:
+            import fcntl
+        except ImportError:
+            raise LsgError(f"{self.folder}: cannot be locked: Windows has no fcntl; use Linux, macOS or WSL") from None
         while True:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,7 @@ class BaseWriter:
     def _start(self) -> None:
         """Reads the journal of an interrupted writer of the same leaves, or starts with an empty folder."""
         header = {"leaves": json_sha256({n: [s.shape, s.dtype, s.rows] for n, s in self.leaves.items()})}
-        lines = self._journal.read_text(encoding="utf-8", errors="replace").splitlines() if self._journal.exists() else []
+        lines = self._journal.read_text(encoding="utf-8", errors="replace").split("\n") if self._journal.exists() else []
         records = list(_journal_records(lines))
         if records[:1] == [header]:
             self._digests = {(r["leaf"], r["offset"]): r["sha256"] for r in records[1:]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lsg_jax.cli import gates, models, plan, probe, report, sinks, stack, sweep, training
+from lsg_jax.cli.causes import cause_of, is_about_a_file
 from lsg_jax.cli.options import Command
 from lsg_jax.errors import LsgError
 from lsg_jax.files import check_output
@@ -18,6 +20,9 @@ from lsg_jax.files import check_output
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 usage, 130 Ctrl-C, others as in lsg_jax.errors."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        # A character that the terminal's encoding lacks is printed as \xe9 or \u4e2d, as on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
@@ -37,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        code, text = _exit_code(error), str(error) if isinstance(error, LsgError) else f"{type(error).__name__}: {error}"
+        code, text = _exit_code(error), cause_of(error)
         if options.traceback:
             traceback.print_exc()
     print(f"lsg {options.command}: {' '.join(text.split())}", file=sys.stderr)
@@ -47,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return error.exit_code if isinstance(error, LsgError) else 1
+    if isinstance(error, LsgError):
+        return error.exit_code
+    return 65 if is_about_a_file(error) else 1
 
 
 def parser() -> argparse.ArgumentParser:

@@ -51,8 +51,13 @@ def benchmark_option(sub: argparse.ArgumentParser) -> None:
 
 
 def named_paths(pairs: list[str]) -> dict[str, str]:
-    """NAME=PATH -> {name: path}; the path is empty if there is none."""
-    return {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
+    """NAME=PATH -> {name: path}; the path is empty if there is none. ConfigError if a name is given twice."""
+    paths: dict[str, str] = {}
+    for name, _, path in (pair.partition("=") for pair in pairs):
+        if name in paths:
+            raise ConfigError(f"--benchmark {name}: given twice; give each file a name of its own")
+        paths[name] = path
+    return paths
 
 
 def sink_option(sub: argparse.ArgumentParser) -> None:

@@ -22,11 +22,19 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from lsg_jax.data.cambrian_sources import CATEGORIES, TEXT_ONLY, SourceMap, first_folder, source_name
-from lsg_jax.data.conversation import RecordError, image_field
 from lsg_jax.data.prepared import new_folder, write_manifest
+from lsg_jax.data.record_shapes import RecordError, image_fields
 from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
 from lsg_jax.data.reports import CambrianReport, CategoryCounts
-from lsg_jax.data.sources import ImageFolder, check_fraction, first_bracket, numbered_lines, parse_line, thread_count
+from lsg_jax.data.sources import (
+    ImageFolder,
+    check_fraction,
+    first_bracket,
+    is_one_object,
+    numbered_lines,
+    parse_line,
+    thread_count,
+)
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.progress import Progress, silent
@@ -40,7 +48,7 @@ OVERSAMPLING = 1.2
 class _Pass:
     """One pass over the source. Counts all records and keeps those of lowest rank in each category."""
 
-    def __init__(self, table: SourceMap, quotas: dict[str, int], seed: int):
+    def __init__(self, table: SourceMap, images: ImageFolder, quotas: dict[str, int], seed: int):
         self.lines = 0
         self.unreadable: Counter[str] = Counter()
         self.available: dict[str, Counter[str]] = {category: Counter() for category in CATEGORIES}
@@ -48,6 +56,7 @@ class _Pass:
         self.imageless: Counter[str] = Counter()
         self.unmapped: Counter[tuple[str, str]] = Counter()
         self._table = table
+        self._images = images
         self._seed = seed
         self._sizes = {category: math.ceil(OVERSAMPLING * quota) for category, quota in quotas.items()}
         self._kept: dict[str, list[tuple[int, int, str, bytes]]] = {category: [] for category in CATEGORIES}
@@ -74,17 +83,17 @@ class _Pass:
         source = record.get("source")
         name = source_name(source) if isinstance(source, str) else "(no source)"
         try:
-            image = image_field(record.get("image"))
-            folder = first_folder(image or "")
-        except RecordError:  # several images, or not a path: validation reports it
-            image = folder = "?"
+            images = image_fields(record)
+            folder = first_folder(self._images.relative(images[0])) if images else ""
+        except RecordError:  # not a path, or one that leads elsewhere: validation reports it
+            images, folder = ["?"], "?"
         category = self._table.category(name, folder)
         if category == TEXT_ONLY:
             self.text_only[name] += 1
-        elif image is None and self._table.knows(name):
+        elif not images and self._table.knows(name):
             self.imageless[name] += 1
-        elif category is None or image is None:
-            self.unmapped[name, "(no image)" if image is None else folder or "(root)"] += 1
+        elif category is None or not images:
+            self.unmapped[name, folder or "(root)" if images else "(no image)"] += 1
         else:
             self.available[category][name] += 1
             self._keep(category, number, name, line)
@@ -158,13 +167,13 @@ def prepare_cambrian(
     check_fraction(max_bad_fraction)
     quotas = shares(sample)
     table = SourceMap.built_in() if source_map is None else SourceMap.built_in().extended(Path(source_map))
-    if first_bracket(source) == b"[":
-        raise InputError(f"{source}: a JSON array, which cannot be read line by line; use the JSONL file, one record a line")
+    if first_bracket(source) == b"[" or is_one_object(source):
+        raise InputError(f"{source}: one JSON array or object, which cannot be read line by line; use JSONL, one record a line")
     image_folder, threads = ImageFolder(Path(images)), thread_count(threads)
     report = CambrianReport(source.name, seed=seed, sample=sample, source_map_sha256=table.sha256)
     with new_folder(Path(out)) as folder, (folder / REJECTS).open("w", encoding="utf-8") as rejects:
         validation = Validation(report, image_folder, rejects, threads)
-        found = _Pass(table, quotas, seed)
+        found = _Pass(table, image_folder, quotas, seed)
         report.source_sha256 = found.read(source, validation, progress)
         _record_counts(report, found, quotas)
         _check_source(source, report, max_bad_fraction)

@@ -1,29 +1,14 @@
-"""LLaVA records. Pure functions of text: no files, no images.
-
-A record is `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": str}, ...]}`.
-"""
+"""Records -> conversations. Pure functions of text: no files, no images. `record_shapes` reads the keys of a record."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lsg_jax.errors import LsgError
-
-IMAGE_TAG = "<image>"
-"""The image's place in records, templates and prompts: at the start of a turn, followed by a newline."""
-
-
-class RecordError(LsgError):
-    """A record cannot be used. `reason` is a short slug by which rejects are counted."""
-
-    exit_code = 65
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+from lsg_jax.data.record_shapes import IMAGE_TAG as IMAGE_TAG
+from lsg_jax.data.record_shapes import Message, check_keys, image_fields, read_messages
+from lsg_jax.data.record_shapes import RecordError as RecordError
 
 
 @dataclass(frozen=True)
@@ -39,7 +24,7 @@ class Conversation:
     """A validated record: alternating turns from a human one to an answer, with at most one image.
 
     `image` is the path as in the record, None without an image. `notes` are slugs of repairs: `image_without_tag`,
-    `leading_turn_dropped`, `unanswered_turn_dropped`.
+    `system_dropped`, `leading_turn_dropped`, `unanswered_turn_dropped`, and `key_not_read: NAME`.
     """
 
     record_id: str
@@ -53,20 +38,24 @@ Example = tuple[tuple[Turn, ...], str]
 
 
 def parse_record(record: Any, *, default_id: str = "") -> Conversation:
-    """Validates a LLaVA record.
+    """Validates a record of any shape that `record_shapes` reads.
 
     Raises:
-        RecordError: with reason `not_a_record`, `bad_id`, `bad_image_field`, `several_images`, `no_turns`, `bad_turn`,
-            `unknown_role`, `roles_not_alternating`, `tag_in_answer`, `tag_without_image`, `empty_question`, `empty_answer`
-            or `nothing_supervised`.
+        RecordError: with the reasons of `record_shapes`, or `not_a_record`, `bad_id`, `several_images`, `unknown_role`,
+            `system_not_first`, `roles_not_alternating`, `tag_in_answer`, `tag_without_image`, `empty_question`,
+            `empty_answer` or `nothing_supervised`.
     """
     if not isinstance(record, dict):
         raise RecordError("not_a_record", f"expected an object, got {type(record).__name__}")
     record_id = record.get("id", default_id)
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
         raise RecordError("bad_id", f"id is neither text nor an integer: {str(record_id)[:80]!r}")
-    image = image_field(record.get("image"))
-    turns, notes = _alternating(_read_turns(record.get("conversations")))
+    images = image_fields(record)
+    key_notes = check_keys(record, has_image=bool(images))
+    turns, turn_notes = _alternating(read_messages(record))
+    if len(images) > 1:
+        raise RecordError("several_images", f"the record lists {len(images)} images; one is supported")
+    image = images[0] if images else None
     turns, tag_notes = _place_tag(turns, image is not None)
     for number, turn in enumerate(turns):
         if turn.text.strip():
@@ -75,52 +64,31 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
         raise RecordError(reason, f"turn {number} ({turn.role}) is empty")
     if not turns:
         raise RecordError("nothing_supervised", "no question is followed by an answer")
-    return Conversation(str(record_id), image, tuple(turns), (*notes, *tag_notes))
+    notes = dict.fromkeys((*key_notes, *turn_notes, *tag_notes))  # each once
+    return Conversation(str(record_id), image, tuple(turns), tuple(notes))
 
 
-def image_field(value: Any) -> str | None:
-    """The path in a record's `image` field; None without an image. RecordError `several_images` or `bad_image_field`."""
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise RecordError("several_images", f"the record lists {len(value)} images; one is supported")
-        value = value[0] if value else None
-    # pandas exports a missing path as nan, as a number or as text
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if not isinstance(value, str):
-        raise RecordError("bad_image_field", f"image is not a path: {str(value)[:80]!r}")
-    value = value.strip()
-    return None if value == "" or value.lower() == "nan" else value
-
-
-def _read_turns(conversations: Any) -> list[Turn]:
-    if not isinstance(conversations, list) or not conversations:
-        raise RecordError("no_turns", "conversations is missing, empty or not a list")
-    turns = []
-    for number, item in enumerate(conversations):
-        if not isinstance(item, dict) or not isinstance(item.get("value"), str):
-            raise RecordError("bad_turn", f"turn {number} has no text in `value`")
-        role = item.get("from")
-        if role not in ("human", "gpt") and number > 0:
-            raise RecordError("unknown_role", f"turn {number} is from {role!r}; expected human or gpt")
-        try:
-            item["value"].encode("utf-8")
-        except UnicodeEncodeError:
-            raise RecordError("bad_turn", f"turn {number} contains half of a surrogate pair") from None
-        # A leading turn of any other role (a system prompt) counts as a leading answer, which is dropped.
-        turns.append(Turn("human" if role == "human" else "gpt", item["value"]))
-    return turns
-
-
-def _alternating(turns: list[Turn]) -> tuple[list[Turn], list[str]]:
-    """Drops one leading turn that is not human, as LLaVA does, and a last question without an answer."""
+def _alternating(messages: list[Message]) -> tuple[list[Turn], list[str]]:
+    """Drops a system prompt, then a leading turn that is not human, as LLaVA does, and a last question without an answer."""
     notes = []
-    if turns[0].role != "human":
-        turns = turns[1:]
+    if messages[0].role == "system":
+        notes.append("system_dropped")
+    if len(messages) > len(notes) and messages[len(notes)].role != "human":
         notes.append("leading_turn_dropped")
-    for number, turn in enumerate(turns):
-        if turn.role != ("human", "gpt")[number % 2]:
-            raise RecordError("roles_not_alternating", f"turn {number + len(notes)} is a second {turn.role} turn in a row")
+    turns: list[Turn] = []
+    for number, message in enumerate(messages[len(notes) :], start=len(notes)):
+        due: Literal["human", "gpt"] = ("human", "gpt")[len(turns) % 2]
+        if message.role == "system":
+            raise RecordError("system_not_first", f"turn {number} is a system prompt; only the first turn may be one")
+        if message.role == "other":
+            raise RecordError(
+                "unknown_role", f"turn {number} is from {message.written!r}; expected human or gpt, user or assistant"
+            )
+        if message.role != due:
+            again = number > 0 and messages[number - 1].role == message.role
+            problem = "a second {} turn in a row" if again else "from {}, where a human turn is due"
+            raise RecordError("roles_not_alternating", f"turn {number} is {problem.format(message.written)}")
+        turns.append(Turn(due, message.text))
     if len(turns) > 2 and turns[-1].role == "human" and IMAGE_TAG not in turns[-1].text:
         turns = turns[:-1]
         notes.append("unanswered_turn_dropped")

@@ -9,6 +9,7 @@ from typing import Any
 
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.installed import check_installed
 
 PROCESSOR_FILE = "processor_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -22,6 +23,7 @@ def open_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: the folder has no tokenizer, or it cannot be read.
     """
+    check_installed("transformers")
     from transformers import AutoTokenizer
 
     try:

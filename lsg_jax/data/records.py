@@ -1,4 +1,4 @@
-"""LLaVA records on disk -> a folder of validated rows (`lsg prepare`), and a reader of that folder.
+"""Records of conversations on disk -> a folder of validated rows (`lsg prepare`), and a reader of that folder.
 
 OUT/records_manifest.json     counts, rejects by reason, digests
 OUT/rejects.jsonl             one line per rejected record: line, id, reason, message
@@ -155,7 +155,7 @@ def prepare_llava(
     """Validates every record, decodes every image, and writes the usable rows into the new folder `out`.
 
     Args:
-        source: LLaVA records, a JSON array or JSONL.
+        source: records of any shape that `record_shapes` reads, in a file that `sources.read_source` reads.
         images: root folder of the records' image paths.
         max_bad_fraction: share of records in [0, 1] that may be rejected.
         threads: threads that read and decode images; None: one per core. The result does not depend on it.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
-from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.record_shapes import RecordError, has_turns
 from lsg_jax.errors import ConfigError, InputError
 
 BOM = b"\xef\xbb\xbf"
@@ -24,19 +26,22 @@ Result = TypeVar("Result")
 
 
 def read_source(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line or 1-based position, record) of a JSON array or of JSONL, whatever the file's name.
+    """Yields (line or 1-based position, record) of JSONL, of a JSON array, or of an object that holds one array of records.
 
-    A JSONL line that is not JSON yields a `RecordError` (`bad_json`) instead of the record.
+    The file's name does not matter. A JSONL line that is not JSON yields a `RecordError` (`bad_json`) instead of the record.
 
     Raises:
-        InputError: the file is missing, empty, not UTF-8, a Git LFS pointer, or a broken JSON array (with the line).
+        InputError: the file is missing, empty, not UTF-8, a Git LFS pointer, a broken JSON array (with the line), or an object
+            that holds no records.
     """
     if first_bracket(path) == b"[":
-        yield from _read_array(path)
-        return
-    with path.open("rb") as file:
-        for number, line in numbered_lines(file):
-            yield number, parse_line(number, line)
+        yield from enumerate(_read_whole(path), start=1)
+    elif is_one_object(path):
+        yield from enumerate(_records_in(_read_whole(path), path), start=1)
+    else:
+        with path.open("rb") as file:
+            for number, line in numbered_lines(file):
+                yield number, parse_line(number, line)
 
 
 def first_bracket(path: Path) -> bytes:
@@ -57,16 +62,46 @@ def first_bracket(path: Path) -> bytes:
     return start[:1]
 
 
-def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
+def is_one_object(path: Path) -> bool:
+    """Whether a file that starts with `{` is one JSON object: spread over lines, or one line that holds an array of records."""
+    with path.open("rb") as file:
+        lines = numbered_lines(file)
+        number, line = next(lines)
+        line, following = line.rstrip(), next(lines, None)
+    first = parse_line(number, line)
+    if isinstance(first, dict):
+        return following is None and not has_turns(first) and any(map(_holds_records, first.values()))
+    if line.endswith(b"}"):  # a broken first line of JSONL
+        return False
+    # A cut first line of JSONL ends elsewhere, and the line after it is a record.
+    return line.endswith((b"{", b"[")) or following is None or isinstance(parse_line(*following), RecordError)
+
+
+def _holds_records(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, dict) and has_turns(entry) for entry in value)
+
+
+def _records_in(whole: Any, path: Path) -> list[Any]:
+    """The one array of records in an object, or the object itself if it is a record."""
+    if has_turns(whole):
+        return [whole]
+    lists = {key: value for key, value in whole.items() if _holds_records(value)}
+    if len(lists) != 1:
+        what, keys = "several arrays of records" if lists else "no records", ", ".join(lists or whole)[:120]
+        raise InputError(f"{path}: one object with {what} ({keys}); write the records as a JSON array or as JSONL")
+    return next(iter(lists.values()))
+
+
+def _read_whole(path: Path) -> Any:
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: broken JSON array at line {error.lineno}, column {error.colno}: {error.msg}") from None
+        what = "array" if first_bracket(path) == b"[" else "object"
+        raise InputError(f"{path}: broken JSON {what} at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise InputError(f"{path}: JSON nested too deeply") from None
-    yield from enumerate(records, start=1)
 
 
 def numbered_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -93,27 +128,44 @@ class ImageFolder:
         if not root.is_dir():
             raise InputError(f"{root}: no such image folder")
         self._root = root
+        self._prefixes = [os.path.join(folder, "") for folder in (os.path.abspath(root), os.path.realpath(root))]
         self._listings: dict[Path, list[str]] = {}
 
-    def read(self, relative: str) -> tuple[bytes, ImageSize]:
+    def relative(self, path: str) -> str:
+        """A record's path relative to the image folder, with `/`: given so, absolute, with backslashes, or as `file://`.
+
+        Raises:
+            RecordError: `image_outside`.
+        """
+        given = unquote(path[7:]) if path.startswith("file://") else path
+        if "\\" in given and not os.path.exists(os.path.join(self._root, given)):
+            given = given.replace("\\", "/")
+        if re.match("[A-Za-z]:/", given) and os.name != "nt":
+            raise RecordError("image_outside", f"{path}: on a Windows drive; make the path relative to the image folder")
+        absolute = os.path.abspath(os.path.join(self._prefixes[0], given))
+        for prefix in self._prefixes:
+            if os.path.join(absolute, "").startswith(prefix):
+                return absolute[len(prefix) :].replace(os.sep, "/")
+        what = "an absolute path" if os.path.isabs(given) else "leads"
+        raise RecordError("image_outside", f"{path}: {what} outside the image folder")
+
+    def read(self, path: str) -> tuple[bytes, ImageSize]:
         """The bytes of an image file that decodes, and the image's size. Thread-safe.
 
         Raises:
             RecordError: `missing_image`, `image_outside` or `broken_image`.
         """
-        parts = Path(relative).parts
-        if Path(relative).is_absolute() or ".." in parts:
-            raise RecordError("image_outside", f"{relative}: points outside the image folder")
+        parts = Path(self.relative(path)).parts
         try:
             data = self._root.joinpath(*parts).read_bytes()
         except (OSError, ValueError):
             near = self._near(parts)
             hint = f"; did you mean {near}?" if near else ""
-            raise RecordError("missing_image", f"{relative}: no such image{hint}") from None
+            raise RecordError("missing_image", f"{path}: no such image{hint}") from None
         try:
             size = open_image(data).size
         except InputError as error:
-            raise RecordError("broken_image", f"{relative}: {str(error).removeprefix('image: ')}") from None
+            raise RecordError("broken_image", f"{path}: {str(error).removeprefix('image: ')}") from None
         return data, size
 
     def _near(self, parts: tuple[str, ...]) -> str | None:

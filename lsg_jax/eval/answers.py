@@ -18,6 +18,7 @@ from lsg_jax.checkpoint.processes import is_primary, share_bytes
 from lsg_jax.digest import text_sha256
 from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.files import json_lines
 
 
 class AnswerLog:
@@ -39,7 +40,7 @@ class AnswerLog:
         found: dict[str, tuple[str, list[list[float]] | None]] = {}
         if is_primary() and self.path.exists():
             position = {(line["id"], line["prompt"]): str(i) for i, line in enumerate(self._lines)}
-            for text in self.path.read_text(encoding="utf-8").split("\n"):
+            for _, text in json_lines(self.path):
                 try:
                     line = json.loads(text)
                     found[position[line["id"], line["prompt"]]] = (line["output"], line.get("ratios"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark
 from lsg_jax.eval.benchmarks.ai2d import AI2D
@@ -26,17 +28,25 @@ BENCHMARKS: dict[str, Benchmark] = {
     )
 }  # fmt: skip
 
+NAME = re.compile(r"\w[\w .+-]{0,99}")
+"""Names of own questions: they become part of files' names, so they hold no separator and do not begin with a dot."""
+
 
 def find_benchmark(name: str, path: str) -> Benchmark:
     """The benchmark of that name; `QUESTIONS` for a `.jsonl` file of own questions under any other name.
 
     Raises:
-        InputError: the name is unknown, or the path is missing.
+        InputError: the name is unknown or cannot be part of a file's name, or the path is missing.
     """
     if name in BENCHMARKS:
         if not path and name != SCENES.name:
             raise InputError(f"benchmark {name}: give its Parquet file, folder or glob as {name}=PATH")
         return BENCHMARKS[name]
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"benchmark {name[:80]!r}: results are written under this name; give questions as NAME=FILE.jsonl, with a NAME of "
+            "at most 100 letters, digits, spaces and _ . + -, that begins with a letter or digit"
+        )
     if path.endswith(".jsonl"):
         return QUESTIONS
     raise InputError(f"benchmark {name}: unknown; known are {', '.join(BENCHMARKS)}, and own questions as NAME=FILE.jsonl")

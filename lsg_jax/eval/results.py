@@ -11,7 +11,7 @@ from typing import Any
 from lsg_jax.config import Protocol
 from lsg_jax.errors import InputError
 from lsg_jax.eval.statistics import PairedTest
-from lsg_jax.files import read_json, write_json
+from lsg_jax.files import json_lines, read_json, write_json
 
 RESULT = "result.json"
 FORMAT = "lsg-eval-3"
@@ -185,8 +185,7 @@ def write_questions(path: Path, rows: Iterable[QuestionRow]) -> None:
 def read_questions(path: Path) -> list[QuestionRow]:
     """Reads the rows of one file. Raises InputError if it cannot be read or is not as written."""
     try:
-        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
-        return [_row(line) for line in lines]
+        return [_row(json.loads(text)) for _, text in json_lines(path)]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lsg_jax.checkpoint import RunRecord
 from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, result_of
+from lsg_jax.files import json_lines
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss
@@ -57,7 +58,7 @@ def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
 def _steps(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without an incomplete last one."""
     steps = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for _, line in json_lines(path) if path.exists() else []:
         try:
             steps.append(json.loads(line))
         except ValueError:

@@ -38,6 +38,7 @@ FILES = {
     "la.png": encoded(GREY.convert("LA")),
     "cmyk.tif": encoded(RED.convert("CMYK"), "TIFF"),
     "i16.png": encoded(Image.fromarray(np.full((30, 40), 90 * 256, np.uint16))),
+    "back\\slash.png": encoded(RED),
     "gif.gif": encoded(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]),
 }
 
@@ -62,8 +63,22 @@ RECORDS = [
     ("wrong case of the folder", said(image="SUB/b.jpg"), ("missing_image", "did you mean sub/b.jpg?")),
     ("wrong suffix", said(image="a.png"), ("missing_image", "did you mean a.jpg?")),
     ("a folder", said(image="sub"), ("missing_image", "no such image")),
-    ("path out of the root", said(image="../images/a.jpg"), ("image_outside", "outside the image folder")),
-    ("absolute path", said(image="/a.jpg"), ("image_outside", "outside the image folder")),
+    ("path out of the root", said(image="../other/a.jpg"), ("image_outside", "leads outside the image folder")),
+    ("path out of the root and back", said(image="../images/sub/../a.jpg", id="10"), FINE),
+    ("absolute path elsewhere", said(image="/a.jpg"), ("image_outside", "an absolute path outside the image folder")),
+    ("absolute path inside", said(image="{images}/sub/b.jpg", id="11"), FINE),
+    ("absolute path inside, as a URL", said(image="file://{images}/sub/b.jpg", id="12"), FINE),
+    ("a folder whose name begins as the root's", said(image="{images}2/a.jpg"), ("image_outside", "an absolute path outside")),
+    ("Windows path", said(image="sub\\b.jpg", id="13"), FINE),
+    ("Windows path of a missing image", said(image=".\\sub\\B.jpg"), ("missing_image", "did you mean sub/b.jpg?")),
+    ("Windows drive", said(image="D:\\images\\a.jpg"), ("image_outside", "on a Windows drive")),
+    ("backslash in a file's name", said(image="back\\slash.png", id="14"), FINE),
+    ("picture under another key", {**said(image=None, id="15"), "img_path": "a.jpg"}, FINE),
+    ("picture under an unknown key", said("q", "a", image=None, screen="a.jpg"), ("unknown_image_key", "but screen seems")),
+    ("two pictures", {**said(image=None), "images": ["a.jpg", "a.jpg"]}, ("several_images", "lists 2 images")),
+    ("video", {**said("<video>\nq", "a", image=None), "video": "a.mp4"}, ("video", "video is not supported")),
+    ("unread key", said(id="16", score=3), "key_not_read: score"),
+    ("system prompt", said(id="17", system="Be kind."), "system_dropped"),
     ("image null", said("q", "a", image=None, id="1"), FINE),
     ("image ''", said("q", "a", image="", id="2"), FINE),
     ("image 'nan'", said("q", "a", image="nan", id="3"), FINE),
@@ -114,7 +129,7 @@ def images(tmp_path):
 
 
 def test_records(tmp_path, images):
-    lines = [r if what == "broken last line" else json.dumps(r) for what, r, _ in RECORDS]
+    lines = [r if what == "broken last line" else json.dumps(r).replace("{images}", str(images)) for what, r, _ in RECORDS]
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
     report = prepare_llava(tmp_path / "r.jsonl", images, tmp_path / "out", max_bad_fraction=0.9)
     rejects = {e["line"]: e for e in map(json.loads, (tmp_path / "out" / REJECTS).read_text().splitlines())}
@@ -183,6 +198,20 @@ WHOLE = [
     ("JSON array named .jsonl", lambda t, i: prepared(t, i, ARRAY), None),
     ("BOM before an array", lambda t, i: prepared(t, i, "\ufeff" + ARRAY), None),
     ("BOM before lines, CRLF", lambda t, i: prepared(t, i, "\ufeff" + LINES.replace("\n", "\r\n") + "\r\n\r\n"), None),
+    ("an object with the list", lambda t, i: prepared(t, i, json.dumps({"version": 1, "data": GOOD})), None),
+    ("the same over lines", lambda t, i: prepared(t, i, json.dumps({"data": GOOD}, indent=1)), None),
+    ("the same, a record a line", lambda t, i: prepared(t, i, '{"data": [\n' + LINES.replace("\n", ",\n") + "\n]}"), None),
+    ("line separators in text", lambda t, i: prepared(t, i, LINES.replace("ball", "ball\u2028\u2029\x85")), None),
+    ("object without records", lambda t, i: prepared(t, i, '{\n"a": [1]\n}'), r"one object with no records \(a\)"),
+    (
+        "object with two lists",
+        lambda t, i: prepared(t, i, json.dumps({"train": GOOD, "test": GOOD})),
+        r"several arrays of records \(train, test\)",
+    ),
+    ("broken object", lambda t, i: prepared(t, i, json.dumps({"data": GOOD}, indent=1)[:-30]), "broken JSON object at line"),
+    ("broken first line", lambda t, i: prepared(t, i, LINES[9:]), "neither a JSON array nor JSONL"),
+    ("cut first line", lambda t, i: prepared(t, i, '{"id": "x", "conv\n' + LINES), "1 of 4 .*first at line 1: bad_json"),
+    ("bad first lines", lambda t, i: prepared(t, i, '{"id": "\x01"}\n' * 2 + LINES), "2 of 5 .*first at line 1: bad_json"),
     ("empty file", lambda t, i: prepared(t, i, ""), "is empty"),
     ("blank file", lambda t, i: prepared(t, i, " \n"), "is empty"),
     ("CSV", lambda t, i: prepared(t, i, "id,image\n"), "neither a JSON array nor JSONL"),

@@ -47,7 +47,10 @@ def written(folder, count=600, missing=0):
         turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": f"a{number}"}]
         record = {"id": number, "conversations": turns}
         if place:
-            record["image"] = f"{place}/{1 if missing and rng.randrange(missing) == 0 else 0}.png"
+            image = f"{place}/{1 if missing and rng.randrange(missing) == 0 else 0}.png"
+            # the same image as people write it: with backslashes, absolute, under another key
+            spellings = {1: image.replace("/", "\\"), 2: str(folder / "images" / image), 3: f"./{image}"}
+            record["images" if number % 5 == 4 else "image"] = spellings.get(number % 5, image)
         if source:
             record["source"] = source
         lines.append(json.dumps(record))
@@ -160,7 +163,7 @@ def test_too_few_or_too_many_bad(source, tmp_path):
     ):
         prepare_cambrian(tmp_path / "c.jsonl", folder / "images", tmp_path / "out", sample=6)
     (tmp_path / "c.jsonl").write_text("[" + ",".join(text.splitlines()) + "]")
-    with pytest.raises(InputError, match="a JSON array, which cannot be read line by line"):
+    with pytest.raises(InputError, match="one JSON array or object, which cannot be read line by line"):
         prepare_cambrian(tmp_path / "c.jsonl", folder / "images", tmp_path / "out", sample=6)
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
 

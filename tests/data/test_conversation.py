@@ -92,7 +92,7 @@ REPAIRED = [
         record(conversations=[turn("system", "be nice"), turn("human", "<image>\nq"), turn("gpt", "a")]),
         "a.png",
         ["<image>\nq", "a"],
-        ("leading_turn_dropped",),
+        ("system_dropped",),
     ),
 ]
 

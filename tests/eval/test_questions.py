@@ -39,6 +39,81 @@ def test_right_choice_by_letter_or_text(tmp_path, answer):
     assert question.answers == ("B",)
 
 
+CHOICES = {
+    "list": {"choices": ["cat", "dog"]},
+    "options": {"options": ["cat", "dog"]},
+    "both": {"choices": ["cat", "dog"], "options": {"A": "cat", "B": "dog"}},
+    "choices empty": {"choices": [], "options": ["cat", "dog"]},
+    "object": {"choices": {"A": "cat", "B": "dog"}},
+    "object in another order": {"choices": {"B": "dog", "A": "cat"}},
+    "object with brackets": {"choices": {"(a)": "cat", "(b)": "dog"}},
+    "object padded with null": {"choices": {"A": "cat", "B": "dog", "C": None, "D": ""}},
+    "object of ARC": {"choices": {"text": ["cat", "dog"], "label": ["A", "B"]}},
+    "text of a list, as in MMMU": {"options": "['cat', 'dog']"},
+    "text of a list, as JSON": {"options": '["cat", "dog"]'},
+    "text of an object": {"options": '{"A": "cat", "B": "dog", "C": null}'},
+    "lines": {"choices": "cat\n dog\n"},
+    "lines with letters": {"choices": "A. cat\nB. dog"},
+    "lines with brackets": {"choices": "(A) cat\n(B) dog"},
+    "columns": {"A": "cat", "B": "dog", "C": None},
+}
+
+
+@pytest.mark.parametrize("form", CHOICES)
+@pytest.mark.parametrize("answer", ["dog", "B"])
+def test_forms_of_choices(tmp_path, form, answer):
+    (question,) = read(write(tmp_path, {"question": "?", "answer": answer, **CHOICES[form]}))
+    assert (question.choices, question.answers) == (("cat", "dog"), ("B",))
+
+
+def test_choices_keep_their_text(tmp_path):
+    (numbers, labels, code) = read(
+        write(
+            tmp_path,
+            {"question": "?", "choices": [1, 2.5, True], "answer": 2.5},
+            {"question": "?", "choices": "A. cat\nC. dog", "answer": "C. dog"},
+            {"question": "?", "choices": ["['a']", "['b']"], "answer": "['b']"},
+        )
+    )
+    assert (numbers.choices, numbers.answers) == (("1", "2.5", "True"), ("B",))
+    assert (labels.choices, labels.answers) == (("A. cat", "C. dog"), ("B",))
+    assert (code.choices, code.answers) == (("['a']", "['b']"), ("B",))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"image": "sub/a.png"},
+        {"image": ["sub/a.png"]},
+        {"image": {"path": "sub/a.png", "bytes": None}},
+        {"images": [{"path": "sub/a.png"}]},
+        {"image_path": "sub\\a.png"},
+        {"img": "{folder}/sub/a.png"},
+        {"image": "file://{folder}/sub/a.png"},
+    ],
+    ids=str,
+)
+def test_forms_of_images(tmp_path, image):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.png").write_bytes(b"png")
+    row = json.dumps({"question": "?", "answer": "x", **image}).replace("{folder}", str(tmp_path))
+    (question,) = read(write(tmp_path, row))
+    assert question.image.read() == b"png"
+
+
+SEPARATORS = "\u2028\u2029\x85\x1c\x0b"  # str.splitlines breaks at each of them
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    rows = [{"question": f"a{SEPARATORS}b", "answer": "x", "choices": f"x\u2028y\nz\x85\x1f{i}"} for i in range(2)]
+    rows = [row | {"answer": "A"} for row in rows]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second = read(str(tmp_path / "q.jsonl"))
+    assert first.question == f"a{SEPARATORS}b" and first.choices == ("x\u2028y", "z\x85\x1f0")
+    assert (first.id, second.id) == ("1", "2")
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -51,6 +126,33 @@ def test_right_choice_by_letter_or_text(tmp_path, answer):
         ({"question": "x", "choices": ["a", "b"], "answer": ["a", "b"]}, "none of the choices"),
         ({"question": "x", "answer": "y", "image": "none.png"}, "none.png does not exist"),
         ("", "no questions in it"),
+        ({"question": ["x"], "answer": "y"}, "q.jsonl:1: question is \"['x']\", of type list; give a text"),
+        ({"question": " ", "answer": "y"}, "question is empty"),
+        ({"question": "x\ud83d", "answer": "y"}, "question holds half of a surrogate pair"),
+        ({"question": "x", "answer": {"a": 1}}, "answer is \"{'a': 1}\", of type dict; give a text"),
+        ({"question": "x", "answer": ["y", None]}, "answer is 'None', of type NoneType"),
+        ({"question": "x", "answer": ["y", " "]}, "answer is empty"),
+        ({"question": "x", "answer": float("nan")}, "answer is 'nan', of type float"),
+        ({"question": "x", "answer": "['a', 'b']"}, "answer is the text of a list"),
+        ({"question": "x", "answer": "y", "id": ["a"]}, "id is"),
+        ({"question": "x", "answer": "y", "category": {"a": 1}}, "category is"),
+        ({"question": "x", "choices": 4, "answer": "y"}, "choices are of type int; give a list"),
+        ({"question": "x", "choices": "cat, dog", "answer": "cat"}, "choices are one line of text"),
+        ({"question": "x", "choices": "['cat' 'dog']", "answer": "cat"}, "1 choices; give 2 to 26"),  # as numpy prints
+        ({"question": "x", "choices": ["cat", ["dog"]], "answer": "cat"}, "a choice is \"['dog']\", of type list"),
+        ({"question": "x", "choices": ["cat", ""], "answer": "cat"}, "choice B is empty"),
+        ({"question": "x", "choices": ["cat", "cat"], "answer": "cat"}, "text of several choices"),
+        ({"question": "x", "choices": {"A": "cat", "C": "dog"}, "answer": "A"}, "are labelled A, C; label them A, B"),
+        ({"question": "x", "choices": {"A": "", "B": "dog"}, "answer": "B"}, "choice A is empty"),
+        ({"question": "x", "choices": {"1": "cat", "2": "dog"}, "answer": 1}, "are labelled 1, 2"),
+        ({"question": "x", "choices": ["a", "b"], "options": ["b", "a"], "answer": "A"}, "choices and options differ"),
+        ({"question": "x", "A": "cat", "C": "dog", "answer": "A"}, "are labelled A, C"),
+        ({"question": "x", "answer": "y", "image": 3}, "q.jsonl:1: image is not a path"),
+        ({"question": "x", "answer": "y", "image": {"bytes": "QQ=="}}, "image holds the image itself; save it to a file"),
+        ({"question": "x", "answer": "y", "image": ["a.png", "b.png"]}, "does not exist"),
+        ({"question": "x", "answer": "y", "image": "https://example.org/a.png"}, "not a file; save the image"),
+        ({"question": "x", "answer": "y", "file_name": "a.png"}, "file_name seems to be one"),
+        ({"question": "x", "answer": "y", "video": "a.mp4"}, "video is not supported"),
     ],
 )
 def test_bad_files(tmp_path, row, message):

@@ -132,6 +132,14 @@ def test_names():
             find_benchmark(name, path)
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "/x", ".x", " x", "-x", "x\n", "x\0", "c:x", "x" * 101])
+def test_a_name_that_is_a_path_is_refused(name):
+    with pytest.raises(InputError, match="results are written under this name") as caught:
+        find_benchmark(name, "x.jsonl")
+    assert "\n" not in str(caught.value)
+    assert find_benchmark("my questions-v1.2_é", "x.jsonl").name == "questions"
+
+
 def test_results_are_read_as_they_were_written(tmp_path):
     asked = ask(MADE, "", EvalConfig())
     right = [item.answers[0] for item in ITEMS]

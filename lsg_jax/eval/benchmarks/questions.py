@@ -1,22 +1,25 @@
-"""Own questions as JSONL: multiple choice if `choices` are given, else short answers.
+"""Own questions as JSONL: multiple choice if there are choices, else short answers.
 
 One object per line: `question` and `answer` (text, a list of accepted texts, or for multiple choice a letter or the text of a
-choice), and optionally `image` (path, relative to the file), `choices`, `id`, `category`.
+choice), and optionally `image` (path, relative to the file), `choices`, `id`, `category`. `question_fields` reads them in the
+forms in which other tools write them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lsg_jax.config import Protocol
 from lsg_jax.data.prompts import WORD_SUFFIX, multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
 from lsg_jax.eval.letters import chosen_letter
+from lsg_jax.eval.question_fields import answers_of, choice_letter, choices_of, images_of, text_field
+from lsg_jax.files import json_lines
 
 
 @dataclass(frozen=True)
@@ -41,55 +44,48 @@ def read(path: str) -> list[Item]:
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = json_lines(file)
     except OSError as error:
         raise InputError(f"{path}: cannot read the questions: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; expected one JSON object a line") from None
-    items = [_read_line(line, f"{path}:{n}", file.parent, n) for n, line in enumerate(lines, 1) if line.strip()]
+    items = [_item(_row(line, f"{path}:{number}"), f"{path}:{number}", file.parent, number) for number, line in lines]
     if not items:
         raise InputError(f"{path}: no questions in it")
     check_unique(items, path)
     return items
 
 
-def _read_line(line: str, where: str, folder: Path, number: int) -> Item:
+def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, got {type(row).__name__}")
     if missing := [name for name in ("question", "answer") if row.get(name) in (None, "", [])]:
         raise InputError(f"{where}: no {missing[0]}; there are {', '.join(row)}")
-    choices = tuple(map(str, row.get("choices") or ()))
-    if len(choices) == 1 or len(choices) > 26:
-        raise InputError(f"{where}: {len(choices)} choices; give 2 to 26")
-    answers = tuple(map(str, row["answer"] if isinstance(row["answer"], list) else [row["answer"]]))
+    return row
+
+
+def _item(row: dict[str, Any], where: str, folder: Path, number: int) -> Item:
+    question, category = text_field(row, "question", where), text_field(row, "category", where)
+    if not question:
+        raise InputError(f"{where}: question is empty")
+    choices, answers = choices_of(row, where), answers_of(row, where)
     if choices:
-        answers = (_choice_letter(answers, choices, where),)
-    image = folder / row["image"] if row.get("image") else None
-    if image is not None and not image.is_file():
-        raise InputError(f"{where}: image {image} does not exist")
+        answers = (choice_letter(answers, choices, where),)
+    images = images_of(row, folder, where)
+    if len(images) > 1:
+        raise InputError(f"{where}: {len(images)} images; one is supported")
     return Item(
-        id=str(row.get("id", number)),
-        question=str(row["question"]).strip(),
+        id=text_field(row, "id", where) or str(number),
+        question=question,
         answers=answers,
         choices=choices,
-        image=None if image is None else ImageFile(image),
-        fields={"category": str(row["category"])} if row.get("category") else {},
+        image=ImageFile(images[0]) if images else None,
+        fields={"category": category} if category else {},
     )
-
-
-def _choice_letter(answers: tuple[str, ...], choices: tuple[str, ...], where: str) -> str:
-    """The letter of the correct choice, given as its text or as a letter, with or without brackets."""
-    if len(answers) == 1:
-        if answers[0] in choices:
-            return string.ascii_uppercase[choices.index(answers[0])]
-        letter = answers[0].strip("() .").upper()
-        if len(letter) == 1 and letter in string.ascii_uppercase[: len(choices)]:
-            return letter
-    raise InputError(f"{where}: answer {' / '.join(answers)} is none of the choices {', '.join(choices)}")
 
 
 def prompt(item: Item, protocol: Protocol) -> str:
