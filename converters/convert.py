@@ -78,7 +78,7 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     check_free(target)
     checkpoint = find_checkpoint(source)
-    config = with_image_token(read_config(checkpoint.folder), checkpoint.folder)
+    config = with_image_token(read_config(checkpoint.folder, name=checkpoint.name), checkpoint.folder)
     weights = open_source(checkpoint.folder)
     try:
         names = in_folder(checkpoint.folder, canonical_names, weights.tensors, family_of(config).canonical_name)
@@ -88,8 +88,21 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
         chosen = dtype or planned.dtype
         assert chosen is not None  # `plan` refuses several dtypes unless one was chosen
         _into_folder(_Conversion(checkpoint, weights, names, config, planned, chosen, progress), target)
+        log_sinks(config)
     finally:
         weights.close()
+
+
+def log_sinks(config: ModelConfig) -> None:
+    """Says which sink dimensions the model folder starts with."""
+    for kind, dims, source in (
+        ("V-sinks", config.sinks.vit_dims, config.sink_sources.vit),
+        ("L-sinks", config.sinks.llm_dims, config.sink_sources.llm),
+    ):
+        if source and dims:
+            logger.info("dimensions of %s: %s, %s; `lsg sinks` checks them", kind, ", ".join(map(str, dims)), source)
+        elif not source:
+            logger.info("dimensions of %s: none are known of this model; `lsg calibrate` finds them", kind)
 
 
 def tree_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

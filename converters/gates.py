@@ -1,143 +1,140 @@
-"""PyTorch state dicts (`.pt`, `.pth`, `.bin`) of published gates -> portable gates (extra [torch]).
+"""Published gates -> portable gates.
 
-The tensor names in the paper's own files are not known, so roles are assigned by shape. Accepted is a state dict, possibly
-nested in other dicts (`{"state_dict": ...}`, `{10: {...}}`), whose keys are
-
-    [prefix.][layer.][prefix.]MODULE.weight|bias
-
-with MODULE one of norm, ln, layer_norm, layernorm, fc1, fc2, linear1, linear2 or the index in a Sequential. The last number
-before MODULE is the layer. In each layer the one-dimensional weight is the norm, the matrix with 2 or 3 rows the last linear,
-the other matrix the first. Examples: `gates.10.norm.weight`, `layers.10.net.1.weight`, `gate.fc1.bias`, `0.weight`.
+The authors' gate sets are folders with `non_lora_trainables.bin` and `sink_cfg.json`, whose names and keys are not documented.
+So gates are found by the shapes of their parameters (`gate_modules`), and their layers in several sources that must agree
+(`gate_layers`). `ImportedGates.described` says what was understood, and what no file states.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lsg_jax.config import GateConfig, SinkConfig
-from lsg_jax.errors import InputError
+from converters.gate_layers import Layers, assign_layers, layers_of_name, layers_of_paths
+from converters.gate_modules import FoundGate, find_gates
+from converters.gate_settings import SETTINGS_FILE, SinkSettings, read_settings
+from converters.gate_tensors import find_gate_file, read_tensors
+from lsg_jax.config import GateConfig, SinkConfig, to_dict
+from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.gating.portable import PortableGates, from_torch_layout
 
-_MODULE = re.compile(r"norm|ln|layer_?norm|(fc|linear)[12]|\d+")
+
+@dataclass(frozen=True)
+class ImportedGates:
+    """Gates of a published file, and what was understood of it.
+
+    Attributes:
+        described: plain data. `file`; `gates`: rows of layer, module, shapes of norm, fc1 and fc2, and modules without bias;
+            `layers_from`: the sources that state the layers, the one that orders the gates first; `in_a_list`: the gates have
+            no layers of their own; `sinks`: field -> value and source; `applied`: options or defaults of what no file of this
+            kind states; `not_used`: tensors and keys.
+    """
+
+    gates: PortableGates
+    described: dict[str, Any]
 
 
-def import_torch_gates(
+def import_gates(
     path: str | Path,
     *,
+    layers: Sequence[int] = (),
     gate: GateConfig | None = None,
-    sinks: SinkConfig | None = None,
-    layer: int | None = None,
+    sinks: Callable[[SinkConfig], SinkConfig] | None = None,
+    ignore: Collection[str] = (),
     backbone: str = "",
-) -> PortableGates:
-    """Reads a PyTorch gate file; nothing in it is executed (`weights_only=True`).
+) -> ImportedGates:
+    """Reads a published gate file; nothing in it is executed.
 
-    A state dict does not say how the gate is applied: activation, key scale, grouping and signal come from `gate`, thresholds
-    from `sinks`; `layers` and `width` come from the file. Missing biases are zero.
+    A state dict does not say how a gate is applied: activation, key scale, grouping and signal come from `gate`; `layers` and
+    `width` come from the file. Missing biases are zero. A file that is named itself is read alone: neither the name of its
+    folder nor a `sink_cfg.json` counts.
 
     Args:
-        layer: the decoder layer, for a file with one gate and no layer number in its keys.
+        path: the file, or its folder.
+        layers: the decoder layers, 0-based, in the order of the gates where these are a list.
+        sinks: changes the sink settings of `sink_cfg.json`; what that file does not say has its default.
+        ignore: names of tensors to leave out.
 
     Raises:
-        InputError: the file cannot be read, or its keys or shapes are none of the layouts above; the keys found are listed.
+        InputError: no gate can be read, or nothing says which layers it belongs to, or the sources disagree.
     """
     path = Path(path)
-    state = _load_state_dict(path)
-    modules: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in state.items():
-        module, _, kind = key.rpartition(".")
-        if kind not in ("weight", "bias") or not _MODULE.fullmatch(module.rpartition(".")[2]):
-            raise _unknown(path, state, f"{key} is in no layout that is known")
-        modules.setdefault(module, {})[kind] = array
-    by_owner: dict[str, list[dict[str, np.ndarray]]] = {}
-    for module, named in modules.items():
-        by_owner.setdefault(module.rpartition(".")[0], []).append(named)
-    layers: dict[int, dict[str, np.ndarray]] = {}
-    for owner, parts in by_owner.items():
-        numbers = re.findall(r"(?<![^.])\d+(?![^.])", owner)
-        found = int(numbers[-1]) if numbers else layer
-        if found is None:
-            raise InputError(f"{path}: no layer number in the keys ({', '.join(sorted(state)[:6])}): say which layer it gates")
-        if found in layers:
-            raise _unknown(path, state, f"two gates for layer {found}")
-        layers[found] = _assign(parts, path, state)
+    file = find_gate_file(path)
+    found, left = find_gates(read_tensors(file), frozenset(ignore), str(file))
+    settings, stated = SinkSettings(), [Layers("--layers", tuple(layers))] if layers else []
+    if path.is_dir():
+        if (path / SETTINGS_FILE).exists():
+            settings = read_settings(path / SETTINGS_FILE)
+        stated = settings.layers + stated + layers_of_name(path.resolve().name)
+    by_path = layers_of_paths(found)
+    stated = ([by_path] if by_path else []) + stated
+    order = assign_layers(found, stated, str(path))
     gate = gate or GateConfig()
-    parameters = _stack(layers, path, state)
-    outputs, groups = parameters["fc2_bias"].shape[-1], len(GROUPS[gate.grouping])
+    outputs, groups = len(found[0].tensors["fc2.bias"]), len(GROUPS[gate.grouping])
     if outputs != groups:
-        raise InputError(f"{path}: the gates have {outputs} outputs, grouping {gate.grouping} needs {groups}")
-    gate = replace(gate, layers=tuple(sorted(layers)), width=parameters["fc1_bias"].shape[-1])
-    return PortableGates(gate=gate, sinks=sinks or SinkConfig(), parameters=parameters, backbone=backbone)
-
-
-def _assign(parts: list[dict[str, np.ndarray]], path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Assigns roles to the three modules of one gate by shape."""
-    roles: dict[str, dict[str, np.ndarray]] = {}
-    for part in parts:
-        weight = part.get("weight", np.zeros(()))
-        role = "norm" if weight.ndim == 1 else "fc2" if weight.ndim == 2 and weight.shape[0] in (2, 3) else "fc1"
-        if weight.ndim not in (1, 2) or role in roles:
-            raise _unknown(path, state, "not one norm, one first and one last linear map")
-        roles[role] = part
-    if missing := {"norm", "fc1", "fc2"} - set(roles):
-        raise _unknown(path, state, f"no tensor has the shape of {', '.join(sorted(missing))}")
-    out = {}
-    for role, part in roles.items():
-        out[f"{role}.weight"] = part["weight"]
-        out[f"{role}.bias"] = part.get("bias", np.zeros(part["weight"].shape[0], np.float32))
-    (hidden, width), groups = out["fc1.weight"].shape, out["fc2.weight"].shape[0]
-    expected: dict[str, tuple[int, ...]] = {"norm.weight": (width,), "norm.bias": (width,), "fc1.bias": (hidden,)}
-    expected |= {"fc2.weight": (groups, hidden), "fc2.bias": (groups,)}
-    if bad := [name for name, shape in expected.items() if out[name].shape != shape]:
-        raise _unknown(path, state, f"the shapes do not fit each other at the {bad[0]}")
-    return out
-
-
-def _stack(layers: dict[int, dict[str, np.ndarray]], path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    if not layers:
-        raise _unknown(path, state, "no tensors")
-    if len({tuple(named[name].shape for name in sorted(named)) for named in layers.values()}) > 1:
-        raise _unknown(path, state, "the gates of different layers differ in shape")
-    parameters = from_torch_layout(layers)
-    if bad := [name for name, array in parameters.items() if not np.isfinite(array).all()]:
-        raise InputError(f"{path}: {bad[0]} holds values that are not finite")
-    return parameters
-
-
-def _load_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """{dotted key: float32 array} of all tensors in the file; other values (steps, settings) are skipped."""
-    import torch
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such gate file")
+        raise InputError(f"{file}: the gates have {outputs} outputs, grouping {gate.grouping} needs {groups}")
+    parameters = from_torch_layout({layer: each.tensors for layer, each in zip(order, found, strict=True)})
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path}: not a PyTorch file of plain tensors: {reason}") from None
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: expected a state dict, found {type(content).__name__}")
-    flat: dict[str, np.ndarray] = {}
-
-    def walk(tree: Mapping[Any, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, Mapping):
-                walk(value, f"{prefix}{key}.")
-            elif isinstance(value, torch.Tensor):
-                flat[f"{prefix}{key}"] = value.detach().to(torch.float32).numpy()
-
-    walk(content, "")
-    return flat
+        gate = replace(gate, layers=tuple(sorted(order)), width=parameters["fc1_bias"].shape[-1])
+        published = SinkConfig(**settings.sinks)
+    except ConfigError as error:
+        raise InputError(f"{path}: {error}") from None
+    chosen = sinks(published) if sinks else published
+    gates = PortableGates(gate=gate, sinks=chosen, parameters=parameters, backbone=backbone)
+    return ImportedGates(gates, _described(file, gates, dict(zip(order, found, strict=True)), stated, settings, left))
 
 
-def _unknown(path: Path, state: Mapping[str, Any], reason: str) -> InputError:
-    shapes = [f"{key} {list(np.shape(array))}" for key, array in sorted(state.items())]
-    more = f" and {len(shapes) - 12} more" if len(shapes) > 12 else ""
-    return InputError(f"{path}: not a gate file: {reason}; found {', '.join(shapes[:12]) or 'nothing'}{more}")
+def _described(
+    file: Path,
+    gates: PortableGates,
+    found: dict[int, FoundGate],
+    stated: list[Layers],
+    settings: SinkSettings,
+    left: list[str],
+) -> dict[str, Any]:
+    gate, sinks = to_dict(gates.gate), to_dict(gates.sinks)
+    taken = {name: value for name, value in settings.sinks.items() if getattr(gates.sinks, name) == value}
+    source = lambda name: f"{SETTINGS_FILE}: {settings.keys[name]}" if name in taken else "not from the file"
+    return {
+        "file": str(file),
+        "gates": [
+            {
+                "layer": layer,
+                "module": each.path,
+                **{role: list(each.tensors[f"{role}.weight"].shape) for role in ("norm", "fc1", "fc2")},
+                "no_bias": list(each.no_bias),
+            }
+            for layer, each in sorted(found.items())
+        ],
+        "layers_from": [str(each) for each in stated],
+        "in_a_list": stated[0].ordered and len(found) > 1,
+        "sinks": {
+            name: {"value": sinks[name], "from": source(name)}
+            for name in ("criterion", "vit_dims", "vit_tau", "llm_criterion", "llm_dims", "llm_tau")
+        },
+        "applied": {name: gate[name] for name in ("activation", "layer_norm_eps", "key_scale", "signal", "grouping")},
+        "not_used": left + [f"{SETTINGS_FILE}: {key} = {value}" for key, value in settings.unused.items()],
+    }
+
+
+def as_table(described: dict[str, Any]) -> str:
+    """What was understood, for people."""
+    rows = [("layer", "module", "norm", "fc1", "fc2", "without bias")]
+    for each in described["gates"]:
+        shapes = [" x ".join(map(str, each[role])) for role in ("norm", "fc1", "fc2")]
+        rows.append((str(each["layer"]), each["module"] or "(the file)", *shapes, ", ".join(each["no_bias"])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"file      {described['file']}"]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"layers    from {source}" for source in described["layers_from"]]
+    if described["in_a_list"]:
+        lines.append("          the gates are a list: the first gate takes the first layer stated, and so on")
+    lines += [f"sinks     {name} = {each['value']} ({each['from']})" for name, each in described["sinks"].items()]
+    lines += [f"applied   {name} = {value}" for name, value in described["applied"].items()]
+    lines.append("          no file of this kind states these, nor that layers count from 0 and the first output is of V-sinks")
+    left = described["not_used"]
+    lines += [f"not used  {name}" for name in left[:20]] + ([f"not used  and {len(left) - 20} more"] if len(left) > 20 else [])
+    return "\n".join([*lines, f"written   {described['written']}"] if "written" in described else lines)

@@ -24,12 +24,13 @@ from lsg_jax.installed import check_installed
 logger = logging.getLogger(__name__)
 
 
-def read_config(folder: str | Path) -> ModelConfig:
+def read_config(folder: str | Path, *, name: str | None = None) -> ModelConfig:
     """Reads the configuration of a local checkpoint in Hugging Face format.
 
     Args:
         folder: holds `config.json` and, where the checkpoint has them, `generation_config.json` and `preprocessor_config.json`
             or `processor_config.json`.
+        name: Hub id of the checkpoint; None for the name of the folder.
 
     Raises:
         InputError: a file is missing or no proper JSON. ConfigError: the model or one of its settings is not supported.
@@ -41,6 +42,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         generation=optional("generation_config.json"),
         preprocessor=optional("preprocessor_config.json") or optional("processor_config.json"),
         where=str(folder / "config.json"),
+        name=folder.resolve().name if name is None else name,
     )
 
 
@@ -50,12 +52,14 @@ def model_config(
     generation: Mapping[str, Any] | None = None,
     preprocessor: Mapping[str, Any] | None = None,
     where: str = "config.json",
+    name: str = "",
 ) -> ModelConfig:
     """The ModelConfig of a `config.json`. Fields that are ignored (`ignored_fields`) are listed in the log.
 
     Args:
         config: its contents. generation, preprocessor: those of `generation_config.json` and of the image processor's file.
         where: names the file in errors.
+        name: Hub id or folder of the checkpoint, to recognise it.
 
     Raises:
         ConfigError: an architecture, a field or a value is not supported; it is named.
@@ -64,7 +68,8 @@ def model_config(
         listed = ", ".join(f"{name} = {shortened(value)}" for name, value in ignored.items())
         logger.warning("%s: ignored, since transformers does not define them for this model: %s", where, listed)
     family = _family(config, where)
-    return family.model_config(_with_defaults(family, config, where), CheckpointFiles(config, generation, preprocessor, where))
+    files = CheckpointFiles(config, generation, preprocessor, where, name)
+    return family.model_config(_with_defaults(family, config, where), files)
 
 
 def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> dict[str, Any]:

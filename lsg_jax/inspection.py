@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.checkpoint import MANIFEST, Problem, RunFolder, read_manifest, read_run, verify_base
-from lsg_jax.config import to_dict
+from lsg_jax.config import ModelConfig, to_dict
 from lsg_jax.data import clevr, records
 from lsg_jax.data.prepared import PreparedRows
 from lsg_jax.errors import InputError
@@ -73,8 +73,22 @@ def _model(path: Path) -> dict[str, Any]:
         "digest": manifest.digest,
         "dtype": ", ".join(sorted(dtypes)),
         "parameters": {**parts, "total": sum(parts.values())},
+        "sink dimensions": sink_dimensions(manifest.config),
         "config": to_dict(manifest.config),
     }
+
+
+def sink_dimensions(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The dimensions of V- and L-sinks of a model folder and where they come from, as plain data."""
+    found = {}
+    stages = (
+        ("V-sinks", config.sinks.vit_dims, config.sink_sources.vit),
+        ("L-sinks", config.sinks.llm_dims, config.sink_sources.llm),
+    )
+    for kind, dims, source in stages:
+        missing = "not recorded" if dims else "none known: run `lsg calibrate`"
+        found[kind] = {"dims": list(dims), "from": source or missing}
+    return found
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ SLOW = {"quickstart", "train", "eval", "probe", "sweep", "stack", "ablate", "pla
 """Commands that compile a lot: run by the tutorial in `.ci/run`, and by their own tests."""
 ONCE = {"generate", "sinks", "calibrate", "report"}
 """Commands of which one example is enough here."""
-ELSEWHERE = ("llava15_7b", "runs/", "Cambrian7M", ".pt ")
+ELSEWHERE = ("llava15_7b", "runs/", "Cambrian7M", ".pt ", "lsg_public")
 """What only other examples or other people's files provide."""
 QUICK = [line for line in EXAMPLES if line.split()[1] not in SLOW and not any(name in line for name in ELSEWHERE)]
 

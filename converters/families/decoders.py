@@ -126,9 +126,6 @@ _ROPE_FIELDS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 
-_L_SINK_DIMS = {("llama", 4096, 32): (1415, 2533), ("llama", 5120, 40): (2100, 4743)}
-"""(family, hidden size, layers) -> dimensions of L-sinks: Llama-2 7B and 13B (paper.md)."""
-
 
 def text_config(hf: HFConfig, *, tied: bool, where: str) -> TextConfig:
     """The configuration of a decoder.
@@ -204,10 +201,3 @@ def _sliding_window(hf: HFConfig, where: str) -> int | None:
     if kinds == {"full_attention"}:
         return None
     return getattr(hf, "sliding_window", None)
-
-
-def known_l_sink_dims(text: TextConfig) -> tuple[int, ...]:
-    """The L-sink dimensions that are published for a language model; none for one that is not recognised."""
-    if not 32000 <= text.vocab_size <= 32064:  # up to 64 tokens were added to Llama 2's own
-        return ()
-    return _L_SINK_DIMS.get((text.family, text.hidden_size, text.num_layers), ())

@@ -22,12 +22,14 @@ class CheckpointFiles:
         generation: `generation_config.json`, if there is one.
         preprocessor: `preprocessor_config.json` or `processor_config.json`, if there is one.
         where: how errors name config.json.
+        name: Hub id or name of the folder; empty if unknown.
     """
 
     config: Mapping[str, Any]
     generation: Mapping[str, Any] | None
     preprocessor: Mapping[str, Any] | None
     where: str
+    name: str = ""
 
 
 @dataclass(frozen=True)

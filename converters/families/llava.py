@@ -6,10 +6,11 @@ import re
 
 from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig, prefixed
-from converters.families.values import activation, stated_sinks, token_ids
+from converters.families.known_sinks import sinks_of
+from converters.families.values import activation, token_ids
 from converters.image_processor import image_config
 from converters.ops import Copy, Flat, Linear, Rule
-from lsg_jax.config import ModelConfig, SinkConfig
+from lsg_jax.config import ModelConfig
 from lsg_jax.errors import ConfigError
 
 FIELDS = frozenset(
@@ -49,7 +50,7 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         )
     eos = token_ids(hf, files, "eos_token_id", from_generation=True)
     pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
-    known = SinkConfig(vit_dims=towers.known_v_sink_dims(vision), llm_dims=decoders.known_l_sink_dims(text))
+    sinks, sink_sources = sinks_of(vision, text, hf, files)
     return ModelConfig(
         vision=vision,
         text=text,
@@ -67,7 +68,8 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         projector_hidden_act=activation(hf.projector_hidden_act, f"{where}: projector_hidden_act"),
         projector_bias=getattr(hf, "multimodal_projector_bias", True),
         projector_norm_eps=getattr(hf, "projector_layernorm_eps", None),
-        sinks=stated_sinks(files) or known,
+        sinks=sinks,
+        sink_sources=sink_sources,
         family=hf.model_type,
     )
 

@@ -83,9 +83,6 @@ CARRIED = (
 
 IGNORED = ((r"vision_tower\.embeddings\.position_ids", "a buffer that counts from 0; older transformers saved it"),)
 
-_V_SINK_DIMS = {("clip", 1024, 24, 14, 336): (650,)}
-"""(family, hidden size, layers, patch size, image size) -> dimensions of V-sinks: CLIP ViT-L/14-336 (paper.md)."""
-
 
 def vision_config(hf: HFConfig, where: str) -> VisionConfig:
     """The configuration of a tower.
@@ -108,9 +105,3 @@ def vision_config(hf: HFConfig, where: str) -> VisionConfig:
         layer_norm_eps=float(hf.layer_norm_eps),
         hidden_act=activation(hf.hidden_act, f"{where}: hidden_act"),
     )
-
-
-def known_v_sink_dims(vision: VisionConfig) -> tuple[int, ...]:
-    """The V-sink dimensions that are published for a tower; none for one that is not recognised."""
-    shape = (vision.family, vision.hidden_size, vision.num_layers, vision.patch_size, vision.image_size)
-    return _V_SINK_DIMS.get(shape, ())

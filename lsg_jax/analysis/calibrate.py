@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_jax.analysis.sinks import IMPLAUSIBLE_SHARE
+from lsg_jax.analysis.sink_warnings import IMPLAUSIBLE_SHARE
 from lsg_jax.config import to_dict
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import open_image

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_force, run_warnings
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
@@ -46,19 +47,14 @@ from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.multimodal import gather_any
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
-from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, side_by_side
+from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, prominence, side_by_side
 from lsg_jax.types import NO_SOURCE, Batch, LayerView
 from lsg_jax.vlm import VLM
 
 FORMAT = "lsg-sinks-2"
 
-IMPLAUSIBLE_SHARE = 0.25
-"""A criterion that flags a larger share of an image's patches is implausible: sinks are few (paper.md, known failures)."""
-
 QUERIES = ("prompt", "answer")
 TOKENS = ("text", *GROUPS["three"])
-
-Readings = tuple[Reading, ...]
 
 
 def find_sinks(
@@ -110,7 +106,7 @@ def find_sinks(
         "counts": _counts([_groups(s, vit, llm) for s in seen]),
         "attention": _attention(seen, _known_groups(vit, llm)),
         "overlap": _overlap(seen, vit, llm),
-        "warnings": _warnings(seen, vit, llm),
+        "warnings": run_warnings(seen, vit, llm),
     }
 
 
@@ -194,7 +190,9 @@ def _observe(
         groups = group_visual_tokens(visual, next(m for m, r in zip(masks, llm, strict=True) if r.in_force))
         members = jnp.stack([valid & ~visual.mask, groups.v_sink, groups.l_sink, groups.ordinary], axis=-1)
         mass = jnp.stack([group_mass(view.attention, queries, members)[0] for queries in asking])
-        return {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, **_sizes(view.hidden[0, patches], llm)}
+        standing = jnp.where(valid[0, :, None], prominence(view.hidden[0], llm[0].dims), 0.0).max(0)
+        sizes = _sizes(view.hidden[0, patches], llm)
+        return {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, "prominence": standing, **sizes}
 
     seen = model(batch, sequence=sequence, observe=observe, observe_attention=True).observed
     # the tower returns attention weights only if the criterion in force is `attention`
@@ -210,6 +208,7 @@ def _observe(
     shown = jnp.asarray(batch.source)[0, patches]  # [P, K], the features behind the tokens, in the order of the sequence
     largest = lambda sizes: jnp.where((shown >= 0).reshape(*shown.shape, *[1] * (sizes.ndim - 1)), sizes[shown], 0).max(1)
     of_tokens = jax.tree.map(largest, _sizes(features[0], vit))
+    of_tokens["prominence"] = largest(prominence(features[0], vit[0].dims)).max(0)
     return {"vit": {"masks": jnp.stack([gather_any(m, shown[None])[0] for m in masks]), **of_tokens}, "llm": seen}
 
 
@@ -219,23 +218,15 @@ def _sizes(states: jax.Array, readings: Readings) -> dict[str, jax.Array]:
     return {"norms": jnp.linalg.norm(states, axis=-1), "dims": jnp.abs(states[:, jnp.array(readings[0].dims, int)])}
 
 
-Seen = Mapping[str, Any]
-"""Output of `_observe` for one image, on the host."""
-
-
-def _in_force(readings: Readings) -> int:
-    return next(index for index, reading in enumerate(readings) if reading.in_force)
-
-
 def _known_groups(vit: Readings, llm: Readings) -> list[str]:
-    unknown = {"v_sink": vit[_in_force(vit)].unknown, "l_sink": llm[_in_force(llm)].unknown}
+    unknown = {"v_sink": vit[in_force(vit)].unknown, "l_sink": llm[in_force(llm)].unknown}
     return [group for group in TOKENS if not unknown.get(group)]
 
 
 def _groups(seen: Seen, vit: Readings, llm: Readings) -> dict[str, np.ndarray]:
     """{known group: bool [L, P]}, the patches in it at each layer."""
-    raised = seen["llm"]["masks"][:, _in_force(llm)]
-    v_sink = np.broadcast_to(seen["vit"]["masks"][_in_force(vit)], raised.shape)
+    raised = seen["llm"]["masks"][:, in_force(llm)]
+    v_sink = np.broadcast_to(seen["vit"]["masks"][in_force(vit)], raised.shape)
     masks = {"v_sink": v_sink, "l_sink": raised & ~v_sink, "ordinary": ~raised & ~v_sink}
     return {group: masks[group] for group in _known_groups(vit, llm) if group in masks}
 
@@ -269,7 +260,7 @@ def _entry(seen: Seen, vit: Readings, llm: Readings) -> dict[str, Any]:
         "norms": [round(float(n), 4) for n in seen["vit"]["norms"]],
         "values": values,
     }
-    return entry | {"warnings": _image_warnings(entry, len(entry["norms"]))}
+    return entry | {"warnings": image_warnings(entry, len(entry["norms"]))}
 
 
 def _values(stage: str, layer: int | None, sizes: Seen, groups: Mapping[str, np.ndarray], readings: Readings) -> list[dict]:
@@ -290,23 +281,6 @@ def _values(stage: str, layer: int | None, sizes: Seen, groups: Mapping[str, np.
         for quantity, column in columns.items()
         for group, mask in groups.items()
     ]
-
-
-def _image_warnings(entry: dict[str, Any], patches: int) -> list[str]:
-    warnings = []
-    v_sinks, l_sinks = entry["v_sinks"], entry["l_sinks"]
-    if v_sinks is not None and not v_sinks:
-        warnings.append("no V-sink in this image")
-    if v_sinks and len(v_sinks) > IMPLAUSIBLE_SHARE * patches:
-        many = "every patch is" if len(v_sinks) == patches else f"{len(v_sinks)} of {patches} patches are"
-        warnings.append(f"{many} flagged as V-sink: the threshold is implausibly low")
-    if l_sinks is not None and not any(l_sinks) and len(v_sinks or []) < patches:
-        warnings.append("no L-sink in this image at any layer")
-    if high := [layer for layer, where in enumerate(l_sinks or []) if len(where) > IMPLAUSIBLE_SHARE * patches]:
-        warnings.append(f"more than {IMPLAUSIBLE_SHARE:.0%} of the patches are flagged as L-sinks in layers {high}")
-    if no_rest := [layer for layer, where in enumerate(entry["ordinary"]) if not where]:
-        warnings.append(f"every token is a sink in layers {no_rest}: none is ordinary")
-    return warnings
 
 
 def _counts(groups: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -357,25 +331,3 @@ def _jaccard(masks: np.ndarray, readings: Readings) -> list[list[float | None]]:
     return [
         [round(float(b / e), 4) if e else None for b, e in zip(*rows, strict=True)] for rows in zip(both, either, strict=True)
     ]
-
-
-def _warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str]:
-    """Warnings about the run: unknown criteria, and criteria not in force that flag implausibly many patches."""
-    warnings = []
-    for kind, stage, readings in (("V-sink", "vit", vit), ("L-sink", "llm", llm)):
-        if readings[_in_force(readings)].unknown:
-            field = "criterion" if stage == "vit" else "llm_criterion"
-            warnings.append(
-                f"no {kind} dimensions are known for this model: set sinks.{stage}_dims (`lsg calibrate` finds them), "
-                f"or another sinks.{field}"
-            )
-        share = np.mean([s[stage]["masks"].mean(-1) for s in seen], axis=0).reshape(-1, len(readings))  # [L or 1, C]
-        for index, reading in enumerate(readings):
-            high = np.flatnonzero(share[:, index] > IMPLAUSIBLE_SHARE)
-            if len(high) and not reading.in_force:
-                where = "of the features" if stage == "vit" else f"in layers {high.tolist()}"
-                warnings.append(
-                    f"criterion {reading.criterion} at {reading.tau:g} would flag up to {share[:, index].max():.0%} "
-                    f"of the patches {where}: it says little here"
-                )
-    return warnings

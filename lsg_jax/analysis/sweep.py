@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsg_jax.analysis.sinks import IMPLAUSIBLE_SHARE
+from lsg_jax.analysis.sink_warnings import IMPLAUSIBLE_SHARE
 from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, answer_cells, run_prompts
 from lsg_jax.analysis.sweep_table import Grader
 from lsg_jax.checkpoint.processes import host_array, on_primary

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from lsg_jax.cli.options import Command, out_option, sink_config, sink_option
+from lsg_jax.config import Activation
 from lsg_jax.errors import InputError
 from lsg_jax.files import check_output
 
@@ -36,15 +38,26 @@ def add(command: Command) -> None:
     sub = command(
         "import",
         _gates_import,
-        "turn a published PyTorch gate file into a portable one",
+        "turn published PyTorch gates into a portable file, and say what was understood",
         (
-            "lsg gates import gates.pt imported.safetensors",
-            "lsg gates import layer10.pt imported.safetensors --layer 10 --sinks criterion=norm vit_tau=100",
+            "lsg gates import lsg_public/llava15_stack_L3_6_7_10_19_PEFT stack.safetensors",
+            "lsg gates import layer10.pt imported.safetensors --layers 10 --sinks criterion=norm vit_tau=100",
         ),
     )
-    sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument(
+        "path",
+        type=Path,
+        metavar="FILE|FOLDER",
+        help="a folder counts with its name and sink_cfg.json; a file is read alone",
+    )
     sub.add_argument("out", type=Path, metavar="OUT.safetensors")
-    sub.add_argument("--layer", type=int, metavar="L", help="the gated layer, where the file does not say")
+    text = "the gated decoder layers, from 0, in the order of the gates where these are a list"
+    sub.add_argument("--layers", type=int, nargs="+", action="extend", default=[], metavar="L", help=text)
+    sub.add_argument("--activation", choices=get_args(Activation), help="between the linear maps, which no file says; gelu")
+    sub.add_argument("--key-scale", type=float, metavar="X", help="multiplies the ratios; 1.0")
+    text = "tensors within a gate to leave out, where they change nothing"
+    sub.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="TENSOR", help=text)
+    sub.add_argument("--json", action="store_true", help="print what was understood as JSON instead of a table")
     sink_option(sub)
 
 
@@ -74,10 +87,22 @@ def _gates_combine(options: argparse.Namespace) -> None:
 
 
 def _gates_import(options: argparse.Namespace) -> None:
-    from converters.gates import import_torch_gates
-    from lsg_jax.config import SinkConfig
+    import json
+
+    from converters.gates import as_table, import_gates
+    from lsg_jax.config import GateConfig
     from lsg_jax.gating.portable import write_gates
 
     _check_new(options.out)
-    write_gates(options.out, import_torch_gates(options.file, sinks=sink_config(options, SinkConfig()), layer=options.layer))
-    print(options.out)
+    stated = {"activation": options.activation, "key_scale": options.key_scale}
+    gate = GateConfig(**{name: value for name, value in stated.items() if value is not None})
+    found = import_gates(
+        options.path,
+        layers=options.layers,
+        gate=gate,
+        sinks=lambda published: sink_config(options, published),
+        ignore=options.ignore,
+    )
+    write_gates(options.out, found.gates)
+    described = {**found.described, "written": str(options.out)}
+    print(json.dumps(described, indent=2) if options.json else as_table(described))

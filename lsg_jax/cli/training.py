@@ -17,15 +17,25 @@ def add(command: Command) -> None:
     sub = command(
         "prepare",
         _prepare,
-        "turn LLaVA JSON/JSONL or Cambrian-7M into training records, or CLEVR into probe data",
+        "turn LLaVA JSON/JSONL, Cambrian-7M or the paper's own records into training records, or CLEVR into probe data",
         (
             "lsg prepare lsg-quickstart/train/llava.jsonl records/scenes",
             "lsg prepare Cambrian7M.jsonl records/cambrian10k --format cambrian --images IMAGES --sample 10000",
         ),
     )
-    sub.add_argument("source", type=Path, metavar="SOURCE", help="JSON array or JSONL; the folder CLEVR_v1.0 for clevr")
+    sub.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="JSON array or JSONL; for paper also Parquet or a folder; the folder CLEVR_v1.0 for clevr",
+    )
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    sub.add_argument("--format", choices=["llava", "cambrian", "clevr"], default="llava", help="default: llava")
+    sub.add_argument(
+        "--format",
+        choices=["llava", "cambrian", "paper", "clevr"],
+        default="llava",
+        help="paper: rows of JH-C-k/lsg_public; default: llava",
+    )
     sub.add_argument("--images", type=Path, metavar="DIR", help="root of the image paths; default: the folder of SOURCE")
     sub.add_argument("--sample", type=int, metavar="N", help="cambrian: records to draw from six categories; default: 10000")
     sub.add_argument("--seed", type=int, metavar="N", help="cambrian: which records are drawn; default: 0")
@@ -84,10 +94,16 @@ def _add_runs(command: Command) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from lsg_jax.data.cambrian import prepare_cambrian
     from lsg_jax.data.clevr import prepare_clevr
+    from lsg_jax.data.paper_records import prepare_paper
     from lsg_jax.data.records import prepare_llava
     from lsg_jax.errors import ConfigError
 
-    own = {"llava": ["images"], "cambrian": ["images", "sample", "seed", "source_map"], "clevr": ["split", "limit"]}
+    own = {
+        "llava": ["images"],
+        "cambrian": ["images", "sample", "seed", "source_map"],
+        "paper": ["images"],
+        "clevr": ["split", "limit"],
+    }
     every = {name for names in own.values() for name in names}
     settings = {name: value for name in sorted(every) if (value := getattr(options, name)) is not None}
     for name in settings:
@@ -95,10 +111,11 @@ def _prepare(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} does not go with --format {options.format}")
     settings |= {"max_bad_fraction": options.max_bad_fraction, "threads": options.threads}
     if options.format != "clevr":
-        settings.setdefault("images", options.source.parent)
+        settings.setdefault("images", options.source if options.source.is_dir() else options.source.parent)
     prepare: dict[str, Callable[..., Any]] = {
         "llava": prepare_llava,
         "cambrian": prepare_cambrian,
+        "paper": prepare_paper,
         "clevr": prepare_clevr,
     }
     with progress_bar("prepare") as progress:

@@ -21,6 +21,7 @@ from lsg_jax.config.model import (
     ModelConfig,
     RopeConfig,
     SinkConfig,
+    SinkSources,
     TextConfig,
     VisionConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "RopeConfig",
     "Signal",
     "SinkConfig",
+    "SinkSources",
     "Template",
     "TextConfig",
     "TrainConfig",

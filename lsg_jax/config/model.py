@@ -134,6 +134,14 @@ class SinkConfig(Table, name="sinks"):
 
 
 @dataclass(frozen=True)
+class SinkSources(Table, name="sink_sources"):
+    """Where the sink dimensions of a model folder come from, in words; empty where none are known or it was not recorded."""
+
+    vit: str = ""
+    llm: str = ""
+
+
+@dataclass(frozen=True)
 class Canvas(Table, name="canvas"):
     """What an image is resized into and cut into tiles, in pixels; HF's `image_grid_pinpoints`."""
 
@@ -175,6 +183,7 @@ class ModelConfig(Table):
     projector_hidden_act: Activation = "gelu_exact"
     projector_bias: bool = True
     projector_norm_eps: Annotated[float, Range("(0, 1]")] | None = None  # of a layer norm before the projector (ViP-LLaVA)
+    sink_sources: SinkSources = SinkSources()
     sinks: SinkConfig = SinkConfig()
     video_token_id: Annotated[int, Range("[0, 1e8]")] | None = None  # None: the model takes no video
     # which of converters/families it was converted by

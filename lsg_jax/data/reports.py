@@ -100,6 +100,25 @@ class CambrianReport(Report):
         return "\n".join(lines)
 
 
+@dataclass
+class PaperReport(Report):
+    """Report of the authors' own records.
+
+    Attributes:
+        categories: rows by category, then by source. sample_sha256: digest of `sample.jsonl`.
+    """
+
+    categories: dict[str, dict[str, int]] = field(default_factory=dict)
+    sample_sha256: str = ""
+
+    def summary(self) -> str:
+        """The report in some lines."""
+        lines = [super().summary()]
+        for name, sources in sorted(self.categories.items()):
+            lines.append(f"{name}: {sum(sources.values())} from {len(sources)} source{'s' * (len(sources) > 1)}")
+        return "\n".join(lines)
+
+
 def read_report(fields: dict[str, Any]) -> Report:
     """The report of a manifest's fields.
 
@@ -107,7 +126,7 @@ def read_report(fields: dict[str, Any]) -> Report:
         TypeError: the fields are not those of a report.
     """
     if "seed" not in fields:
-        return Report(**fields)
+        return PaperReport(**fields) if "categories" in fields else Report(**fields)
     categories = {name: CategoryCounts(**counts) for name, counts in fields["categories"].items()}
     unmapped = [(source, folder, count) for source, folder, count in fields["unmapped"]]
     return CambrianReport(**{**fields, "categories": categories, "unmapped": unmapped})

@@ -13,12 +13,12 @@ import numpy as np
 
 from lsg_jax.checkpoint.processes import host_array, is_primary, on_primary
 from lsg_jax.config import EvalConfig, GateConfig, Protocol, to_dict
+from lsg_jax.data.parquet import digests
 from lsg_jax.digest import arrays_sha256, text_sha256
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval.answering import Answer, answer
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics
-from lsg_jax.eval.parquet import digests
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.results import (
     BASE,

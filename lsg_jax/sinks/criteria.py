@@ -20,6 +20,13 @@ PUBLISHED_TAU = {"dim_rms": 20.0, "norm": 100.0, "massive": 100.0, "attention": 
 """Thresholds of the sources above; arXiv 2604.03316 states none for `dim_abs`. That of `norm` applies to ViT features."""
 
 
+PROMINENT = 20.0
+"""A sink dimension stands out if in some token it reaches this multiple of the token's median |h|.
+
+A dimension that is like the others reaches about 7 in 10^5 tokens (normally distributed), a massive activation hundreds.
+"""
+
+
 @dataclass(frozen=True)
 class Reading:
     """One criterion with its settings, for a comparison of several.
@@ -106,6 +113,16 @@ def massive(features: jax.Array, tau: float, ratio: float, valid: jax.Array | No
     median = jnp.nanmedian(counted, axis=(-2, -1))[:, None]
     peak = magnitude.max(-1)
     return (peak >= tau) & (peak >= ratio * median)
+
+
+def prominence(features: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+    """|h[d]| of each of `dims` as a multiple of the token's median |h|. features [..., D] -> float32 [..., len(dims)].
+
+    Other dimensions of the same token are the measure, since norms grow from layer to layer. 0 for a token of zeros.
+    """
+    magnitude = jnp.abs(features.astype(jnp.float32))
+    typical = jnp.median(magnitude, axis=-1, keepdims=True)
+    return magnitude[..., jnp.array(dims, int)] / jnp.maximum(typical, jnp.finfo(jnp.float32).tiny)
 
 
 def attention_share(received: jax.Array, among: jax.Array, tau: float) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Portable gate files: round trips, faults, and PyTorch files in the layouts that are accepted."""
+"""Portable gate files: round trips and faults."""
 
 import json
 import os
@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from converters.gates import import_torch_gates
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.gating.keys import GROUPS
@@ -242,105 +240,3 @@ def test_gates_of_another_model_are_refused():
         check_width(gates, 4096, 32)
     with pytest.raises(InputError, match="layer 5, the language model has layers 0 to 4"):
         check_width(gates, 20, 5)
-
-
-def _published(gates: PortableGates, names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """A state dict whose modules are called `names[role]`; {l} stands for the layer."""
-    return {
-        f"{names[name.split('.')[0]].format(l=layer)}.{name.split('.')[1]}": torch.tensor(array)
-        for layer, tensors in to_torch_layout(gates.parameters, gates.gate.layers).items()
-        for name, array in tensors.items()
-    }
-
-
-LAYOUTS = {
-    "portable": {"norm": "{l}.norm", "fc1": "{l}.fc1", "fc2": "{l}.fc2"},
-    "gates": {"norm": "gates.{l}.ln", "fc1": "gates.{l}.linear1", "fc2": "gates.{l}.linear2"},
-    "sequential": {"norm": "layers.{l}.gate.net.0", "fc1": "layers.{l}.gate.net.1", "fc2": "layers.{l}.gate.net.3"},
-    "module dict of sequentials": {"norm": "gates.{l}.0", "fc1": "gates.{l}.1", "fc2": "gates.{l}.3"},
-    "prefixed": {"norm": "model.layers.{l}.layer_norm", "fc1": "model.layers.{l}.fc1", "fc2": "model.layers.{l}.fc2"},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
-def test_published_layouts(tmp_path, layout, suffix):
-    gates = make_gates()
-    path = tmp_path / f"gates{suffix}"
-    torch.save(_published(gates, LAYOUTS[layout]), path)
-    assert_same(import_torch_gates(path, gate=gates.gate, sinks=SINKS, backbone=gates.backbone), gates)
-
-
-def test_nested_state_dicts_and_layers_as_numbers(tmp_path):
-    gates, path = make_gates(), tmp_path / "gates.pt"
-    nested = {layer: {name: torch.tensor(a) for name, a in named.items()} for layer, named in _torch(gates).items()}
-    for content in (nested, {"state_dict": nested, "step": 3}):
-        torch.save(content, path)
-        assert_same(import_torch_gates(path, gate=gates.gate, sinks=SINKS, backbone=gates.backbone), gates)
-
-
-def _torch(gates: PortableGates) -> dict[int, dict[str, np.ndarray]]:
-    return to_torch_layout(gates.parameters, gates.gate.layers)
-
-
-def test_one_gate_without_a_layer_number_needs_to_be_told(tmp_path):
-    gates, path = make_gates((4,)), tmp_path / "gates.pt"
-    for names in ({"norm": "gate.0", "fc1": "gate.1", "fc2": "gate.3"}, {"norm": "0", "fc1": "1", "fc2": "3"}):
-        torch.save(_published(gates, names), path)
-        assert_same(import_torch_gates(path, gate=gates.gate, sinks=SINKS, layer=4, backbone=gates.backbone), gates)
-        with pytest.raises(InputError, match="say which layer"):
-            import_torch_gates(path, gate=gates.gate)
-
-
-def test_half_precision_is_widened_and_absent_biases_are_zero(tmp_path):
-    gates, path = make_gates(), tmp_path / "gates.pt"
-    state = {k: v.bfloat16() for k, v in _published(gates, LAYOUTS["portable"]).items() if not k.endswith("fc1.bias")}
-    torch.save(state, path)
-    read = import_torch_gates(path, gate=gates.gate)
-    assert read.parameters["fc1_kernel"].dtype == np.float32
-    np.testing.assert_allclose(read.parameters["fc1_kernel"], gates.parameters["fc1_kernel"], rtol=1e-2)
-    np.testing.assert_array_equal(read.parameters["fc1_bias"], 0.0)
-
-
-class _Evil:
-    def __reduce__(self):
-        return (os.system, ("true",))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"model.embed.weight": torch.zeros(4, 4)}, r"found model\.embed\.weight \[4, 4\]"),
-        ({"3.norm.weight": torch.zeros(20)}, "no tensor has the shape of fc1, fc2"),
-        ({"3.norm.weight": torch.zeros(20), "3.ln.weight": torch.zeros(20)}, "not one norm"),
-        ({}, "found nothing"),
-        (torch.zeros(3), "expected a state dict, found Tensor"),
-        (_Evil(), "not a PyTorch file of plain tensors"),
-    ],
-)
-def test_other_pytorch_files_are_refused(tmp_path, content, message):
-    path = tmp_path / "gates.pt"
-    torch.save(content, path)
-    with pytest.raises(InputError, match=message) as caught:
-        import_torch_gates(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_pytorch_files_that_do_not_fit_are_refused(tmp_path):
-    gates, path = make_gates(), tmp_path / "gates.pt"
-    state = _published(gates, LAYOUTS["portable"])
-    torch.save(state, path)
-    with pytest.raises(InputError, match="3 outputs, grouping v_sink_rest needs 2"):
-        import_torch_gates(path)
-    for name, value, message in [
-        ("2.fc1.bias", torch.zeros(7), "do not fit each other at the fc1.bias"),
-        ("2.fc1.bias", torch.full((6,), torch.nan), "not finite"),
-    ]:
-        torch.save(state | {name: value}, path)
-        with pytest.raises(InputError, match=message):
-            import_torch_gates(path, gate=gates.gate)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="not a PyTorch file"):
-        import_torch_gates(path)
-    with pytest.raises(InputError, match="no such run folder or gate file"):
-        import_torch_gates(tmp_path / "none.pt")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import LLAVA_7B, LLAVA_13B
+from checkpoints import LLAVA_7B
 from hf_models import save_tiny, tiny_hf
 from transformers import CONFIG_MAPPING
 
@@ -38,13 +38,6 @@ def test_llava_7b_with_its_defaults_filled_in() -> None:
     assert (config.projector_hidden_act, config.image.size) == ("gelu_exact", 336)
     assert config.sinks == SinkConfig(vit_dims=(650,), vit_tau=70.0, llm_dims=(1415, 2533))
     assert from_dict(ModelConfig, to_dict(config), where="manifest") == config
-
-
-def test_sink_dimensions_of_known_backbones_only() -> None:
-    assert model_config(LLAVA_13B).sinks.llm_dims == (2100, 4743)
-    assert model_config(text(vocab_size=128256)).sinks.llm_dims == ()
-    assert model_config(text(model_type="mistral")).sinks.llm_dims == ()
-    assert model_config(changed("vision_config", image_size=224)).sinks.vit_dims == ()
 
 
 def test_rope_in_both_spellings() -> None:

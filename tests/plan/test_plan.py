@@ -172,7 +172,7 @@ def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):
     for code, said, arguments in (
         (
             65,
-            "known: llava15_13b, llava15_7b, llava16_vicuna_7b, llava_onevision_7b, llava_phi3_mini",
+            "known: llava15_13b, llava15_7b, llava16_vicuna_7b, llava_onevision_7b, llava_phi3_mini, tinyllava_qwen25_3b",
             ["--topology", "v5e:2x2"],
         ),
         (65, "no such topology; known: v4:{", ["--topology", "v3:8", *shapes]),
@@ -215,4 +215,5 @@ def test_known_shapes_are_those_of_the_models():
         "llava15_13b.json": 13.35,
         "llava_onevision_7b.json": 8.03,
         "llava_phi3_mini.json": 4.14,
+        "tinyllava_qwen25_3b.json": 3.51,
     }

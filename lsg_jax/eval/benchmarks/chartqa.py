@@ -7,10 +7,10 @@ human_or_machine).
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import ParquetFile, Row, parquet_files, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
-from lsg_jax.eval.parquet import ParquetFile, Row, parquet_files, read_rows
 from lsg_jax.eval.short_answers import relaxed_match
 
 CATEGORIES = ("human", "augmented")

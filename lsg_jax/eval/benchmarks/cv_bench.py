@@ -6,6 +6,7 @@ The official score is a mean over sources, ((ADE20K + COCO) / 2 + Omni3D) / 2; t
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import Row, read_rows
 from lsg_jax.data.prompts import LETTER_SUFFIX
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, mean
 from lsg_jax.eval.letters import (
@@ -18,7 +19,6 @@ from lsg_jax.eval.letters import (
     vlmevalkit_letter,
     vlmevalkit_prompt,
 )
-from lsg_jax.eval.parquet import Row, read_rows
 
 TYPES = ("2D", "3D")
 TASKS = ("Count", "Relation", "Depth", "Distance")

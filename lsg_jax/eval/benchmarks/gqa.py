@@ -9,10 +9,10 @@ from __future__ import annotations
 import string
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import Row, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
-from lsg_jax.eval.parquet import Row, read_rows
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

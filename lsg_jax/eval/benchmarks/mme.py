@@ -11,10 +11,10 @@ from collections import defaultdict
 import numpy as np
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_values, mean
-from lsg_jax.eval.parquet import read_rows
 from lsg_jax.eval.short_answers import yes_or_no, yes_or_no_word
 
 PERCEPTION = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import read_rows
 from lsg_jax.data.prompts import LETTER_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, macro, mean
@@ -22,7 +23,6 @@ from lsg_jax.eval.letters import (
     vlmevalkit_letter,
     vlmevalkit_prompt,
 )
-from lsg_jax.eval.parquet import read_rows
 
 CATEGORIES = (
     "coarse perception",

@@ -6,10 +6,10 @@ File: `echo840/OCRBench`, split test.
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import Row, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
-from lsg_jax.eval.parquet import Row, read_rows
 
 FORMULA = "Handwritten Mathematical Expression Recognition"
 GROUPS = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_unique, check_values, macro, mean
-from lsg_jax.eval.parquet import read_rows
 from lsg_jax.eval.short_answers import yes_or_no, yes_or_no_word
 
 SPLITS = ("random", "popular", "adversarial")

@@ -7,10 +7,10 @@ no protocol adds one. VLMEvalKit uses a rewritten file in which some choices are
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import Row, read_rows
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, mean
 from lsg_jax.eval.letters import cambrian_text, chosen_letter, letter_match, lmms_letter
-from lsg_jax.eval.parquet import Row, read_rows
 
 
 def read(path: str) -> list[Item]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import string
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import read_rows
 from lsg_jax.data.prompts import multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, mean
@@ -21,7 +22,6 @@ from lsg_jax.eval.letters import (
     vlmevalkit_letter,
     vlmevalkit_prompt,
 )
-from lsg_jax.eval.parquet import read_rows
 
 
 def read(path: str) -> list[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import Row, read_rows
 from lsg_jax.data.prompts import multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, mean
@@ -15,7 +16,6 @@ from lsg_jax.eval.letters import (
     vlmevalkit_letter,
     vlmevalkit_prompt,
 )
-from lsg_jax.eval.parquet import Row, read_rows
 
 DIMENSIONS = {
     "1": "scene understanding",

@@ -6,10 +6,10 @@ File: `lmms-lab/textvqa`, split validation. Rows of other splits in the same fol
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import Row, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_unique, mean
-from lsg_jax.eval.parquet import Row, read_rows
 from lsg_jax.eval.short_answers import m4c_answer, soft_accuracy, vqa_answer
 
 ANNOTATORS = 10

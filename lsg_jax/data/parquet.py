@@ -1,4 +1,4 @@
-"""Reads benchmark files: Parquet, one file, a folder or a glob. Columns are checked first, images read on demand."""
+"""Reads Parquet files: one file, a folder or a glob. Columns are checked first, images read on demand."""
 
 from __future__ import annotations
 

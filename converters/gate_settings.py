@@ -1,0 +1,123 @@
+"""Reads the `sink_cfg.json` of a published gate set. Its keys are not documented, so they are matched by their words.
+
+A key with the word `layer` or `layers` states the gated layers (`gate_layers`, `layer_idx`), unless another word of its path
+speaks of something else (`num_layers`, `vision.feature_layer`, `layer_norm_eps`). Sink dimensions and thresholds need a word
+for the stage and one for the quantity: `vit_dims`, `D_llm`, `tau_vit`, `{"v_sink": {"threshold": ...}}`. All else is listed and
+not used: what a word such as `prior` does to a gate is not known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converters.families.values import shortened
+from converters.gate_layers import Layers
+from converters.json_file import read_object
+from lsg_jax.errors import InputError
+
+SETTINGS_FILE = "sink_cfg.json"
+
+_LAYER = {"layer", "layers", "layeridx", "layerid"}
+_NOT_GATED = {
+    "norm", "num", "n", "number", "count", "total", "max", "min", "depth", "hidden", "eps", "vit", "v", "vision", "visual",
+    "clip", "tower", "feature", "features", "select", "image", "mm", "lr", "drop", "dropout", "detect", "detection", "start",
+    "end", "first", "last", "from", "until", "range", "step", "probe", "lora",
+}  # fmt: skip
+
+_STAGES = {
+    "vit": {"vit", "v", "vision", "visual", "clip", "vsink", "siglip"},
+    "llm": {"llm", "l", "lm", "text", "language", "lsink", "decoder"},
+}
+_QUANTITIES = {
+    "dims": {"dim", "dims", "dimension", "dimensions", "channel", "channels", "d"},
+    "tau": {"tau", "thr", "thres", "thresh", "threshold"},
+}
+_NOT_SINKS = {
+    "hidden", "model", "embed", "embedding", "in", "out", "num", "n", "size", "proj", "projector", "head", "mlp", "width",
+    "inner", "feature", "lora", "gate", "max", "min",
+}  # fmt: skip
+
+
+@dataclass
+class SinkSettings:
+    """What a `sink_cfg.json` says.
+
+    Attributes:
+        layers: one statement for each key that names layers.
+        sinks: field of SinkConfig -> value. keys: the same field -> the key that states it.
+        unused: key -> value, of everything else.
+    """
+
+    layers: list[Layers] = field(default_factory=list)
+    sinks: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+
+
+def read_settings(path: Path) -> SinkSettings:
+    """Reads the file.
+
+    Raises:
+        InputError: it is no JSON object, or two keys state different values of the same setting.
+    """
+    found = SinkSettings()
+    for key, value in _leaves(read_object(path), ""):
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)]
+        last = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key.rpartition(".")[2])]
+        layers = _layers(value) if set(last) & _LAYER and not set(words) & _NOT_GATED else None
+        name = _sink_field(set(words))
+        taken = None if name is None else _sink_value(name, value)
+        if layers is not None:
+            found.layers.append(Layers(f"{path.name}: {key}", layers))
+        elif name is not None and taken is not None:
+            if found.sinks.setdefault(name, taken) != taken:
+                raise InputError(f"{path}: {found.keys[name]} and {key} state different values of sinks.{name}")
+            found.keys.setdefault(name, key)
+        else:
+            found.unused[key] = shortened(value)
+    return found
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no object. An object whose keys are all numbers is the list of these too."""
+    for name, value in tree.items():
+        key = f"{prefix}{' '.join(name.split())[:80]}"
+        if not isinstance(value, dict):
+            yield key, value
+            continue
+        if value and all(inner.isdecimal() for inner in value):
+            yield key, list(value)
+        yield from _leaves(value, f"{key}.")
+
+
+def _layers(value: Any) -> tuple[int, ...] | None:
+    """Layers from 10, [3, 6], "3,6,7", "L10" or ["3", "6"]; None for anything else."""
+    if isinstance(value, str):
+        parts = re.split(r"[\s,_;]+", value.strip().strip("[](){}"))
+        digits = [re.fullmatch(r"[Ll]?(\d{1,6})", part) for part in parts]
+        return tuple(int(match[1]) for match in digits if match) if digits and all(digits) else None
+    if isinstance(value, list):
+        nested = [_layers(entry) for entry in value if not isinstance(entry, list)]
+        flat = tuple(entry[0] for entry in nested if entry is not None and len(entry) == 1)
+        return flat if flat and len(flat) == len(value) else None
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _sink_field(words: set[str]) -> str | None:
+    """`vit_dims`, `vit_tau`, `llm_dims` or `llm_tau`, for the words of a key that speak of one stage and one quantity."""
+    stages = [stage for stage, names in _STAGES.items() if words & names]
+    quantities = [quantity for quantity, names in _QUANTITIES.items() if words & names]
+    if len(stages) != 1 or len(quantities) != 1 or words & _NOT_SINKS:
+        return None
+    return f"{stages[0]}_{quantities[0]}"
+
+
+def _sink_value(name: str, value: Any) -> tuple[int, ...] | float | None:
+    if name.endswith("dims"):
+        return _layers(value) if not isinstance(value, str) else None  # a list of indices, as layers are
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number else None
