@@ -17,10 +17,12 @@ import numpy as np
 from converters.blocks import check_finite, described, equal_tensors, pieces, read_block
 from converters.families import family_of
 from converters.hf_config import ignored_fields, read_config
-from converters.hub import SMALL_FILES, Checkpoint, find_checkpoint
+from converters.hub import Checkpoint, find_checkpoint
 from converters.image_token import with_image_token
 from converters.json_file import read_object
-from converters.reader import ArraySource, Source, canonical_names, open_source
+from converters.layouts.tokens import has_tokenizer
+from converters.opening import Opened, copy_small_files, open_checkpoint
+from converters.reader import ArraySource, Source, canonical_names
 from converters.rules import Part, Plan, plan
 from converters.safetensors_writer import SafetensorsWriter
 from lsg_jax.checkpoint import BaseWriter, FolderLock, LeafEntry, LeafSpec, Manifest, ModelSource, write_manifest
@@ -48,7 +50,7 @@ class _Conversion:
     """
 
     checkpoint: Checkpoint
-    weights: Source
+    opened: Opened
     names: dict[str, str]
     config: ModelConfig
     planned: Plan
@@ -56,16 +58,27 @@ class _Conversion:
     progress: Progress
 
 
-def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = None, progress: Progress = silent) -> None:
-    """Converts a LLaVA checkpoint in Hugging Face format into a model folder.
+def convert(
+    source: str | Path,
+    model_dir: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Converts a LLaVA checkpoint in Hugging Face format or an original layout into a model folder.
 
     Memory stays bounded, whatever the size of the model. Everything is written to `MODEL.tmp`, which is renamed to `MODEL` when
     complete. After a kill, the same call resumes; the result has the same bytes.
 
     Args:
-        source: local folder or Hub id.
+        source: local folder or Hub id. An original layout (`converters/layouts`) becomes the same model as its Hugging Face
+            twin. The embedding rows that the original lacks are the mean of the others.
         model_dir: the folder to make; must not exist, or be empty.
         dtype: bfloat16 or float32; None keeps that of the checkpoint.
+        revision: branch, tag or commit of a Hub id.
+        base: local folder or Hub id of the model that `source`, a LoRA adapter or a projector alone, was trained on.
         progress: counts bytes, after each block.
 
     Raises:
@@ -77,20 +90,41 @@ def convert(source: str | Path, model_dir: str | Path, *, dtype: str | None = No
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     check_free(target)
-    checkpoint = find_checkpoint(source)
-    config = with_image_token(read_config(checkpoint.folder, name=checkpoint.name), checkpoint.folder)
-    weights = open_source(checkpoint.folder)
-    try:
-        names = in_folder(checkpoint.folder, canonical_names, weights.tensors, family_of(config).canonical_name)
-        config, planned = in_folder(checkpoint.folder, _plan, config, weights, names, dtype)
+    checkpoint = find_checkpoint(source, revision=revision)
+    below = None if base is None else find_checkpoint(base)
+    with open_checkpoint(checkpoint, below) as opened:
+        config = read_config(opened.folder, where=f"{checkpoint.folder}/config.json", name=checkpoint.name)
+        config = with_image_token(config, opened.folder)
+        names = in_folder(checkpoint.folder, canonical_names, opened.weights.tensors, family_of(config).canonical_name)
+        config, planned = in_folder(checkpoint.folder, _plan, config, opened.weights, names, dtype)
+        _check_tokenizer(checkpoint.folder, opened.folder, config)
         if dtype is None and planned.dtype == "float16":
             logger.warning("the weights stay float16, which TPUs do not compute in: --dtype bfloat16 is the dtype for them")
         chosen = dtype or planned.dtype
         assert chosen is not None  # `plan` refuses several dtypes unless one was chosen
-        _into_folder(_Conversion(checkpoint, weights, names, config, planned, chosen, progress), target)
+        if below is not None:
+            checkpoint = dataclasses.replace(checkpoint, name=f"{checkpoint.name} on {below.name}")
+        _into_folder(_Conversion(checkpoint, opened, names, config, planned, chosen, progress), target)
         log_sinks(config)
-    finally:
-        weights.close()
+
+
+def _check_tokenizer(folder: Path, small: Path, config: ModelConfig) -> None:
+    """Opens the tokenizer and the chat template as `generate` will, before anything is written.
+
+    Args:
+        folder: names them in errors. small: where their files are.
+    """
+    from lsg_jax.data.processor import Processor
+
+    if not has_tokenizer(small):
+        logger.warning("%s: no tokenizer, so the model will take token ids only", folder)
+        return
+    try:
+        Processor.from_folder(small, config)
+    except ConfigError as error:
+        raise InputError(f"{folder}: {error}") from None
+    except InputError as error:
+        raise InputError(str(error).replace(str(small), str(folder))) from None
 
 
 def log_sinks(config: ModelConfig) -> None:
@@ -137,7 +171,11 @@ def tree_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) ->
 
 
 def check_free(target: Path) -> None:
-    """Raises InputError unless `target` does not exist or is an empty folder."""
+    """Raises InputError unless `target` is the name of a folder that does not exist or is empty."""
+    if target.name in ("", ".."):
+        raise InputError(f"{target}: no name for a new folder; choose one, such as {target / 'model'}")
+    if target.is_file():
+        raise InputError(f"{target}: is a file; choose another output, which will be a folder")
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():
@@ -185,9 +223,10 @@ def _into_folder(job: _Conversion, target: Path) -> None:
 
 def _manifest(job: _Conversion, leaves: dict[str, LeafEntry], files: dict[str, str], hf: dict[str, str]) -> Manifest:
     """The manifest, with where the model came from: an export needs that."""
-    weights, names, planned = job.weights, job.names, job.planned
-    config_fields = ignored_fields(read_object(job.checkpoint.folder / "config.json"))
-    sizes = {file.name: file.stat().st_size for file in weights.files}
+    weights, names, planned = job.opened.weights, job.names, job.planned
+    config_fields = ignored_fields(read_object(job.opened.folder / "config.json"))
+    own = job.checkpoint.folder
+    sizes = {(f.name if f.parent == own else f"{f.parent.name}/{f.name}"): f.stat().st_size for f in weights.files}
     return Manifest(
         job.config,
         leaves,
@@ -199,7 +238,8 @@ def _manifest(job: _Conversion, leaves: dict[str, LeafEntry], files: dict[str, s
         carried=tuple(planned.carried),
         repeats=planned.repeats,
         ignored={names[name]: reason for name, reason in planned.ignored.items()}
-        | {f"config.json: {name}": "transformers does not define it for this model" for name in config_fields},
+        | {f"config.json: {name}": "transformers does not define it for this model" for name in config_fields}
+        | job.opened.ignored,
     )
 
 
@@ -212,7 +252,7 @@ def _write_base(job: _Conversion, folder: Path) -> tuple[dict[str, LeafEntry], d
     total = sum(math.prod(spec.shape) * spec.numpy_dtype.itemsize for spec in specs.values())
     done = 0
     for part, start, stop in blocks(planned, specs):
-        block = read_block(job.weights, job.names[part.source], part, start, stop, job.dtype)
+        block = read_block(job.opened.weights, job.names[part.source], part, start, stop, job.dtype)
         if part.layer is None:
             writer.put(part.leaf, start, block)
         else:
@@ -237,21 +277,12 @@ def _write_hf(job: _Conversion, folder: Path) -> dict[str, str]:
     if folder.exists():  # of an interrupted conversion
         shutil.rmtree(folder)
     folder.mkdir()
-    source = job.checkpoint.folder
-    for path in sorted({path for pattern in SMALL_FILES for path in source.glob(pattern)}):
-        if not path.is_file() or path.suffix in (".py", ".safetensors", ".bin"):
-            continue
-        copy = folder / path.relative_to(source)
-        try:
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be copied to {copy.parent}: {error.strerror}") from None
+    copy_small_files(job.opened.folder, folder)
     if carried := job.planned.carried:
-        tensors = described(job.weights, {name: job.names[name] for name in carried})
+        tensors = described(job.opened.weights, {name: job.names[name] for name in carried})
         with SafetensorsWriter(folder / CARRIED, tensors) as out:
             for name in carried:
-                for row, values in pieces(job.weights, job.names[name]):
+                for row, values in pieces(job.opened.weights, job.names[name]):
                     check_finite(job.names[name], values)
                     out.put(name, values.reshape(len(values), -1), row)
     files = sorted(path for path in folder.rglob("*") if path.is_file())

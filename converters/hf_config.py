@@ -14,22 +14,24 @@ from typing import Any
 
 from converters.families import FAMILIES
 from converters.families.family import CheckpointFiles, Family, HFConfig
-from converters.families.fields import undefined_fields
+from converters.families.fields import defined_fields, undefined_fields
 from converters.families.values import shortened
 from converters.json_file import read_object
 from lsg_jax.config import ModelConfig
+from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError
 from lsg_jax.installed import check_installed
 
 logger = logging.getLogger(__name__)
 
 
-def read_config(folder: str | Path, *, name: str | None = None) -> ModelConfig:
+def read_config(folder: str | Path, *, where: str | None = None, name: str | None = None) -> ModelConfig:
     """Reads the configuration of a local checkpoint in Hugging Face format.
 
     Args:
         folder: holds `config.json` and, where the checkpoint has them, `generation_config.json` and `preprocessor_config.json`
             or `processor_config.json`.
+        where: names config.json in errors; None for its path.
         name: Hub id of the checkpoint; None for the name of the folder.
 
     Raises:
@@ -37,11 +39,12 @@ def read_config(folder: str | Path, *, name: str | None = None) -> ModelConfig:
     """
     folder = Path(folder)
     optional = lambda name: read_object(folder / name) if (folder / name).is_file() else None
+    config = read_object(folder / "config.json")
     return model_config(
-        read_object(folder / "config.json"),
+        config | _image_token(config, folder),
         generation=optional("generation_config.json"),
         preprocessor=optional("preprocessor_config.json") or optional("processor_config.json"),
-        where=str(folder / "config.json"),
+        where=where or str(folder / "config.json"),
         name=folder.resolve().name if name is None else name,
     )
 
@@ -67,9 +70,10 @@ def model_config(
     if ignored := ignored_fields(config, where=where):
         listed = ", ".join(f"{name} = {shortened(value)}" for name, value in ignored.items())
         logger.warning("%s: ignored, since transformers does not define them for this model: %s", where, listed)
-    family = _family(config, where)
-    files = CheckpointFiles(config, generation, preprocessor, where, name)
-    return family.model_config(_with_defaults(family, config, where), files)
+    family = find_family(config, where)
+    hf = _with_defaults(family, config, where)
+    _check_copies(family, config, hf, where)
+    return family.model_config(hf, CheckpointFiles(config, generation, preprocessor, where, name))
 
 
 def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> dict[str, Any]:
@@ -78,8 +82,9 @@ def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> 
     Raises:
         ConfigError: the architecture is not supported, or a field might change the results; it is named.
     """
-    family = _family(config, where)
+    family = find_family(config, where)
     ignored = undefined_fields(config, family.fields, family.model_type, where)
+    ignored = {name: value for name, value in ignored.items() if name not in _text_fields(family)}  # copies
     for name, part in family.parts.items():
         nested = config.get(name)
         if not isinstance(nested, Mapping):
@@ -93,12 +98,44 @@ def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> 
     return ignored
 
 
-def _family(config: Mapping[str, Any], where: str) -> Family:
+def find_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json. Raises ConfigError if it is not supported."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(f"{name!r} ({family.architecture})" for name, family in FAMILIES.items())
         raise ConfigError(f"{where}: model_type {kind!r} is not supported; supported: {supported}")
     return FAMILIES[kind]
+
+
+def _text_fields(family: Family) -> frozenset[str]:
+    """The fields of a language model. At the top of config.json, they are copies of those of text_config."""
+    return frozenset().union(*family.parts["text_config"].fields.values())
+
+
+def _check_copies(family: Family, config: Mapping[str, Any], hf: HFConfig, where: str) -> None:
+    """Refuses copies of text_config's fields that differ from them: one of the two is wrong."""
+    copies = _text_fields(family) - family.fields - defined_fields(family.model_type).keys()
+    for name in sorted(copies & config.keys()):
+        used = getattr(hf.text_config, name, config[name])
+        if config[name] != used:
+            stated = f"{name} = {shortened(config[name])}"
+            raise ConfigError(f"{where}: {stated}, but text_config has {shortened(used)}; remove or correct the wrong one")
+
+
+def _image_token(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
+    """The image token's id in the tokenizer, where config.json states a negative one, which stands for no token."""
+    name = next((name for name in ("image_token_index", "image_token_id") if name in config), None)
+    stated = config.get(name) if name else None
+    if name is None or not isinstance(stated, int) or stated >= 0:
+        return {}
+    path = folder / "tokenizer.json"
+    added = read_object(path, max_bytes=256 << 20).get("added_tokens") if path.is_file() else None
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and token.get("content") == IMAGE_TAG and isinstance(token.get("id"), int):
+            return {name: token["id"]}
+    raise ConfigError(
+        f"{folder}/config.json: {name} = {stated} is no token, and tokenizer.json has no {IMAGE_TAG}; state its id"
+    )
 
 
 def _with_defaults(family: Family, config: Mapping[str, Any], where: str) -> HFConfig:

@@ -1,4 +1,4 @@
-"""Finds a checkpoint: a local folder, or one on the Hugging Face Hub."""
+"""Finds a checkpoint: a local folder, a folder of the Hugging Face cache, or one on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pathlib import Path
 from converters.reader import BIN, BIN_INDEX, INDEX, SAFETENSORS
 from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.errors import InputError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+OTHER_TRAINED = "non_lora_trainables.bin"
+PROJECTOR = "mm_projector.bin"
 
 SMALL_FILES = (
     "config.json",
@@ -26,8 +31,9 @@ SMALL_FILES = (
 )
 """File patterns of what a model needs besides its weights. Code (`*.py`) is never fetched."""
 
-_SAFETENSORS = (SAFETENSORS, INDEX, "model-*.safetensors")
-_BIN = (BIN, BIN_INDEX, "pytorch_model-*.bin")
+_TRAINED = (ADAPTER_CONFIG, *ADAPTERS, OTHER_TRAINED, PROJECTOR)
+_SAFETENSORS = (SAFETENSORS, INDEX, "model-*.safetensors", *_TRAINED)
+_BIN = (BIN, BIN_INDEX, "pytorch_model-*.bin", *_TRAINED)
 
 
 @dataclass(frozen=True)
@@ -44,31 +50,99 @@ class Checkpoint:
     revision: str | None = None
 
 
-def find_checkpoint(source: str | Path) -> Checkpoint:
+def find_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Finds a local folder, or downloads the files of a Hub id `owner/name` to the usual cache.
 
+    Of a folder `models--owner--name` of the cache, the snapshot is taken that `revision` names, by default that of `main`.
+
+    Args:
+        revision: branch, tag or commit, for a Hub id or a folder of the cache.
+
     Raises:
-        InputError: neither a folder nor a Hub id, or the download failed.
+        InputError: neither a folder nor a Hub id, no such revision, or the download failed.
     """
-    if Path(source).is_dir():
-        return Checkpoint(Path(source), Path(source).resolve().name)
-    if Path(source).exists():
+    folder = Path(source)
+    if folder.is_dir():
+        return _in_cache(folder, revision) or _local(folder, revision)
+    if folder.exists():
         raise InputError(f"{source}: is a file; give the folder of the checkpoint, or a Hub id such as owner/name")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
         raise InputError(f"{source}: no such folder, and not a Hub id such as owner/name")
-    folder = _download(str(source), (*SMALL_FILES, *_SAFETENSORS))
-    if not any((folder / name).exists() for name in (SAFETENSORS, INDEX)):
-        folder = _download(str(source), (*SMALL_FILES, *_BIN))
-    return Checkpoint(folder, str(source), folder.name if folder.parent.name == "snapshots" else None)
+    found = _download(str(source), revision, (*SMALL_FILES, *_SAFETENSORS))
+    if not any((found / name).exists() for name in (SAFETENSORS, INDEX, *ADAPTERS)):
+        found = _download(str(source), revision, (*SMALL_FILES, *_BIN))
+    return Checkpoint(found, str(source), found.name if found.parent.name == "snapshots" else None)
 
 
-def _download(repository: str, patterns: tuple[str, ...]) -> Path:
+def _local(folder: Path, revision: str | None) -> Checkpoint:
+    if revision is not None:
+        raise InputError(f"{folder}: a local folder has no revisions; leave --revision out, or give a Hub id")
+    return Checkpoint(folder, folder.resolve().name)
+
+
+def _in_cache(folder: Path, revision: str | None) -> Checkpoint | None:
+    """A checkpoint in the Hugging Face cache: `models--owner--name` or one of its snapshots. None for other folders."""
+    whole = folder.resolve()
+    if whole.parent.name == "snapshots" and whole.parent.parent.name.startswith("models--"):
+        if revision not in (None, whole.name):
+            raise InputError(f"{folder}: is the snapshot of another revision than {revision}; leave --revision out")
+        return Checkpoint(folder, _repository(whole.parent.parent.name), whole.name)
+    snapshots = folder / "snapshots"
+    if not whole.name.startswith("models--") or not snapshots.is_dir():
+        return None
+    name = _repository(whole.name)
+    commits = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    if not commits:
+        raise InputError(f"{folder}: a folder of the Hugging Face cache without a snapshot; fetch it with `hf download {name}`")
+    reference = folder / "refs" / (revision or "main")
+    if ".." not in (revision or "") and reference.is_file():
+        wanted = reference.read_text(encoding="utf-8").strip()
+    else:
+        wanted = revision or (commits[0] if len(commits) == 1 else "main")
+    matching = [commit for commit in commits if commit.startswith(wanted)]
+    if len(matching) != 1:
+        held = ", ".join(commits[:8])
+        raise InputError(f"{folder}: the Hugging Face cache has no snapshot of revision {wanted}; it has {held}")
+    return Checkpoint(snapshots / matching[0], name, matching[0])
+
+
+def _repository(cache_name: str) -> str:
+    """`models--owner--name` -> `owner/name`."""
+    return cache_name.removeprefix("models--").replace("--", "/")
+
+
+def _download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    chosen = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=["*.py"]))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=["*.py"], **chosen))
     except (OSError, ValueError, HfHubHTTPError) as error:  # also LocalEntryNotFoundError and HFValidationError
-        raise InputError(
-            f"{repository}: no such folder, and it could not be fetched from the Hugging Face Hub: {first_line(error)}"
-        ) from None
+        raise InputError(_failure(repository, revision, error)) from None
+
+
+def _failure(repository: str, revision: str | None, error: Exception) -> str:
+    """What went wrong on the Hub and what to do, in one line."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
+
+    http = next((e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), None)
+    status = getattr(getattr(http, "response", None), "status_code", None)
+    where = f"{repository}: the Hugging Face Hub answered {status}"
+    if isinstance(http, GatedRepoError):
+        return (
+            f"{where}: the repository is gated; accept its terms at https://huggingface.co/{repository} and run `hf auth login`"
+        )
+    if isinstance(http, RevisionNotFoundError):
+        return f"{where}: the repository has no revision {revision}; look it up at https://huggingface.co/{repository}/commits"
+    if status == 401:
+        return f"{where}: no such repository, or a private one; check its name, and for a private one run `hf auth login`"
+    if status == 403:
+        return f"{where}: your token may not read this repository; run `hf auth login` with one that may"
+    if status == 404:
+        return f"{where}: no such repository; check its name"
+    if status == 429:
+        after = http.response.headers.get("Retry-After") if http is not None else None
+        wait = f"{after} seconds" if after else "a few minutes"
+        return f"{where}: too many requests; wait {wait} and run it again (`hf auth login` raises the limit)"
+    return f"{repository}: no such folder, and it could not be fetched from the Hugging Face Hub: {first_line(error)}"

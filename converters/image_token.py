@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from converters.layouts.tokens import has_tokenizer
 from lsg_jax.config import ModelConfig
 from lsg_jax.data.processor_files import image_token_id, open_tokenizer, read_image_token
 
@@ -20,7 +21,7 @@ def with_image_token(config: ModelConfig, folder: Path) -> ModelConfig:
     Raises:
         InputError: the tokenizer or `processor_config.json` cannot be read.
     """
-    if not any(folder.glob("tokenizer*")):
+    if not has_tokenizer(folder):
         return config
     tokenizer = open_tokenizer(folder)
     token = read_image_token(folder, tokenizer, config.image_token_id)

@@ -18,7 +18,7 @@ FIELDS = frozenset(
         "vision_config", "text_config", "image_token_index", "image_token_id", "projector_hidden_act",
         "multimodal_projector_bias", "vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings",
         "lsg_sinks",
-        "ignore_index", "image_seq_length", "vocab_size",  # a label, a fact about the processor, a copy of text_config's
+        "ignore_index", "image_seq_length",  # a label, a fact about the processor
     }
 )  # fmt: skip
 

@@ -39,10 +39,13 @@ def square_side(value: Any, where: str) -> int:
 
 
 def token_ids(hf: HFConfig, files: CheckpointFiles, name: str, *, from_generation: bool) -> tuple[int, ...]:
-    """Token ids, from the first place that states any: generation_config.json, config.json, its text_config with defaults."""
+    """Token ids, from the first place that states any: generation_config.json, config.json, its text_config with defaults.
+
+    -1 stands for no token, as in the first Llama checkpoints.
+    """
     generation: Mapping[str, Any] = (files.generation or {}) if from_generation else {}
     for value in (generation.get(name), files.config.get(name), getattr(hf.text_config, name, None)):
-        if value is None:
+        if value is None or value in (-1, [-1]):
             continue
         ids = value if isinstance(value, list) else [value]
         if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):

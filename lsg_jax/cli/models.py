@@ -31,9 +31,13 @@ def add(command: Command) -> None:
             "lsg convert hf/embedded models/embedded --dtype float32",
         ),
     )
-    sub.add_argument("source", metavar="SOURCE", help="local folder in HF format, or a Hub id")
+    sub.add_argument("source", metavar="SOURCE", help="local folder in HF format or an original layout, or a Hub id")
     sub.add_argument("model", type=Path, metavar="MODEL", help="folder to write")
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
+    sub.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub id")
+    sub.add_argument(
+        "--base", metavar="B", help="folder or Hub id that SOURCE, an adapter or a projector alone, was trained on"
+    )
 
     sub = command(
         "export",
@@ -92,7 +96,14 @@ def _convert(options: argparse.Namespace) -> None:
     from converters.convert import convert
 
     with progress_bar("convert") as progress:
-        convert(options.source, options.model, dtype=options.dtype, progress=progress)
+        convert(
+            options.source,
+            options.model,
+            dtype=options.dtype,
+            revision=options.revision,
+            base=options.base,
+            progress=progress,
+        )
     print(options.model)
 
 

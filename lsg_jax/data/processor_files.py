@@ -17,8 +17,11 @@ OLD_TEMPLATE_FILE = "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
-def open_tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path, where: Path | None = None) -> Any:
     """The tokenizer of a local folder. No code of the checkpoint is run.
+
+    Args:
+        where: names the folder in errors; None for itself.
 
     Raises:
         InputError: the folder has no tokenizer, or it cannot be read.
@@ -29,8 +32,8 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for missing and damaged files
-        message = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        raise InputError(f"{folder}: no usable tokenizer: {message}") from None
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{where or folder}: no usable tokenizer: {message[:200]}; put tokenizer.json there") from None
 
 
 def read_chat_template(folder: Path, tokenizer: Any) -> str | None:

@@ -190,7 +190,9 @@ def test_the_image_token_is_the_processors_and_templates_come_back(source: Path,
     named = json.loads((source / "tokenizer_config.json").read_text())
     named["chat_template"] = [{"name": "default", "template": "own {{ messages[0]['content'] }}"}]
     (source / "tokenizer_config.json").write_text(json.dumps(named))
-    (source / "chat_template.json").write_text(json.dumps({"chat_template": "old"}))
+    (source / "chat_template.json").write_text(
+        json.dumps({"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"})
+    )
     (source / "chat_template.jinja").write_text("new\n")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates/tool_use.jinja").write_text("tools")
@@ -299,6 +301,44 @@ def test_output_in_the_way(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other.tmp/thesis.txt").exists()
     with pytest.raises(InputError, match="a Hugging Face folder, not a converted model"):
         export(source, tmp_path / "back")
+
+
+def test_an_output_that_cannot_be_a_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for name in (".", "..", "/"):
+        with pytest.raises(InputError, match="no name for a new folder; choose one, such as"):
+            convert(source, name)
+    (tmp_path / "notes.txt").write_text("mine")
+    for call in (convert, export):
+        with pytest.raises(InputError, match=r"notes.txt: is a file; choose another output"):
+            call(source, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not list((tmp_path / "empty").iterdir())
+
+
+def test_tokenizer_and_template_are_opened_before_weights_are_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("converters.convert._write_base", lambda *arguments: pytest.fail("weights were written"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{% for m in %}"}))
+    refused(source, tmp_path, InputError, f"{source}: the checkpoint's chat template cannot be used")
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    whole = (source / "tokenizer.json").read_bytes()
+    (source / "tokenizer.json").write_bytes(whole[:-1000])
+    refused(source, tmp_path, InputError, f"{source}: no usable tokenizer")
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(source, tmp_path, InputError, r"tokenizer.model and no tokenizer.json; run `pip install sentencepiece protobuf`")
+
+
+def test_a_checkpoint_without_a_tokenizer_converts_with_a_warning(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    convert(source, tmp_path / "model")
+    assert "no tokenizer, so the model will take token ids only" in caplog.text
 
 
 def test_export_of_a_damaged_model_leaves_nothing(source: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import LLAVA_7B
+from checkpoints import LLAVA_7B, edit_config
 from hf_models import save_tiny, tiny_hf
 from transformers import CONFIG_MAPPING
 
@@ -191,6 +191,33 @@ def test_a_checkpoint_may_state_its_sinks() -> None:
     assert model_config(stated).sinks == SinkConfig(vit_dims=(40,), vit_tau=33.0)
     with pytest.raises(ConfigError, match="lsg_sinks: unknown field vit_dim; did you mean vit_dims"):
         model_config(changed(lsg_sinks={"vit_dim": [40]}))
+
+
+def test_copies_of_fields_of_the_language_model_must_agree(caplog) -> None:
+    """Trainers leave them at the top; transformers reads those of text_config, defaults included."""
+    copied = changed(vocab_size=32064, hidden_size=4096, num_hidden_layers=32, rms_norm_eps=1e-5)
+    assert model_config(copied) == model_config(LLAVA_7B) and not caplog.records
+    for fields, message in (
+        ({"vocab_size": 32000}, "vocab_size = 32000, but text_config has 32064; remove or correct the wrong one"),
+        ({"hidden_size": 5120}, "hidden_size = 5120, but text_config has 4096"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model_config(changed(**fields), where="X/config.json")
+
+
+def test_minus_one_is_no_token(tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAVA_7B.items() if key != "pad_token_id"}
+    without = model_config(config)
+    assert model_config(config | {"pad_token_id": -1}) == without
+    assert model_config(changed("text_config", base=config, pad_token_id=-1)) == without
+    assert model_config(LLAVA_7B, generation={"eos_token_id": -1}).eos_token_ids == (2,)
+    save_tiny(tiny_hf("clip", "llama"), tmp_path / "hf")
+    expected = read_config(tmp_path / "hf")
+    edit_config(tmp_path / "hf", lambda config: config.update(image_token_index=-1))
+    assert read_config(tmp_path / "hf") == expected
+    (tmp_path / "hf/tokenizer.json").write_text('{"added_tokens": [{"id": 3, "content": "<img>"}]}')
+    with pytest.raises(ConfigError, match=r"image_token_index = -1 is no token, and tokenizer.json has no <image>"):
+        read_config(tmp_path / "hf")
 
 
 def test_missing_config(tmp_path: Path) -> None:

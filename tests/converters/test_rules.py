@@ -140,6 +140,7 @@ def test_plan_of_the_phi3_and_onevision_style_sizes() -> None:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
         "image_token_index": 151646,
+        "vocab_size": 152000,
     }
     for config, repeats in ((phi3, {}), (qwen2, {HEAD: EMBEDDING})):
         tensors = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}

@@ -51,7 +51,7 @@ FAMILIES = {
     ),
     "clip-mistral": ("clip", "mistral", {}),
     "siglip-qwen2": ("siglip", "qwen2", {}),
-    "siglip-qwen2-tied": ("siglip", "qwen2", {"tied": True}),
+    "siglip-qwen2-tied": ("siglip", "qwen2", {"tied": True, "vision_feature_layer": -1}),  # as LLaVA-Interleave
     "clip-phi3": ("clip", "phi3", {}),
     "clip-llama-last-layer": ("clip", "llama", {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}),
     "siglip-llama-default": ("siglip", "llama", {"vision_feature_layer": 3, "vision_feature_select_strategy": "default"}),
