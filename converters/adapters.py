@@ -120,7 +120,7 @@ def _lora(path: Path) -> Mapping[str, Any]:
     """The settings of an adapter, if it is LoRA and nothing else."""
     config = read_object(path)
     wrong = {name: config[name] for name, values in _ONLY.items() if name in config and config[name] not in values}
-    unset = (None, False, {}, [], "")
+    unset: tuple[Any, ...] = (None, False, {}, [], "")
     known = _ONLY.keys() | _READ | _NO_EFFECT
     wrong |= {name: value for name, value in config.items() if name not in known and value not in unset}
     if wrong:

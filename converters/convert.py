@@ -93,11 +93,11 @@ def convert(
     checkpoint = find_checkpoint(source, revision=revision)
     below = None if base is None else find_checkpoint(base)
     with open_checkpoint(checkpoint, below) as opened:
-        config = read_config(opened.folder, where=f"{checkpoint.folder}/config.json", name=checkpoint.name)
-        config = with_image_token(config, opened.folder)
+        where = f"{checkpoint.folder}/config.json"
+        config = read_config(opened.folder, name=checkpoint.name, where=where)
         names = in_folder(checkpoint.folder, canonical_names, opened.weights.tensors, family_of(config).canonical_name)
         config, planned = in_folder(checkpoint.folder, _plan, config, opened.weights, names, dtype)
-        _check_tokenizer(checkpoint.folder, opened.folder, config)
+        config = _with_tokenizer(checkpoint.folder, opened.folder, config)
         if dtype is None and planned.dtype == "float16":
             logger.warning("the weights stay float16, which TPUs do not compute in: --dtype bfloat16 is the dtype for them")
         chosen = dtype or planned.dtype
@@ -108,23 +108,28 @@ def convert(
         log_sinks(config)
 
 
-def _check_tokenizer(folder: Path, small: Path, config: ModelConfig) -> None:
+def _with_tokenizer(folder: Path, small: Path, config: ModelConfig) -> ModelConfig:
     """Opens the tokenizer and the chat template as `generate` will, before anything is written.
 
     Args:
         folder: names them in errors. small: where their files are.
+
+    Returns:
+        The configuration with the tokenizer's image token.
     """
     from lsg_jax.data.processor import Processor
 
     if not has_tokenizer(small):
         logger.warning("%s: no tokenizer, so the model will take token ids only", folder)
-        return
+        return config
     try:
+        config = with_image_token(config, small)
         Processor.from_folder(small, config)
-    except ConfigError as error:
-        raise InputError(f"{folder}: {error}") from None
+    except ConfigError as error:  # of the chat template; another one can be chosen
+        logger.warning("%s: %s", folder, error)
     except InputError as error:
         raise InputError(str(error).replace(str(small), str(folder))) from None
+    return config
 
 
 def log_sinks(config: ModelConfig) -> None:

@@ -25,14 +25,14 @@ from lsg_jax.installed import check_installed
 logger = logging.getLogger(__name__)
 
 
-def read_config(folder: str | Path, *, where: str | None = None, name: str | None = None) -> ModelConfig:
+def read_config(folder: str | Path, *, name: str | None = None, where: str | None = None) -> ModelConfig:
     """Reads the configuration of a local checkpoint in Hugging Face format.
 
     Args:
         folder: holds `config.json` and, where the checkpoint has them, `generation_config.json` and `preprocessor_config.json`
             or `processor_config.json`.
-        where: names config.json in errors; None for its path.
         name: Hub id of the checkpoint; None for the name of the folder.
+        where: names config.json in errors; None for its path.
 
     Raises:
         InputError: a file is missing or no proper JSON. ConfigError: the model or one of its settings is not supported.

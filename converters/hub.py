@@ -115,9 +115,8 @@ def _download(repository: str, revision: str | None, patterns: tuple[str, ...]) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    chosen = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=["*.py"], **chosen))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.py"]))
     except (OSError, ValueError, HfHubHTTPError) as error:  # also LocalEntryNotFoundError and HFValidationError
         raise InputError(_failure(repository, revision, error)) from None
 

@@ -75,8 +75,8 @@ def open_checkpoint(checkpoint: Checkpoint, base: Checkpoint | None = None) -> I
             copy_small_files(checkpoint.folder, work)
         if layout is not None:
             twin = layout.twin(config, str(config_file))
-            tensors, ignored = write_twin(Original(checkpoint.folder, layout, twin, weights, trained), work, stack)
-            yield Opened(work, tensors, ignored)
+            twins, ignored = write_twin(Original(checkpoint.folder, layout, twin, weights, trained), work, stack)
+            yield Opened(work, twins, ignored)
             return
         if is_sentencepiece_alone(work):
             open_fast_tokenizer(work, whole.folder).save_pretrained(work)

@@ -8,7 +8,7 @@ from typing import Any
 from converters.families.values import shortened
 from lsg_jax.errors import ConfigError
 
-FILE_FIELDS = frozenset({"model_type", "architectures", "auto_map", "_name_or_path", "transformers_version"})
+FILE_FIELDS = frozenset({"model_type", "architectures", "auto_map", "transformers_version"})
 """About the original's own class: the twin has others."""
 
 

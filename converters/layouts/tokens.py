@@ -83,7 +83,7 @@ def complete_tokenizer(folder: Path, twin: Twin, where: Path) -> Tokens:
     if twin.pad_token is not None:
         tokenizer.add_special_tokens({"pad_token": twin.pad_token})
     if twin.chat_template is not None:
-        for path in folder.glob("chat_template*"):
+        for path in (*folder.glob("chat_template*"), *folder.glob("additional_chat_templates/*")):
             path.unlink()
         tokenizer.chat_template = twin.chat_template
     tokenizer.save_pretrained(folder)

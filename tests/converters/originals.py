@@ -189,11 +189,16 @@ def write_original(folder: Path, config: dict[str, Any], tensors: Arrays) -> Pat
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The byte tokenizer as before an image token was added."""
     write_byte_tokenizer(folder, image_token="<unused>")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in settings.items() if value != "<unused>"}))
-    return folder
 
 
 def renamed(twin: Arrays, names: dict[str, str]) -> Arrays:

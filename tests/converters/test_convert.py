@@ -319,11 +319,15 @@ def test_an_output_that_cannot_be_a_folder(source: Path, tmp_path: Path, monkeyp
 def test_tokenizer_and_template_are_opened_before_weights_are_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("converters.convert._write_base", lambda *arguments: pytest.fail("weights were written"))
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{% for m in %}"}))
-    refused(source, tmp_path, InputError, f"{source}: the checkpoint's chat template cannot be used")
+    convert(source, tmp_path / "with_another_template")
+    assert f"{source}: the checkpoint's chat template cannot be used" in caplog.text
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("converters.convert._write_base", lambda *arguments: pytest.fail("weights were written"))
+    (source / "chat_template.json").write_text('{"template": "of another name"}')
+    refused(source, tmp_path, InputError, f"{source}/chat_template.json: no chat template in it")
+    (source / "chat_template.json").unlink()
     whole = (source / "tokenizer.json").read_bytes()
     (source / "tokenizer.json").write_bytes(whole[:-1000])
     refused(source, tmp_path, InputError, f"{source}: no usable tokenizer")
@@ -357,8 +361,8 @@ def test_hub_id(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     snapshot = tmp_path / "cache/snapshots/abc123"
     asked: list[list[str]] = []
 
-    def download(repository: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert repository == "owner/name" and ignore_patterns == ["*.py"]
+    def download(repository: str, *, revision: None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert repository == "owner/name" and revision is None and ignore_patterns == ["*.py"]
         asked.append(allow_patterns)
         return str(snapshot)
 

@@ -24,6 +24,7 @@ QWEN_7B = {
 
 def llava(name: str = "", **text) -> ModelConfig:
     config = copy.deepcopy(LLAVA_7B)
+    del config["vocab_size"]  # a copy of text_config's, which may change
     config["text_config"].update(text)
     config.pop("vocab_size")  # a copy of text_config's
     return model_config(config, name=name)

@@ -25,13 +25,12 @@ from originals import (
     renamed,
     vit,
     write_original,
+    write_tokenizer,
 )
 from PIL import Image
 from safetensors.numpy import save_file
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AddedToken, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from converters.byte_tokenizer import write_byte_tokenizer
 from converters.convert import convert
 from converters.export import export
 from converters.families import rules_of
@@ -57,11 +56,11 @@ def twin(folder: Path, vision: str, text: str, **settings) -> Path:
         vision, text, image_token_index=IMAGE, text_config={"vocab_size": VOCABULARY, "rms_norm_eps": 1e-5}, **settings
     )
     save_tiny(model, folder)
-    write_byte_tokenizer(folder, image_token="<unused>")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
-    tokenizer.save_pretrained(folder)
     edit_file(folder / "preprocessor_config.json", **aspect)
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)  # as the conversion scripts of transformers do it
+    tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False), special_tokens=True)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -198,6 +197,7 @@ def test_onevision_in_the_terms_of_its_twin() -> None:
             "vision_feature_select_strategy": "full",
         }
         assert found.text_config.keys() - TEXT.keys() == {
+            "_name_or_path",
             "bos_token_id", "eos_token_id", "hidden_act", "initializer_range", "max_length", "max_window_layers", "model_type",
             "pad_token_id", "pretraining_tp", "rms_norm_eps", "rope_scaling", "sliding_window", "tie_word_embeddings",
             "torch_dtype", "use_cache", "use_sliding_window",
