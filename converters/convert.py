@@ -105,7 +105,6 @@ def convert(
         if below is not None:
             checkpoint = dataclasses.replace(checkpoint, name=f"{checkpoint.name} on {below.name}")
         _into_folder(_Conversion(checkpoint, opened, names, config, planned, chosen, progress), target)
-        log_sinks(config)
 
 
 def _with_tokenizer(folder: Path, small: Path, config: ModelConfig) -> ModelConfig:
@@ -130,18 +129,6 @@ def _with_tokenizer(folder: Path, small: Path, config: ModelConfig) -> ModelConf
     except InputError as error:
         raise InputError(str(error).replace(str(small), str(folder))) from None
     return config
-
-
-def log_sinks(config: ModelConfig) -> None:
-    """Says which sink dimensions the model folder starts with."""
-    for kind, dims, source in (
-        ("V-sinks", config.sinks.vit_dims, config.sink_sources.vit),
-        ("L-sinks", config.sinks.llm_dims, config.sink_sources.llm),
-    ):
-        if source and dims:
-            logger.info("dimensions of %s: %s, %s; `lsg sinks` checks them", kind, ", ".join(map(str, dims)), source)
-        elif not source:
-            logger.info("dimensions of %s: none are known of this model; `lsg calibrate` finds them", kind)
 
 
 def tree_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

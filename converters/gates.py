@@ -122,7 +122,7 @@ def _described(
 
 def as_table(described: dict[str, Any]) -> str:
     """What was understood, for people."""
-    rows = [("layer", "module", "norm", "fc1", "fc2", "without bias")]
+    rows: list[tuple[str, ...]] = [("layer", "module", "norm", "fc1", "fc2", "without bias")]
     for each in described["gates"]:
         shapes = [" x ".join(map(str, each[role])) for role in ("norm", "fc1", "fc2")]
         rows.append((str(each["layer"]), each["module"] or "(the file)", *shapes, ", ".join(each["no_bias"])))

@@ -122,7 +122,7 @@ def prominence(features: jax.Array, dims: tuple[int, ...]) -> jax.Array:
     """
     magnitude = jnp.abs(features.astype(jnp.float32))
     typical = jnp.median(magnitude, axis=-1, keepdims=True)
-    return magnitude[..., jnp.array(dims, int)] / jnp.maximum(typical, jnp.finfo(jnp.float32).tiny)
+    return magnitude[..., jnp.array(dims, int)] / jnp.maximum(typical, 1e-30)  # no 0 / 0
 
 
 def attention_share(received: jax.Array, among: jax.Array, tau: float) -> jax.Array:
