@@ -207,24 +207,31 @@ class VLM:
     # Images and text in, text out.
 
     def generate(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
-        """Greedy answers. `images` holds paths, bytes, PIL images, or None for a question without an image.
+        """Greedy answers.
 
         A method that asks a first question (`Method.first_question`) has it answered by the plain model.
+
+        Args:
+            images: for each prompt a path, bytes, a PIL image, a list of these, or None for a question without an image.
+            prompts: tags `<image>` say where several images stand, in order. Without any, the images come first.
+
+        Raises:
+            InputError: an image cannot be read, or there is not an entry of `images` for each prompt.
+            RecordError: a prompt has some tags, but not as many as it has several images.
         """
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images for {len(prompts)} prompts")
         if not prompts:
             return []
-        opened = [image if image is None or isinstance(image, Image.Image) else open_image(image) for image in images]
+        opened = [_opened(entry) for entry in images]
         encoded = [
-            self.processor.encode_question(prompt, has_image=image is not None, image_size=image.size if image else None)
-            for image, prompt in zip(opened, prompts, strict=True)
+            self.processor.encode_question(prompt, image_sizes=[image.size for image in shown])
+            for shown, prompt in zip(opened, prompts, strict=True)
         ]
-        pixels = [None if image is None else self.processor.pixels(image) for image in opened]
-        batch = self.pad_questions(encoded, pixels)
-        if all(image is None for image in images):
+        batch = self.pad_questions(encoded, list(map(self.processor.all_pixels, opened)))
+        if not any(opened):
             batch = batch.without_images()
-        if first := self.first_questions(prompts, [image is not None for image in images]):
+        if first := self.first_questions(prompts, list(map(bool, opened))):
             replies = self.plain().generate([None] * len(first), list(first.values()), REPLY_TOKENS)
             route = np.zeros(len(prompts), np.int32)
             route[list(first)] = [self.method.read_reply(reply) for reply in replies]
@@ -268,6 +275,12 @@ class VLM:
     ) -> Batch:
         """`model_inputs.make_batch`."""
         return make_batch(self.config, input_ids, pixel_values, attention_mask, gate_position, **more)[0]
+
+
+def _opened(entry: Any) -> list[Image.Image]:
+    """The images of one prompt: an image, its file or its bytes, a list of these, or None."""
+    shown = entry if isinstance(entry, (list, tuple)) else [] if entry is None else [entry]
+    return [image if isinstance(image, Image.Image) else open_image(image) for image in shown]
 
 
 def check_sinks(config: ModelConfig) -> None:

@@ -104,8 +104,8 @@ def test_generate_prints_the_answer_only(lsg, tiny_model, scenes, tmp_path):
         assert lsg(*common, "--image", image, *options) == (0, f"{answer}\n", "")
     # text only, with another template
     vlm = lsg_jax.load(tiny_model, template="mistral_instruct")
-    prompt = vlm.processor.decode(vlm.processor.encode_question("What is this?", has_image=False).ids)
-    assert prompt == vlm.plain().processor.decode(vlm.plain().processor.encode_question("What is this?", has_image=False).ids)
+    prompt = vlm.processor.decode(vlm.processor.encode_question("What is this?", image_sizes=()).ids)
+    assert prompt == vlm.plain().processor.decode(vlm.plain().processor.encode_question("What is this?", image_sizes=()).ids)
     assert prompt == "[INST] What is this? [/INST]"
     (answer,) = vlm.generate([None], ["What is this?"], 5)
     assert lsg(*common, "--template", "mistral_instruct") == (0, f"{answer}\n", "")

@@ -1,7 +1,9 @@
 """The commands on a tiny LLaVA-NeXT and OneVision, with images of many sizes: training, evaluation, studies, report."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from hf_models import save_tiny, tiny_hf
@@ -10,11 +12,18 @@ from PIL import Image
 import lsg_jax
 from converters.convert import convert
 from lsg_jax.cli import main
+from lsg_jax.config import EvalConfig, GateConfig
 from lsg_jax.data.layout import lay_out
+from lsg_jax.eval.answering import answer
+from lsg_jax.eval.batches import batches, encode_item
+from lsg_jax.eval.benchmarks.questions import QUESTIONS
+from lsg_jax.gating.portable import PortableGates, write_gates
+from lsg_jax.methods.gates import Gates
 from lsg_jax.vlm import read_batch
 
 PINPOINTS = [[42, 84], [84, 42], [84, 84], [42, 126]]
 SIZES = [(60, 200), (200, 60), (77, 90), (42, 42), (300, 101), (99, 100)]  # width, height
+MIXED = [("How many?", 0), ("How many?", 1), ("Is <image> like <image>?", 2), ("Which?", 3)]  # question, images
 SINKS = {"vit_dims": [3], "vit_tau": 1.2, "llm_dims": [5], "llm_tau": 3.0}
 
 
@@ -75,6 +84,62 @@ def test_trained_and_evaluated(folder, capfd):
     assert result["ratios"] and all(row["questions"] == 6 or row["questions"] == 12 for row in result["ratios"])
 
 
+@pytest.fixture(scope="module")
+def mixed(folder):
+    """Questions with none to three of the pictures."""
+    rows = []
+    for i in range(12):
+        text, count = MIXED[i % len(MIXED)]
+        names = [f"images/{(i + k) % 12}.png" for k in range(count)]
+        rows.append({"id": str(i), "question": text, "answer": "two", "images": names})
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = QUESTIONS.read(str(folder / "mixed.jsonl"))
+    return items, [QUESTIONS.prompt(item, "paper") for item in items]
+
+
+def test_answers_about_any_number_of_images_do_not_depend_on_the_batch(folder, mixed, capfd):
+    vlm, method = lsg_jax.load(folder / "model"), Gates(GateConfig(layers=(1, 3)))
+    start = method.initial(vlm.config, vlm.frozen, jax.random.key(0))
+    moved = jax.tree.map(lambda leaf: np.asarray(leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape)), start)
+    write_gates(folder / "gates.safetensors", PortableGates(method.gate, vlm.config.sinks, moved))
+    gated = lsg_jax.load(folder / "model", folder / "gates.safetensors")
+    found = [answer(gated, *mixed, EvalConfig(batch_size=size), max_new_tokens=4) for size in (4, 1)]
+    texts = [[each.text for each in run] for run in found]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 4
+    assert [each.ratios is None for each in found[0]] == [not item.images for item in mixed[0]]
+    ask = ["generate", folder / "model", "--gates", folder / "gates.safetensors", "--max-new-tokens", 4]
+    shown = [folder / f"images/{k}.png" for k in (2, 3)]
+    lsg(*ask, "--prompt", mixed[1][2], "--image", shown[0], "--image", shown[1])
+    assert capfd.readouterr().out.strip() == texts[0][2]
+    assert main([*map(str, ask), "--prompt", "a <image>", "--image", *map(str, shown)]) == 65
+    assert "1 <image> tag in the text for 2 images; write one for each image, or none" in capfd.readouterr().err
+
+
+def test_each_image_is_read_once_and_few_are_held(folder, mixed):
+    """Its size and its pixels come from one reading, and reading does not run far ahead of the batches."""
+    items, prompts = mixed
+    reads = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted:
+        source: object
+
+        def read(self):
+            reads.append(self.source.path.name)
+            return self.source.read()
+
+    many = [dataclasses.replace(item, images=tuple(map(Counted, item.images))) for item in items] * 20
+    processor = lsg_jax.load(folder / "model").processor
+    encode = lambda i, sizes: encode_item(processor, items[i % 12], prompts[i % 12], sizes, 512)
+    asked = batches(processor, many, range(len(many)), encode, size=3, rows=range(3), threads=1)
+    first = next(asked)
+    assert len(reads) < 60  # of 360
+    for batch in (first, *asked):
+        assert len({batch.encoded[i].tiles for i in batch.members}) == 1
+        assert [0 if p is None else len(p) for p in batch.pixels] == [batch.encoded[i].num_tiles for i in batch.members]
+    assert sorted(reads) == sorted(image.path.name for item in items for image in item.images * 20)
+
+
 def test_studies_run_and_are_reported(folder):
     config = folder / "run.toml"
     lsg("sweep", config, "--out", folder / "sweep", "--layers", 1, 3, "--coefficients", "0,1", "1,1")
@@ -94,7 +159,7 @@ def test_sinks_lie_on_the_original_image(folder, capfd):
         entry, layout = found[str(file)], lay_out(size, vlm.config)
         assert len(entry["boxes"]) == len(entry["norms"]) == (layout.source[:, 0] >= 0).sum()
         with Image.open(file) as image:
-            encoded = vlm.processor.encode_question("x", image_size=image.size)
+            encoded = vlm.processor.encode_question("x", image_sizes=[image.size])
             batch = vlm.pad_questions([encoded], [vlm.processor.pixels(image)])
         marked = np.asarray(_marked(vlm, batch))
         assert entry["v_sinks"] == np.flatnonzero(marked).tolist()

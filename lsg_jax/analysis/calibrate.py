@@ -77,7 +77,7 @@ class Sample:
         for done, path in enumerate(self.paths, 1):
             try:
                 opened = open_image(path)
-                question = processor.encode_question(self.prompt, image_size=opened.size)
+                question = processor.encode_question(self.prompt, image_sizes=(opened.size,))
                 pending.append((question, processor.pixels(opened)))
                 read.append(path)
             except InputError as error:

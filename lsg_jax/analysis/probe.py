@@ -126,8 +126,8 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
     count, size = data.train + data.test, settings.batch_size * batch_rows(vlm.mesh)
     first = data.read(0)[0]
     size_of_all = _size(first)
-    encoded = vlm.processor.encode_question(settings.prompt, image_size=size_of_all)
-    patches = int((vlm.processor.layout(size_of_all).source[:, 0] >= 0).sum())
+    encoded = vlm.processor.encode_question(settings.prompt, image_sizes=(size_of_all,))
+    patches = int((vlm.processor.layouts([size_of_all])[0].source[:, 0] >= 0).sum())
     shape = (len(layers), count, 2 + settings.draws, vlm.config.text.hidden_size)
     features = _on_disk(shape, scratch)
     present, flagged, values = np.zeros((len(layers), count, 3), bool), 0.0, []

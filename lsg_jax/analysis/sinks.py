@@ -84,7 +84,7 @@ def find_sinks(
     seen, entries = [], {}
     prepared = {name: _prepare(vlm, image) for name, image in images.items()}
     for done, (name, (size, pixels)) in enumerate(prepared.items(), 1):
-        encoded = vlm.processor.encode_question(prompt, image_size=size)
+        encoded = vlm.processor.encode_question(prompt, image_sizes=(size,))
         batch, prompt_mask, answer = _with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
         patches = int((batch.source[0, :, 0] >= 0).sum())
         seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, patches)))
@@ -118,7 +118,7 @@ def _prepare(vlm: VLM, image: Image.Image | bytes | str | Path) -> tuple[ImageSi
 
 def _place(vlm: VLM, size: ImageSize) -> dict[str, Any]:
     """Where the patches lie in the original image."""
-    layout = vlm.processor.layout(size)
+    (layout,) = vlm.processor.layouts([size])
     box = layout.box[layout.source[:, 0] >= 0]
     return {"size": list(size), "boxes": [[round(float(edge), 6) for edge in each] for each in box]}
 

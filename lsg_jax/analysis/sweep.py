@@ -27,10 +27,12 @@ from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, ans
 from lsg_jax.analysis.sweep_table import Grader
 from lsg_jax.checkpoint.processes import host_array, on_primary
 from lsg_jax.config import EvalConfig, GateConfig, Grouping, to_dict
+from lsg_jax.data.encoded import Encoded
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import ConfigError, Preempted
-from lsg_jax.eval.answering import Answer, encode_item, item_pixels, near_tie_of, plan
+from lsg_jax.eval.answering import Answer, near_tie_of
 from lsg_jax.eval.answers import AnswerLog
+from lsg_jax.eval.batches import QuestionBatch, batches, encode_item, item_pixels
 from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.eval.runner import Asked, ask_all
 from lsg_jax.files import write_json
@@ -219,19 +221,22 @@ class _Answering:
 
     def run(self) -> dict[int, list[Cells]]:
         """{layer: cells of every question}; the base model is at NO_LAYER."""
-        questions = zip(self.test.items, self.test.prompts, strict=True)
-        encoded = {i: encode_item(self.processor, item, prompt, self.config) for i, (item, prompt) in enumerate(questions)}
+        items, prompts, limit = self.test.items, self.test.prompts, self.config.max_length
+        encode = lambda i, sizes: encode_item(self.processor, items[i], prompts[i], sizes, limit)
         size = self.settings.batch_size * batch_rows(self.vlm.mesh)
+        rows = local_rows(self.vlm.mesh, size)
+        left = [i for i in range(len(items)) if not all(i in self.known[layer] for layer in self.layers)]
         with stop_signals() as stopped:
-            for members in plan(encoded, size):
-                self._run_batch(members, encoded, stopped)
+            asked = batches(self.processor, items, left, encode, size=size, rows=rows, threads=self.config.num_threads)
+            for questions in asked:
+                self._run_batch(questions, rows, stopped)
         return {layer: [self.known[layer][i] for i in range(len(self.test.items))] for layer in self.layers}
 
-    def _run_batch(self, members: list[int], encoded: Mapping[int, Any], stopped: Callable[[], bool]) -> None:
+    def _run_batch(self, questions: QuestionBatch, rows: Sequence[int], stopped: Callable[[], bool]) -> None:
+        members, encoded = questions.members, questions.encoded
         left = [layer for layer in self.layers if not all(i in self.known[layer] for i in members)]
-        if not left:
-            return
-        (batch,) = self._place(members, encoded)
+        local = self._pad([encoded[members[row]] for row in rows], questions.pixels)
+        batch = place_rows(local, self.vlm.mesh, len(members))
         vlm, limit = self.vlm, self.test.max_new_tokens
         shared, tokens, margin = run_prompts(vlm.params, batch, vlm.graphdef, limit)
         self._check_sinks(shared)
@@ -251,7 +256,7 @@ class _Answering:
                 )
 
     def _settle(
-        self, layer: int, members: list[int], encoded: Mapping[int, Any], tokens: np.ndarray, margin: np.ndarray
+        self, layer: int, members: list[int], encoded: Mapping[int, Encoded], tokens: np.ndarray, margin: np.ndarray
     ) -> dict[int, Cells]:
         """The cells of a batch, near ties computed again.
 
@@ -275,14 +280,17 @@ class _Answering:
         alone = {i: sum(of == i for of, _ in near) for i in own}
         return {i: Cells(tuple(map(self.processor.decode, tokens[row])), alone[i]) for i, row in own.items()}
 
-    def _place(self, members: Sequence[int], encoded: Mapping[int, Any], *more: np.ndarray) -> tuple[Any, ...]:
-        """The batch of these questions and the arrays `more`, one row a question, on the devices."""
+    def _pad(self, encoded: Sequence[Encoded], pixels: Sequence[np.ndarray | None]) -> Batch:
+        batch = self.vlm.pad_questions(encoded, pixels)
+        return dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
+
+    def _place(self, members: Sequence[int], encoded: Mapping[int, Encoded], *more: np.ndarray) -> tuple[Any, ...]:
+        """The batch of these questions, read again, and the arrays `more`, one row a question, on the devices."""
         rows = local_rows(self.vlm.mesh, len(members))
         here = [members[row] for row in rows]
         with ThreadPoolExecutor(self.config.num_threads) as pool:
             pixels = list(pool.map(lambda i: item_pixels(self.processor, self.test.items[i]), here))
-        batch: Batch = self.vlm.pad_questions([encoded[i] for i in here], pixels)
-        batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
+        batch = self._pad([encoded[i] for i in here], pixels)
         return place_rows((batch, *(values[rows] for values in more)), self.vlm.mesh, len(members))
 
     def _save(self, layer: int, cells: dict[int, Cells]) -> None:

@@ -78,8 +78,12 @@ def _add_readers(command: Command) -> None:
         (ASK, f"{ASK} --gates lsg-quickstart/run"),
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
-    sub.add_argument("--image", type=Path, metavar="FILE", help="leave out for a text-only question")
-    sub.add_argument("--prompt", required=True, metavar="TEXT")
+    sub.add_argument(
+        "--image", type=Path, nargs="+", action="extend", metavar="FILE", help="one or more; leave out for a text-only question"
+    )
+    sub.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="<image> says where each of several images stands; else they come first"
+    )
     template_option(sub)
     gate_options(sub)
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")

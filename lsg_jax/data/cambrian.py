@@ -84,7 +84,7 @@ class _Pass:
         name = source_name(source) if isinstance(source, str) else "(no source)"
         try:
             images = image_fields(record)
-            folder = first_folder(self._images.relative(images[0])) if images else ""
+            folder = first_folder(self._images.relative(images[0])) if images else ""  # of several, the first decides
         except RecordError:  # not a path, or one that leads elsewhere: validation reports it
             images, folder = ["?"], "?"
         category = self._table.category(name, folder)

@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lsg_jax.data.record_shapes import IMAGE_TAG as IMAGE_TAG
-from lsg_jax.data.record_shapes import Message, check_keys, image_fields, read_messages
+from lsg_jax.data.record_shapes import Message, check_keys, image_fields, read_messages, tags_in_front
 from lsg_jax.data.record_shapes import RecordError as RecordError
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn. The text of a human turn may start with `<image>\\n`; no other text contains the tag."""
+    """One turn. The text of a human turn holds a tag `<image>` for each of its images, in their order.
+
+    The tag of a turn's only image is at the start, followed by a newline (LLaVA-1.5).
+    """
 
     role: Literal["human", "gpt"]
     text: str
@@ -21,14 +24,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A validated record: alternating turns from a human one to an answer, with at most one image.
+    """A validated record: alternating turns from a human one to an answer.
 
-    `image` is the path as in the record, None without an image. `notes` are slugs of repairs: `image_without_tag`,
+    `images` are the paths as in the record, as many as the turns have tags. `notes` are slugs of repairs: `image_without_tag`,
     `system_dropped`, `leading_turn_dropped`, `unanswered_turn_dropped`, and `key_not_read: NAME`.
     """
 
     record_id: str
-    image: str | None
+    images: tuple[str, ...]
     turns: tuple[Turn, ...]
     notes: tuple[str, ...] = ()
 
@@ -41,8 +44,8 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
     """Validates a record of any shape that `record_shapes` reads.
 
     Raises:
-        RecordError: with the reasons of `record_shapes`, or `not_a_record`, `bad_id`, `several_images`, `unknown_role`,
-            `system_not_first`, `roles_not_alternating`, `tag_in_answer`, `tag_without_image`, `empty_question`,
+        RecordError: with the reasons of `record_shapes`, or `not_a_record`, `bad_id`, `unknown_role`, `system_not_first`,
+            `roles_not_alternating`, `tag_in_answer`, `tag_without_image`, `tags_and_images_differ`, `empty_question`,
             `empty_answer` or `nothing_supervised`.
     """
     if not isinstance(record, dict):
@@ -53,10 +56,7 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
     images = image_fields(record)
     key_notes = check_keys(record, has_image=bool(images))
     turns, turn_notes = _alternating(read_messages(record))
-    if len(images) > 1:
-        raise RecordError("several_images", f"the record lists {len(images)} images; one is supported")
-    image = images[0] if images else None
-    turns, tag_notes = _place_tag(turns, image is not None)
+    turns, tag_notes = _place_tags(turns, len(images))
     for number, turn in enumerate(turns):
         if turn.text.strip():
             continue
@@ -65,7 +65,7 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
     if not turns:
         raise RecordError("nothing_supervised", "no question is followed by an answer")
     notes = dict.fromkeys((*key_notes, *turn_notes, *tag_notes))  # each once
-    return Conversation(str(record_id), image, tuple(turns), tuple(notes))
+    return Conversation(str(record_id), tuple(images), tuple(turns), tuple(notes))
 
 
 def _alternating(messages: list[Message]) -> tuple[list[Turn], list[str]]:
@@ -97,35 +97,46 @@ def _alternating(messages: list[Message]) -> tuple[list[Turn], list[str]]:
     return turns, notes
 
 
-def _place_tag(turns: list[Turn], has_image: bool) -> tuple[list[Turn], list[str]]:
-    """Moves `<image>` to the front of its turn, or puts it in front of the first question."""
+def _place_tags(turns: list[Turn], images: int) -> tuple[list[Turn], list[str]]:
+    """Checks the tags against the number of images. Tags in no turn go in front of the first question."""
     for number, turn in enumerate(turns):
         if turn.role == "gpt" and IMAGE_TAG in turn.text:
             raise RecordError("tag_in_answer", f"turn {number} is an answer that contains {IMAGE_TAG}")
     count = sum(turn.text.count(IMAGE_TAG) for turn in turns)
-    if count > 1:
-        raise RecordError("several_images", f"{count} {IMAGE_TAG} tags; one image is supported")
-    if count and not has_image:
+    if count and not images:
         raise RecordError("tag_without_image", f"{IMAGE_TAG} in the text, but the record has no image")
-    if has_image and not count:
-        return [Turn("human", tag_front(turns[0].text)), *turns[1:]], ["image_without_tag"]
-    return [replace(t, text=tag_front(t.text)) if IMAGE_TAG in t.text else t for t in turns], []
+    if images and not count:
+        return [Turn("human", tags_in_front(turns[0].text, images)), *turns[1:]], ["image_without_tag"]
+    if count != images:
+        raise tags_differ(count, images)
+    # as in the code of LLaVA-NeXT: the only tag of a turn moves to its front, several stay where they are
+    return [replace(t, text=tags_in_front(t.text, 1)) if t.text.count(IMAGE_TAG) == 1 else t for t in turns], []
 
 
-def tag_front(text: str) -> str:
-    """`<image>\\n` and the text, without other tags and outer whitespace."""
-    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
+def tags_differ(tags: int, images: int) -> RecordError:
+    """The error of a text that has not a tag for each image."""
+    of = lambda count, what: f"{count} {what}{'' if count == 1 else 's'}"
+    return RecordError("tags_and_images_differ", f"{of(tags, f'{IMAGE_TAG} tag')} in the text for {of(images, 'image')}")
 
 
-def question_turn(text: str, *, has_image: bool) -> Turn:
-    """A question as a turn, with the tag in front if it has an image.
+def question_turn(text: str, images: int) -> Turn:
+    """A question as a turn, with the tags of its images.
+
+    The tag of a single image goes to the front. Several tags stay where they are; without any, they go to the front.
 
     Raises:
-        RecordError: `tag_without_image` or `empty_question`, where there is no image.
+        RecordError: `tag_without_image` or `empty_question`, where there is no image; `tags_and_images_differ`, where several
+            images have tags, but not one each.
     """
-    if has_image:
-        return Turn("human", tag_front(text))
-    if IMAGE_TAG in text:
+    count = text.count(IMAGE_TAG)
+    if images > 1 and count:
+        if count != images:
+            error = tags_differ(count, images)
+            raise RecordError(error.reason, f"{error}; write one for each image, or none")
+        return Turn("human", text.strip())
+    if images:
+        return Turn("human", tags_in_front(text, images))
+    if count:
         raise RecordError("tag_without_image", f"{IMAGE_TAG} in the text, but there is no image")
     if not text.strip():
         raise RecordError("empty_question", "the question is empty, and there is no image")

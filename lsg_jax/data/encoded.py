@@ -15,11 +15,11 @@ class Encoded:
     """One tokenized example.
 
     Attributes:
-        ids: int32 [T]; `<image>` is replaced by the tokens of the image's layout.
+        ids: int32 [T]; each `<image>` is replaced by the tokens of its image's layout.
         num_prompt: number of tokens before the (first) answer.
         cut: number of answer tokens removed by truncation.
         answers: (start, stop) of each answer, end marker included. None: a single answer, from `num_prompt` to the end.
-        image_sizes: (width, height) in pixels of the images whose tokens are in `ids`.
+        image_sizes: (width, height) in pixels of the images whose tokens are in `ids`, in their order.
         num_tiles: squares that the vision tower sees of them.
     """
 

@@ -116,7 +116,7 @@ def _not_parquet(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: `row["column"]` for the requested columns, `image()` for its images."""
+    """One row: `row["column"]` for the requested columns, `images()` for its image."""
 
     file: ParquetFile
     number: int  # within the file, from 0
@@ -128,9 +128,9 @@ class Row:
     def get(self, column: str, default: Any = None) -> Any:
         return self.values.get(column, default)
 
-    def image(self, column: str = "image") -> ImageCell | None:
-        """The image of a column; None if the cell is null."""
-        return None if self.file.is_null(self.number, column) else ImageCell(self.file, self.number, column)
+    def images(self, column: str = "image") -> tuple[ImageCell, ...]:
+        """The image of a column; () if the cell is null."""
+        return () if self.file.is_null(self.number, column) else (ImageCell(self.file, self.number, column),)
 
     @property
     def where(self) -> str:

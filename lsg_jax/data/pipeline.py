@@ -12,8 +12,9 @@ import numpy as np
 from lsg_jax.config import DataConfig
 from lsg_jax.data.conversation import RecordError, examples
 from lsg_jax.data.encoded import Encoded
-from lsg_jax.data.processor import Processor, to_batch
+from lsg_jax.data.processor import Processor
 from lsg_jax.data.records import PreparedRecords, Record, open_records
+from lsg_jax.data.rows import to_batch
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
 
@@ -29,8 +30,8 @@ class TrainingData(Iterator[Batch]):
 
     The global batch does not depend on the number of processes or the mesh. Several processes may need the same rows of it.
 
-    Batches hold uint8 pixels (zeros for text-only rows), T = `data.max_length`, A = `data.max_answer_tokens`, and
-    B = `len(rows)`. `row_id` is the row in the prepared records.
+    Batches hold uint8 pixels (zeros for text-only rows), with room for the most tiles of any example; T = `data.max_length`,
+    A = `data.max_answer_tokens`, and B = `len(rows)`. `row_id` is the row in the prepared records.
 
     Args:
         batch_size: rows in the global batch.
@@ -91,22 +92,23 @@ class TrainingData(Iterator[Batch]):
             whole = self._data.conversations == "whole"
             for number, (prompt, answer) in enumerate(examples(record.turns)[: 1 if whole else None]):
                 try:
-                    if whole or not self._processor.surely_fits(prompt, answer, image_size=record.image_size, **self._limits):
+                    sizes = record.image_sizes
+                    if whole or not self._processor.surely_fits(prompt, answer, image_sizes=sizes, **self._limits):
                         self.truncated += self._encode(record, number).cut > 0
+                    shown = self._processor.shown(record.turns if whole else prompt, sizes)
                 except RecordError as error:
                     dropped[error.reason] += 1
                     continue
                 kept.append((row, number))
-                if record.image_size:
-                    self._tiles = max(self._tiles, self._processor.layout(record.image_size).tiles)
+                self._tiles = max(self._tiles, sum(layout.tiles for layout in self._processor.layouts(shown)))
         self.dropped = dict(sorted(dropped.items()))
         return np.asarray(kept, np.int32).reshape(-1, 2)
 
     def _encode(self, record: Record, number: int) -> Encoded:
         if self._data.conversations == "whole":
-            return self._processor.encode_conversation(record.turns, image_size=record.image_size, **self._limits)
+            return self._processor.encode_conversation(record.turns, image_sizes=record.image_sizes, **self._limits)
         prompt, answer = examples(record.turns)[number]
-        return self._processor.encode(prompt, answer, image_size=record.image_size, **self._limits)
+        return self._processor.encode(prompt, answer, image_sizes=record.image_sizes, **self._limits)
 
     def _grain_iterator(self, epochs: int) -> Any:
         import grain
@@ -131,10 +133,11 @@ class TrainingData(Iterator[Batch]):
         records, row, number = item
         record = records[row]
         try:
-            pixels = self._processor.pixels(record.image) if record.image else None
+            encoded = self._encode(record, number)
+            shown = record.images[: len(encoded.image_sizes)]  # the others belong to later turns
             return self._processor.row(
-                self._encode(record, number),
-                pixels,
+                encoded,
+                self._processor.all_pixels(shown),
                 tiles=self._tiles,
                 max_length=self._data.max_length,
                 max_answer_tokens=self._data.max_answer_tokens,

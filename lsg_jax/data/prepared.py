@@ -204,6 +204,7 @@ class PreparedRows(Generic[Row, Report]):
         folder = self.layout.rows(self._path)
         try:
             builder = tfds.builder_from_directory(folder)
-            return builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+            encoded = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+            return builder.as_data_source("train", decoders=encoded)
         except Exception as error:  # TFDS and array_record raise several types for damaged files
             raise InputError(f"{folder}: cannot be opened: {str(error).splitlines()[0][:200]}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +13,15 @@ from PIL import Image
 
 from lsg_jax.config import Aspect, ModelConfig
 from lsg_jax.data import images
-from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, question_turn
+from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn, question_turn, tags_differ
 from lsg_jax.data.encoded import Encoded
-from lsg_jax.data.images import to_patches
-from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out, place_sources
+from lsg_jax.data.layout import ImageSize, VisualLayout, lay_out
 from lsg_jax.data.processor_files import default_of, image_token_id, open_tokenizer, read_chat_template, read_image_token
+from lsg_jax.data.rows import pad_row, to_batch
 from lsg_jax.data.templates import TEMPLATES, ChatTemplate, default_template, render
 from lsg_jax.data.tokenization import ChunkTokenizer
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.types import IGNORE, Batch, VisualInput
+from lsg_jax.types import Batch
 
 CHAT_TEMPLATE = "chat_template"
 """Name of the checkpoint's own template."""
@@ -85,12 +86,7 @@ class Processor:
 
     @classmethod
     def from_folder(
-        cls,
-        folder: str | Path,
-        model: ModelConfig,
-        *,
-        template: str | None = None,
-        image_aspect: Aspect | None = None,
+        cls, folder: str | Path, model: ModelConfig, *, template: str | None = None, image_aspect: Aspect | None = None
     ) -> Processor:
         """Opens the tokenizer, the chat template and the image token of a local folder, as `AutoProcessor` chooses them.
 
@@ -120,7 +116,7 @@ class Processor:
         prompt_turns: Sequence[Turn],
         answer: str | None,
         *,
-        image_size: ImageSize | None = None,
+        image_sizes: Sequence[ImageSize] | None = None,
         max_length: int | None = None,
         max_answer_tokens: int | None = None,
     ) -> Encoded:
@@ -129,32 +125,40 @@ class Processor:
         Args:
             prompt_turns: the turns before the answer.
             answer: None for generation.
-            image_size: (width, height) of the image that `<image>` stands for, in pixels. None: as large as the vision tower's.
+            image_sizes: (width, height) in pixels of the images that the tags `<image>` stand for, in order; there may be more,
+                of turns that follow. None: all are as large as the vision tower's. Of at most one image, the tag is at the
+                start of its turn, and further tags are text.
             max_length: maximum number of tokens in all.
             max_answer_tokens: maximum number of answer tokens.
 
         Raises:
-            RecordError: `image_truncated`, `nothing_supervised` (no answer token is left), `reserved_text`, `bad_text`,
-                `image_token_in_text`, those of `ChatTemplate.render`, or, without an answer, `prompt_too_long`.
+            RecordError: `image_truncated`, `nothing_supervised` (no answer token is left), `tags_and_images_differ`,
+                `reserved_text`, `bad_text`, `image_token_in_text`, those of `ChatTemplate.render`, or, without an answer,
+                `prompt_too_long`.
         """
-        prompt, ending = self._render(prompt_turns, answer)
-        image_ids = self.layout(image_size).token_ids.tolist()
+        shown = self.shown(prompt_turns, image_sizes)
+        image_ids = self._image_ids(shown)
+        prompt, ending = self._render(prompt_turns, answer, image_sizes)
         ids, num_prompt = self._chunks.encode(prompt, ending, image_ids)
-        self._check_text(ids, image_ids, prompt.count(IMAGE_TAG))
+        self._check_text(ids, image_ids)
         limit = len(ids) if max_answer_tokens is None else num_prompt + max_answer_tokens
         limit = limit if max_length is None else min(limit, max_length)
         kept = ids[:limit]
         if kept.count(self.model.image_token_id) != ids.count(self.model.image_token_id):
-            raise RecordError("image_truncated", f"the image's tokens do not fit into {max_length} tokens")
+            raise self._truncated(shown, max_length)
         if answer is None and len(kept) < num_prompt:
             raise RecordError("prompt_too_long", f"the prompt has {num_prompt} tokens; at most {max_length} fit")
         if answer is not None and len(kept) <= num_prompt:
             raise RecordError("nothing_supervised", f"the prompt has {num_prompt} tokens; no answer fits into {max_length}")
-        encoded = Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept))
-        return self._with_images(encoded, image_size, prompt.count(IMAGE_TAG))
+        return self._with_images(Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept)), shown)
 
     def encode_conversation(
-        self, turns: Sequence[Turn], *, image_size: ImageSize | None = None, max_length: int, max_answer_tokens: int
+        self,
+        turns: Sequence[Turn],
+        *,
+        image_sizes: Sequence[ImageSize] | None = None,
+        max_length: int,
+        max_answer_tokens: int,
     ) -> Encoded:
         """Tokenizes a conversation as one example with a loss on every answer. Arguments and truncation as in `encode`.
 
@@ -162,45 +166,50 @@ class Processor:
             RecordError: those of `encode`, or `answers_apart`: the template or the tokenizer writes an earlier answer
                 differently from a final one, so one sequence cannot train both.
         """
-        image_ids = self.layout(image_size).token_ids.tolist()
+        shown = self.shown(turns, image_sizes)
+        image_ids = self._image_ids(shown)
+        left = iter(image_ids)
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        prompt, ending = self._render(turns[:-1], turns[-1].text)
-        for question, answer in self._exchanges(turns, prompt + (ending or "")):
-            more, start = self._chunks.encode(question, answer, image_ids, beginning=not ids)
+        prompt, ending = self._render(turns[:-1], turns[-1].text, image_sizes)
+        for question, answer in self._exchanges(turns, prompt + (ending or ""), image_sizes):
+            here = list(itertools.islice(left, question.count(IMAGE_TAG)))
+            more, start = self._chunks.encode(question, answer, here, beginning=not ids)
             spans.append((len(ids) + start, len(ids) + len(more)))
             ids += more
         if ids != self._chunks.encode(prompt, ending, image_ids)[0]:
             raise RecordError("answers_apart", "its turns tokenize differently together than one by one")
-        self._check_text(ids, image_ids, prompt.count(IMAGE_TAG))
+        self._check_text(ids, image_ids)
         whole = Encoded(np.asarray(ids, np.int32), spans[0][0], answers=tuple(spans))
         positions = whole.answered[:max_answer_tokens]
         length = min(max_length, int(positions[-1]) + 1)
         kept = tuple((start, min(stop, length)) for start, stop in spans if start < length)
         if (whole.ids[length:] == self.model.image_token_id).any():
-            raise RecordError("image_truncated", f"the image's tokens do not fit into {max_length} tokens")
+            raise self._truncated(shown, max_length)
         if not kept:
             raise RecordError("nothing_supervised", f"the prompt has {spans[0][0]} tokens; no answer fits into {max_length}")
         cut = len(whole.answered) - sum(stop - start for start, stop in kept)
-        return self._with_images(Encoded(whole.ids[:length], spans[0][0], cut, kept), image_size, prompt.count(IMAGE_TAG))
+        return self._with_images(Encoded(whole.ids[:length], spans[0][0], cut, kept), shown)
 
-    def _check_text(self, ids: list[int], image_ids: list[int], images: int) -> None:
+    def _check_text(self, ids: list[int], image_ids: list[list[int]]) -> None:
         """Raises RecordError `image_token_in_text` where text has the id that stands for an image."""
         token = self.model.image_token_id
-        if ids.count(token) != images * image_ids.count(token):
+        if ids.count(token) != sum(each.count(token) for each in image_ids):
             name = self.tokenizer.convert_ids_to_tokens(token)
             raise RecordError("image_token_in_text", f"the text contains token {token} ({name!r}), which is this model's image")
 
-    def _exchanges(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[str, str]]:
+    def _exchanges(
+        self, turns: Sequence[Turn], text: str, image_sizes: Sequence[ImageSize] | None
+    ) -> Iterator[tuple[str, str]]:
         """Splits a rendered conversation into pairs (text before the answer, the answer with its end marker)."""
-        _, first = self._render(turns[:1], turns[1].text)
+        _, first = self._render(turns[:1], turns[1].text, image_sizes)
         prefix, found, suffix = (first or "").partition(self._chunks.protect(turns[1].text))
         at = 0
         for human, gpt in zip(turns[::2], turns[1::2], strict=True):
             answer = prefix + self._chunks.protect(gpt.text) + suffix
             start = text.find(answer, at)
-            question = self._chunks.protect(human.text, keep_tag=True).removeprefix(IMAGE_TAG).strip()
-            if not found or start < 0 or question not in text[at:start]:
+            question = self._protected(human, image_sizes).text.split(IMAGE_TAG)
+            if not found or start < 0 or not all(piece.strip() in text[at:start] for piece in question):
                 raise RecordError("answers_apart", "the template writes earlier answers differently from the last one")
             yield text[at:start], answer
             at = start + len(answer)
@@ -212,7 +221,7 @@ class Processor:
         prompt_turns: Sequence[Turn],
         answer: str,
         *,
-        image_size: ImageSize | None = None,
+        image_sizes: Sequence[ImageSize] | None = None,
         max_length: int,
         max_answer_tokens: int,
     ) -> bool:
@@ -221,41 +230,79 @@ class Processor:
         Each token covers at least one byte, except BOS and the word-start mark of the first word. Text beyond ASCII is never
         sure, because normalization can lengthen it; nor is any where a token of text stands for an image.
         """
-        prompt, ending = self._render(prompt_turns, answer)
-        tags = prompt.count(IMAGE_TAG)
-        most = len(prompt) + len(ending or "") + 2 + tags * len(self.layout(image_size))
-        fits = most <= max_length and 0 < len(ending or "") <= max_answer_tokens and tags < 2
+        prompt, ending = self._render(prompt_turns, answer, image_sizes)
+        image_tokens = sum(map(len, self.layouts(self.shown(prompt_turns, image_sizes))))
+        most = len(prompt) + len(ending or "") + 2 + image_tokens
+        fits = most <= max_length and 0 < len(ending or "") <= max_answer_tokens
         return fits and not self._image_is_text and prompt.isascii() and answer.isascii()
 
-    def layout(self, image_size: ImageSize | None = None) -> VisualLayout:
-        """The layout of an image of (width, height) pixels. None: as large as the vision tower's."""
-        return lay_out(image_size or self._square, self.model)
+    def layouts(self, image_sizes: Sequence[ImageSize]) -> list[VisualLayout]:
+        """The layouts of the images that one example shows, of (width, height) pixels, in their order.
+
+        An image is `alone` (`layout.lay_out`) if the example shows no other. Of a conversation that is split into examples, the
+        first ones may show an image alone that later ones show beside another.
+        """
+        return [lay_out(size, self.model, alone=len(image_sizes) == 1) for size in image_sizes]
 
     @property
-    def _square(self) -> ImageSize:
+    def square(self) -> ImageSize:
+        """Width and height of the images of the vision tower, in pixels."""
         return self.model.vision.image_size, self.model.vision.image_size
 
-    def _with_images(self, encoded: Encoded, image_size: ImageSize | None, count: int) -> Encoded:
-        sizes = (image_size or self._square,) * count
-        return dataclasses.replace(encoded, image_sizes=sizes, num_tiles=count and self.layout(image_size).tiles * count)
+    def shown(self, turns: Sequence[Turn], image_sizes: Sequence[ImageSize] | None) -> tuple[ImageSize, ...]:
+        """Sizes of the images that the tags of these turns stand for, the first ones of `image_sizes`; see `encode`.
 
-    def _render(self, prompt_turns: Sequence[Turn], answer: str | None) -> tuple[str, str | None]:
+        Raises:
+            RecordError: `tags_and_images_differ`, there are fewer images.
+        """
+        tags = sum(self._protected(turn, image_sizes).text.count(IMAGE_TAG) for turn in turns)
+        if image_sizes is None:
+            return (self.square,) * tags
+        if tags > len(image_sizes):
+            raise tags_differ(tags, len(image_sizes))
+        return tuple(image_sizes[:tags])
+
+    def _image_ids(self, image_sizes: Sequence[ImageSize]) -> list[list[int]]:
+        return [layout.token_ids.tolist() for layout in self.layouts(image_sizes)]
+
+    def _truncated(self, image_sizes: Sequence[ImageSize], max_length: int | None) -> RecordError:
+        of = "the image's tokens do" if len(image_sizes) == 1 else f"the tokens of {len(image_sizes)} images do"
+        return RecordError("image_truncated", f"{of} not fit into {max_length} tokens")
+
+    def _with_images(self, encoded: Encoded, image_sizes: tuple[ImageSize, ...]) -> Encoded:
+        tiles = sum(layout.tiles for layout in self.layouts(image_sizes))
+        return dataclasses.replace(encoded, image_sizes=image_sizes, num_tiles=tiles)
+
+    def _protected(self, turn: Turn, image_sizes: Sequence[ImageSize] | None) -> Turn:
+        """The turn with its special tokens hidden, except the tags of images; see `encode`."""
+        tags: Literal["none", "first", "all"] = "none"
+        if turn.role == "human":
+            tags = "first" if image_sizes is None or len(image_sizes) < 2 else "all"
+        return Turn(turn.role, self._chunks.protect(turn.text, tags=tags))
+
+    def _render(
+        self, prompt_turns: Sequence[Turn], answer: str | None, image_sizes: Sequence[ImageSize] | None
+    ) -> tuple[str, str | None]:
         """(prompt, answer with its end marker). Special tokens within the turns' own text are hidden."""
-        turns = [Turn(t.role, self._chunks.protect(t.text, keep_tag=t.role == "human")) for t in prompt_turns]
+        turns = [self._protected(turn, image_sizes) for turn in prompt_turns]
         protected = None if answer is None else self._chunks.protect(answer)
         if self._chat is not None:
             return self._chat.render(turns, protected)
         return render(TEMPLATES[self.template], turns, protected, eos=self.tokenizer.eos_token)
 
     def encode_question(
-        self, text: str, *, has_image: bool = True, image_size: ImageSize | None = None, max_length: int | None = None
+        self, text: str, *, image_sizes: Sequence[ImageSize] | None = None, max_length: int | None = None
     ) -> Encoded:
-        """Tokenizes the generation prompt of a single question. `<image>` in `text` moves to the front. See `encode`.
+        """Tokenizes the generation prompt of a single question, whose tags are placed by `conversation.question_turn`.
+
+        Args:
+            image_sizes: as in `encode`, all of them; () for a question without an image, None for one square image.
 
         Raises:
             RecordError: those of `encode` and `question_turn`.
         """
-        return self.encode([question_turn(text, has_image=has_image)], None, image_size=image_size, max_length=max_length)
+        turn = question_turn(text, 1 if image_sizes is None else len(image_sizes))
+        return self.encode([turn], None, image_sizes=image_sizes, max_length=max_length)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first end-of-sequence token. Special tokens and outer whitespace are removed."""
@@ -268,10 +315,14 @@ class Processor:
 
     # ---------------------------------------------------------------------------------------------------------------- images
 
-    def pixels(self, image: Image.Image | bytes | str | Path) -> np.ndarray:
-        """An image, its file, or the file's bytes -> uint8 [S, size, size, 3], the tiles of its layout."""
+    def pixels(self, image: Image.Image | bytes | str | Path, *, alone: bool = True) -> np.ndarray:
+        """An image, its file, or the file's bytes -> uint8 [S, size, size, 3], the tiles of its layout; see `layouts`."""
         opened = images.to_rgb(image) if isinstance(image, Image.Image) else images.open_image(image)
-        return images.prepare_tiles(opened, self.image)
+        return images.prepare_tiles(opened, self.image, alone=alone)
+
+    def all_pixels(self, shown: Sequence[Image.Image | bytes | str | Path]) -> np.ndarray | None:
+        """The tiles of the images that one example shows after each other, as `row` takes them; None for none."""
+        return np.concatenate([self.pixels(image, alone=len(shown) == 1) for image in shown]) if shown else None
 
     @property
     def blank(self) -> np.ndarray:
@@ -294,48 +345,28 @@ class Processor:
         """The fields of `Batch` for one example, without the batch axis; `patches` for its images.
 
         Args:
-            pixels: uint8 [S, size, size, 3], the tiles of its images.
+            pixels: uint8 [S, size, size, 3], the tiles of its images; None for none.
             tiles: what S is padded to; None for `encoded.tiles`.
 
         Raises:
             InputError: the example is longer than `max_length`, its answer longer than `max_answer_tokens`, or its pixels are
                 not those of its image tokens.
         """
-        length = len(encoded.ids)
-        answered = encoded.answered
-        targets = encoded.ids[answered]
-        if length > max_length or len(targets) > max_answer_tokens:
-            raise InputError(
-                f"example of {length} tokens ({len(targets)} of them answer) exceeds {max_length} ({max_answer_tokens})"
-            )
-        if (is_image := encoded.ids == self.model.image_token_id).any() and pixels is None:
-            raise InputError("the prompt has image tokens, but no image was given")
-        layouts = [self.layout(size) for size in encoded.image_sizes]
-        if is_image.sum() != (count := sum(map(len, layouts))):
-            raise InputError(f"{is_image.sum()} image tokens in a prompt whose images have {count}")
+        layouts = self.layouts(encoded.image_sizes)
         shown = self.blank if pixels is None or not layouts else pixels
-        if layouts and len(shown) != encoded.num_tiles:
-            raise InputError(f"{len(shown)} tiles for a prompt whose images have {encoded.num_tiles}")
-        start = 0 if padding_side == "right" else max_length - length
-        input_ids = np.full(max_length, self.model.pad_token_id, np.int32)
-        input_ids[start : start + length] = encoded.ids
-        positions = np.arange(max_length)
-        valid = (positions >= start) & (positions < start + length)
-        room = (tiles or encoded.tiles) - len(shown)
-        answer_index = np.zeros(max_answer_tokens, np.int32)
-        answer_target = np.full(max_answer_tokens, IGNORE, np.int32)
-        answer_index[: len(targets)] = start + answered - 1  # whose hidden state predicts it
-        answer_target[: len(targets)] = targets
-        return {
-            "input_ids": input_ids,
-            "attention_mask": valid,
-            "patches": np.pad(to_patches(shown, self.model.vision.patch_size), ((0, room), (0, 0), (0, 0))),
-            **place_sources(valid & (input_ids == self.model.image_token_id), layouts, self.model),
-            "gate_position": np.asarray(start + encoded.num_prompt - 1, np.int32),
-            "answer_index": answer_index,
-            "answer_target": answer_target,
-            "row_id": np.asarray(row_id, np.int32),
-        }
+        if layouts and pixels is None:
+            raise InputError("the prompt has image tokens, but no image was given")
+        return pad_row(
+            encoded,
+            shown,
+            layouts,
+            self.model,
+            max_length=max_length,
+            max_answer_tokens=max_answer_tokens,
+            padding_side=padding_side,
+            row_id=row_id,
+            tiles=tiles,
+        )
 
     def collate(
         self,
@@ -366,9 +397,3 @@ class Processor:
             for i, (e, p) in enumerate(zip(encoded, pixels, strict=True))
         ]
         return to_batch({name: np.stack([row[name] for row in rows]) for name in rows[0]})
-
-
-def to_batch(fields: dict[str, np.ndarray]) -> Batch:
-    """A `Batch` of stacked rows that `Processor.row` returned."""
-    fields = dict(fields)
-    return Batch(images=VisualInput(fields.pop("patches")), **fields)

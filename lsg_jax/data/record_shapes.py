@@ -21,7 +21,7 @@ from typing import Any, Literal
 from lsg_jax.errors import LsgError
 
 IMAGE_TAG = "<image>"
-"""The image's place in records, templates and prompts: at the start of a turn, followed by a newline."""
+"""An image's place in records, templates and prompts."""
 
 Role = Literal["system", "human", "gpt", "other"]
 
@@ -74,6 +74,11 @@ class Message:
     role: Role
     written: str
     text: str
+
+
+def tags_in_front(text: str, images: int) -> str:
+    """`<image> <image>\\n` and the text, without other tags and outer whitespace."""
+    return f"{' '.join([IMAGE_TAG] * images)}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
 
 
 def has_turns(record: dict[str, Any]) -> bool:
@@ -212,7 +217,7 @@ def _message(number: int, item: Any) -> Message:
         raise RecordError("unsupervised_turn", f"turn {number} has {key} = {item[key]}; every answer of a record is learnt")
     if IMAGE_TAG not in content:
         own = sum(len(_paths(item.get(key), key)) for key in IMAGE_KEYS)
-        content = IMAGE_TAG * own + content
+        content = tags_in_front(content, own) if own else content
     return Message(kind, str(role)[:80], content)
 
 
@@ -262,7 +267,10 @@ def _in_order_of_parts(record: dict[str, Any], paths: list[str]) -> list[str]:
 def _paths(value: Any, key: str) -> list[str]:
     """The paths in the value of an image key."""
     if isinstance(value, list):
-        return [path for entry in value for path in _paths(entry, key)]
+        found = [_paths(entry, key) for entry in value]
+        if any(found) and not all(found):
+            raise RecordError("bad_image_field", f"{key}: entry {found.index([]) + 1} of {len(found)} has no path")
+        return [path for paths in found for path in paths]
     if isinstance(value, dict):
         if (inner := next((value[k] for k in PATH_KEYS if _given(value.get(k))), None)) is not None:
             return _paths(inner, key)

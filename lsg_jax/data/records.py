@@ -25,7 +25,7 @@ from lsg_jax.digest import file_sha256
 from lsg_jax.errors import InputError
 from lsg_jax.progress import Progress, silent
 
-LAYOUT = FolderLayout(manifest="records_manifest.json", dataset="llava_records", format=2, oldest=1)
+LAYOUT = FolderLayout(manifest="records_manifest.json", dataset="llava_records", format=3, oldest=1)
 REJECTS = "rejects.jsonl"
 
 
@@ -36,19 +36,14 @@ class Record:
     Attributes:
         record_id: as the source states it; need not be unique.
         turns: human and gpt in turn, the last one an answer.
-        image: bytes of the image file; empty without an image.
-        image_sizes: (width, height) in pixels of each image; empty without one.
+        images: bytes of each image file, in the order of the tags in the turns; () without an image.
+        image_sizes: (width, height) in pixels of each image.
     """
 
     record_id: str
     turns: tuple[Turn, ...]
-    image: bytes = b""
+    images: tuple[bytes, ...] = ()
     image_sizes: tuple[ImageSize, ...] = ()
-
-    @property
-    def image_size(self) -> ImageSize | None:
-        """Size of the one image; None without one."""
-        return self.image_sizes[0] if self.image_sizes else None
 
 
 @dataclass(frozen=True)
@@ -97,9 +92,9 @@ class Validation:
                 raise record
             conversation = parse_record(record, default_id=f"line {line}")
             row = Record(conversation.record_id, conversation.turns)
-            if conversation.image is not None:
-                image, size = self._images.read(conversation.image)
-                row = replace(row, image=image, image_sizes=(size,))
+            if read := [self._images.read(path) for path in conversation.images]:
+                images, sizes = zip(*read, strict=True)
+                row = replace(row, images=images, image_sizes=sizes)
         except RecordError as error:
             return Checked(line, record_id, error=error)
         return Checked(line, record_id, row, notes=conversation.notes, answers=len(examples(conversation.turns)))
@@ -108,11 +103,11 @@ class Validation:
         report = self.report
         report.rows += 1
         report.answers.append(checked.answers)
-        report.without_image += not row.image
+        report.without_image += not row.images
         self._notes.update(checked.notes)
         self._notes["duplicate_id"] += row.record_id in self._ids
         self._ids.add(row.record_id)
-        for part in (row.record_id.encode(), row.image, _turns_to_json(row.turns).encode()):
+        for part in (row.record_id.encode(), *(row.images or (b"",)), _turns_to_json(row.turns).encode()):
             self._digest.update(len(part).to_bytes(8, "little") + part)
 
     def _count_reject(self, checked: Checked, error: RecordError) -> None:
@@ -196,14 +191,20 @@ def write_records(folder: Path, rows: Iterable[Record]) -> None:
 
     features = {
         "record_id": tfds.features.Text(),
-        "image": tfds.features.Image(),
+        # encoded files: TFDS cannot leave a sequence of images undecoded
+        "images": tfds.features.Sequence(tfds.features.Text()),
         "image_sizes": tfds.features.Tensor(shape=(None, 2), dtype=np.int32),
         "turns": tfds.features.Text(),
     }
 
     def stored(row: Record) -> dict[str, Any]:
         sizes = np.array(row.image_sizes, np.int32).reshape(-1, 2)
-        return {"record_id": row.record_id, "image": row.image, "image_sizes": sizes, "turns": _turns_to_json(row.turns)}
+        return {
+            "record_id": row.record_id,
+            "images": list(row.images),
+            "image_sizes": sizes,
+            "turns": _turns_to_json(row.turns),
+        }
 
     write_rows(folder, LAYOUT, features, map(stored, rows))
 
@@ -213,18 +214,22 @@ def _turns_to_json(turns: Iterable[Turn]) -> str:
 
 
 class PreparedRecords(PreparedRows[Record, Report]):
-    """Records by index. Folders of format 1 hold no sizes; these are then read from the images' headers."""
+    """Records by index.
+
+    Folders of formats 1 and 2 hold at most one image a row, those of format 1 no sizes, which are then read from its header.
+    """
 
     layout = LAYOUT
 
     def _row(self, stored: dict[str, Any]) -> Record:
-        image = bytes(stored["image"])
+        single = [stored["image"]] if "image" in stored else []
+        images = tuple(bytes(image) for image in stored.get("images", single) if image)
         if "image_sizes" in stored:
             sizes = tuple((int(width), int(height)) for width, height in stored["image_sizes"])
         else:
-            sizes = (image_size(image),) if image else ()
+            sizes = tuple(map(image_size, images))
         turns = tuple(Turn(role, text) for role, text in json.loads(stored["turns"]))
-        return Record(stored["record_id"].decode(), turns, image, sizes)
+        return Record(stored["record_id"].decode(), turns, images, sizes)
 
     def _report(self, content: dict[str, Any]) -> Report:
         return read_report(content)

@@ -125,7 +125,7 @@ def render(template: TextTemplate, turns: Sequence[Turn], answer: str | None, *,
         text = turn.text.strip() if template.strip else turn.text
         if turn.role == "gpt":
             parts.append(_fill(template.answer, text, eos) + template.between)
-        elif text.startswith(IMAGE_TAG) or template.question_without_image is None:
+        elif IMAGE_TAG in text or template.question_without_image is None:
             parts.append(_fill(template.question, text, eos))
         else:
             parts.append(_fill(template.question_without_image, text, eos))
@@ -236,9 +236,7 @@ class ChatTemplate:
 
     def _as_content(self, turn: Turn) -> str | list[dict[str, str]]:
         if self._content == "parts":
-            text = turn.text.removeprefix(IMAGE_TAG).removeprefix("\n") if turn.role == "human" else turn.text
-            image = [{"type": "image"}] if text != turn.text else []
-            return [*image, {"type": "text", "text": text}]
+            return _in_parts(turn.text) if turn.role == "human" else [{"type": "text", "text": turn.text}]
         text = turn.text.replace(IMAGE_TAG, self._image_token)
         return text if self._content == "text" else [{"type": "text", "text": text}]
 
@@ -264,3 +262,16 @@ class ChatTemplate:
             return prompt, tail[: tail.rindex(self._eos) + len(self._eos)]
         # templates for inference only may write no end marker, but the model has to learn to stop
         return prompt, tail.rstrip() + self._eos
+
+
+def _in_parts(text: str) -> list[dict[str, str]]:
+    """A human turn as a list of images and texts in their order; a newline after an image, or space between two, is none."""
+    first, *rest = text.split(IMAGE_TAG)
+    parts = [{"type": "text", "text": first}] if first.strip() else []
+    for piece in rest:
+        parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.removeprefix("\n")})
+    if not any(part["type"] == "text" for part in parts):
+        parts.append({"type": "text", "text": "" if rest else text})
+    return parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError
 from lsg_jax.data.templates import TEMPLATES
@@ -13,9 +13,9 @@ from lsg_jax.errors import ConfigError
 
 
 class ChunkTokenizer:
-    """Text with at most one `<image>` -> token ids, as in LLaVA's code.
+    """Text with `<image>` tags -> token ids, as in LLaVA's code.
 
-    The prompt is split at `<image>`, and each chunk is tokenized on its own. This puts the piece `▁` in front of the newline
+    The prompt is split at the tags, and each chunk is tokenized on its own. This puts the piece `▁` in front of the newline
     after an image; tokenizing the whole string would not, with `legacy=False` (Metaspace `first`). Text without an image gets
     the ids of the whole string. The prompt and the answer are tokenized together.
 
@@ -69,8 +69,11 @@ class ChunkTokenizer:
         bos = tokenizer.bos_token_id
         self._bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
 
-    def protect(self, text: str, *, keep_tag: bool = False) -> str:
-        """Replaces special tokens in a turn's text by placeholders. With `keep_tag`, a tag at the very start stays.
+    def protect(self, text: str, *, tags: Literal["none", "first", "all"] = "none") -> str:
+        """Replaces special tokens in a turn's text by placeholders.
+
+        Args:
+            tags: which `<image>` tags stay: none, one at the very start, or all.
 
         Raises:
             RecordError: `reserved_text`, the text contains the private characters of the placeholders; or `bad_text`, it
@@ -82,27 +85,28 @@ class ChunkTokenizer:
             raise RecordError("bad_text", f"the text contains half of a surrogate pair: {text[:80]!r}") from None
         if "\ue000lsg:" in text:
             raise RecordError("reserved_text", "the text contains the private-use sequence U+E000 `lsg:`")
-        tag = IMAGE_TAG if keep_tag and text.startswith(IMAGE_TAG) else ""
-        hidden = self._pattern.sub(lambda m: f"\ue000lsg:t{self._literals.index(m[0])}\ue001", text[len(tag) :])
-        return tag + hidden
+
+        def hidden(match: re.Match[str]) -> str:
+            kept = match[0] == IMAGE_TAG and (tags == "all" or (tags == "first" and match.start() == 0))
+            return match[0] if kept else f"\ue000lsg:t{self._literals.index(match[0])}\ue001"
+
+        return self._pattern.sub(hidden, text)
 
     def encode(
-        self, prompt: str, answer: str | None, image_ids: Sequence[int], *, beginning: bool = True
+        self, prompt: str, answer: str | None, image_ids: Sequence[Sequence[int]], *, beginning: bool = True
     ) -> tuple[list[int], int]:
-        """(ids, number of prompt ids). `image_ids` replace the tag.
+        """(ids, number of prompt ids). The ids of each image replace its tag; the prompt has one for each.
 
         With `beginning`, exactly one BOS comes first, if the tokenizer adds it.
         """
-        first, *rest = prompt.split(IMAGE_TAG)
-        if len(rest) > 1:
-            raise ConfigError(f"the template writes {len(rest)} {IMAGE_TAG} tags")
-        head: list[int] = []
-        if rest:
-            head = [*self._with_bos(self._beginning(first), beginning), *image_ids]
-        last = rest[0] if rest else first
-        prompt_ids = self._chunk(last)
-        answer_ids = [] if answer is None else self._continuation(last, prompt_ids, answer)
-        prompt_ids = head + prompt_ids if rest else self._with_bos(prompt_ids, beginning)
+        *before, last = prompt.split(IMAGE_TAG)
+        prompt_ids: list[int] = []
+        for number, (text, ids) in enumerate(zip(before, image_ids, strict=True)):
+            prompt_ids += self._chunk(text) if number else self._with_bos(self._beginning(text), beginning)
+            prompt_ids += ids
+        last_ids = self._chunk(last)
+        answer_ids = [] if answer is None else self._continuation(last, last_ids, answer)
+        prompt_ids += last_ids if before else self._with_bos(last_ids, beginning)
         return prompt_ids + answer_ids, len(prompt_ids)
 
     def _with_bos(self, ids: list[int], beginning: bool) -> list[int]:

@@ -35,7 +35,7 @@ class Item:
         question: as in the file.
         answers: accepted answers; for multiple choice one letter, for yes/no questions `yes` or `no`.
         choices: texts of the choices, A first; empty if the question lists them itself or there are none.
-        image: None for a text-only question.
+        images: in the order of the tags `<image>` in its prompt, if it has any; () for a text-only question.
         fields: values for grouping and prompts (category, task, source, hint, ...); the runner does not interpret them.
     """
 
@@ -43,7 +43,7 @@ class Item:
     question: str
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
-    image: ImageSource | None = None
+    images: tuple[ImageSource, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -113,7 +113,7 @@ class Benchmark:
         name: as in `--benchmark NAME=PATH`.
         read: PATH of the command line -> items, in the order of the file. Raises InputError that names the missing column or
             category, a duplicate id, or an answer that is not among the choices.
-        prompt: (item, protocol) -> the user's turn, without the image tag.
+        prompt: (item, protocol) -> the user's turn; with tags `<image>` only where the question itself has them.
         match: (item, output, protocol) -> how the output is read, and its score.
         metrics: all aggregates that are reported anywhere, whatever the protocol.
         official: protocol -> name of the metric that is the official score. A protocol without rules for this benchmark is left

@@ -16,9 +16,11 @@ from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.conversation import RecordError, question_turn
 from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import InputError
-from lsg_jax.eval.answering import ask_routes, item_pixels, item_size, plan, unusable
+from lsg_jax.eval.answering import ask_routes
+from lsg_jax.eval.batches import QuestionBatch, batches, unusable
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
@@ -37,16 +39,19 @@ def log_likelihoods(
     marker. Gates read at the end of the prompt, as in generation. All processes must call it.
 
     Raises:
-        InputError: prompt and answer together are too long, or an image cannot be read; names the item.
+        InputError: prompt and answer together are too long, the prompt's tags are not the item's images, or an image cannot be
+            read; names the item.
     """
     processor = vlm.make_processor(config.image_aspect, config.template)
-    encoded = {i: _encode(processor, items[i], prompts[i], answers[i], config) for i in range(len(items))}
+    encode = lambda i, sizes: _encode(processor, items[i], prompts[i], answers[i], sizes, config)
     size = config.batch_size * batch_rows(vlm.mesh)
     rows = local_rows(vlm.mesh, size)
-    routes = ask_routes(vlm, items, prompts, config, which=list(encoded))
+    routes = ask_routes(vlm, items, prompts, config, which=range(len(items)))
     found: dict[int, tuple[float, bool]] = {}
-    for members in plan(encoded, size):
-        batch = _batch(processor, [members[row] for row in rows], items, encoded, slots=_slots(encoded, members))
+    asked = batches(processor, items, range(len(items)), encode, size=size, rows=rows, threads=config.num_threads)
+    for questions in asked:
+        members = questions.members
+        batch = _batch(processor, [members[row] for row in rows], questions)
         if routes is not None:
             batch = dataclasses.replace(batch, route=np.array([routes[members[row]] for row in rows], np.int32))
         nats, greedy = _score(vlm.params, place_rows(batch, vlm.mesh, size), vlm.graphdef)
@@ -54,10 +59,12 @@ def log_likelihoods(
     return [found[i] for i in range(len(items))]
 
 
-def _encode(processor: Processor, item: Item, prompt: str, answer: str, config: EvalConfig) -> Encoded:
+def _encode(
+    processor: Processor, item: Item, prompt: str, answer: str, sizes: Sequence[ImageSize], config: EvalConfig
+) -> Encoded:
     try:
-        turn = question_turn(prompt, has_image=item.image is not None)
-        whole = processor.encode([turn], answer.strip(), image_size=item_size(processor, item), max_length=config.max_length)
+        turn = question_turn(prompt, len(sizes))
+        whole = processor.encode([turn], answer.strip(), image_sizes=sizes, max_length=config.max_length)
     except RecordError as error:
         raise unusable(item, error) from None
     if whole.cut:
@@ -67,19 +74,13 @@ def _encode(processor: Processor, item: Item, prompt: str, answer: str, config: 
     return dataclasses.replace(whole, ids=whole.ids[:length])
 
 
-def _slots(encoded: dict[int, Encoded], members: Sequence[int]) -> int:
-    longest = max(len(encoded[i].ids) - encoded[i].num_prompt for i in members)
-    return -(-max(longest, 1) // SLOT_BUCKET) * SLOT_BUCKET
-
-
-def _batch(
-    processor: Processor, members: Sequence[int], items: Sequence[Item], encoded: dict[int, Encoded], *, slots: int
-) -> Batch:
-    pixels = {i: item_pixels(processor, items[i]) for i in set(members)}
-    length = -(-max(len(encoded[i].ids) for i in members) // PROMPT_BUCKET) * PROMPT_BUCKET
-    return processor.collate(
-        [encoded[i] for i in members], [pixels[i] for i in members], max_length=length, max_answer_tokens=slots
-    )
+def _batch(processor: Processor, members: Sequence[int], questions: QuestionBatch) -> Batch:
+    """The rows of this process, in the shape of the whole batch."""
+    encoded = questions.encoded
+    longest = max(len(each.ids) - each.num_prompt for each in encoded.values())
+    slots = -(-max(longest, 1) // SLOT_BUCKET) * SLOT_BUCKET
+    length = -(-max(len(each.ids) for each in encoded.values()) // PROMPT_BUCKET) * PROMPT_BUCKET
+    return processor.collate([encoded[i] for i in members], questions.pixels, max_length=length, max_answer_tokens=slots)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -119,16 +119,16 @@ def sink_patches(features: jax.Array, tau: float) -> jax.Array:
 
 
 def taking_part(is_sink: jax.Array, route: jax.Array) -> jax.Array:
-    """Patches that a route keeps. A route that would keep none of an image keeps all: some image is better than none.
+    """Patches that a route keeps. A route that would keep none of an image keeps all of it: some image is better than none.
 
     Args:
-        is_sink: bool [B, P].
-        route: int32 [B], BOTH, GLOBAL or LOCAL.
+        is_sink: bool [B, S, P], the patches of each image of a row.
+        route: int32 [B], BOTH, GLOBAL or LOCAL, for all images of the row.
 
     Returns:
-        bool [B, P].
+        bool [B, S, P].
     """
-    route = route[:, None]
+    route = route[:, None, None]
     kept = jnp.where(route == GLOBAL, is_sink, jnp.where(route == LOCAL, ~is_sink, True))
     return kept | ~kept.any(-1, keepdims=True)
 
@@ -185,8 +185,10 @@ class DiySink(Method):
         is_text = jnp.asarray(batch.attention_mask) & (jnp.asarray(batch.source)[..., 0] < 0)
         prompt = is_text & (jnp.arange(text.shape[1]) <= batch.gate_position[:, None])
         tokens = model.trained(features, is_sink, mean_question(text, prompt))
-        kept = None if batch.route is None else taking_part(is_sink, batch.route)
-        return ConnectorTokens(tokens, v_sink, kept)
+        if batch.route is None:
+            return ConnectorTokens(tokens, v_sink)
+        by_image = is_sink.reshape(len(is_sink), -1, model.config.num_image_tokens)
+        return ConnectorTokens(tokens, v_sink, taking_part(by_image, batch.route).reshape(is_sink.shape))
 
 
 def read_route(answer: str) -> int:

@@ -129,7 +129,8 @@ def attention_redistribution(
 ) -> AttentionRedistribution:
     """VAR for sequences whose image patches are at `visual` bool [B, T]; `valid` bool [B, T] are the unpadded tokens.
 
-    The queries are the tokens after the last patch, none in a row without an image. The last layer is left as it is.
+    The queries are the tokens after the last patch, none in a row without an image. Several images of a row count as one set of
+    patches, since the paper has no rule for them. The last layer is left as it is.
     """
     after_image = jnp.cumsum(visual[:, ::-1], axis=1)[:, ::-1] == 0
     layers = jnp.arange(num_layers)

@@ -127,13 +127,13 @@ def group_of(method: MethodSettings) -> str | None:
 
 def thumbnails(
     name: str, benchmark: BenchmarkResult, questions: Sequence[Question]
-) -> tuple[dict[str, tuple[str, bytes]], str]:
+) -> tuple[dict[str, list[tuple[str, bytes]]], str]:
     """Small images of questions, read from the benchmark's files if these still ask the same questions.
 
-    Nothing is raised: answers are shown without images, too.
+    A question has all of its images, or none. Nothing is raised: answers are shown without images, too.
 
     Returns:
-        {id: (`png` or `jpeg`, the file)}, and why images are missing, "" if none is.
+        {id: [(`png` or `jpeg`, the file)]}, and why images are missing, "" if none is.
     """
     if benchmark.path is None:
         return {}, "the evaluation did not note where its files are"
@@ -141,28 +141,28 @@ def thumbnails(
         sources = _sources(name, benchmark.path, benchmark.protocol, questions)
     except (InputError, OSError, ValueError, KeyError, TypeError) as error:
         return {}, f"the files of the benchmark cannot be read ({error})"
-    found: dict[str, tuple[str, bytes]] = {}
+    found: dict[str, list[tuple[str, bytes]]] = {}
     problem = "" if len(sources) == len(questions) else "the benchmark's files hold none for them, or ask other questions now"
     size = 0
-    for id, source in sources.items():
+    for id, images in sources.items():
         try:
-            kind, file = small(source.read(), THUMBNAIL_SIDE)
+            files = [small(image.read(), THUMBNAIL_SIDE) for image in images]
         except (InputError, OSError, ValueError) as error:
             problem = str(error)
             continue
-        size += len(file)
+        size += sum(len(file) for _, file in files)
         if size > MAX_IMAGE_BYTES:
             return found, "the page would become too large"
-        found[id] = (kind, file)
+        found[id] = files
     return found, problem
 
 
-def _sources(name: str, path: str, protocol: Protocol, questions: Sequence[Question]) -> dict[str, ImageSource]:
+def _sources(name: str, path: str, protocol: Protocol, questions: Sequence[Question]) -> dict[str, tuple[ImageSource, ...]]:
     benchmark = _benchmark(name)
     prompts = {question.id: question.prompt for question in questions}
     items = {item.id: item for item in benchmark.read(path) if item.id in prompts}
     return {
-        id: item.image
+        id: item.images
         for id, prompt in prompts.items()
-        if (item := items.get(id)) is not None and item.image is not None and benchmark.prompt(item, protocol) == prompt
+        if (item := items.get(id)) is not None and item.images and benchmark.prompt(item, protocol) == prompt
     }

@@ -42,13 +42,13 @@ class AnswerCell:
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One question. `picture` is a data URL, None without an image; `outcomes` has one entry for each method but the base."""
+    """One question. `pictures` are data URLs of its images; `outcomes` has one entry for each method but the base."""
 
     id: str
     category: str
     prompt: str
     reference: str
-    picture: str | None
+    pictures: Sequence[str]
     outcomes: Sequence[Outcome]
     answers: Sequence[AnswerCell]
 
@@ -129,7 +129,7 @@ def _question_list(
         remarks=_remarks(name, questions, shown, len(pictures), problem),
         choices=_choices(shown, list(methods)),
         columns=["reference", *map(_label, methods)],
-        rows=[_row(question, pictures.get(question.id), groups) for question in shown],
+        rows=[_row(question, pictures.get(question.id, []), groups) for question in shown],
     )
     summary = f"The questions: {len(shown)} of {len(questions)}" if len(shown) < len(questions) else "The questions"
     return Details(f"{summary}, those that changed first", [answers], opened=True)
@@ -165,13 +165,13 @@ def _choices(questions: Sequence[Question], methods: Sequence[str]) -> list[Choi
     return choices
 
 
-def _row(question: Question, picture: tuple[str, bytes] | None, groups: Mapping[str, str | None]) -> AnswerRow:
+def _row(question: Question, pictures: Sequence[tuple[str, bytes]], groups: Mapping[str, str | None]) -> AnswerRow:
     return AnswerRow(
         id=question.id,
         category=question.category,
         prompt=_cut(question.prompt, MAX_PROMPT),
         reference=_cut(" / ".join(question.reference), MAX_OUTPUT),
-        picture=None if picture is None else data_url(*picture),
+        pictures=[data_url(*picture) for picture in pictures],
         outcomes=question.outcomes,
         answers=[
             _cell(answer, "" if method == BASE else question.outcome(method), groups[method])

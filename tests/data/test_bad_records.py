@@ -75,7 +75,7 @@ RECORDS = [
     ("backslash in a file's name", said(image="back\\slash.png", id="14"), FINE),
     ("picture under another key", {**said(image=None, id="15"), "img_path": "a.jpg"}, FINE),
     ("picture under an unknown key", said("q", "a", image=None, screen="a.jpg"), ("unknown_image_key", "but screen seems")),
-    ("two pictures", {**said(image=None), "images": ["a.jpg", "a.jpg"]}, ("several_images", "lists 2 images")),
+    ("two pictures, one tag", {**said(image=None), "images": ["a.jpg", "a.jpg"]}, ("tags_and_images_differ", "for 2 images")),
     ("video", {**said("<video>\nq", "a", image=None), "video": "a.mp4"}, ("video", "video is not supported")),
     ("unread key", said(id="16", score=3), "key_not_read: score"),
     ("system prompt", said(id="17", system="Be kind."), "system_dropped"),
@@ -84,10 +84,12 @@ RECORDS = [
     ("image 'nan'", said("q", "a", image="nan", id="3"), FINE),
     ("image NaN", said("q", "a", image=float("nan"), id="4"), FINE),
     ("list of one image", said(image=["a.jpg"], id="5"), FINE),
-    ("list of two", said(image=["a.jpg", "a.jpg"]), ("several_images", "lists 2 images")),
+    ("list of two, one tag", said(image=["a.jpg", "a.jpg"]), ("tags_and_images_differ", "1 <image> tag in the text for 2")),
+    ("list with a gap", said(image=["a.jpg", None]), ("bad_image_field", "image: entry 2 of 2 has no path")),
+    ("list of two, one missing", said("<image><image>", "a", image=["a.jpg", "b.jpg"]), ("missing_image", "b.jpg: no such")),
     ("image without <image>", said("q", "a", id="6"), "image_without_tag"),
     ("<image> without image", said(image=None), ("tag_without_image", "no image")),
-    ("several <image>", said("<image><image>\nq", "a"), ("several_images", "2 <image> tags")),
+    ("several <image>", said("<image><image>\nq", "a"), ("tags_and_images_differ", "2 <image> tags in the text for 1 image")),
     ("<image> in an answer", said("q", "see <image>"), ("tag_in_answer", "turn 1")),
     ("first turn not human", said("hi", "<image>\nq", "a", first="gpt", id="7"), "leading_turn_dropped"),
     (
@@ -143,13 +145,13 @@ def test_records(tmp_path, images):
             continue
         row = rows[place]
         assert line not in rejects and row.record_id == record["id"], what
-        assert row.turns[0].text.startswith("<image>\n") == bool(row.image) == bool(row.image_size), what
+        assert row.turns[0].text.startswith("<image>\n") == (len(row.images) == 1) == (len(row.image_sizes) == 1), what
         place += 1
     assert not rejects and place == len(rows)
     assert report.rejects == Counter(o[0] for _, _, o in RECORDS if isinstance(o, tuple))
     assert report.notes == Counter(o for _, _, o in RECORDS if isinstance(o, str))
-    decoded = {row.record_id: (open_image(row.image), row) for row in (rows[i] for i in range(place)) if row.image}
-    assert all(image.size == row.image_size == image_size(row.image) for image, row in decoded.values())
+    decoded = {row.record_id: (open_image(row.images[0]), row) for row in (rows[i] for i in range(place)) if row.images}
+    assert all((image.size,) == row.image_sizes == (image_size(row.images[0]),) for image, row in decoded.values())
     colours = {name: image.getpixel((0, 0)) for name, (image, _) in decoded.items()}
     for name in ("wide.png", "dot.png", "rgba.png", "p.png", "cmyk.tif", "gif.gif"):
         assert np.abs(np.subtract(colours[name], (200, 30, 30))).max() <= 2, name

@@ -88,7 +88,7 @@ def test_equal_shares_of_the_lowest_ranks(source, tmp_path):
     assert [number + 1 for number in drawn] == expected
     assert [rows[i].turns[1].text for i in range(40)] == [f"a{number}" for number in drawn]
 
-    assert rows[0].image_size == (6, 4) and rows.manifest.report == report
+    assert rows[0].image_sizes == ((6, 4),) and rows.manifest.report == report
     assert report.source_sha256 == sha256((folder / "c.jsonl").read_bytes()).hexdigest() and report.lines == 600
     counts = Counter(kinds)
     for category, share in shares(40).items():

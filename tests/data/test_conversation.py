@@ -42,9 +42,12 @@ BAD = [
     (record("<image>\nq", "a", id=True), "bad_id"),
     (record("<image>\nq", "a", image=3), "bad_image_field"),
     (record("<image>\nq", "a", image={"bytes": ""}), "bad_image_field"),
-    (record("<image>\nq", "a", image=["a.png", "b.png"]), "several_images"),
-    (record("<image> and <image>", "a"), "several_images"),
-    (record("<image>\nq", "a", "<image>\nq", "a"), "several_images"),
+    (record("q", "a", image=["a.png", ""]), "bad_image_field"),
+    (record("q", "a", image=["a.png", [""]]), "bad_image_field"),
+    (record("<image>\nq", "a", image=["a.png", "b.png"]), "tags_and_images_differ"),
+    (record("<image> and <image>", "a"), "tags_and_images_differ"),
+    (record("<image>\nq", "a", "<image>\nq", "a"), "tags_and_images_differ"),
+    (record("<image> <image>\nq", "a", "<image>\nq", "a", image=["a.png", "b.png"]), "tags_and_images_differ"),
     (record("<image>\nq", "a", image=None), "tag_without_image"),
     (record("<image>\nq", "a", image=""), "tag_without_image"),
     (record("<image>\nq", "a", image="nan"), "tag_without_image"),
@@ -87,6 +90,10 @@ REPAIRED = [
     (record("q", "a", image=None), None, ["q", "a"], ()),
     (record("q", "a", image=" NaN "), None, ["q", "a"], ()),
     (record("q", "a", image=[]), None, ["q", "a"], ()),
+    # several images: the only tag of a turn moves to its front, several stay
+    (record("A <image>, then\n<image> ", "a", image=["a", "b"]), ["a", "b"], ["A <image>, then\n<image> ", "a"], ()),
+    (record("q <image>", "a", "<image> r", "b", image=["a", "b"]), ["a", "b"], ["<image>\nq", "a", "<image>\nr", "b"], ()),
+    (record(" q", "a", "r", "b", image=["a", "a"]), ["a", "a"], ["<image> <image>\nq", "a", "r", "b"], ("image_without_tag",)),
     (record("<image>\nq", "a", "q2"), "a.png", ["<image>\nq", "a"], ("unanswered_turn_dropped",)),
     (
         record(conversations=[turn("system", "be nice"), turn("human", "<image>\nq"), turn("gpt", "a")]),
@@ -100,7 +107,8 @@ REPAIRED = [
 @pytest.mark.parametrize(("raw", "image", "texts", "notes"), REPAIRED)
 def test_repaired_record_has_its_notes(raw, image, texts, notes):
     parsed = parse_record(raw)
-    assert (parsed.image, [t.text for t in parsed.turns], parsed.notes) == (image, texts, notes)
+    images = tuple(image) if isinstance(image, list) else (image,) if image else ()
+    assert (parsed.images, [t.text for t in parsed.turns], parsed.notes) == (images, texts, notes)
     assert [t.role for t in parsed.turns] == ["human", "gpt"] * (len(texts) // 2)
 
 
@@ -154,7 +162,7 @@ def test_text_without_image_equals_whole_string(scheme, byte_tokenizer):
 @pytest.mark.parametrize(("scheme", "equals_whole"), [("first", False), ("always", True), ("normalizer", True), ("byte", True)])
 def test_chunks_around_an_image(scheme, equals_whole, byte_tokenizer):
     tokenizer = byte_tokenizer if scheme == "byte" else llama_tokenizer(scheme)
-    ids, count = ChunkTokenizer(tokenizer).encode("USER: <image>\nball ASSISTANT:", " red</s>", [IMAGE] * 5)
+    ids, count = ChunkTokenizer(tokenizer).encode("USER: <image>\nball ASSISTANT:", " red</s>", [[IMAGE] * 5])
     before, after = plain(tokenizer, "USER: "), plain(tokenizer, "\nball ASSISTANT:")
     assert ids[:count] == [BOS, *before, *[IMAGE] * 5, *after]
     whole = tokenizer("USER: <image>\nball ASSISTANT: red</s>").input_ids
@@ -196,10 +204,10 @@ def test_flags_of_control_tokens_are_kept():
 
 
 def test_bos_once_though_the_template_writes_it(byte_tokenizer):
-    prompt = Processor(byte_tokenizer, model_config()).encode_question("q", has_image=False).ids.tolist()
+    prompt = Processor(byte_tokenizer, model_config()).encode_question("q", image_sizes=()).ids.tolist()
     ids, _ = ChunkTokenizer(byte_tokenizer).encode(byte_tokenizer.decode(prompt), None, [])
     assert ids == prompt and ids.count(BOS) == 1
-    ids, _ = ChunkTokenizer(byte_tokenizer).encode("<s><image>\nq", None, [IMAGE])
+    ids, _ = ChunkTokenizer(byte_tokenizer).encode("<s><image>\nq", None, [[IMAGE]])
     assert ids[:3] == [BOS, IMAGE, *plain(byte_tokenizer, "\n")]
 
 

@@ -101,8 +101,8 @@ def _turns_as_text(folder):
 def test_all_kinds_of_files_give_the_same_records(tmp_path, folder, write):
     report = prepare_paper(write(folder), folder, tmp_path / "out", threads=2)
     rows = open_records(tmp_path / "out")
-    assert [(rows[n].record_id, rows[n].image, rows[n].image_size) for n in range(12)] == [
-        (f"id{n}", JPEGS[n], (40, 30)) for n in range(12)
+    assert [(rows[n].record_id, rows[n].images, rows[n].image_sizes) for n in range(12)] == [
+        (f"id{n}", (JPEGS[n],), ((40, 30),)) for n in range(12)
     ]
     assert rows[3].turns == (Turn("human", "<image>\nWhat is 3?"), Turn("gpt", "It is 3."))
     assert report.categories["general"] == {"source_1.json": 1, "source_3.json": 1}

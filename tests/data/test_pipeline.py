@@ -99,7 +99,7 @@ def test_batches_hold_the_records(make, folder, processor):
         for b, row in enumerate(batch.row_id):
             tokens = batch.input_ids[b][batch.attention_mask[b]]
             assert (tokens == IMAGE).sum() == (0 if row == 4 else 4)
-            expected = processor.blank if row == 4 else processor.pixels(rows[int(row)].image)
+            expected = processor.blank if row == 4 else processor.pixels(rows[int(row)].images[0])
             np.testing.assert_array_equal(patches[b], to_patches(expected, 14))
             assert batch.source[b][batch.source[b] >= 0].tolist() == ([] if row == 4 else [0, 1, 2, 3])
             answer = processor.decode(batch.answer_target[b][batch.answer_target[b] != -100])
@@ -182,7 +182,7 @@ def test_missing_records(tmp_path, processor):
 def test_a_row_that_cannot_be_read_is_named(make, monkeypatch):
     data = make(batch_size=10, epochs=1)
 
-    def fail(self, image):
+    def fail(self, image, alone):
         raise InputError("image: broken image file")
 
     monkeypatch.setattr(Processor, "pixels", fail)

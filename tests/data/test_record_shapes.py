@@ -57,7 +57,7 @@ ONE_IMAGE = {
 @pytest.mark.parametrize("shape", ONE_IMAGE)
 def test_every_shape_is_the_same_conversation(shape):
     parsed = parse_record({"id": "r", **ONE_IMAGE[shape]})
-    assert (parsed.image, [(t.role, t.text) for t in parsed.turns]) == ("a.png", [("human", "<image>\nq"), ("gpt", "a")])
+    assert (parsed.images, [(t.role, t.text) for t in parsed.turns]) == (("a.png",), [("human", "<image>\nq"), ("gpt", "a")])
     assert parsed.notes == ()
 
 
@@ -83,7 +83,7 @@ REJECTED = {
     "object of tags": ({"messages": CHAT, "image": {"<image_00>": "a.png"}}, "bad_image_field", "without a path"),
     "keys that differ": ({"messages": CHAT, "image": "a.png", "images": ["b.png"]}, "several_image_keys", "image and images"),
     "turns that differ": ({"messages": CHAT, "conversations": TURNS[:1]}, "two_conversations", "keep one"),
-    "two images": ({"messages": CHAT, "images": ["a.png", "b.png"]}, "several_images", "2 images"),
+    "two images": ({"messages": CHAT, "images": ["a.png", "b.png"]}, "tags_and_images_differ", "1 <image> tag in the text"),
     "question and answer": ({"image": "a.png", "question": "q", "answer": "a"}, "no_turns", "the keys are id, image, question"),
     "pairs of another kind": ({"query": "q", "response": "a", "history": ["q"]}, "bad_turn", "history"),
     "no answer": ({"query": "q", "response": None}, "bad_turn", "turn 1 has no text"),
@@ -176,7 +176,7 @@ def test_a_file_of_an_image_anywhere_is_never_a_record_of_text_only():
         place = rng.choice([record, record["messages"][0], record["messages"][0]["content"][0]])
         place[rng.choice(keys)] = value
         try:
-            assert parse_record(record).image == "folder/a.Png"
+            assert parse_record(record).images == ("folder/a.Png",)
         except RecordError:
             rejected += 1
     assert 0 < rejected < 500

@@ -58,14 +58,13 @@ def test_rows_round_trip(tmp_path, images):
     assert report.notes == {"duplicate_id": 1, "image_without_tag": 1}
     rows = open_records(tmp_path / "out")
     assert [rows[i].record_id for i in range(len(rows))] == ["0", "1", "2", "0"]
-    assert [rows[i].image for i in range(4)] == [jpeg(0), jpeg(1), b"", jpeg(0)]
+    assert [rows[i].images for i in range(4)] == [(jpeg(0),), (jpeg(1),), (), (jpeg(0),)]
     assert [rows[i].image_sizes for i in range(4)] == [((40, 30),), ((40, 30),), (), ((40, 30),)]
-    assert (rows[1].image_size, rows[2].image_size) == ((40, 30), None)
     assert rows[0].turns == (
         Turn("human", "<image>\nWhat?"), Turn("gpt", "A ball."), Turn("human", "Colour?"), Turn("gpt", "Red."),
     )  # fmt: skip
     assert rows[3].turns == (Turn("human", "<image>\nno tag"), Turn("gpt", "naïve 🔴"))
-    assert rows.manifest.format == 2 and rows.manifest.report == report
+    assert rows.manifest.format == 3 and rows.manifest.report == report
     with pytest.raises(IndexError):
         rows[4]
 
@@ -176,7 +175,7 @@ def test_damaged_folder_is_refused(tmp_path, images):
     shard.write_bytes(data)
     assert len(open_records(out)) == 4 and open_records(out).changed_files() == []
     manifest = (out / LAYOUT.manifest).read_text()
-    for text, message in [("{", "damaged"), ("[]", "damaged"), (manifest.replace('"format": 2', '"format": 9'), "format 9")]:
+    for text, message in [("{", "damaged"), ("[]", "damaged"), (manifest.replace('"format": 3', '"format": 9'), "format 9")]:
         (out / LAYOUT.manifest).write_text(text)
         with pytest.raises(InputError, match=message):
             open_records(out)
@@ -187,7 +186,7 @@ def test_damaged_folder_is_refused(tmp_path, images):
 def test_folder_can_be_moved(tmp_path, images):
     out = prepared(tmp_path, images)
     out.rename(tmp_path / "elsewhere")
-    assert open_records(tmp_path / "elsewhere")[1].image == jpeg(1)
+    assert open_records(tmp_path / "elsewhere")[1].images == (jpeg(1),)
     for file in (tmp_path / "elsewhere").rglob("*"):
         if file.is_file():
             assert str(tmp_path).encode() not in file.read_bytes()

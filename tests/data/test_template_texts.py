@@ -136,19 +136,20 @@ def test_any_text_of_a_user_is_text(template, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "has_image", "reason"),
+    ("text", "images", "reason"),
     [
-        ("\ue000lsg:c2\ue001", True, "reserved_text"),
-        ("half of a pair: \ud83d", True, "bad_text"),
-        ("", False, "empty_question"),
-        (" \n", False, "empty_question"),
-        ("what is <image>?", False, "tag_without_image"),
+        ("\ue000lsg:c2\ue001", 1, "reserved_text"),
+        ("half of a pair: \ud83d", 1, "bad_text"),
+        ("", 0, "empty_question"),
+        (" \n", 0, "empty_question"),
+        ("what is <image>?", 0, "tag_without_image"),
+        ("what is <image>?", 2, "tags_and_images_differ"),
     ],
 )
-def test_text_that_cannot_be_a_prompt_is_refused_by_name(text, has_image, reason):
+def test_text_that_cannot_be_a_prompt_is_refused_by_name(text, images, reason):
     processor = Processor(byte_level_tokenizer(), model_config(), template="vicuna_v1")
     with pytest.raises(RecordError) as caught:
-        processor.encode_question(text, has_image=has_image)
+        processor.encode_question(text, image_sizes=[(60, 40)] * images)
     assert caught.value.reason == reason and caught.value.exit_code == 65
     str(caught.value).encode()
     assert "\n" not in str(caught.value)

@@ -15,7 +15,8 @@ from lsg_jax.config import EvalConfig, MeshConfig
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval import runner
-from lsg_jax.eval.answering import Answer, answer, plan
+from lsg_jax.eval.answering import Answer, answer
+from lsg_jax.eval.batches import Asked, plan
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.benchmarks.scenes import SCENES
 from lsg_jax.eval.registry import BENCHMARKS
@@ -63,9 +64,9 @@ class Counted:
     item: object
     def read(self):
         read.append(self.item.id)
-        return self.item.image.read()
+        return self.item.images[0].read()
 
-items = [dataclasses.replace(item, image=Counted(item)) for item in items]
+items = [dataclasses.replace(item, images=(Counted(item),)) for item in items]
 BENCHMARKS["scenes"] = dataclasses.replace(SCENES, read=lambda path: items)
 config = dataclasses.replace(CONFIG, benchmarks={"scenes": ""})
 mesh = make_mesh(MeshConfig())
@@ -176,8 +177,9 @@ def test_a_stopped_evaluation_goes_on(vlm, outputs, tmp_path, monkeypatch):
 
 def test_plan_fills_batches_and_keeps_lengths_apart():
     lengths = [80, 65, 129, 128, 192, 64, 100]
-    encoded = {i: Encoded(np.zeros(n, np.int32), n) for i, n in enumerate(lengths)}
-    assert plan(encoded, 3) == [[5, 5, 5], [0, 1, 3], [6, 6, 6], [2, 4, 2]]
+    asked = [Asked(i, Encoded(np.zeros(n, np.int32), n)) for i, n in enumerate(lengths)]
+    found = [[one.position for one in members] for members in plan(asked, 3)]
+    assert found == [[0, 1, 3], [5, 5, 5], [6, 6, 6], [2, 4, 2]]
 
 
 @pytest.mark.parametrize(
@@ -190,9 +192,9 @@ def test_plan_fills_batches_and_keeps_lengths_apart():
 def test_errors_name_the_question(vlm, change, message):
     class Broken:
         def read(self):
-            return b"" if "image" in change else SCENES.read("")[0].image.read()
+            return b"" if "image" in change else SCENES.read("")[0].images[0].read()
 
-    items = [Item("x", "?", ("a",), image=Broken())]
+    items = [Item("x", "?", ("a",), images=(Broken(),))]
     with pytest.raises(InputError, match=message):
         answer(vlm, items, ["?"], replace(CONFIG, max_length=256 if change else 60), max_new_tokens=6)
 

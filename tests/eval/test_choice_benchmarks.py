@@ -245,10 +245,10 @@ def test_images_as_bytes_struct_base64_or_list_of_one(tmp_path):
         write(folder / "test-1.parquet", rows[3:])
         items = AI2D.read(str(folder))
         assert [item.id for item in items] == [item.question for item in items] == list("01234"), form
-        assert [item.image.read() for item in items] == [encoded(i) for i in range(5)], form
+        assert [item.images[0].read() for item in items] == [encoded(i) for i in range(5)], form
     several = write(tmp_path / "two.parquet", [{**TABLES["ai2d"][0], "image": [cell(), cell()]}])
     with pytest.raises(InputError, match=r"two.parquet: row 0: image holds 2 images, expected one"):
-        AI2D.read(several)[0].image.read()
+        AI2D.read(several)[0].images[0].read()
 
 
 def test_questions_without_image_and_videos_are_left_out(tmp_path):
@@ -259,7 +259,7 @@ def test_questions_without_image_and_videos_are_left_out(tmp_path):
             rows = [{**TABLES["scienceqa_img"][0], "image": image, "hint": None} for image in images]
             pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sqa.parquet", write_statistics=statistics, row_group_size=3)
             items = SCIENCEQA_IMG.read(str(tmp_path / "sqa.parquet"))
-            assert [(item.id, item.image.read()) for item in items] == [("1", encoded(1)), ("3", encoded(3))], form
+            assert [(item.id, item.images[0].read()) for item in items] == [("1", encoded(1)), ("3", encoded(3))], form
     rows = [seed_row(20, "video") | {"image": [cell(), cell()], "question_type_id": 10}, *TABLES["seed_img"]]
     assert [item.id for item in SEED_IMG.read(write(tmp_path / "seed.parquet", rows))] == [str(100 + i) for i in range(9)]
 

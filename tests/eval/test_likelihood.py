@@ -35,7 +35,7 @@ class Noise:
         return file.getvalue()
 
 
-ITEMS = [Item(str(i), "", (), image=None if i == 4 else Noise(i)) for i in range(5)]
+ITEMS = [Item(str(i), "", (), images=() if i == 4 else (Noise(i),)) for i in range(5)]
 # of different lengths, but (the last takes the room of the image) of one bucket, so that one shape compiles
 PROMPTS = ["Which?", "How many are there?", "Count.", "How many are seen?", "Without an image, " * 3 + "which?"]
 ANSWERS = [" a cat", "x", "?", "no, no", "a dog"]
@@ -70,11 +70,11 @@ def rows_of(vlm, answers):
     """ids [5, LENGTH] of prompts and answers without end markers, padded right; bounds of the answers; pixels of ITEMS[:4]."""
     ids, bounds = np.zeros((len(ITEMS), LENGTH), np.int32), []
     for row, item, prompt, answer in zip(ids, ITEMS, PROMPTS, answers, strict=True):
-        text = prompt if item.image is None else f"<image>\n{prompt}"
+        text = f"<image>\n{prompt}" if item.images else prompt
         encoded = vlm.processor.encode([Turn("human", text)], answer.strip())
         bounds.append((encoded.num_prompt, len(encoded.ids) - 1))
         row[: len(encoded.ids) - 1] = encoded.ids[:-1]
-    pixels = np.concatenate([normalise(vlm.processor.pixels(item.image.image), vlm.config.image) for item in ITEMS[:4]])
+    pixels = np.concatenate([normalise(vlm.processor.pixels(item.images[0].image), vlm.config.image) for item in ITEMS[:4]])
     return ids, bounds, pixels.transpose(0, 3, 1, 2)
 
 
@@ -157,6 +157,6 @@ def test_an_image_that_cannot_be_read_names_its_question(tiny_model):
         def read(self):
             return b""
 
-    items = [Item("x", "?", (), image=Empty())]
+    items = [Item("x", "?", (), images=(Empty(),))]
     with pytest.raises(InputError, match="question x: image: the image file is empty"):
         log_likelihoods(lsg_jax.load(tiny_model), items, ["?"], ["a"], EvalConfig(batch_size=1))

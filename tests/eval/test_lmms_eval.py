@@ -31,10 +31,11 @@ from tokenizers import Tokenizer
 import lsg_jax
 from converters.convert import convert
 from lsg_jax.config import EvalConfig, GateConfig, SinkConfig
-from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.errors import ConfigError
 from lsg_jax.eval.benchmarks.cv_bench import CV_BENCH
 from lsg_jax.eval.likelihood import log_likelihoods
-from lsg_jax.eval.lmms.model import LsgJax, ask, cut, samples
+from lsg_jax.eval.lmms.model import LsgJax
+from lsg_jax.eval.lmms.requests import ask, cut
 from lsg_jax.eval.lmms_tasks import cv_bench
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.gating.portable import PortableGates, write_gates
@@ -171,7 +172,7 @@ def lm(model):
     lm = get_model("lsg_jax").create_from_arg_string(f"model={model},max_length=512", {"batch_size": "2"})
     rng = np.random.default_rng(1)
     pictures = [Image.fromarray(rng.integers(0, 256, (30, 60, 3), np.uint8)) for _ in range(2)]
-    lm.task_dict = {"made": {"test": [{"pictures": pictures[:1]}, {"pictures": pictures[1:]}, {"pictures": None}]}}
+    lm.task_dict = {"made": {"test": [{"pictures": pictures[:1]}, {"pictures": pictures}, {"pictures": None}]}}
     return lm
 
 
@@ -181,11 +182,11 @@ def pictures(document):
 
 def test_generate_until(lm):
     assert isinstance(lm, LsgJax) and lm.settings == EvalConfig(batch_size=2, max_length=512)
-    texts, settings = ["Which?", "<image> How many?", "No picture."], {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"]}
+    texts, settings = ["<image> Which?", "How many?", "No picture."], {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"]}
     ask_all = lambda **more: lm.generate_until(
         requests("generate_until", *((t, settings | more, pictures, i, "made", "test") for i, t in enumerate(texts)))
     )
-    images = [(document["pictures"] or [None])[0] for document in lm.task_dict["made"]["test"]]
+    images = [document["pictures"] for document in lm.task_dict["made"]["test"]]
     whole = ask_all()
     assert whole == lm.vlm.generate(images, texts, max_new_tokens=6)
     stop = max(whole, key=len)[1:3]
@@ -217,32 +218,11 @@ def test_rounds(lm):
     found = lm.generate_until_multi_round(requests("generate_until_multi_round", *asked))
     assert list(map(len, found)) == [1, 2, 3]
     for outputs, document in zip(found, lm.task_dict["made"]["test"], strict=True):
-        image, text = (document["pictures"] or [None])[0], "Which?"
+        images, text = document["pictures"], "Which?"
         for output in outputs:
-            assert lm.vlm.generate([image], [text], max_new_tokens=4) == [output]
+            assert lm.vlm.generate([images], [text], max_new_tokens=4) == [output]
             text = f"You said {output}. Why?"
     assert seen == [(1, 1, None)] * 3 + [(2, 2, 10)] * 2 + [(3, 3, 20)]
-
-
-@pytest.mark.parametrize(
-    "visuals, settings, message",
-    [
-        ([Image.new("RGB", (4, 4))] * 2, {}, "made/test/7: 2 images; lsg_jax answers questions about one image"),
-        (["film.mp4"], {}, "made/test/7: the task gives a str; lsg_jax answers questions about one image"),
-        ([], {"do_sample": True}, "made/test/7: lsg_jax decodes greedily; give --gen_kwargs"),
-        ([], {"num_beams": 4}, "made/test/7: lsg_jax decodes greedily"),
-    ],
-)
-def test_what_is_refused(visuals, settings, message):
-    with pytest.raises(InputError, match=message):
-        ask("made/test/7", "Which?", lambda: visuals, settings)
-
-
-def test_settings_that_ask_for_sampling():
-    greedy = [{}, {"temperature": 0}, {"do_sample": False}]
-    greedy += [{"temperature": 0.7, "do_sample": False}, {"do_sample": True, "temperature": 0}]
-    random = [{"do_sample": True}, {"temperature": 0.7}, {"do_sample": True, "temperature": 1.0}]
-    assert list(map(samples, greedy + random)) == [False] * len(greedy) + [True] * len(random)
 
 
 @pytest.mark.parametrize(

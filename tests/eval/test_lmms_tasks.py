@@ -6,11 +6,15 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import yaml
 from cv_bench_file import write_cv_bench
+from PIL import Image
 
 from lsg_jax.config import EvalConfig
+from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmarks.cv_bench import CV_BENCH
+from lsg_jax.eval.lmms import requests
 from lsg_jax.eval.lmms_tasks import cv_bench
 from lsg_jax.eval.runner import MAX_NEW_TOKENS, ask, grade
 
@@ -72,3 +76,43 @@ def test_task_and_benchmark_agree(tmp_path, monkeypatch):
     assert math.isnan(cv_bench.official(official))  # these are not all questions
     monkeypatch.setattr(cv_bench, "CV_BENCH", replace(CV_BENCH, size=len(rows)))
     assert cv_bench.official(official) == expected["official"][0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- requests
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_request_has_the_images_of_its_document(count):
+    pictures = [Image.new("RGB", (4, 4 + i)) for i in range(count)]
+    calls = []
+    visuals = lambda: calls.append(1) or pictures or None
+    asked = requests.ask("made/test/7", "Which?", visuals, {"until": ["\n\n", "."], "max_new_tokens": 5})
+    for _ in range(2):
+        assert [image.read() for image in asked.item.images] == pictures
+    assert len(calls) == 1 + 2 * (count > 0)
+    assert (asked.text, asked.max_new_tokens, asked.until) == ("Which?", 5, (".",))
+
+
+@pytest.mark.parametrize(
+    "visuals, settings, message",
+    [
+        (["film.mp4"], {}, "made/test/7: the task gives an input of type str; lsg_jax answers questions about images"),
+        (
+            [Image.new("RGB", (4, 4)), 3],
+            {},
+            "made/test/7: the task gives an input of type int; lsg_jax answers questions about images",
+        ),
+        ([], {"do_sample": True}, "made/test/7: lsg_jax decodes greedily; give --gen_kwargs"),
+        ([], {"num_beams": 4}, "made/test/7: lsg_jax decodes greedily"),
+    ],
+)
+def test_what_is_refused(visuals, settings, message):
+    with pytest.raises(InputError, match=message):
+        requests.ask("made/test/7", "Which?", lambda: visuals, settings)
+
+
+def test_settings_that_ask_for_sampling():
+    greedy = [{}, {"temperature": 0}, {"do_sample": False}]
+    greedy += [{"temperature": 0.7, "do_sample": False}, {"do_sample": True, "temperature": 0}]
+    random = [{"do_sample": True}, {"temperature": 0.7}, {"do_sample": True, "temperature": 1.0}]
+    assert list(map(requests.samples, greedy + random)) == [False] * len(greedy) + [True] * len(random)

@@ -98,7 +98,7 @@ def test_forms_of_images(tmp_path, image):
     (tmp_path / "sub/a.png").write_bytes(b"png")
     row = json.dumps({"question": "?", "answer": "x", **image}).replace("{folder}", str(tmp_path))
     (question,) = read(write(tmp_path, row))
-    assert question.image.read() == b"png"
+    assert [image.read() for image in question.images] == [b"png"]
 
 
 SEPARATORS = "\u2028\u2029\x85\x1c\x0b"  # str.splitlines breaks at each of them
@@ -125,6 +125,10 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
         ({"question": "x", "choices": ["a", "b"], "answer": "C"}, "answer C is none of the choices a, b"),
         ({"question": "x", "choices": ["a", "b"], "answer": ["a", "b"]}, "none of the choices"),
         ({"question": "x", "answer": "y", "image": "none.png"}, "none.png does not exist"),
+        ({"question": "x", "answer": "y", "image": ["q.jsonl", "none.png"]}, "none.png does not exist"),
+        ({"question": "x", "answer": "y", "images": [3]}, "q.jsonl:1: images is not a path: '3'"),
+        ({"question": "x", "answer": "y", "images": ["q.jsonl", ""]}, "q.jsonl:1: images: entry 2 of 2 has no path"),
+        ({"question": "x", "answer": "y", "image": "q.jsonl", "images": ["a"]}, "image and images hold different images; keep"),
         ("", "no questions in it"),
         ({"question": ["x"], "answer": "y"}, "q.jsonl:1: question is \"['x']\", of type list; give a text"),
         ({"question": " ", "answer": "y"}, "question is empty"),
@@ -158,6 +162,22 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
 def test_bad_files(tmp_path, row, message):
     with pytest.raises(InputError, match=re.escape(message)):
         read(write(tmp_path, row))
+
+
+def test_images(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode())
+    common = {"question": "?", "answer": "x"}
+    given = [
+        {"image": "a"},
+        {"image": ["b", "a"]},
+        {"images": ["a", "b", "a"]},
+        {"images": "b"},
+        {"image": [], "images": None},
+        {},
+    ]
+    items = read(write(tmp_path, *(common | fields for fields in given)))
+    assert [b"".join(image.read() for image in item.images) for item in items] == [b"a", b"ba", b"aba", b"b", b"", b""]
 
 
 def test_repeated_ids(tmp_path):

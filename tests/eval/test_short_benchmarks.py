@@ -241,7 +241,7 @@ def test_reading(tmp_path):
     write(tmp_path / "gqa" / "testdev_balanced_images", [{"id": "n1", "image": IMAGE}, {"id": "n2", "image": IMAGE}])
     read["gqa"] = GQA.read(str(tmp_path / "gqa"))
     for name, items in read.items():
-        assert [i.image.read() for i in items] == [b"jpeg"] * len(items)
+        assert [i.images[0].read() for i in items] == [b"jpeg"] * len(items)
         unit = BENCHMARKS[name].unit
         assert all(unit is None or unit in i.fields for i in items)
     assert [i.id for i in read["pope"]] == ["random/1", "popular/1", "adversarial/1"]
@@ -250,7 +250,7 @@ def test_reading(tmp_path):
     assert [i.answers for i in read["mme"][:2]] == [("yes",), ("no",)]
     assert read["mme"][1].fields == {"category": "existence", "pair": "existence/1.png"}
     assert read["gqa"] == [
-        Item("7", "Wet?", ("no",), image=read["gqa"][0].image, fields={"image": "n1", "structural": "verify"})
+        Item("7", "Wet?", ("no",), images=read["gqa"][0].images, fields={"image": "n1", "structural": "verify"})
     ]
     assert read["textvqa"][0].answers == ("x",) * 10 and read["textvqa"][0].fields == {"image": "a", "ocr_tokens": "A, B"}
     assert [i.fields["category"] for i in read["chartqa"]] == ["human", "augmented"]

@@ -57,7 +57,10 @@ def test_a_route_that_would_keep_nothing_keeps_all():
         (every, LOCAL, every),
     ]
     is_sink, route, kept = (jnp.array(column) for column in zip(*cases, strict=True))
-    np.testing.assert_array_equal(taking_part(is_sink, route), kept)
+    np.testing.assert_array_equal(taking_part(is_sink[:, None], route)[:, 0], kept)
+    images = jnp.array([[some, none, every]] * 2)  # of one row each
+    np.testing.assert_array_equal(taking_part(images, jnp.array([GLOBAL, LOCAL]))[0], [some, every, every])
+    np.testing.assert_array_equal(taking_part(images, jnp.array([GLOBAL, LOCAL]))[1], [[False, True, True], every, every])
 
 
 def vit_features(model, data):
@@ -258,7 +261,7 @@ def test_questions_are_asked_in_two_steps(tiny_model, scenes, monkeypatch):
     assert answers == [vlm.processor.decode(row) for row in vlm.generate_batch(batch, 4)]
     assert answers != [vlm.processor.decode(row) for row in vlm.generate_batch(batch.replace(route=np.zeros(4, np.int32)), 4)]
 
-    items = [Item(str(i), "", (), image=OnDisk(image)) for i, image in enumerate(images)]
+    items = [Item(str(i), "", (), images=(OnDisk(image),)) for i, image in enumerate(images)]
     config = EvalConfig(batch_size=4, near_tie=0.0)
     found = answer(vlm, items, prompts, config, max_new_tokens=4)
     assert [one.text for one in found] == answers

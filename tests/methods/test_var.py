@@ -235,11 +235,11 @@ def test_any_weights_stay_weights():
 
 
 def test_queries_and_layers():
-    """Valid tokens after the last patch; layers from the first to the last but one."""
-    visual = np.array([[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
-    valid = np.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
+    """Valid tokens after the last patch of a row, whose images may be two; layers from the first to the last but one."""
+    visual = np.array([[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0]], bool)
+    valid = np.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], bool)
     var = attention_redistribution(CONFIG, visual=visual, valid=valid, dims=DIMS, num_layers=LAYERS)
-    np.testing.assert_array_equal(var.queries, [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(var.queries, [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0], [0] * 6, [0, 0, 0, 0, 1, 1]])
     np.testing.assert_array_equal(var.enabled, [0, 1, 1, 1, 0])
 
 

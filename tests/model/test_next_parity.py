@@ -23,6 +23,7 @@ from converters.hf_config import model_config, read_config
 from converters.torch_gate import attach
 from lsg_jax.config import Canvas, GateConfig, SinkConfig
 from lsg_jax.data.layout import lay_out
+from lsg_jax.data.templates import TEMPLATES
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import PortableGates
 from lsg_jax.methods.diysink import DiySink
@@ -173,10 +174,25 @@ def test_pixels_and_token_ids_are_those_of_the_processor(folder):
         tiles = vlm.processor.pixels(image)
         ours = (tiles / np.float32(255) - vlm.config.image.mean) / vlm.config.image.std
         np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), theirs["pixel_values"][0], atol=1e-6)
-        encoded = vlm.processor.encode_question("What?", image_size=size)
+        encoded = vlm.processor.encode_question("What?", image_sizes=[size])
         assert (encoded.ids == IMAGE_TOKEN).sum() == (theirs["input_ids"] == IMAGE_TOKEN).sum()
         shrunk += (lay_out(size, config).source[:, 1:] >= 0).any()
     assert shrunk == 0 if config.image.max_tiles is None else 0 < shrunk < len(SIZES)
+
+
+def test_pixels_and_token_ids_of_two_images_are_those_of_the_processor(folder):
+    """Two images of one prompt. OneVision pads each to a square; LLaVA-NeXT cuts each into tiles."""
+    vlm, processor = lsg_jax.load(folder / "model", template="vicuna_v1"), hf_processor(folder / "hf")
+    shown = images(SIZES[:2])
+    text = TEMPLATES["vicuna_v1"].system + "USER: Is <image> like <image>? ASSISTANT:"
+    theirs = processor(images=[shown], text=text, return_tensors="np")
+    encoded = vlm.processor.encode_question("Is <image> like <image>?", image_sizes=SIZES[:2])
+    assert encoded.ids.tolist() == theirs["input_ids"][0].tolist()
+    tiles = vlm.processor.all_pixels(shown)
+    ours = (tiles / np.float32(255) - vlm.config.image.mean) / vlm.config.image.std
+    assert len(ours) == encoded.num_tiles == (2 if folder.name == "onevision" else 8)
+    expected = theirs["pixel_values"].reshape(-1, 3, SIDE, SIDE)
+    np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), expected[: len(ours)], atol=1e-6)
 
 
 def test_text_and_images_to_text(folder):
@@ -187,11 +203,18 @@ def test_text_and_images_to_text(folder):
     together = vlm.generate(shown, ["What?"] * 4, 8)
     assert together[:1] == vlm.generate(shown[:1], ["What?"], 8)
     for image, text in zip(shown, together, strict=True):
-        ids = torch.tensor(vlm.processor.encode_question("What?", image_size=image.size).ids)[None]
+        ids = torch.tensor(vlm.processor.encode_question("What?", image_sizes=[image.size]).ids)[None]
         with torch.no_grad():
             found = processor(image, return_tensors="pt")
             made = hf.generate(input_ids=ids, **found, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert vlm.processor.decode(made.numpy()) == text
+    question = "Is <image> like <image>?"
+    (answer,) = vlm.generate([shown[:2]], [question], 8)
+    found = processor([shown[:2]], return_tensors="pt")
+    ids = torch.tensor(vlm.processor.encode_question(question, image_sizes=SIZES[:2]).ids)[None]
+    with torch.no_grad():
+        made = hf.generate(input_ids=ids, **found, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert vlm.processor.decode(made.numpy()) == answer
 
 
 @pytest.mark.parametrize(("name", "images_a_row"), [("clip-llama", 1), ("onevision", 1), ("onevision", 2)])

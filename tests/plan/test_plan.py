@@ -73,7 +73,7 @@ def test_the_planned_step_is_the_one_that_is_trained(run_config):
 
 def test_planned_questions_are_those_that_are_asked(run_config, tiny_model):
     vlm = load_backbone(tiny_model, sinks=SINKS)
-    encoded = vlm.processor.encode_question("What is it?", has_image=True)
+    encoded = vlm.processor.encode_question("What is it?")
     side = vlm.config.image.size
     asked = vlm.pad_questions([encoded] * 4, [np.zeros((1, side, side, 3), np.uint8)] * 4)
     asked = dataclasses.replace(asked, answer_index=None, answer_target=None, row_id=None)

@@ -13,7 +13,7 @@ from lsg_jax.eval.results import read_result
 from lsg_jax.eval.statistics import paired_test
 from lsg_jax.report import answers
 from lsg_jax.report.answers import OUTCOMES, Answered, Question, choose, read_questions, thumbnails
-from lsg_jax.report.pictures import small
+from lsg_jax.report.pictures import data_url, small
 
 
 def question(id, *scores):
@@ -63,7 +63,7 @@ def test_images_come_from_the_files_of_the_benchmark_as_long_as_they_fit(evaluat
     assert list(found) == [question.id for question in asked[:-1]] and "hold none" in problem
     assert asked[0].answers["lsg"].ratio == 0.5 and asked[0].answers["var"].ratio is None
 
-    monkeypatch.setattr(answers, "MAX_IMAGE_BYTES", 2 * len(found["1"][1]))
+    monkeypatch.setattr(answers, "MAX_IMAGE_BYTES", 2 * len(found["1"][0][1]))
     assert thumbnails("mine", entry, asked)[0].keys() == {"1", "2"} and "too large" in thumbnails("mine", entry, asked)[1]
     monkeypatch.undo()
 
@@ -76,6 +76,26 @@ def test_images_come_from_the_files_of_the_benchmark_as_long_as_they_fit(evaluat
     for gone in (replace(entry, path=str(folder / "no.jsonl")), replace(entry, path=None)):
         assert thumbnails("mine", gone, asked)[0] == {} and thumbnails("mine", gone, asked)[1]
     assert thumbnails("mmstar", entry, asked)[0] == {}  # JSONL is no Parquet
+
+
+def test_all_images_of_a_question_are_shown(tmp_path):
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (30, 20), colour).save(tmp_path / name)
+    given = [["a.png", "b.png", "a.png"], ["b.png"], ["a.png", "b.png"], []]
+    lines = [{"question": f"{i}?", "answer": "B", "images": names} for i, names in enumerate(given)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_evaluation(tmp_path / "eval", tmp_path / "questions.jsonl", scenes=4)
+    entry = read_result(tmp_path / "eval" / "result.json").benchmarks["mine"]
+    asked = read_questions(tmp_path / "eval", "mine", ["base", "lsg"])
+    red, blue = (small((tmp_path / name).read_bytes(), 224) for name in ("a.png", "b.png"))
+    assert thumbnails("mine", entry, asked)[0] == {"1": [red, blue, red], "2": [blue], "3": [red, blue]}
+    assert main(["report", str(tmp_path / "eval"), "--out", str(tmp_path / "report.html")]) == 0
+    page = check_structure((tmp_path / "report.html").read_text())
+    alts = [image["alt"] for image in page.all("img") if image["src"] in [data_url(*red), data_url(*blue)]]
+    of = lambda id, *numbers: [f"Image {number}of question {id}" for number in numbers]
+    assert sorted(alts) == sorted([*of(1, "1 ", "2 ", "3 "), *of(2, ""), *of(3, "1 ", "2 ")])
+    (tmp_path / "b.png").write_bytes(b"GIF89a, but no more")
+    assert thumbnails("mine", entry, asked)[0] == {}
 
 
 def test_small_images_have_few_pixels_and_bytes():

@@ -27,7 +27,7 @@ def read(path: str) -> list[Item]:
             question=row["question"],
             answers=(answer_letter(row["answer"], row["options"], row.where),),
             choices=tuple(row["options"]),
-            image=row.image(),
+            images=row.images(),
         )
         for number, row in enumerate(read_rows(path, needs=("question", "options", "answer"), images=("image",)))
     ]

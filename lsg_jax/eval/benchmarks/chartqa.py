@@ -29,7 +29,7 @@ def read(path: str) -> list[Item]:
         parts = [(row["question"], row["answer"]) for row in rows]
     check_values(kinds, CATEGORIES, what="question type", where=path)
     return [
-        Item(str(number), question, _answers(answer, row), image=row.image(), fields={"category": kind})
+        Item(str(number), question, _answers(answer, row), images=row.images(), fields={"category": kind})
         for number, (row, kind, (question, answer)) in enumerate(zip(rows, kinds, parts, strict=True))
     ]
 

@@ -46,7 +46,7 @@ def _item(row: Row, number: int) -> Item:
         question=row["question"],
         answers=(check_letter(str(row["answer"]).strip("()"), len(choices), row.where),),
         choices=choices,
-        image=row.image(),
+        images=row.images(),
         fields={key: row[key] for key in ("type", "task", "source", "prompt")} | {"photo": row.get("source_filename") or name},
     )
 

@@ -24,7 +24,7 @@ def read(path: str) -> list[Item]:
     """
     questions = read_rows(path, needs=["id", "imageId", "question", "answer"], optional=["types"])
     try:
-        images = {str(row["id"]): row.image() for row in read_rows(path, needs=["id"], images=["image"])}
+        images = {str(row["id"]): row.images() for row in read_rows(path, needs=["id"], images=["image"])}
     except InputError:
         raise InputError(
             f"{path}: no table with the columns id and image; give a folder or glob that holds testdev_balanced_images too"
@@ -39,7 +39,7 @@ def read(path: str) -> list[Item]:
                 id=str(row["id"]),
                 question=row["question"],
                 answers=(row["answer"],),
-                image=images[name],
+                images=images[name],
                 fields={"image": name, **_types(row)},
             )
         )

@@ -39,7 +39,7 @@ def read(path: str) -> list[Item]:
                 id=f"{pair}#{len(questions[pair])}",
                 question=question,
                 answers=(yes_or_no(row["answer"], row.where),),
-                image=row.image(),
+                images=row.images(),
                 fields={"category": category, "pair": pair},
             )
         )

@@ -43,7 +43,7 @@ def read(path: str) -> list[Item]:
             id=str(row["index"]),
             question=row["question"],
             answers=(check_letter(row["answer"], 4, row.where),),
-            image=row.image(),
+            images=row.images(),
             fields={"category": row["category"], "l2_category": row["l2_category"]},
         )
         for row in rows

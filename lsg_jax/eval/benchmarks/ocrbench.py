@@ -39,7 +39,7 @@ def read(path: str) -> list[Item]:
             id=str(number),
             question=row["question"],
             answers=_answers(row),
-            image=row.image(),
+            images=row.images(),
             fields={"category": row["question_type"], "group": GROUPS[row["question_type"]], "dataset": row["dataset"]},
         )
         for number, row in enumerate(rows)

@@ -25,7 +25,7 @@ def read(path: str) -> list[Item]:
             id=f"{row['category']}/{row['question_id']}",  # each split counts from 1
             question=row["question"],
             answers=(yes_or_no(row["answer"], row.where),),
-            image=row.image(),
+            images=row.images(),
             fields={"category": row["category"], "image": str(row["image_source"])},
         )
         for row in rows

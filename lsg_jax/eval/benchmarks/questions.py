@@ -1,8 +1,9 @@
 """Own questions as JSONL: multiple choice if there are choices, else short answers.
 
 One object per line: `question` and `answer` (text, a list of accepted texts, or for multiple choice a letter or the text of a
-choice), and optionally `image` (path, relative to the file), `choices`, `id`, `category`. `question_fields` reads them in the
-forms in which other tools write them.
+choice), and optionally `image` (a path or a list of paths, relative to the file), `choices`, `id`, `category`. Tags `<image>`
+in the question say where several images stand; without any, they come first. `question_fields` reads the fields in the forms in
+which other tools write them.
 """
 
 from __future__ import annotations
@@ -75,15 +76,12 @@ def _item(row: dict[str, Any], where: str, folder: Path, number: int) -> Item:
     choices, answers = choices_of(row, where), answers_of(row, where)
     if choices:
         answers = (choice_letter(answers, choices, where),)
-    images = images_of(row, folder, where)
-    if len(images) > 1:
-        raise InputError(f"{where}: {len(images)} images; one is supported")
     return Item(
         id=text_field(row, "id", where) or str(number),
         question=question,
         answers=answers,
         choices=choices,
-        image=ImageFile(images[0]) if images else None,
+        images=tuple(map(ImageFile, images_of(row, folder, where))),
         fields={"category": category} if category else {},
     )
 

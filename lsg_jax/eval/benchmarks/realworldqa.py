@@ -28,7 +28,7 @@ def _item(row: Row, number: int) -> Item:
         id=str(number),
         question=row["question"],
         answers=(answer.upper() if kind == "letter" else answer,),
-        image=row.image(),
+        images=row.images(),
         fields={"kind": kind},
     )
 

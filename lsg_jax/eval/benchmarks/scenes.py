@@ -37,7 +37,7 @@ def read(path: str) -> list[Item]:
             question=question.question,
             answers=question.answers,
             choices=question.choices,
-            image=Rendered(question.scene),
+            images=(Rendered(question.scene),),
             fields={"grain": question.grain, "kind": question.kind},
         )
         for question in scene_questions("test", COUNT)

@@ -33,11 +33,11 @@ def read(path: str) -> list[Item]:
             question=row["question"],
             answers=(answer_letter(row["answer"], row["choices"], row.where),),
             choices=tuple(row["choices"]),
-            image=image,
+            images=images,
             fields={"hint": row["hint"] or ""} | ({"subject": row["subject"]} if row.get("subject") else {}),
         )
         for number, row in enumerate(rows)
-        if (image := row.image()) is not None
+        if (images := row.images())
     ]
     if not items:
         raise InputError(f"{path}: no question has an image")

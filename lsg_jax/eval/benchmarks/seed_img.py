@@ -51,7 +51,7 @@ def _item(row: Row) -> Item:
         question=row["question"],
         answers=(check_letter(row["answer"], len(CHOICES), row.where),),
         choices=tuple(str(row[choice]) for choice in CHOICES),
-        image=row.image(),
+        images=row.images(),
         fields={"dimension": DIMENSIONS[str(row["question_type_id"])], "photo": str(row.get("data_id") or name)},
     )
 

@@ -36,7 +36,7 @@ def _item(row: Row) -> Item:
         id=str(row["question_id"]),
         question=row["question"],
         answers=answers,
-        image=row.image(),
+        images=row.images(),
         fields={"image": str(row["image_id"]), "ocr_tokens": ", ".join(row["ocr_tokens"] or ())},
     )
 

@@ -1,29 +1,24 @@
 """lsg_jax as a model of lmms-eval: `python -m lmms_eval --model lsg_jax --model_args model=FOLDER,gates=G --tasks ...`.
 
 lmms-eval provides prompts, images and scores; the answers come from the same function as those of `lsg eval`. Decoding is
-greedy, and a question has at most one image, which is read from its data set shortly before its batch.
+greedy, and a question's images are read from its data set shortly before its batch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmms_eval.api.model import lmms
-from PIL import Image
 from tqdm import tqdm
 
 from lsg_jax.config import EvalConfig, from_dict
-from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.errors import ConfigError
 from lsg_jax.eval.answering import answer
-from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.likelihood import log_likelihoods
+from lsg_jax.eval.lmms.requests import Asked, ask, cut
 from lsg_jax.opening import load_backbone, model_mesh, open_trained
-
-MAX_NEW_TOKENS = 1024  # for a task without a limit, as in lmms-eval's own LLaVA adapters
-FILLED_IN = "\n\n"  # lmms-eval's stop string for tasks without one; its own LLaVA adapters ignore it
 
 
 class LsgJax(lmms):
@@ -61,7 +56,8 @@ class LsgJax(lmms):
         """Greedy answers, each cut at the first stop string of the task.
 
         Raises:
-            InputError: a task asks for sampling or beams; a document has several images, or an input that is no image.
+            InputError: a task asks for sampling or beams, an input is no image, or a context has tags, but not one for each
+                of several images.
         """
         asked = []
         for context, decoding, to_visual, document, task, split in (request.args for request in requests):
@@ -70,7 +66,7 @@ class LsgJax(lmms):
         return self._answer(asked)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """The answers of all rounds. After each round the task returns the next question and image, or ends.
+        """The answers of all rounds. After each round the task returns the next question and images, or ends.
 
         The model sees the text of the current round only; a task that needs earlier questions or answers writes them into it.
         Raises as `generate_until` does.
@@ -131,26 +127,6 @@ class LsgJax(lmms):
         return [cut(outputs[i], question.until) for i, question in enumerate(asked)]
 
 
-@dataclass(frozen=True)
-class Visual:
-    """The image that `visuals` returns, read on demand."""
-
-    visuals: Callable[[], Any]
-
-    def read(self) -> Image.Image:
-        return self.visuals()[0]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question: the image is in `item`, the prompt is `text`."""
-
-    item: Item
-    text: str
-    max_new_tokens: int
-    until: tuple[str, ...]
-
-
 class Talk:
     """A question of several rounds: the request, the outputs so far, and the state that the task keeps between rounds."""
 
@@ -160,32 +136,3 @@ class Talk:
         self.outputs = outputs
         self.rounds = 0
         self.info: Any = None
-
-
-def ask(where: str, context: str, visuals: Callable[[], Any], decoding: Mapping[str, Any]) -> Asked:
-    """Checks one request. `where` names it in errors; `decoding` are the generation settings of the task."""
-    found = visuals() or []
-    if len(found) > 1:
-        raise InputError(f"{where}: {len(found)} images; lsg_jax answers questions about one image")
-    if found and not isinstance(found[0], Image.Image):
-        raise InputError(f"{where}: the task gives a {type(found[0]).__name__}; lsg_jax answers questions about one image")
-    if samples(decoding) or (decoding.get("num_beams") or 1) > 1:
-        raise InputError(f"{where}: lsg_jax decodes greedily; give --gen_kwargs do_sample=False,temperature=0,num_beams=1")
-    until = decoding.get("until") or ()
-    return Asked(
-        item=Item(id=where, question=context, answers=(), image=Visual(visuals) if found else None),
-        text=context,
-        max_new_tokens=int(decoding.get("max_new_tokens") or MAX_NEW_TOKENS),
-        until=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop not in ("", FILLED_IN)),
-    )
-
-
-def samples(decoding: Mapping[str, Any]) -> bool:
-    """Whether generation settings ask for sampling: a temperature above 0, unless `do_sample` is false."""
-    temperature, do_sample = decoding.get("temperature"), decoding.get("do_sample")
-    return bool(do_sample) if temperature is None else float(temperature) > 0 and do_sample is not False
-
-
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))].strip()

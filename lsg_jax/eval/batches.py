@@ -1,0 +1,165 @@
+"""Questions in batches of few shapes. Images are read in threads and once a batch, and only those of a few batches are held.
+
+Where the number of an image's tokens depends on its size (tiles), the image is read before its question is tokenized; otherwise
+only by the process that computes its row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lsg_jax.data.conversation import RecordError
+from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.images import image_size
+from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.processor import Processor
+from lsg_jax.data.sources import in_order
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Item
+from lsg_jax.vlm import PROMPT_BUCKET
+
+READ_AHEAD = 2  # batches whose pixels are made while another is computed
+
+Images = Sequence[bytes | Image.Image]
+Encode = Callable[[int, Sequence[ImageSize]], Encoded]
+"""(position of a question, sizes of its images) -> its tokens."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A tokenized question.
+
+    Attributes:
+        images: as they were read; None if they are still to be read.
+    """
+
+    position: int
+    encoded: Encoded
+    images: Images | None = None
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Questions of one bucket of tiles and length.
+
+    Attributes:
+        members: position of the question in each row of the global batch; the last rows may repeat the first.
+        encoded: position -> tokens.
+        pixels: uint8 [S, size, size, 3] of this process's rows; None for a question without an image.
+    """
+
+    members: list[int]
+    encoded: dict[int, Encoded]
+    pixels: list[np.ndarray | None]
+
+
+def batches(
+    processor: Processor,
+    items: Sequence[Item],
+    which: Iterable[int],
+    encode: Encode,
+    *,
+    size: int,
+    rows: Sequence[int],
+    threads: int,
+) -> Iterator[QuestionBatch]:
+    """The questions `which` in batches of exactly `size`, the same in every process.
+
+    Args:
+        rows: the rows of each batch whose pixels this process needs.
+
+    Raises:
+        InputError: an image cannot be read; names the question. Whatever `encode` raises; without tiles, before any batch.
+    """
+
+    def ask(position: int) -> Asked:
+        images = read_images(items[position])
+        return Asked(position, encode(position, _sizes(items[position], images)), images)
+
+    if processor.image.canvases:
+        asked: Iterable[Asked] = in_order(ask, which, threads)
+    else:
+        asked = [Asked(i, encode(i, (processor.square,) * len(items[i].images))) for i in which]
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[list[Asked], list[Future[np.ndarray | None]]]] = deque()
+        try:
+            for members in plan(asked, size):
+                here = {members[row].position: members[row] for row in rows}
+                once = {i: pool.submit(item_pixels, processor, items[i], one.images) for i, one in here.items()}
+                waiting.append((members, [once[members[row].position] for row in rows]))
+                if len(waiting) > READ_AHEAD:
+                    yield _ready(*waiting.popleft())
+            while waiting:
+                yield _ready(*waiting.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ready(members: list[Asked], pixels: list[Future[np.ndarray | None]]) -> QuestionBatch:
+    encoded = {one.position: one.encoded for one in members}
+    return QuestionBatch([one.position for one in members], encoded, [future.result() for future in pixels])
+
+
+def plan(asked: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
+    """Batches of exactly `size` questions, each of one bucket of tiles and length, as soon as they are full.
+
+    Those that are left over come last; each is filled up with its first question.
+    """
+    buckets: dict[tuple[int, int], list[Asked]] = {}
+    for one in asked:
+        members = buckets.setdefault((one.encoded.tiles, -(-len(one.encoded.ids) // PROMPT_BUCKET)), [])
+        members.append(one)
+        if len(members) == size:
+            yield members.copy()
+            members.clear()
+    for _, members in sorted(buckets.items()):
+        if members:
+            yield members + members[:1] * (size - len(members))
+
+
+def encode_item(processor: Processor, item: Item, prompt: str, sizes: Sequence[ImageSize], max_length: int | None) -> Encoded:
+    """The tokens of a question. Raises InputError that names the item, if it is too long or its tags are not its images."""
+    try:
+        return processor.encode_question(prompt, image_sizes=sizes, max_length=max_length)
+    except RecordError as error:
+        raise unusable(item, error) from None
+
+
+def unusable(item: Item, error: RecordError) -> InputError:
+    """The error of a question that cannot be asked, with what to do if it is too long."""
+    too_long = error.reason in ("prompt_too_long", "image_truncated", "nothing_supervised")
+    return InputError(f"question {item.id}: {error}{'; raise eval.max_length' if too_long else ''}")
+
+
+def read_images(item: Item) -> Images:
+    """The images of an item, as they are stored. Raises InputError that names the item."""
+    try:
+        return [image.read() for image in item.images]
+    except InputError as error:
+        raise InputError(f"question {item.id}: {error}") from None
+
+
+def _sizes(item: Item, images: Images) -> list[ImageSize]:
+    try:
+        return [image.size if isinstance(image, Image.Image) else image_size(image) for image in images]
+    except InputError as error:
+        raise InputError(f"question {item.id}: {error}") from None
+
+
+def item_pixels(processor: Processor, item: Item, images: Images | None = None) -> np.ndarray | None:
+    """uint8 [S, size, size, 3], the tiles of an item's images; None without one. Raises InputError that names the item.
+
+    Args:
+        images: what `read_images` returned, if they have been read.
+    """
+    images = read_images(item) if images is None else images
+    try:
+        return processor.all_pixels(images)
+    except InputError as error:
+        raise InputError(f"question {item.id}: {error}") from None
