@@ -203,8 +203,8 @@ def lay_out_video(frames: int, config: ModelConfig) -> VisualLayout:
     side, patch = config.vision.image_size, config.vision.patch_size
     grid, pooled = side // patch, math.ceil(side // patch / 2)
     row, column, weight, y, x = _resampled((grid, grid), (pooled, pooled))
-    source = np.where(weight > 0, row * grid + column, NO_SOURCE).reshape(1, -1, 4)
-    source = np.where(source < 0, source, source + np.arange(frames)[:, None, None] * grid**2).reshape(-1, 4)
+    of_frame = np.where(weight > 0, row * grid + column, NO_SOURCE).reshape(1, -1, 4)
+    source = np.where(of_frame < 0, of_frame, of_frame + np.arange(frames)[:, None, None] * grid**2).reshape(-1, 4)
     box = _boxes(x * patch / side, y * patch / side).reshape(-1, 4)
     layout = _layout(
         np.concatenate([source, [[NEWLINE] + 3 * [NO_SOURCE]]]),
@@ -232,10 +232,9 @@ def _resampled(size: tuple[int, int], new: tuple[int, int]) -> tuple[NDArray[Any
         [2, C], where each new row and column starts and ends, in units of old ones.
     """
     (row, row_weight, y), (column, column_weight, x) = (_resampled_axis(*each) for each in zip(size, new, strict=True))
-    pairs = lambda rows, columns: (rows[:, None, :, None], columns[None, :, None, :])
-    each = [part.reshape(*new, 4) for part in np.broadcast_arrays(*pairs(row, column))]
-    weight = np.multiply(*pairs(row_weight, column_weight)).reshape(*new, 4)
-    return each[0], each[1], weight, y, x
+    rows, columns = np.broadcast_arrays(row[:, None, :, None], column[None, :, None, :])
+    weight = row_weight[:, None, :, None] * column_weight[None, :, None, :]
+    return rows.reshape(*new, 4), columns.reshape(*new, 4), weight.reshape(*new, 4), y, x
 
 
 def _resampled_axis(length: int, new: int) -> tuple[NDArray[Any], ...]:
