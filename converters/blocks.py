@@ -72,4 +72,4 @@ def check_finite(name: str, values: np.ndarray) -> None:
     run = 1 << 20
     for start in range(0, math.prod(values.shape), run):
         if np.any((flat[start : start + run] & integer(mask)) == mask):
-            raise InputError(f"tensor {name} holds NaN or infinity (in {values.dtype.name})")
+            raise InputError(f"tensor {name} holds NaN or infinity (in {values.dtype.name}): the checkpoint is damaged")

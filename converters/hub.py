@@ -62,6 +62,8 @@ def find_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         InputError: neither a folder nor a Hub id, no such revision, or the download failed.
     """
     folder = Path(source)
+    if not str(source):
+        raise InputError("the checkpoint's name is empty: give its folder, or a Hub id such as owner/name")
     if folder.is_dir():
         return _in_cache(folder, revision) or _local(folder, revision)
     if folder.exists():

@@ -100,7 +100,11 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
     Raises:
         InputError: no run there, or one of another method. CheckpointError: a run of another backbone.
     """
-    run = read_run(source, backbone=vlm.digest) if isinstance(source, str | Path) and Path(source).is_dir() else None
+    run = None
+    if isinstance(source, str | Path):
+        if not (where := _split_layers(source)[0]).exists():
+            raise InputError(f"{where}: no such run folder or gate file")
+        run = read_run(source, backbone=vlm.digest) if Path(source).is_dir() else None
     held = "lsg" if run is None else run.method
     if method not in (None, held):
         raise InputError(f"{source}: what was trained there is {held}, not {method}")

@@ -59,8 +59,6 @@ class RunConfig(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.model and self.output):
-            raise ConfigError(f"{'output' if self.model else 'model'} is empty: it is the path of a folder")
         if self.method not in METHODS:
             raise ConfigError(f"method: {self.method!r} is not one of {', '.join(METHODS)}")
         defaults = {name: kind() for name, kind in method_tables().items()}
@@ -119,6 +117,9 @@ def run_config(tree: dict[str, Any], *, where: str) -> RunConfig:
     read = from_dict(schema(), _spell_out_each(tree, where=where), where=where)
     values = {f.name: getattr(read, f.name) for f in dataclasses.fields(read)}
     tables = {name: values.pop(name) for name in method_tables()}
+    for name in ("model", "output"):
+        if not values[name]:
+            raise ConfigError(f"{where}: {name} is empty: it is the path of a folder")
     try:
         return RunConfig(**values, tables=tables)
     except ConfigError as error:

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, text = _exit_code(error), cause_of(error)
         if options.traceback:
             traceback.print_exc()
-    print(f"lsg {options.command}: {' '.join(text.split())}", file=sys.stderr)
+    command = " ".join([options.command, *([options.action] if options.command == "gates" else [])])
+    print(f"lsg {command}: {' '.join(text.split())}", file=sys.stderr)
     return code
 
 

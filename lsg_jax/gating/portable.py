@@ -131,6 +131,7 @@ def write_gates(path: str | Path, gates: PortableGates) -> None:
     _check_tensors(tensors, gates.gate, where=str(path))
     data = save(tensors, metadata=_to_metadata(gates))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
     except OSError as error:
         raise InputError(f"{path}: cannot write the gate file: {error.strerror or error}") from None

@@ -31,6 +31,11 @@ def cached(tmp_path: Path) -> Path:
     return folder
 
 
+def test_an_empty_name_is_no_folder() -> None:
+    with pytest.raises(InputError, match="the checkpoint's name is empty"):
+        find_checkpoint("")
+
+
 def test_a_folder_of_the_cache_stands_for_its_snapshot(cached: Path) -> None:
     found = find_checkpoint(cached)
     assert (found.folder, found.name, found.revision) == (cached / "snapshots" / SECOND, "owner/some-name", SECOND)
