@@ -187,7 +187,7 @@ def test_no_configuration_is_needed_for_text_help(lsg):
         (["generate", "{model}", "--prompt", "x", "--image", "{tmp}/none.png"], 65, "none.png"),
         (["generate", "{model}", "--prompt", "x", "--image", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
         (["generate", "{model}", "--prompt", "x", "--gates", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
-        (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], 65, "must be at least 1"),
+        (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], 65, "max_new_tokens is 0: it must lie in [1, "),
         (["generate", "{model}", "--prompt", "what is <image>?"], 65, "<image> in the text, but there is no image"),
         (
             ["generate", "{model}", "--prompt", "x", "--template", "qwen2"],

@@ -16,7 +16,9 @@ from lsg_jax.gating.portable import write_gates
 from lsg_jax.methods.fixed import FixedConfig
 from lsg_jax.run_config import RunConfig
 
-CONFIG = RunConfig(model="", output="", sinks=SINKS, tables={"fixed": FixedConfig(layers=(1, 4), coefficients=(0.5, 0.5))})
+CONFIG = RunConfig(
+    model="model", output="run", sinks=SINKS, tables={"fixed": FixedConfig(layers=(1, 4), coefficients=(0.5,) * 2)}
+)
 
 
 @pytest.fixture(scope="module")
