@@ -225,7 +225,11 @@ def test_errors_are_one_line_with_their_code(lsg, tiny_hf_folder, tiny_model, tm
     before = sorted(tmp_path.rglob("*"))
     got, out, err = lsg(*(a.format(**names) for a in arguments))
     assert got == code and out == ""
-    assert message in err and err.count("\n") == 1 and err.startswith(f"lsg {arguments[0]}: ")
+    assert (
+        message in err
+        and err.count("\n") == 1
+        and err.startswith(f"lsg {' '.join(arguments[: 2 if arguments[0] == 'gates' else 1])}: ")
+    )
     left = {path for path in tmp_path.rglob("*") if path not in before}
     assert {path.name for path in left} <= {"run", "lock", "checkpoints"}  # an empty run folder at most
 
