@@ -143,7 +143,8 @@ def _remarks(name: str, questions: Sequence[Question], shown: Sequence[Question]
         where = f"all are in {name}.*.jsonl in the folder of the evaluation"
         remarks.append(f"{len(shown)} of {len(questions)} questions are shown, {share}; {where}.")
     if problem and pictures < len(shown):
-        remarks.append(f"{len(shown) - pictures} questions are shown without an image: {problem}.")
+        count = len(shown) - pictures
+        remarks.append(f"{count} question{' is' if count == 1 else 's are'} shown without an image: {problem}.")
     answers = [answer for question in shown for answer in question.answers.values()]
     if any(0 < answer.score < 1 for answer in answers):
         remarks.append("An answer can be right in part. Gained and lost then mean a higher and a lower score.")

@@ -120,7 +120,7 @@ def test_llava15_has_the_ids_and_pixels_of_its_twin(llava15: Path, tmp_path: Pat
     ours = Processor.from_folder(tmp_path / "model/hf", read_manifest(tmp_path / "model").config)
     assert ours.template == "vicuna_v1"
     theirs = LlavaProcessor.from_pretrained(tmp_path / "back")
-    prompt, _ = ours._render([Turn("human", "<image>\nWhat is it?")], None)
+    prompt, _ = ours._render([Turn("human", "<image>\nWhat is it?")], None, None)
     expected = theirs(images=Image.fromarray(PIXELS), text=prompt, return_tensors="np")
     assert ours.encode_question("What is it?").ids.tolist() == expected["input_ids"][0].tolist()
     mean, std = (np.array(values, np.float32) for values in (ours.image.mean, ours.image.std))
@@ -178,7 +178,7 @@ def test_tinyllava_drops_the_first_patch_as_its_code_does(tmp_path: Path) -> Non
         "polite answers to the user's questions. "
     )
     expected = f"{system}USER: <image>\nfirst? ASSISTANT: one</s>USER: second? ASSISTANT:"
-    assert ours._render(turns, "two") == (expected, " two</s>")
+    assert ours._render(turns, "two", None) == (expected, " two</s>")
 
 
 def test_onevision_in_the_terms_of_its_twin() -> None:
