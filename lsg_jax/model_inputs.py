@@ -18,7 +18,7 @@ from lsg_jax.types import Batch, VisualInput
 def make_batch(
     config: ModelConfig,
     input_ids: Any,
-    pixel_values: Any,
+    pixel_values: Any = None,
     attention_mask: Any = None,
     gate_position: Any = None,
     *,

@@ -122,7 +122,7 @@ class VLM:
     # `input_ids` int [B, T] hold one image token per visual token and newline; `pixel_values` is None for text only.
 
     def logits(
-        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None, **more: Any
+        self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, gate_position: Any = None, **more: Any
     ) -> np.ndarray:
         """float32 [B, T, V]. `gate_position` int [B] defaults to the last unpadded token."""
         batch = self.batch(input_ids, pixel_values, attention_mask, gate_position, **more)
@@ -158,7 +158,7 @@ class VLM:
         return float(loss), to_torch_layout(jax.tree.map(np.asarray, gradients), self.gate.layers)
 
     def generate_ids(
-        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, max_new_tokens: int = 32, **more: Any
+        self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, max_new_tokens: int = 32, **more: Any
     ) -> np.ndarray:
         """int32 [B, N], greedy; N <= max_new_tokens ends where the last row ended, with pad tokens after each row's end."""
         return self.generate_batch(self.batch(input_ids, pixel_values, attention_mask, **more), max_new_tokens)
@@ -173,7 +173,7 @@ class VLM:
         return np.asarray(_v_sinks(self.params, VisualInput(patches), self.graphdef))
 
     def visual_tokens(
-        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None, **more: Any
+        self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, gate_position: Any = None, **more: Any
     ) -> VisualTokens:
         """Where the visual tokens are, which of them are V-sinks, and where each lies in its image.
 
@@ -197,7 +197,9 @@ class VLM:
         box[~mask] = 0
         return VisualTokens(mask=mask, v_sink=v_sink, box=box)
 
-    def gate_ratios(self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, **more: Any) -> dict[int, np.ndarray]:
+    def gate_ratios(
+        self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, **more: Any
+    ) -> dict[int, np.ndarray]:
         """{layer: float32 [B, G]}, the softmax of each gate (sum 1, before `key_scale`); {} without gates or images."""
         if self.gate is None or pixel_values is None:
             return {}
@@ -271,7 +273,7 @@ class VLM:
         return Generated(host_array(tokens)[:, :steps], steps, host_array(margin), ratios if self.gate is not None else None)
 
     def batch(
-        self, input_ids: Any, pixel_values: Any, attention_mask: Any = None, gate_position: Any = None, **more: Any
+        self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, gate_position: Any = None, **more: Any
     ) -> Batch:
         """`model_inputs.make_batch`."""
         return make_batch(self.config, input_ids, pixel_values, attention_mask, gate_position, **more)[0]

@@ -71,7 +71,7 @@ def test_trained_and_evaluated(folder, capfd):
     lsg("prepare", folder / "records.jsonl", folder / "prepared", "--images", folder)
     short = ["--set", "data.max_length=30", f"output={folder / 'short'}"]
     assert main(["train", str(folder / "run.toml"), *short]) == 65
-    assert "none of the 12 examples is usable (image_truncated 12); raise data.max_length" in capfd.readouterr().err
+    assert "no example is usable: 12 of 12 examples are left out (image_truncated 12); raise data.max_length" in capfd.readouterr().err
     lsg("train", folder / "run.toml")
     before = read_batch._cache_size()
     lsg("eval", folder / "run.toml", "--out", folder / "eval")

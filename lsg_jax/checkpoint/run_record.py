@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,14 @@ class RunRecord(Computation):
         model_name: name of the model folder.
         versions, devices: of the first start; `devices` such as `4 TPU v5 lite`.
         starts: the first one, and one each time the run went on.
+        dropped: reason -> examples that are not trained on; empty in runs of before this was recorded.
     """
 
     model_name: str
     versions: dict[str, str]
     devices: str
     starts: tuple[Start, ...]
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def method(self) -> str:

@@ -238,11 +238,15 @@ def _resampled(size: tuple[int, int], new: tuple[int, int]) -> tuple[NDArray[Any
 
 
 def _resampled_axis(length: int, new: int) -> tuple[NDArray[Any], ...]:
-    """One axis of `_resampled`, in PyTorch's float32: places [new, 2], weights [new, 2], starts and ends [2, new]."""
-    at = np.maximum((np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(length / new) - np.float32(0.5), 0)
+    """One axis of `_resampled`, in PyTorch's float32: places [new, 2], weights [new, 2], starts and ends [2, new].
+
+    Nothing is left of an axis that is thinner than a patch: `new` is 0.
+    """
+    scale = length / max(new, 1)
+    at = np.maximum((np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(scale) - np.float32(0.5), 0)
     low = at.astype(np.int64)
     share = at - low.astype(np.float32)
-    lines = np.arange(new + 1) * length / new
+    lines = np.arange(new + 1) * scale
     places = np.stack([low, np.minimum(low + 1, length - 1)], axis=1)
     return places, np.stack([1 - share, share], axis=1), np.stack([lines[:-1], lines[1:]])
 

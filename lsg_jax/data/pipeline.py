@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from lsg_jax.data.records import PreparedRecords, Record, open_records
 from lsg_jax.data.rows import to_batch
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
+
+logger = logging.getLogger(__name__)
 
 _POSITION = "global_next_index"  # Grain's name: counts the examples of all processes
 
@@ -73,15 +76,25 @@ class TrainingData(Iterator[Batch]):
         self._index = self._usable_examples()
         self.num_examples = len(self._index)
         if not self.num_examples:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.items())
-            advice = "; raise data.max_length" if "image_truncated" in self.dropped else ""
-            raise InputError(f"{records_path}: none of the {sum(self.dropped.values())} examples is usable ({reasons}){advice}")
+            raise InputError(f"{records_path}: no example is usable: {self.left_out}")
         if batch_size > self.num_examples:
-            raise InputError(f"batch of {batch_size} is larger than the {self.num_examples} examples of {records_path}")
+            also = f" ({self.left_out})" if self.dropped else ""
+            raise InputError(f"batch of {batch_size} is larger than the {self.num_examples} examples of {records_path}{also}")
+        if self.dropped:
+            logger.warning("%s: %s", records_path, self.left_out)
         self.num_batches = self.num_examples * epochs // batch_size
         self._batch_size = batch_size
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._iterator = self._grain_iterator(epochs)
+
+    @property
+    def left_out(self) -> str:
+        """What is not trained on and why, in words."""
+        count = sum(self.dropped.values())
+        reasons = ", ".join(f"{reason} {number}" for reason, number in self.dropped.items())
+        too_long = {"image_truncated", "nothing_supervised", "prompt_too_long"} & self.dropped.keys()
+        advice = "; raise data.max_length" if too_long else ""
+        return f"{count} of {count + self.num_examples} examples are left out ({reasons}){advice}"
 
     def _usable_examples(self) -> np.ndarray:
         """int32 [examples, 2], (row, index of the answer in the row; 0 with `whole`), in the order of the records."""

@@ -98,7 +98,7 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         logger.info("%s: %s at step %d of %d", run.path, where, restored.step, total)
     step = restored.step if restored else 0
     if step < total or not restored:
-        record_start(run, computation, mesh=mesh, step=step)
+        record_start(run, computation, mesh=mesh, step=step, dropped=data.dropped)
     goodput.now("init")
     compiled = _step(config, method, graphdef, total, mesh, state, vlm)
     goodput.now("compile")

@@ -30,7 +30,10 @@ MAY_CHANGE = frozenset(
 )
 """Settings that may change when a run continues: they do not affect the numbers. Model and data are compared by digest."""
 
-BESIDE_A_RUN = frozenset({"checkpoints", "lock", "metrics.jsonl", "eval", "sweep", "stack", "each", "ablate", "baselines"})
+BESIDE_A_RUN = frozenset(
+    {"checkpoints", "lock", "metrics.jsonl", "eval", "sweep", "stack", "each", "ablate", "baselines"}
+    | {"tensorboard", "profile"}
+)
 """What a folder may hold where no run has started: an interrupted start, and studies of the model without gates."""
 
 _PACKAGES = ("lsg_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
@@ -63,11 +66,14 @@ def check_same(run: RunFolder, computation: Computation) -> None:
     on_primary(compare)
 
 
-def record_start(run: RunFolder, computation: Computation, *, mesh: jax.sharding.Mesh, step: int) -> None:
+def record_start(
+    run: RunFolder, computation: Computation, *, mesh: jax.sharding.Mesh, step: int, dropped: dict[str, int]
+) -> None:
     """Writes run.json for a new run, or adds this start to it where the run continues; a collective.
 
     Args:
         step: the step that the run starts from.
+        dropped: reason -> examples that are not trained on.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -75,19 +81,20 @@ def record_start(run: RunFolder, computation: Computation, *, mesh: jax.sharding
 
     def with_this_start() -> dict[str, Any]:
         start = _start(mesh, step)
-        record = read_run(run.path) if (run.path / RUN).exists() else _new_record(computation, start)
+        record = read_run(run.path) if (run.path / RUN).exists() else _new_record(computation, start, dropped)
         return replace(record, starts=(*record.starts, start)).as_json()
 
     run.write_json(RUN, on_primary(with_this_start))
 
 
-def _new_record(computation: Computation, start: Start) -> RunRecord:
+def _new_record(computation: Computation, start: Start, dropped: dict[str, int]) -> RunRecord:
     return RunRecord(
         **vars(computation),
         model_name=Path(str(computation.config["model"])).resolve().name,
         versions=start.versions,
         devices=f"{start.device_count} {start.device_kind}",
         starts=(),
+        dropped=dropped,
     )
 
 

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from lsg_jax.config import Canvas, ImageConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
 from lsg_jax.data.images import prepare_pixels, prepare_tiles, to_patches
-from lsg_jax.data.layout import lay_out, longest_layout, place_sources, tile_bucket
+from lsg_jax.data.layout import best_canvas, lay_out, longest_layout, place_sources, tile_bucket
 from lsg_jax.errors import InputError
 from lsg_jax.types import NEWLINE
 
@@ -170,6 +171,18 @@ def test_rows_of_the_canvas_end_with_a_newline_and_cover_the_image(size):
     width, height = box[0, 0, 2] - box[0, 0, 0], box[0, 0, 3] - box[0, 0, 1]
     assert (box[..., 2] > -width).all() and (box[..., 0] < 1 + width).all() and (box[..., 3] > -height).all()
     assert (box[..., 1] < 1 + height).all() and np.unique(layout.source[layout.source >= 0]).size == (layout.source >= 0).sum()
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1, 60), (60, 1), (3, 500), (500, 3), (1, 1), (113, 112)])
+def test_unpadding_is_that_of_transformers(size):
+    """Of an image that is thinner than a patch no row, or no column, may be left."""
+    config, layout = tiled(), lay_out(size, tiled())
+    width, height = best_canvas(size, config.image.canvases)
+    row, column = np.meshgrid(np.arange(height // PATCH), np.arange(width // PATCH), indexing="ij")
+    outputs = (1 + row // 4 * (width // SIDE) + column // 4) * 16 + row % 4 * 4 + column % 4
+    left = unpad_image(torch.tensor(outputs)[None], size[::-1])[0].numpy()
+    ended = np.pad(left, ((0, 0), (0, 1)), constant_values=NEWLINE)
+    assert layout.source[16:, 0].tolist() == ended.ravel().tolist() and len(layout.box) == len(layout)
 
 
 def shrinking(max_tiles):

@@ -84,10 +84,12 @@ def same(a, b):
         np.testing.assert_array_equal(attrgetter(name)(a), attrgetter(name)(b), err_msg=name)
 
 
-def test_batches_hold_the_records(make, folder, processor):
+def test_batches_hold_the_records(make, folder, processor, caplog):
     data = make()
     assert (data.num_examples, data.num_batches, data.truncated) == (10, 6, 1)
     assert data.dropped == {"nothing_supervised": 2}
+    left_out = f"2 of {data.num_examples + 2} examples are left out (nothing_supervised 2); raise data.max_length"
+    assert caplog.messages[-1].endswith(left_out)
     batches = list(data)
     assert len(batches) == data.num_batches
     rows = open_records(folder / "records")
@@ -166,7 +168,7 @@ def test_state_of_another_run_is_refused(make):
         (DATA, {"batch_size": 11}, "batch of 11 is larger than the 10 examples"),
         (DATA, {"batch_size": 0}, "batch size 0"),
         (DATA, {"epochs": 0}, "0 epochs"),
-        (DataConfig(max_length=20), {}, r"none of the 12 examples is usable \(.*image_truncated 11.*\); raise data.max_length"),
+        (DataConfig(max_length=20), {}, r"no example is usable: 12 of 12 examples are left out \(.*image_truncated 11.*\); raise data.max_length"),
     ],
 )
 def test_impossible_settings(make, data, options, message):

@@ -104,7 +104,7 @@ def test_a_full_disk_costs_lines_but_never_half_a_line(tmp_path, caplog):
 @pytest.fixture
 def folder(tmp_path):
     """A run folder with run.json."""
-    record_start(RunFolder(tmp_path), COMPUTATION, mesh=make_mesh(MeshConfig()), step=0)
+    record_start(RunFolder(tmp_path), COMPUTATION, mesh=make_mesh(MeshConfig()), step=0, dropped={"image_truncated": 2})
     return tmp_path
 
 
@@ -245,7 +245,7 @@ def test_run_json_lists_every_start_and_refuses_another_computation(tmp_path):
     run, mesh = RunFolder(tmp_path / "run"), make_mesh(MeshConfig())
     check_same(run, COMPUTATION)
     for step in (0, 4):
-        record_start(run, COMPUTATION, mesh=mesh, step=step)
+        record_start(run, COMPUTATION, mesh=mesh, step=step, dropped={})
         check_same(run, COMPUTATION)
     found, computed = run.read_json("run.json"), to_dict(COMPUTATION)
     assert found["format"] == "lsg-run-1" and {name: found[name] for name in computed} == computed
