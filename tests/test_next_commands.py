@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -67,11 +70,18 @@ def answers(path):
     return [json.loads(line)["output"] for line in path.read_text().splitlines()]
 
 
-def test_trained_and_evaluated(folder, capfd):
+@pytest.fixture(scope="module")
+def prepared(folder):
     lsg("prepare", folder / "records.jsonl", folder / "prepared", "--images", folder)
+
+
+def test_trained_and_evaluated(folder, prepared, capfd):
     short = ["--set", "data.max_length=30", f"output={folder / 'short'}"]
     assert main(["train", str(folder / "run.toml"), *short]) == 65
-    assert "no example is usable: 12 of 12 examples are left out (image_truncated 12); raise data.max_length" in capfd.readouterr().err
+    assert (
+        "no example is usable: 12 of 12 examples are left out (image_truncated 12); raise data.max_length"
+        in capfd.readouterr().err
+    )
     lsg("train", folder / "run.toml")
     before = read_batch._cache_size()
     lsg("eval", folder / "run.toml", "--out", folder / "eval")
@@ -80,6 +90,11 @@ def test_trained_and_evaluated(folder, capfd):
     lsg("eval", folder / "run.toml", "--out", folder / "alone", "--set", "eval.batch_size=1")
     for method in ("base", "lsg"):
         assert answers(folder / f"eval/mine.{method}.jsonl") == answers(folder / f"alone/mine.{method}.jsonl")
+    if folder.name.startswith("onevision"):  # the more general of the two
+        devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
+        command = [sys.executable, "-m", "lsg_jax", "eval", folder / "run.toml", "--out", folder / "devices"]
+        subprocess.run(command, env=os.environ | devices, check=True)
+        assert answers(folder / "devices/mine.lsg.jsonl") == answers(folder / "eval/mine.lsg.jsonl")
     result = json.loads((folder / "eval/result.json").read_text())
     assert result["ratios"] and all(row["questions"] == 6 or row["questions"] == 12 for row in result["ratios"])
 
@@ -140,8 +155,12 @@ def test_each_image_is_read_once_and_few_are_held(folder, mixed):
     assert sorted(reads) == sorted(image.path.name for item in items for image in item.images * 20)
 
 
-def test_studies_run_and_are_reported(folder):
+def test_studies_run_and_are_reported(folder, prepared):
     config = folder / "run.toml"
+    each = ["gate.layers=each", "train.remat=full", "train.max_steps=1", f"output={folder / 'each'}"]
+    lsg("train", config, "--set", *each)
+    lsg("stack", config, "--gates", folder / "each", "--max-gates", 1, "--out", folder / "stack")
+    assert len(json.loads((folder / "stack/stack.json").read_text())["singles"]) == 5
     lsg("sweep", config, "--out", folder / "sweep", "--layers", 1, 3, "--coefficients", "0,1", "1,1")
     sweep = json.loads((folder / "sweep/sweep.json").read_text())
     assert len(sweep["rows"]) > 0

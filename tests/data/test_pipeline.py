@@ -168,7 +168,11 @@ def test_state_of_another_run_is_refused(make):
         (DATA, {"batch_size": 11}, "batch of 11 is larger than the 10 examples"),
         (DATA, {"batch_size": 0}, "batch size 0"),
         (DATA, {"epochs": 0}, "0 epochs"),
-        (DataConfig(max_length=20), {}, r"no example is usable: 12 of 12 examples are left out \(.*image_truncated 11.*\); raise data.max_length"),
+        (
+            DataConfig(max_length=20),
+            {},
+            r"no example is usable: 12 of 12 examples are left out \(.*image_truncated 11.*\); raise data.max_length",
+        ),
     ],
 )
 def test_impossible_settings(make, data, options, message):
