@@ -14,7 +14,8 @@ from PIL import Image
 
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
-from lsg_jax.data.conversation import IMAGE_TAG
+from lsg_jax.data.conversation import IMAGE_TAG, RecordError
+from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import open_image, to_patches
 from lsg_jax.data.processor import Processor
 from lsg_jax.errors import ConfigError, InputError
@@ -218,18 +219,15 @@ class VLM:
             prompts: tags `<image>` say where several images stand, in order. Without any, the images come first.
 
         Raises:
-            InputError: an image cannot be read, or there is not an entry of `images` for each prompt.
-            RecordError: a prompt has some tags, but not as many as it has several images.
+            InputError: an image cannot be read, there is not an entry of `images` for each prompt, or a prompt is no text, is
+                too long or has some tags, but not one for each of its images.
         """
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images for {len(prompts)} prompts")
         if not prompts:
             return []
         opened = [_opened(entry) for entry in images]
-        encoded = [
-            self.processor.encode_question(prompt, image_sizes=[image.size for image in shown])
-            for shown, prompt in zip(opened, prompts, strict=True)
-        ]
+        encoded = [self._encoded(number, *entry) for number, entry in enumerate(zip(prompts, opened, strict=True), start=1)]
         batch = self.pad_questions(encoded, list(map(self.processor.all_pixels, opened)))
         if not any(opened):
             batch = batch.without_images()
@@ -239,6 +237,15 @@ class VLM:
             route[list(first)] = [self.method.read_reply(reply) for reply in replies]
             batch = dataclasses.replace(batch, route=route)
         return [self.processor.decode(row) for row in self.generate_batch(batch, max_new_tokens)]
+
+    def _encoded(self, number: int, prompt: str, images: Sequence[Image.Image]) -> Encoded:
+        """The tokens of a prompt; its number, from 1, is for errors."""
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt {number} is of type {type(prompt).__name__}; give a text")
+        try:
+            return self.processor.encode_question(prompt, image_sizes=[image.size for image in images])
+        except RecordError as error:
+            raise InputError(f"prompt {number}: {error}") from None
 
     def first_questions(self, prompts: Sequence[str], has_image: Sequence[bool]) -> dict[int, str]:
         """Index of a prompt with an image -> what the plain model is asked before it, for methods that ask."""
@@ -282,6 +289,8 @@ class VLM:
 def _opened(entry: Any) -> list[Image.Image]:
     """The images of one prompt: an image, its file or its bytes, a list of these, or None."""
     shown = entry if isinstance(entry, (list, tuple)) else [] if entry is None else [entry]
+    if wrong := [image for image in shown if not isinstance(image, Image.Image | bytes | str | Path)]:
+        raise InputError(f"an image is of type {type(wrong[0]).__name__}; give a path, bytes or a PIL image")
     return [image if isinstance(image, Image.Image) else open_image(image) for image in shown]
 
 

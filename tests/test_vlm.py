@@ -1,6 +1,7 @@
 """The Python contract: `lsg_jax.load` and the calls of VLM, on a converted folder."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -131,6 +132,22 @@ def test_generate_text(gated, tmp_path):
     assert gated.generate([], []) == []
     with pytest.raises(InputError, match="1 images for 2 prompts"):
         gated.generate([None], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("shown", "prompt", "message"),
+    [
+        ([None], "x", "an image is of type NoneType; give a path, bytes or a PIL image"),
+        (3, "x", "an image is of type int"),
+        (None, 3, "prompt 1 is of type int; give a text"),
+        (None, "<image> x", "prompt 1: <image> in the text, but there is no image"),
+        (Image.new("RGB", (8, 8)), "Is <image> like <image>?", "prompt 1: 2 <image> tags in the text for 1 image"),
+        ([Image.new("RGB", (8, 8))] * 2, "<image> x", "prompt 1: 1 <image> tag in the text for 2 images"),
+    ],
+)
+def test_prompts_that_cannot_be_asked(gated, shown, prompt, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        gated.generate([shown], [prompt])
 
 
 def test_v_sinks_and_ratios(base, gated, arrays, tiny_model):

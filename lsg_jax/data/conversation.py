@@ -50,7 +50,7 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
     """
     if not isinstance(record, dict):
         raise RecordError("not_a_record", f"expected an object, got {type(record).__name__}")
-    record_id = record.get("id", default_id)
+    record_id = default_id if record.get("id") is None else record["id"]
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
         raise RecordError("bad_id", f"id is neither text nor an integer: {str(record_id)[:80]!r}")
     images = image_fields(record)
@@ -122,17 +122,17 @@ def tags_differ(tags: int, images: int) -> RecordError:
 def question_turn(text: str, images: int) -> Turn:
     """A question as a turn, with the tags of its images.
 
-    The tag of a single image goes to the front. Several tags stay where they are; without any, they go to the front.
+    A single tag goes to the front. Several tags stay where they are; without any, they go to the front.
 
     Raises:
-        RecordError: `tag_without_image` or `empty_question`, where there is no image; `tags_and_images_differ`, where several
-            images have tags, but not one each.
+        RecordError: `tag_without_image` or `empty_question`, where there is no image; `tags_and_images_differ`, where there
+            are tags, but not one for each image.
     """
     count = text.count(IMAGE_TAG)
+    if images and count not in (0, images):
+        error = tags_differ(count, images)
+        raise RecordError(error.reason, f"{error}; write one for each image, or none")
     if images > 1 and count:
-        if count != images:
-            error = tags_differ(count, images)
-            raise RecordError(error.reason, f"{error}; write one for each image, or none")
         return Turn("human", text.strip())
     if images:
         return Turn("human", tags_in_front(text, images))

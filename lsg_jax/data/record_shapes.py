@@ -42,17 +42,24 @@ PATH_KEYS = ("path", "url", "image", "image_url", "file_name")
 """Keys of the path where an image is an object."""
 
 ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content", "text")
-WEIGHT_KEYS = ("loss", "loss_weight", "weight", "train")
-"""Keys of a turn that may say not to learn from it."""
+_FALSE, _TRUE = ("false", "no", "0", "0.0"), ("true", "yes", "1", "1.0")
+WEIGHT_KEYS, MASK_KEYS = ("loss", "loss_weight", "weight", "train"), ("mask", "masked")
+"""Keys of a turn that say not to learn from it: the first if false, the second if true."""
+
+LABEL_KEYS = {"label": ("false",), "kto_tag": _FALSE}
+"""Keys of a record that mark it as a negative example (KTO), by these values. A `label` of 0 or no may be a class."""
 
 TEXT_PARTS, IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 
 # Signs of media that are not read. A closing tag makes `<video>` part of an HTML text.
 _MEDIUM = re.compile(r"(video|audio)(s|_paths?|_files?|_urls?)?")
 _MEDIUM_TAG = re.compile(r"<(video|audio)>(?!.*</\1>)", re.DOTALL)
-_OTHER_TAG = re.compile(r"<ImageHere>|<\|image(?:_pad|_\d+)?\|>|<image[ _]?\d+>|<image_placeholder>|<img>[^<]*</img>")
+OTHER_TAG = re.compile(r"<ImageHere>|<\|image(?:_pad|_\d+)?\|>|<image[ _]?\d+>|<image_placeholder>|<img>[^<]*</img>")
+"""Image tags of other tools."""
+
 _BOX_TAG = re.compile(r"<bbox>|<ref-object>")
 _MEDIA_NAME = re.compile(r"image|img|pictur|photo|video|audio")
+_NAME_OF_ONE = re.compile(r".*(?:image|img|picture|photo)s?(?:[ _-]?\d+|[ _-][a-z])?(?:[ _-](?:paths?|files?|list))?")
 _IMAGE_FILE = re.compile(r"[^\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|jp2)", re.IGNORECASE)
 _URL = re.compile(r"(?:https?|data|s3|gs):", re.IGNORECASE)
 
@@ -93,6 +100,9 @@ def read_messages(record: dict[str, Any]) -> list[Message]:
         RecordError: `no_turns`, `two_conversations`, `bad_turn`, `unsupervised_turn`, `video`, `audio`, `other_image_tag` or
             `boxes_elsewhere`.
     """
+    for key, words in LABEL_KEYS.items():
+        if _reads(record.get(key), words):
+            raise RecordError("unsupervised_turn", f"{key} = {record[key]} marks a negative example; every answer is learnt")
     messages = [_message(number, item) for number, item in enumerate(_turns(record))]
     for number, message in enumerate(messages):
         if _given(record.get("objects")) and (box := _BOX_TAG.search(message.text)):
@@ -101,7 +111,7 @@ def read_messages(record: dict[str, Any]) -> list[Message]:
             continue
         if medium := _MEDIUM_TAG.search(message.text):
             raise _unsupported(medium[1], f"turn {number} contains {medium[0]}")
-        if tag := _OTHER_TAG.search(message.text):
+        if tag := OTHER_TAG.search(message.text):
             raise RecordError("other_image_tag", f"turn {number} marks an image as {tag[0][:80]}; write {IMAGE_TAG}")
     return messages
 
@@ -147,6 +157,17 @@ def check_keys(record: dict[str, Any], *, has_image: bool) -> list[str]:
     return list(notes)
 
 
+def may_hold_another(key: str, value: Any, paths: list[str]) -> bool:
+    """Whether a key that nothing reads may hold an image beside the listed `paths`.
+
+    Its name says so (`image_2`, `left_image`), or it holds an image's file. A listed file, with or without its folder, is no
+    other image. A URL counts by the name of its key alone: it may say where a file came from.
+    """
+    texts = [text for text in _texts(value) if not any(f"/{path}".endswith(f"/{text}") for path in paths)]
+    files = [text for text in texts if _IMAGE_FILE.fullmatch(text) and not _URL.match(text)]
+    return bool(files or (texts and _NAME_OF_ONE.fullmatch(key.lower())))
+
+
 def _unread(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(where, key, value) of each key that nothing reads and that holds anything, in the record, its turns and their parts."""
     pair = next((pair for pair in PAIR_KEYS if pair[0] in record), ())
@@ -176,13 +197,16 @@ def _turns(record: dict[str, Any]) -> list[Any]:
     if given or pair is None:
         keys = ", ".join(map(str, record))[:120] or "none"
         raise RecordError("no_turns", f"conversations (or messages) is missing, empty or not a list; the keys are {keys}")
-    question, answer = (record.get(key) for key in pair)
-    if _given(record.get("input")):
-        question = f"{question}\n{record['input']}"
-    history = record.get("history") or []
+    for key in (*pair, "input"):
+        if _given(record.get(key)) and not isinstance(record[key], str):
+            raise RecordError("bad_turn", f"{key} is not text: {str(record[key])[:80]}")
+    question = "\n".join(record[key] for key in (pair[0], "input") if _given(record.get(key)))
+    history = record["history"] if _given(record.get("history")) else []
     if not isinstance(history, list) or not all(isinstance(said, list) and len(said) == 2 for said in history):
         raise RecordError("bad_turn", "history is not a list of pairs [question, answer]")
-    pairs = [*history, [question, answer]]
+    if wrong := [text for said in history for text in said if not isinstance(text, str)]:
+        raise RecordError("bad_turn", f"history has an entry that is not text: {str(wrong[0])[:80]}")
+    pairs = [*history, [question, record.get(pair[1])]]
     return [{"from": role, "value": text} for said in pairs for role, text in zip(("human", "gpt"), said, strict=True)]
 
 
@@ -213,7 +237,9 @@ def _message(number: int, item: Any) -> Message:
     except UnicodeEncodeError:
         raise RecordError("bad_turn", f"turn {number} contains half of a surrogate pair") from None
     kind = ROLES.get(role.lower(), "other") if isinstance(role, str) else "other"
-    if kind == "gpt" and (key := next((key for key in WEIGHT_KEYS if item.get(key) in (False, 0)), None)):
+    signs = [key for keys, words in ((WEIGHT_KEYS, _FALSE), (MASK_KEYS, _TRUE)) for key in keys if _reads(item.get(key), words)]
+    if kind == "gpt" and signs:
+        key = signs[0]
         raise RecordError("unsupervised_turn", f"turn {number} has {key} = {item[key]}; every answer of a record is learnt")
     if IMAGE_TAG not in content:
         own = sum(len(_paths(item.get(key), key)) for key in IMAGE_KEYS)
@@ -226,7 +252,7 @@ def _only(item: Any, keys: tuple[str, ...], number: int) -> Any:
     if not isinstance(item, dict):
         raise RecordError("bad_turn", f"turn {number} is no object")
     values = [item[key] for key in keys if item.get(key) is not None]
-    if any(value != values[0] for value in values):
+    if any(value != values[0] for value in values[1:]):  # NaN differs from itself
         raise RecordError("bad_turn", f"turn {number}: {', '.join(key for key in keys if key in item)} differ; keep one")
     return values[0] if values else None
 
@@ -296,11 +322,23 @@ def _hidden_image(key: str, value: Any) -> str | None:
     return key if named or (isinstance(value, str) and _IMAGE_FILE.fullmatch(value.strip())) else None
 
 
+def _texts(value: Any) -> list[str]:
+    """All texts in a value, its lists and its objects, that are not blank."""
+    if isinstance(value, list | dict):
+        return [text for entry in (value.values() if isinstance(value, dict) else value) for text in _texts(entry)]
+    return [value.strip()] if isinstance(value, str) and value.strip() else []
+
+
 def _given(value: Any) -> bool:
     """Whether a key holds anything: not null, empty, blank or NaN."""
     if isinstance(value, float):
         return not math.isnan(value)
     return bool(value.strip()) if isinstance(value, str) else value is not None and value != [] and value != {}
+
+
+def _reads(value: Any, words: tuple[str, ...]) -> bool:
+    """Whether a flag, as a boolean, a number or text, is one of the words."""
+    return str(value).strip().lower() in words
 
 
 def _unsupported(medium: str, where: str) -> RecordError:

@@ -9,8 +9,18 @@ import re
 import string
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from lsg_jax.data.record_shapes import RecordError, check_keys, image_fields
+from lsg_jax.data.conversation import question_turn
+from lsg_jax.data.record_shapes import (
+    IMAGE_KEYS,
+    IMAGE_TAG,
+    OTHER_TAG,
+    RecordError,
+    check_keys,
+    image_fields,
+    may_hold_another,
+)
 from lsg_jax.errors import InputError
 
 LETTERS = string.ascii_uppercase
@@ -18,6 +28,7 @@ CHOICE_KEYS = ("choices", "options")
 KEYS = ("question", "answer", "category", *CHOICE_KEYS)
 
 _LABEL = re.compile(r"\(?([A-Za-z])[).:]\s*")
+_NUMBERED_TAG = re.compile(r"<\|?image[ _]?(\d+)\|?>")
 
 
 def text_field(row: dict[str, Any], name: str, where: str) -> str:
@@ -34,12 +45,12 @@ def choices_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """The texts of a row's 2 to 26 choices, A first; empty for a question without choices.
 
     They are under `choices` or `options`: a list, an object {"A": text, ...}, either of these written as text, or one choice a
-    line; or they are under the keys `A`, `B`, ... of the row.
+    line; or they are under the keys `A`, `B`, ... of the row. Labels A, B, ... in front of all of them are left out.
 
     Raises:
         InputError: none of these, or `choices` and `options` differ.
     """
-    given = {key: row[key] for key in CHOICE_KEYS if row.get(key) not in (None, "", [], {})}
+    given = {key: row[key] for key in CHOICE_KEYS if _has_text(row.get(key)) and row[key] not in ([], {})}
     if not given:
         lettered = {letter: row[letter] for letter in LETTERS if _has_text(row.get(letter))}
         return _checked(_of_object(lettered, where), where) if len(lettered) > 1 else ()
@@ -65,7 +76,7 @@ def answers_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def choice_letter(answers: tuple[str, ...], choices: tuple[str, ...], where: str) -> str:
-    """The letter of the correct choice, given as its text or as a letter, with or without brackets.
+    """The letter of the correct choice, given as its text, as a letter with or without brackets, or as both.
 
     Raises:
         InputError: it is none of the choices, or several.
@@ -78,6 +89,9 @@ def choice_letter(answers: tuple[str, ...], choices: tuple[str, ...], where: str
         letter = answers[0].strip("() .:").upper()
         if len(letter) == 1 and letter in LETTERS[: len(choices)]:
             return letter
+        label = _LABEL.match(answers[0])
+        if label and (label[1].upper(), answers[0][label.end() :]) in zip(LETTERS, choices, strict=False):
+            return label[1].upper()
     raise InputError(f"{where}: answer {' / '.join(answers)} is none of the choices {', '.join(choices)}")
 
 
@@ -85,19 +99,51 @@ def images_of(row: dict[str, Any], folder: Path, where: str) -> list[Path]:
     """The image files of a row, in order, under the keys and in the forms that records may have; relative to `folder`.
 
     Raises:
-        InputError: a file does not exist, an image is no path, or a row without an image seems to have one under another key.
+        InputError: a file does not exist, an image is no path, or another key may hold an image.
     """
+    others = {key: value for key, value in row.items() if key not in KEYS and key not in LETTERS}
     try:
         paths = image_fields(row)
-        check_keys({key: value for key, value in row.items() if key not in KEYS and key not in LETTERS}, has_image=bool(paths))
+        check_keys(others, has_image=bool(paths))
     except RecordError as error:
         raise InputError(f"{where}: {error}") from None
-    files = [folder / path.removeprefix("file://") for path in paths]
+    for key, value in others.items():
+        if key not in ("id", "source", *IMAGE_KEYS) and may_hold_another(key, value, paths):
+            raise InputError(f"{where}: {key[:80]} may hold another image; list it with the others, or remove the key")
+    files = [folder / (unquote(path[7:]) if path.startswith("file://") else path) for path in paths]
     files = [file if file.is_file() else Path(str(file).replace("\\", "/")) for file in files]
     for file in files:
         if not file.is_file():
             raise InputError(f"{where}: image {str(file)[:200]} does not exist")
     return files
+
+
+def with_image_tags(question: str, choices: tuple[str, ...], images: int, where: str) -> tuple[str, tuple[str, ...]]:
+    """The question and its choices with tags `<image>`, one for each image or none.
+
+    Numbered tags of other tools (`<image 1>`, as in MMMU) become `<image>` if they count the images in order.
+
+    Raises:
+        InputError: other tags, not as many tags as images, or the tag of a single image in a choice: it would leave the choice
+            for the front of the prompt.
+    """
+    texts = [question, *choices]
+    if others := [tag for text in texts for tag in OTHER_TAG.findall(text)]:
+        numbers = [number and int(number[1]) for number in map(_NUMBERED_TAG.fullmatch, others)]
+        if numbers != list(range(1, images + 1)):
+            raise InputError(
+                f"{where}: images are marked as {', '.join(others)[:80]}; write {IMAGE_TAG} once for each, in order"
+            )
+        texts = [OTHER_TAG.sub(IMAGE_TAG, text) for text in texts]
+    if images == 1 and any(IMAGE_TAG in choice for choice in texts[1:]):
+        raise InputError(
+            f"{where}: a choice contains {IMAGE_TAG}, but the only image comes before the question; remove the tag"
+        )
+    try:
+        question_turn("\n".join(texts), images)
+    except RecordError as error:
+        raise InputError(f"{where}: {error}") from None
+    return texts[0], tuple(texts[1:])
 
 
 def _choices(value: Any, where: str) -> list[Any]:
@@ -115,6 +161,8 @@ def _choices(value: Any, where: str) -> list[Any]:
 def _of_object(value: dict[str, Any], where: str) -> list[Any]:
     """{"A": text, "B": text}, in the order of the letters; empty ones at the end are left out."""
     labels = {key.strip("() .:").upper(): entry for key, entry in value.items()}
+    if len(labels) < len(value):
+        raise InputError(f"{where}: two choices have the same label among {', '.join(value)[:120]}")
     while labels and not _has_text(labels[max(labels)]):
         del labels[max(labels)]
     if sorted(labels) != list(LETTERS[: len(labels)]):
@@ -123,11 +171,8 @@ def _of_object(value: dict[str, Any], where: str) -> list[Any]:
 
 
 def _of_lines(value: str, where: str) -> list[str]:
-    """One choice a line, with or without its letter in front."""
+    """One choice a line."""
     lines = [line.strip() for line in value.split("\n") if line.strip()]
-    labels = [_LABEL.match(line) for line in lines]
-    if [label and label[1].upper() for label in labels] == list(LETTERS[: len(lines)]):
-        lines = [line[label.end() :] for line, label in zip(lines, labels, strict=True) if label]
     if len(lines) < 2:
         raise InputError(f"{where}: choices are one line of text; give a list of texts")
     return lines
@@ -136,10 +181,19 @@ def _of_lines(value: str, where: str) -> list[str]:
 def _checked(choices: list[Any], where: str) -> tuple[str, ...]:
     if not 2 <= len(choices) <= len(LETTERS):
         raise InputError(f"{where}: {len(choices)} choices; give 2 to 26")
-    texts = tuple(_text(choice, "a choice", where) for choice in choices)
+    texts = _without_labels(tuple(_text(choice, "a choice", where) for choice in choices))
     if "" in texts:
         raise InputError(f"{where}: choice {LETTERS[texts.index('')]} is empty")
     return texts
+
+
+def _without_labels(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts without `A.`, `B.`, ... in front, if all have one and some have more than that."""
+    labels = [_LABEL.match(text) for text in texts]
+    if [label and label[1].upper() for label in labels] != list(LETTERS[: len(texts)]):
+        return texts
+    rest = tuple(text[label.end() :] for text, label in zip(texts, labels, strict=True) if label)
+    return rest if any(rest) else texts
 
 
 def _literal(text: str) -> Any:

@@ -104,7 +104,7 @@ RECORDS = [
     ("no conversation", {"id": "r"}, ("no_turns", "missing")),
     ("half a surrogate pair", said("q", "a\ud83d"), ("bad_turn", "surrogate")),
     ("no object", "text", ("not_a_record", "str")),
-    ("id null", said(id=None), ("bad_id", "None")),
+    ("id a list", said(id=["r"]), ("bad_id", "['r']")),
     ("same id again", said(id="0"), SECOND_ID),
     ("0-byte image", said(image="empty.jpg"), ("broken_image", "empty.jpg: the image file is empty")),
     ("HTML for an image", said(image="page.jpg"), ("broken_image", "HTML page")),

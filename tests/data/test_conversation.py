@@ -38,7 +38,7 @@ def turn(role, value):
 
 BAD = [
     ([], "not_a_record"),
-    (record("<image>\nq", "a", id=None), "bad_id"),
+    (record("<image>\nq", "a", id=1.5), "bad_id"),
     (record("<image>\nq", "a", id=True), "bad_id"),
     (record("<image>\nq", "a", image=3), "bad_image_field"),
     (record("<image>\nq", "a", image={"bytes": ""}), "bad_image_field"),

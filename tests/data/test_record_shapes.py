@@ -95,6 +95,15 @@ REJECTED = {
     "tool": ({"messages": [TEXT_CHAT[0], {"role": "tool", "content": "x"}]}, "unknown_role", "'tool'; expected human or gpt"),
     "system later": ({"messages": [*TEXT_CHAT, {"role": "system", "content": "x"}]}, "system_not_first", "turn 2"),
     "answer not to learn": ({"messages": [TEXT_CHAT[0], CHAT[1] | {"loss": False}]}, "unsupervised_turn", "loss = False"),
+    **{f"{key} = {value}": ({"messages": [TEXT_CHAT[0], CHAT[1] | {key: value}]}, "unsupervised_turn", f"{key} = {value}")
+       for key, value in (("loss", "false"), ("loss", 0), ("weight", 0.0), ("mask", True), ("mask", "True"), ("masked", 1))},
+    **{f"record, {key} = {value}": ({"messages": TEXT_CHAT, key: value}, "unsupervised_turn", f"{key} = {value} marks")
+       for key, value in (("label", False), ("label", "false"), ("kto_tag", False), ("kto_tag", 0))},
+    **{f"pair, {key} = {value}": ({"instruction": "q", "output": "a"} | {key: value}, "bad_turn", f"{key} is not text")
+       for key in ("instruction", "input", "output") for value in (["x", "y"], {"x": 1}, 3)},
+    "history of lists": ({"query": "q", "response": "a", "history": [["q", ["x"]]]}, "bad_turn", "not text: ['x']"),
+    "NaN as answer": ({"instruction": "q", "output": float("nan")}, "bad_turn", "turn 1 has no text"),
+    "pair without question": ({"instruction": None, "input": None, "output": "a"}, "empty_question", "turn 0"),
     **{tag: ({"image": "a.png", "query": f"{tag} q", "response": "a"}, "other_image_tag", "write <image>")
        for tag in ("<ImageHere>", "<|image_1|>", "<|image|>", "<image_1>", "<image 1>", "<img>a.png</img>")},
 }  # fmt: skip
@@ -121,6 +130,10 @@ SYSTEM = {"role": "system", "content": "Be kind."}
         ({"messages": [CHAT[1], *TEXT_CHAT]}, ("leading_turn_dropped",)),
         ({"messages": TEXT_CHAT, "system": " ", "tools": [], "score": None}, ()),
         ({"messages": TEXT_CHAT, "tools": "[x]", "score": 0}, ("key_not_read: tools", "key_not_read: score")),
+        ({"messages": TEXT_CHAT, "label": "no"}, ("key_not_read: label",)),
+        ({"messages": TEXT_CHAT, "label": 0, "kto_tag": True}, ("key_not_read: label", "key_not_read: kto_tag")),
+        ({"messages": [TEXT_CHAT[0] | {"loss": False}, CHAT[1] | {"mask": False}]},
+         ("key_not_read: loss of a turn", "key_not_read: mask of a turn")),
         ({"messages": [TEXT_CHAT[0], CHAT[1] | {"loss": True, "name": "x"}]},
          ("key_not_read: loss of a turn", "key_not_read: name of a turn")),
         ({"image": "a.png", "messages": CHAT, "width": 3, "file_name": "b.png"},
@@ -140,6 +153,24 @@ def test_html_is_text():
 def test_pairs_of_the_history_come_first():
     parsed = parse_record({"id": 1, "instruction": "q3", "input": "", "output": "a3", "history": [["q1", "a1"], ["q2", "a2"]]})
     assert [t.text for t in parsed.turns] == ["q1", "a1", "q2", "a2", "q3", "a3"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "record_id"), [({}, "line 7"), ({"id": None}, "line 7"), ({"id": 0}, "0"), ({"id": ""}, "")]
+)
+def test_a_record_without_an_id_has_that_of_its_line(fields, record_id):
+    assert parse_record({"messages": TEXT_CHAT, **fields}, default_id="line 7").record_id == record_id
+
+
+@pytest.mark.parametrize("empty", [None, float("nan"), "", " "], ids=str)
+def test_an_empty_part_of_a_pair_is_no_text(empty):
+    for fields in (
+        {"instruction": empty, "input": "q"},
+        {"instruction": "q", "input": empty},
+        {"query": "q", "history": empty},
+    ):
+        parsed = parse_record({"id": 1, "response" if "query" in fields else "output": "a", **fields})
+        assert [t.text for t in parsed.turns] == ["q", "a"]
 
 
 @pytest.mark.parametrize(

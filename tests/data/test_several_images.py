@@ -127,10 +127,10 @@ def test_tags_of_a_question(text, images, placed):
     assert question_turn(text, images) == Turn("human", placed)
 
 
-@pytest.mark.parametrize("text", ["<image>\nq", "<image><image><image>"])
-def test_a_tag_for_each_image_of_a_question(text):
-    with pytest.raises(RecordError, match=r"\d <image> tags? in the text for 2 images") as caught:
-        question_turn(text, 2)
+@pytest.mark.parametrize(("text", "images"), [("<image>\nq", 2), ("<image><image><image>", 2), ("Is <image> like <image>?", 1)])
+def test_a_tag_for_each_image_of_a_question(text, images):
+    with pytest.raises(RecordError, match=rf"\d <image> tags? in the text for {images} image") as caught:
+        question_turn(text, images)
     assert caught.value.reason == "tags_and_images_differ"
 
 

@@ -55,28 +55,36 @@ CHOICES = {
     "lines": {"choices": "cat\n dog\n"},
     "lines with letters": {"choices": "A. cat\nB. dog"},
     "lines with brackets": {"choices": "(A) cat\n(B) dog"},
+    "list with letters": {"choices": ["A. cat", "B. dog"]},
+    "list with brackets": {"choices": ["(A) cat", "(B) dog"]},
+    "list with half brackets": {"choices": ["a) cat", "b) dog"]},
+    "text of a list with letters": {"options": "['A: cat', 'B: dog']"},
+    "choices NaN": {"choices": float("nan"), "options": ["cat", "dog"]},
+    "columns beside NaN": {"choices": float("nan"), "A": "cat", "B": "dog"},
     "columns": {"A": "cat", "B": "dog", "C": None},
 }
 
 
 @pytest.mark.parametrize("form", CHOICES)
-@pytest.mark.parametrize("answer", ["dog", "B"])
+@pytest.mark.parametrize("answer", ["dog", "B", "B. dog", "(b) dog"])
 def test_forms_of_choices(tmp_path, form, answer):
     (question,) = read(write(tmp_path, {"question": "?", "answer": answer, **CHOICES[form]}))
     assert (question.choices, question.answers) == (("cat", "dog"), ("B",))
 
 
 def test_choices_keep_their_text(tmp_path):
-    (numbers, labels, code) = read(
+    (numbers, labels, code, letters) = read(
         write(
             tmp_path,
             {"question": "?", "choices": [1, 2.5, True], "answer": 2.5},
             {"question": "?", "choices": "A. cat\nC. dog", "answer": "C. dog"},
             {"question": "?", "choices": ["['a']", "['b']"], "answer": "['b']"},
+            {"question": "?", "choices": ["(A)", "(B)"], "answer": "B"},
         )
     )
     assert (numbers.choices, numbers.answers) == (("1", "2.5", "True"), ("B",))
     assert (labels.choices, labels.answers) == (("A. cat", "C. dog"), ("B",))
+    assert (letters.choices, letters.answers) == (("(A)", "(B)"), ("B",))
     assert (code.choices, code.answers) == (("['a']", "['b']"), ("B",))
 
 
@@ -90,6 +98,9 @@ def test_choices_keep_their_text(tmp_path):
         {"image_path": "sub\\a.png"},
         {"img": "{folder}/sub/a.png"},
         {"image": "file://{folder}/sub/a.png"},
+        {"image": "file://{folder}/s%75b/a.png"},
+        {"image": "sub/a.png", "file_name": "a.png", "image_id": 4, "image_2": None, "img_type": "['Photo']"},
+        {"image": "sub/a.png", "image_1": "sub/a.png", "coco_source": "https://example.org/b.png", "has_image": True},
     ],
     ids=str,
 )
@@ -99,6 +110,66 @@ def test_forms_of_images(tmp_path, image):
     row = json.dumps({"question": "?", "answer": "x", **image}).replace("{folder}", str(tmp_path))
     (question,) = read(write(tmp_path, row))
     assert [image.read() for image in question.images] == [b"png"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_2": "b.png"},
+        {"image2": {"bytes": "QQ==", "path": None}},
+        {"left_image": "b"},
+        {"image_b_path": ["b"]},
+        {"second": "other/q.jsonl.png"},
+        {"meta": {"frames": ["b.jpg"]}},
+        {"image_2": "https://example.org/b"},
+    ],
+    ids=str,
+)
+def test_an_image_under_another_key_is_not_left_out(tmp_path, fields):
+    row = {"question": "?", "answer": "x", "image": "q.jsonl", **fields}
+    with pytest.raises(InputError, match=f"q.jsonl:1: {next(iter(fields))} may hold another image; list it"):
+        read(write(tmp_path, row))
+
+
+@pytest.mark.parametrize(
+    ("images", "question", "choices", "asked"),
+    [
+        (1, "<image 1> Which?", (), "<image> Which?"),
+        (1, "See <|image_1|>.", ("a", "b"), "See <image>.\nA. a\nB. b"),
+        (2, "<image 1> or <image_2>?", (), "<image> or <image>?"),
+        (3, "Like <image 1>?", ("<image 2>", "<image 3>"), "Like <image>?\nA. <image>\nB. <image>"),
+        (2, "Which?", ("<image>", "x <image>"), "Which?\nA. <image>\nB. x <image>"),
+        (1, "Which <image>?", (), "Which <image>?"),
+        (2, "Which?", (), "Which?"),
+    ],
+)
+def test_tags_of_images(tmp_path, images, question, choices, asked):
+    row = {"question": question, "images": ["q.jsonl"] * images, "choices": choices, "answer": "A" if choices else "x"}
+    assert prompt(*read(write(tmp_path, row)), "paper").startswith(asked + "\nAnswer")
+
+
+@pytest.mark.parametrize(
+    ("images", "question", "choices", "message"),
+    [
+        (0, "<image 1> Which?", (), "images are marked as <image 1>; write <image> once for each, in order"),
+        (0, "<image> Which?", (), "<image> in the text, but there is no image"),
+        (1, "<image 2> Which?", (), "marked as <image 2>"),
+        (1, "<image 1> and <image 1>?", (), "marked as <image 1>, <image 1>"),
+        (2, "<image 2> or <image 1>?", (), "marked as <image 2>, <image 1>"),
+        (2, "<image 1>?", (), "marked as <image 1>"),
+        (1, "<ImageHere>?", (), "marked as <ImageHere>"),
+        (1, "?", ("<img>1.png</img>", "b"), "marked as <img>1.png</img>"),
+        (1, "<image> and <image 1>?", (), "2 <image> tags in the text for 1 image; write one for each image, or none"),
+        (1, "Is <image> like <image>?", (), "2 <image> tags in the text for 1 image"),
+        (1, "Which?", ("<image>", "none"), "a choice contains <image>"),
+        (1, "Which?", ("<image 1>", "none"), "a choice contains <image>"),
+        (3, "<image> or <image>?", (), "2 <image> tags in the text for 3 images"),
+    ],
+)
+def test_tags_that_are_not_the_images(tmp_path, images, question, choices, message):
+    row = {"question": question, "images": ["q.jsonl"] * images, "choices": choices, "answer": "A" if choices else "x"}
+    with pytest.raises(InputError, match="q.jsonl:1: .*" + re.escape(message)):
+        read(write(tmp_path, row))
 
 
 SEPARATORS = "\u2028\u2029\x85\x1c\x0b"  # str.splitlines breaks at each of them
@@ -145,6 +216,9 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
         ({"question": "x", "choices": "['cat' 'dog']", "answer": "cat"}, "1 choices; give 2 to 26"),  # as numpy prints
         ({"question": "x", "choices": ["cat", ["dog"]], "answer": "cat"}, "a choice is \"['dog']\", of type list"),
         ({"question": "x", "choices": ["cat", ""], "answer": "cat"}, "choice B is empty"),
+        ({"question": "x", "choices": ["A. cat", "B."], "answer": "cat"}, "choice B is empty"),
+        ({"question": "x", "choices": ["cat", "dog"], "answer": "A. dog"}, "answer A. dog is none of the choices"),
+        ({"question": "x", "choices": {"A": "cat", "a": "dog"}, "answer": "A"}, "two choices have the same label among A, a"),
         ({"question": "x", "choices": ["cat", "cat"], "answer": "cat"}, "text of several choices"),
         ({"question": "x", "choices": {"A": "cat", "C": "dog"}, "answer": "A"}, "are labelled A, C; label them A, B"),
         ({"question": "x", "choices": {"A": "", "B": "dog"}, "answer": "B"}, "choice A is empty"),

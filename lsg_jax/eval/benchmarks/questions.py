@@ -2,8 +2,8 @@
 
 One object per line: `question` and `answer` (text, a list of accepted texts, or for multiple choice a letter or the text of a
 choice), and optionally `image` (a path or a list of paths, relative to the file), `choices`, `id`, `category`. Tags `<image>`
-in the question say where several images stand; without any, they come first. `question_fields` reads the fields in the forms in
-which other tools write them.
+in the question say where several images stand; without any, they come first. `question_fields` reads the fields and tags in the
+forms in which other tools write them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lsg_jax.data.prompts import WORD_SUFFIX, multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
 from lsg_jax.eval.letters import chosen_letter
-from lsg_jax.eval.question_fields import answers_of, choice_letter, choices_of, images_of, text_field
+from lsg_jax.eval.question_fields import answers_of, choice_letter, choices_of, images_of, text_field, with_image_tags
 from lsg_jax.files import json_lines
 
 
@@ -76,12 +76,14 @@ def _item(row: dict[str, Any], where: str, folder: Path, number: int) -> Item:
     choices, answers = choices_of(row, where), answers_of(row, where)
     if choices:
         answers = (choice_letter(answers, choices, where),)
+    images = images_of(row, folder, where)
+    question, choices = with_image_tags(question, choices, len(images), where)
     return Item(
         id=text_field(row, "id", where) or str(number),
         question=question,
         answers=answers,
         choices=choices,
-        images=tuple(map(ImageFile, images_of(row, folder, where))),
+        images=tuple(map(ImageFile, images)),
         fields={"category": category} if category else {},
     )
 
