@@ -62,15 +62,30 @@ class Trained:
     opened: tuple[Source, ...]
 
 
-def part_of_a_model(folder: Path) -> str | None:
-    """What a folder holds if that is only a part of a model, in words; None for a whole model or for no weights at all."""
-    if any((folder / name).exists() for name in (SAFETENSORS, INDEX, BIN, BIN_INDEX)):
-        return None
-    if any((folder / name).exists() for name in ADAPTERS):
-        return f"an adapter ({ADAPTER_CONFIG})"
+def part_of_a_model(folder: Path, *, adapter_first: bool = False) -> str | None:
+    """What a folder holds if that is only a part of a model, in words; None for a whole model or for no weights at all.
+
+    Args:
+        adapter_first: of a whole model and an adapter in one folder, the adapter counts.
+    """
+    adapter = f"an adapter ({ADAPTER_CONFIG})" if any((folder / name).exists() for name in ADAPTERS) else None
+    if _is_whole(folder):
+        return adapter if adapter_first else None
+    if adapter:
+        return adapter
     if (folder / OTHER_TRAINED).exists():
         return f"what was trained beside an adapter ({OTHER_TRAINED}), without the adapter"
     return f"a projector alone ({PROJECTOR})" if (folder / PROJECTOR).exists() else None
+
+
+def adapter_beside_a_model(folder: Path) -> str | None:
+    """The name of an adapter's file that lies beside a whole model, which would be converted without it. None for none."""
+    found = (name for name in (*ADAPTERS, ADAPTER_CONFIG) if (folder / name).exists())
+    return next(found, None) if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (SAFETENSORS, INDEX, BIN, BIN_INDEX))
 
 
 def base_named_by(folder: Path) -> str:
@@ -109,11 +124,18 @@ def read_trained(folder: Path) -> Trained:
 
 
 def _open(path: Path) -> Source:
+    """Opens a file of trained tensors. Raises InputError for one that holds none."""
+    source: Source
     if path.suffix == ".safetensors":
-        return SafetensorsSource([path])
-    from converters.bin_reader import BinSource
+        source = SafetensorsSource([path])
+    else:
+        from converters.bin_reader import BinSource
 
-    return BinSource([path])
+        source = BinSource([path])
+    if not source.tensors:
+        source.close()
+        raise InputError(f"{path}: holds no tensors, so there is nothing to merge; save what was trained again")
+    return source
 
 
 def _lora(path: Path) -> Mapping[str, Any]:

@@ -122,10 +122,10 @@ def _with_tokenizer(folder: Path, small: Path, config: ModelConfig) -> ModelConf
         logger.warning("%s: no tokenizer, so the model will take token ids only", folder)
         return config
     try:
-        config = with_image_token(config, small)
+        config = with_image_token(config, small, folder)
         Processor.from_folder(small, config)
     except ConfigError as error:  # of the chat template; another one can be chosen
-        logger.warning("%s: %s", folder, error)
+        logger.warning("%s: %s", folder, str(error).replace(str(small), str(folder)))
     except InputError as error:
         raise InputError(str(error).replace(str(small), str(folder))) from None
     return config

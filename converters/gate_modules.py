@@ -92,6 +92,7 @@ def find_gates(tensors: Mapping[str, np.ndarray], ignore: frozenset[str], where:
     _check_inside(gates, [name for name in left if name not in ignore], tensors, where)
     if len({tuple(array.shape for _, array in sorted(gate.tensors.items())) for gate in gates}) > 1:
         raise InputError(f"{where}: the gates {gates[0].path} and {gates[-1].path} differ in shape")
+    _check_biases(gates, where)
     return sorted(gates, key=lambda gate: (gate.numbers, gate.path)), left
 
 
@@ -153,6 +154,18 @@ def _gate(path: str, names: dict[str, str], modules: Modules, where: str) -> Fou
             if not np.isfinite(array).all():
                 raise InputError(f"{where}: {module}.{kind} holds values that are not finite")
     return FoundGate(path, names, tensors, tuple(role for role, module in names.items() if "bias" not in modules[module]))
+
+
+def _check_biases(gates: list[FoundGate], where: str) -> None:
+    """Raises InputError for a gate that lacks a bias which others have: modules of one kind all have it, or none does."""
+    for role in gates[0].names:
+        lacking = [gate for gate in gates if role in gate.no_bias]
+        if lacking and len(lacking) < len(gates):
+            other = next(gate for gate in gates if role not in gate.no_bias)
+            raise InputError(
+                f"{where}: incomplete: {lacking[0].names[role]}.bias is missing, while {other.names[role]} has one; save all "
+                "gates again"
+            )
 
 
 def _check_inside(gates: list[FoundGate], left: list[str], tensors: Mapping[str, np.ndarray], where: str) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.reader import BIN, BIN_INDEX, INDEX, SAFETENSORS
+from lsg_jax.checkpoint.manifest import MANIFEST
 from lsg_jax.checkpoint.problem import first_line
+from lsg_jax.checkpoint.run_record import RUN
 from lsg_jax.errors import InputError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,6 +36,13 @@ SMALL_FILES = (
 _TRAINED = (ADAPTER_CONFIG, *ADAPTERS, OTHER_TRAINED, PROJECTOR)
 _SAFETENSORS = (SAFETENSORS, INDEX, "model-*.safetensors", *_TRAINED)
 _BIN = (BIN, BIN_INDEX, "pytorch_model-*.bin", *_TRAINED)
+
+
+_WRITTEN_BY_LSG = {
+    MANIFEST: "a model folder, converted already; use it as MODEL, or `lsg export` writes the Hugging Face format",
+    RUN: "a run folder, which holds trained gates and no checkpoint; convert the model, and give this folder as --gates",
+}
+"""A file that tells what `lsg` wrote -> what its folder is."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,9 @@ def find_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 def _local(folder: Path, revision: str | None) -> Checkpoint:
     if revision is not None:
         raise InputError(f"{folder}: a local folder has no revisions; leave --revision out, or give a Hub id")
+    for name, kind in _WRITTEN_BY_LSG.items():
+        if (folder / name).is_file() and not any((folder / other).exists() for other in ("config.json", *_TRAINED)):
+            raise InputError(f"{folder}: is {kind}")
     return Checkpoint(folder, folder.resolve().name)
 
 

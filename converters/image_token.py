@@ -13,10 +13,13 @@ from lsg_jax.data.processor_files import image_token_id, open_tokenizer, read_im
 logger = logging.getLogger(__name__)
 
 
-def with_image_token(config: ModelConfig, folder: Path) -> ModelConfig:
+def with_image_token(config: ModelConfig, folder: Path, where: Path) -> ModelConfig:
     """The configuration with the id that the checkpoint's tokenizer has for the image token of its processor.
 
     The id of config.json stays where the tokenizer has no such token, or the folder has no tokenizer.
+
+    Args:
+        folder: holds the tokenizer and `processor_config.json`. where: the checkpoint's folder, for messages.
 
     Raises:
         InputError: the tokenizer or `processor_config.json` cannot be read.
@@ -29,5 +32,5 @@ def with_image_token(config: ModelConfig, folder: Path) -> ModelConfig:
     if index in (None, config.image_token_id):
         return config
     stated = f"config.json states image token {config.image_token_id}"
-    logger.warning("%s: %s, but the processor writes %s, which is token %d; that one is taken", folder, stated, token, index)
+    logger.warning("%s: %s, but the processor writes %s, which is token %d; that one is taken", where, stated, token, index)
     return dataclasses.replace(config, image_token_id=index)

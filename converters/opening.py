@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.adapters import (
+    adapter_beside_a_model,
     base_named_by,
     derived_tensors,
     part_of_a_model,
@@ -28,6 +29,7 @@ from converters.layouts import original_layout
 from converters.layouts.tokens import has_tokenizer, is_sentencepiece_alone, open_fast_tokenizer
 from converters.layouts.write_twin import Original, write_twin
 from converters.reader import Source, open_source
+from converters.trained_files import take_files_of_part
 from lsg_jax.errors import CheckpointError, InputError
 
 
@@ -54,7 +56,7 @@ def open_checkpoint(checkpoint: Checkpoint, base: Checkpoint | None = None) -> I
         InputError: files are missing, damaged or do not belong together. ConfigError: a setting is not supported.
     """
     with ExitStack() as stack:
-        part = part_of_a_model(checkpoint.folder)
+        part = part_of_a_model(checkpoint.folder, adapter_first=base is not None)
         _check_base(checkpoint, part, base)
         whole = base or checkpoint
         config_file = _config_file(checkpoint.folder, whole.folder)
@@ -71,15 +73,16 @@ def open_checkpoint(checkpoint: Checkpoint, base: Checkpoint | None = None) -> I
             return
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lsg-convert-")))
         copy_small_files(whole.folder, work)
-        if not has_tokenizer(work):
-            copy_small_files(checkpoint.folder, work)
-        if layout is not None:
-            twin = layout.twin(config, str(config_file))
+        twin = layout.twin(config, str(config_file)) if layout is not None else None
+        if part:
+            take_files_of_part(checkpoint.folder, whole.folder, work, config, twin)
+        if layout is not None and twin is not None:
             twins, ignored = write_twin(Original(checkpoint.folder, layout, twin, weights, trained), work, stack)
             yield Opened(work, twins, ignored)
             return
         if is_sentencepiece_alone(work):
-            open_fast_tokenizer(work, whole.folder).save_pretrained(work)
+            of = checkpoint.folder if has_tokenizer(checkpoint.folder) else whole.folder
+            open_fast_tokenizer(work, of).save_pretrained(work)
         if trained is None:
             yield Opened(work, weights)
             return
@@ -92,6 +95,9 @@ def open_checkpoint(checkpoint: Checkpoint, base: Checkpoint | None = None) -> I
 
 def _check_base(checkpoint: Checkpoint, part: str | None, base: Checkpoint | None) -> None:
     folder = checkpoint.folder
+    if part is None and (beside := adapter_beside_a_model(folder)):
+        remedy = f"move one of them elsewhere, or merge the adapter: --base {base_named_by(folder)}"
+        raise InputError(f"{folder}: holds a whole model and an adapter ({beside}); {remedy}")
     if part and base is None:
         raise InputError(f"{folder}: holds {part}, not a whole model; name its base: --base {base_named_by(folder)}")
     if base is None:
@@ -100,6 +106,8 @@ def _check_base(checkpoint: Checkpoint, part: str | None, base: Checkpoint | Non
         raise InputError(f"{folder}: holds no adapter and no projector alone, so nothing to merge; leave --base out")
     if other := part_of_a_model(base.folder):
         raise InputError(f"{base.folder}: the base holds {other}, not a whole model")
+    if beside := adapter_beside_a_model(base.folder):
+        raise InputError(f"{base.folder}: the base holds a whole model and an adapter ({beside}); move one of them elsewhere")
 
 
 def _config_file(folder: Path, whole: Path) -> Path:

@@ -178,11 +178,17 @@ def with_fixed_date(source: str) -> str:
     if "strftime_now" not in source:
         return source
     # transformers passes only plain data to templates, so the function is written in Jinja
-    texts = {f"%{letter}": DATE.strftime(f"%{letter}") for letter in "aAbBcdfHIjmMpSUwWxXyYzZ"} | {"%e": f"{DATE.day:2}"}
+    texts = {f"%{letter}": DATE.strftime(f"%{letter}") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"} | {"%e": f"{DATE.day:2}"}
     texts |= {f"%-{letter}": texts[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMS"}  # without leading zeros
+    # not every platform's strftime knows these
+    together = {"%F": "%Y-%m-%d", "%D": "%m/%d/%y", "%T": "%H:%M:%S", "%R": "%H:%M", "%h": "%b"}
+    texts |= {directive: DATE.strftime(parts) for directive, parts in together.items()}
     filters = "".join(f"|replace('{directive}', '{text}')" for directive, text in texts.items())
+    # `%%` is a percent sign: what follows it is no directive
+    percent = "{% if not loop.first %}%{% endif %}"
+    body = f"{{% for part in format.split('%%') %}}{percent}{{{{ part{filters} }}}}{{% endfor %}}"
     # the newline is the one that `trim_blocks` removes
-    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{source}"
+    return f"{{% macro strftime_now(format) %}}{body}{{% endmacro %}}\n{source}"
 
 
 class ChatTemplate:

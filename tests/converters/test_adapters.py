@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ from checkpoints import Arrays, all_tensors, edit_config
 from hf_models import save_tiny, tiny_hf
 from originals import CLIP_REST, LLAMA_LAYER, LLAVA15, PROJECTOR, TEXT, decoder, renamed, vit, write_original
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from converters.byte_tokenizer import write_byte_tokenizer
 from converters.convert import convert
 from converters.export import export
 from lsg_jax.checkpoint import read_manifest
+from lsg_jax.data.processor_files import open_tokenizer, read_chat_template
 from lsg_jax.errors import ConfigError, InputError, LsgError
 
 Q_PROJ, DOWN_PROJ = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.down_proj"
@@ -126,7 +131,7 @@ def test_modules_to_save_and_biases_replace_those_of_the_base(folders: Path, tmp
     assert (found["multi_modal_projector.linear_1.bias"] == 0.25).all()
 
 
-def test_llavas_lora_on_its_language_model(folders: Path, tmp_path: Path) -> None:
+def test_llavas_lora_on_its_language_model(folders: Path, tmp_path: Path, caplog) -> None:
     """The projector is in `non_lora_trainables.bin`, config.json beside it, the tower by reference."""
     module = Q_PROJ.format(2)
     tensors = matrices([module])
@@ -138,7 +143,12 @@ def test_llavas_lora_on_its_language_model(folders: Path, tmp_path: Path) -> Non
     others = {f"base_model.model.{name}": torch.from_numpy(array).half() for name, array in projector.items()}
     torch.save(others, adapter / "non_lora_trainables.bin")
     (adapter / "config.json").write_text(json.dumps(LLAVA15 | TEXT))
+    own_tokenizer(adapter, folders / "vicuna", model_max_length=77, chat_template="own " + LOOP)
+    caplog.set_level("INFO")
     found, expected = converted(adapter, folders / "vicuna", tmp_path), all_tensors(folders / "twin")
+    tokenizer = open_tokenizer(tmp_path / "model/hf")
+    assert (tokenizer.chat_template, tokenizer.model_max_length) == ("own " + LOOP, 77)
+    assert f"tokenizer: of {adapter}; chat template: of {adapter}" in caplog.text
     name = f"language_model.{module}.weight"
     np.testing.assert_allclose(found[name], merged(expected[name], tensors, module, ALPHA / RANK), rtol=1e-5, atol=1e-5)
     for part in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"):
@@ -221,3 +231,94 @@ def test_an_adapter_brings_the_tokenizer_that_its_base_lacks(folders: Path, tmp_
     (adapter / "tokenizer_config.json").write_bytes((folders / "twin/tokenizer_config.json").read_bytes())
     convert(adapter, tmp_path / "model", base=base)
     assert (tmp_path / "model/hf/tokenizer.json").is_file()
+
+
+def own_tokenizer(adapter: Path, twin: Path, **settings) -> Path:
+    """Gives an adapter the tokenizer of a folder, with other fields in `tokenizer_config.json`."""
+    (adapter / "tokenizer.json").write_bytes((twin / "tokenizer.json").read_bytes())
+    fields = json.loads((twin / "tokenizer_config.json").read_text()) | settings
+    (adapter / "tokenizer_config.json").write_text(json.dumps(fields))
+    return adapter
+
+
+def small_base(folders: Path, tmp_path: Path) -> Path:
+    """A copy of the twin whose template is in its processor's configuration, which comes before all others."""
+    base = shutil.copytree(folders / "twin", tmp_path / "base")
+    (base / "processor_config.json").write_text(json.dumps({"chat_template": "base " + LOOP, "image_token": "<image>"}))
+    return base
+
+
+LOOP = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja", "processor_config.json", "nowhere"])
+def test_the_tokenizer_and_template_of_an_adapter_are_taken(folders: Path, where: str, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    base = small_base(folders, tmp_path)
+    adapter = write_adapter(tmp_path / "a", matrices(["language_model." + Q_PROJ.format(0)]))
+    fields = {"chat_template": "own " + LOOP} if where == "tokenizer_config.json" else {}
+    own_tokenizer(adapter, base, model_max_length=77, **fields)
+    if where == "chat_template.jinja":
+        (adapter / where).write_text("own " + LOOP)
+    if where == "processor_config.json":
+        (adapter / where).write_text(json.dumps({"chat_template": "own " + LOOP}))
+    convert(adapter, tmp_path / "model", base=base)
+    hf = tmp_path / "model/hf"
+    tokenizer = open_tokenizer(hf)
+    expected = "base " if where == "nowhere" else "own "
+    assert read_chat_template(hf, tokenizer) == expected + LOOP and tokenizer.model_max_length == 77
+    assert json.loads((hf / "processor_config.json").read_text())["image_token"] == "<image>"
+    taken = base if where == "nowhere" else adapter
+    assert f"tokenizer: of {adapter}; chat template: of {taken}" in caplog.text
+
+
+def test_a_template_of_the_bases_tokenizer_stays_where_the_adapter_has_none(folders: Path, tmp_path: Path) -> None:
+    base = own_tokenizer(shutil.copytree(folders / "twin", tmp_path / "base"), folders / "twin", chat_template="base " + LOOP)
+    adapter = write_adapter(tmp_path / "a", matrices(["language_model." + Q_PROJ.format(0)]))
+    own_tokenizer(adapter, folders / "twin", model_max_length=77)
+    convert(adapter, tmp_path / "model", base=base)
+    tokenizer = open_tokenizer(tmp_path / "model/hf")
+    assert (tokenizer.chat_template, tokenizer.model_max_length) == ("base " + LOOP, 77)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"), [("<other>", "lacks <image>, the image token"), (None, r"has 1 tokens, .* has 26\d;")]
+)
+def test_a_tokenizer_that_does_not_fit_the_base_is_refused(folders: Path, image: str, message: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", matrices(["language_model." + Q_PROJ.format(0)]))
+    if image:
+        write_byte_tokenizer(adapter, image_token=image)
+    else:
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))).save_pretrained(adapter)
+    refused(InputError, f"a: its tokenizer {message}.*is this the base", adapter, tmp_path, small_base(folders, tmp_path))
+
+
+def test_a_whole_model_beside_an_adapter_is_refused(folders: Path, tmp_path: Path) -> None:
+    """Either may be meant; with a base, the adapter is."""
+    both = write_adapter(tmp_path / "both", matrices(["language_model." + Q_PROJ.format(0)]))
+    for path in (folders / "twin").iterdir():
+        shutil.copyfile(path, both / path.name)
+    message = r"both: holds a whole model and an adapter \(adapter_model.safetensors\); move one"
+    refused(InputError, f"{message} .*--base lmsys/vicuna-7b-v1.5", both, tmp_path)
+    alone = write_adapter(tmp_path / "a", matrices(["language_model." + Q_PROJ.format(0)]))
+    refused(InputError, "the base holds a whole model and an adapter .*; move one of them elsewhere$", alone, tmp_path, both)
+    convert(both, tmp_path / "model", base=folders / "twin")
+    convert(alone, tmp_path / "same", base=folders / "twin")
+    assert read_manifest(tmp_path / "model").leaves == read_manifest(tmp_path / "same").leaves
+    (both / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"an adapter \(adapter_config.json\); move one"):
+        convert(both, tmp_path / "third")
+
+
+def test_an_adapter_without_tensors_is_refused(folders: Path, tmp_path: Path) -> None:
+    empty = write_adapter(tmp_path / "a", {})
+    refused(InputError, "adapter_model.safetensors: holds no tensors", empty, tmp_path, folders / "twin")
+
+
+def test_the_image_token_is_warned_of_in_the_folder_that_was_given(folders: Path, tmp_path: Path, caplog) -> None:
+    """The files of an adapter and its base meet in a temporary folder, of which nobody knows."""
+    base = small_base(folders, tmp_path)
+    edit_config(base, lambda config: config.update(image_token_index=4))
+    adapter = write_adapter(tmp_path / "a", matrices(["language_model." + Q_PROJ.format(0)]))
+    convert(adapter, tmp_path / "model", base=base)
+    assert f"{adapter}: config.json states image token 4" in caplog.text and "lsg-convert-" not in caplog.text

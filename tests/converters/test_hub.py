@@ -67,6 +67,20 @@ def test_a_local_folder_has_no_revision(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, revision="main")
 
 
+def test_folders_that_lsg_wrote_are_called_by_what_they_are(tmp_path: Path) -> None:
+    for name, message in (
+        ("lsg_manifest.json", "is a model folder, converted already"),
+        ("run.json", "is a run folder, .*--gates"),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(InputError, match=rf"{folder}: {message}"):
+            find_checkpoint(folder)
+        (folder / "config.json").write_text("{}")
+        assert find_checkpoint(folder).folder == folder  # a checkpoint in which others left such a file
+
+
 def test_a_revision_is_passed_on_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "snapshots" / FIRST
     snapshot.mkdir(parents=True)

@@ -85,6 +85,12 @@ def test_other_dtypes_and_missing_biases(tmp_path, dtype, suffix):
         ({"vit_dims": [650], "vit_tau": 60, "llm_dims": [1415, 2533], "llm_tau": 90.5}, ((650,), 60.0, (1415, 2533), 90.5)),
         ({"D_vit": 650, "tau_vit": 60.0, "D_llm": [1415, 2533]}, ((650,), 60.0, (1415, 2533), 100.0)),
         ({"v_sink": {"threshold": 60, "dims": [650]}, "l_sink": {"channels": [1415]}}, ((650,), 60.0, (1415,), 100.0)),
+        ({"v_sink_tau": "60", "v_sink_dims": "650", "l_sink_dims": "1415, 2533"}, ((650,), 60.0, (1415, 2533), 100.0)),
+        ({"vit_dim": 650, "vit_tau": " 6e1 ", "llm_dims": ["1415", "2533"]}, ((650,), 60.0, (1415, 2533), 100.0)),
+        ({"vit_dims": 1024, "llm_dim": [2560], "llm_tau": "90"}, ((1024,), 70.0, (2560,), 90.0)),
+        # widths of models, and text that is no number
+        ({"vision_dim": 1024, "llm_dim": 4096, "D_vit": 1152, "text_dim": "3584"}, ((), 70.0, (), 100.0)),
+        ({"vit_tau": "inf", "llm_tau": "1_0", "vit_dims": "L650", "llm_dims": "1415, x"}, ((), 70.0, (), 100.0)),
         (
             {"llm_hidden_dim": 4096, "vit_feature_dim": 1024, "tau": 3, "dims": [1], "prior": 1.25, "vit_tau": "high"},
             ((), 70.0, (), 100.0),
@@ -97,6 +103,23 @@ def test_sinks_in_sink_cfg(tmp_path, settings, sinks):
     assert found.gates.sinks == SinkConfig(vit_dims=vit_dims, vit_tau=vit_tau, llm_dims=llm_dims, llm_tau=llm_tau)
     unused = [name.split(": ")[1].split(" = ")[0] for name in found.described["not_used"]]
     assert unused == ([] if vit_dims else list(settings))
+
+
+@pytest.mark.parametrize("key", ["layers", "llm_layers", "gate_layers"])
+@pytest.mark.parametrize("count", [32, "32"])
+def test_one_number_of_layers_is_a_count(tmp_path, key, count):
+    """Of one gate too, for which it would fit as a layer."""
+    found = import_gates(gate_folder(tmp_path, list_of(1), name="L10", settings={key: count}))
+    assert found.gates.gate.layers == (10,)
+    assert found.described["not_used"] == [f"sink_cfg.json: {key} = {count!r}"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layer": 10}, {"gate_layer": "10"}, {"layer_idx": 10}, {"layers": [10]}, {"layers": "L10"}]
+)
+def test_one_layer_by_its_number(tmp_path, settings):
+    found = import_gates(gate_folder(tmp_path, list_of(1), name="gates", settings=settings))
+    assert found.gates.gate.layers == (10,)
 
 
 def test_contradicting_sinks_are_refused(tmp_path):
@@ -214,6 +237,10 @@ GATE = {f"gate.{name}": tensor for name, tensor in plain_gate(0).state_dict().it
         (GATE | {"head": torch.zeros(1).expand(1 << 29)}, "too many for gates"),
         (GATE | {"other.fc2.weight": torch.zeros(2, 6)}, r"other\.fc2\.weight \[2, 6\] looks like a part of a gate"),
         (GATE | tensors_of({"wider": WIDER}), "differ in shape"),
+        (
+            {name: tensor for name, tensor in list_of(3).items() if name != "sink_gates.1.3.bias"},
+            r"incomplete: sink_gates\.1\.3\.bias is missing, while sink_gates\.0\.3 has one",
+        ),
     ],
 )  # fmt: skip
 def test_other_contents_are_refused(tmp_path, monkeypatch, content, message):

@@ -143,6 +143,7 @@ LOOP = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}
         LLAMA_3_1 + LOOP,
         "{%- set today = strftime_now('%Y-%m-%d %H:%M:%S') -%}\n {{- today }} of {{ strftime_now('%A %B %-d, %y') }} " + LOOP,
         "\n\n  {% macro day(f) %}{{ strftime_now(f) }}{% endmacro %}\n{{ day('%a %e %-I %p %j %c %x') }}" + LOOP,
+        "{{ strftime_now('%F %D %T %R %h %G-W%V-%u %%') }}{{ strftime_now('%%d 5%%%d%% %%%%Y') }}" + LOOP,
     ],
 )
 def test_the_date_in_a_template_is_the_same_on_any_day(monkeypatch, source):
