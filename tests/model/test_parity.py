@@ -12,8 +12,12 @@ from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, state_arrays, tiny_hf
 
 from converters.convert import tree_from_tensors
 from converters.hf_config import model_config
+from converters.torch_gate import attach
+from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.data.images import to_patches
 from lsg_jax.errors import InputError
+from lsg_jax.gating.portable import PortableGates
+from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.attention import SHORTEST_BLOCK, attend, attend_causally
 from lsg_jax.model.language_model import causal_mask
@@ -242,3 +246,21 @@ def test_remat_changes_nothing():
     batch = vlm.batch(*(inputs(vlm.config, "left")[i] for i in (0, 2, 1)))
     plain, remat = (stages(vlm.params, batch, vlm.graphdef, name)[-1] for name in ("none", "full"))
     close(remat, plain)
+
+
+def test_gates_of_vipllava_equal_those_in_pytorch():
+    """V-sinks are judged on the concatenated features, before the norm of the projector."""
+    hf, vlm = pair("vipllava")
+    ids, mask, pixels = inputs(vlm.config, "left")
+    sinks, method = SinkConfig(vit_dims=(43,), vit_tau=1.0), Gates(GateConfig(layers=(1, 3)))
+    trained = method.initial(vlm.config, vlm.frozen, jax.random.key(0))
+    trained = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), trained)
+    gated = vlm.with_method(method, trained, sinks=sinks)
+    v_sink = gated.visual_tokens(ids, pixels, mask).v_sink
+    assert 0 < v_sink.sum() < (ids == IMAGE_TOKEN).sum()
+    tensors = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
+    with torch.no_grad(), attach(hf, PortableGates(method.gate, sinks, jax.tree.map(np.asarray, trained))):
+        expected = hf(**{name: torch.tensor(array) for name, array in tensors.items()}).logits.numpy()
+    ours = gated.logits(ids, pixels, mask)
+    assert np.abs(ours - vlm.logits(ids, pixels, mask))[mask == 1].max() > 0.01
+    np.testing.assert_allclose(ours[mask == 1], expected[mask == 1], rtol=0, atol=TOLERANCE)
