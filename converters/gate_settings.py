@@ -24,6 +24,7 @@ from lsg_jax.errors import InputError
 SETTINGS_FILE = "sink_cfg.json"
 
 _LAYER = {"layer", "layers", "layeridx", "layerid"}
+_OF_GATES = {"gate", "gates", "gated", "sink", "sinks"}
 _ONE_DIMENSION = {"dim", "dimension", "channel", "d"}
 _SMALLEST_WIDTH, _WIDTH_MULTIPLE = 256, 64  # of the models whose widths are told from sink dimensions
 _NOT_GATED = {
@@ -100,7 +101,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _gated_layers(last: set[str], value: Any) -> tuple[int, ...] | None:
     """The layers that a key with these words states; None for another key, and for `layers` with one number: how many."""
-    if not last & _LAYER or ("layers" in last and _number(value) is not None):
+    if not last & _LAYER or ("layers" in last and not last & _OF_GATES and _number(value) is not None):
         return None
     return _indices(value, prefix="[Ll]?")
 

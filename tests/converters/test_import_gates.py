@@ -105,7 +105,7 @@ def test_sinks_in_sink_cfg(tmp_path, settings, sinks):
     assert unused == ([] if vit_dims else list(settings))
 
 
-@pytest.mark.parametrize("key", ["layers", "llm_layers", "gate_layers"])
+@pytest.mark.parametrize("key", ["layers", "llm_layers"])
 @pytest.mark.parametrize("count", [32, "32"])
 def test_one_number_of_layers_is_a_count(tmp_path, key, count):
     """Of one gate too, for which it would fit as a layer."""
