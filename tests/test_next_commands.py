@@ -17,9 +17,10 @@ from converters.convert import convert
 from lsg_jax.cli import main
 from lsg_jax.config import EvalConfig, GateConfig
 from lsg_jax.data.layout import lay_out
+from lsg_jax.errors import InputError
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.batches import batches, encode_item
-from lsg_jax.eval.benchmarks.questions import QUESTIONS
+from lsg_jax.eval.benchmarks.questions import QUESTIONS, ImageFile
 from lsg_jax.gating.portable import PortableGates, write_gates
 from lsg_jax.methods.gates import Gates
 from lsg_jax.vlm import read_batch
@@ -153,6 +154,9 @@ def test_each_image_is_read_once_and_few_are_held(folder, mixed):
         assert len({batch.encoded[i].tiles for i in batch.members}) == 1
         assert [0 if p is None else len(p) for p in batch.pixels] == [batch.encoded[i].num_tiles for i in batch.members]
     assert sorted(reads) == sorted(image.path.name for item in items for image in item.images * 20)
+    broken = [dataclasses.replace(item, images=(ImageFile(folder / "mixed.jsonl"),) * len(item.images)) for item in items]
+    with pytest.raises(InputError, match="question 1: image: not an image"):
+        list(batches(processor, broken, range(12), encode, size=3, rows=range(3), threads=2))
 
 
 def test_studies_run_and_are_reported(folder, prepared):

@@ -129,6 +129,7 @@ def test_generate_text(gated, tmp_path):
     picture.save(tmp_path / "a.png")
     texts = gated.generate([picture, tmp_path / "a.png", None], ["What?", "What?", "What?"], max_new_tokens=4)
     assert texts[0] == texts[1] and all(isinstance(text, str) for text in texts)
+    assert gated.generate([[picture], (tmp_path / "a.png",), []], ["What?"] * 3, max_new_tokens=4) == texts
     assert gated.generate([], []) == []
     with pytest.raises(InputError, match="1 images for 2 prompts"):
         gated.generate([None], ["a", "b"])
