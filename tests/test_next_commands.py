@@ -1,4 +1,4 @@
-"""The commands on a tiny LLaVA-NeXT and OneVision, with images of many sizes: training, evaluation, studies, report."""
+"""The commands on a tiny LLaVA-NeXT, OneVision and ViP-LLaVA, with images of many sizes."""
 
 import dataclasses
 import json
@@ -31,14 +31,20 @@ MIXED = [("How many?", 0), ("How many?", 1), ("Is <image> like <image>?", 2), ("
 SINKS = {"vit_dims": [3], "vit_tau": 1.2, "llm_dims": [5], "llm_tau": 3.0}
 
 
-@pytest.fixture(scope="module", params=["next", "onevision"])
+TILES = {"image_grid_pinpoints": PINPOINTS}
+FAMILIES = {
+    "next": ("clip", "llama", TILES),
+    "onevision": ("siglip", "qwen2", TILES | {"vision_aspect_ratio": "anyres_max_1", "vision_feature_layer": -1}),
+    "vipllava": ("clip", "llama", {"vision_feature_layer": [-2, 1], "projector_layernorm_eps": 1e-5}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
     """A model, twelve pictures of six sizes, questions about them, and a configuration."""
     root = tmp_path_factory.mktemp(request.param)
-    onevision = {"vision_aspect_ratio": "anyres_max_1", "vision_feature_layer": -1} if request.param == "onevision" else {}
-    vision, text = ("siglip", "qwen2") if onevision else ("clip", "llama")
-    limits = {"max_position_embeddings": 1024}
-    hf = tiny_hf(vision, text, image_grid_pinpoints=PINPOINTS, text_config=limits, **onevision)
+    vision, text, settings = FAMILIES[request.param]
+    hf = tiny_hf(vision, text, text_config={"max_position_embeddings": 1024}, **settings)
     save_tiny(hf, root / "hf")
     stated = json.loads((root / "hf/config.json").read_text())
     (root / "hf/config.json").write_text(json.dumps({**stated, "lsg_sinks": SINKS}))
@@ -77,7 +83,7 @@ def prepared(folder):
 
 
 def test_trained_and_evaluated(folder, prepared, capfd):
-    short = ["--set", "data.max_length=30", f"output={folder / 'short'}"]
+    short = ["--set", "data.max_length=14", f"output={folder / 'short'}"]
     assert main(["train", str(folder / "run.toml"), *short]) == 65
     assert (
         "no example is usable: 12 of 12 examples are left out (image_truncated 12); raise data.max_length"
@@ -199,4 +205,5 @@ def _marked(vlm, batch):
     grid = image.reshape(*patches.shape[:2], side, side, size, size, 3).swapaxes(3, 4)
     pixels = grid.reshape(*patches.shape[:2], tiles.image_size, tiles.image_size, 3).transpose(0, 1, 4, 2, 3)
     members = batch.source[0, batch.source[0, :, 0] >= 0]
-    return (vlm.v_sinks(pixels)[0][members] & (members >= 0)).any(1)
+    marks = vlm.v_sinks(pixels if vlm.config.image.canvases else pixels[0])[0]
+    return (marks[members] & (members >= 0)).any(1)
