@@ -89,7 +89,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def base_named_by(folder: Path) -> str:
-    """The base that a part of a model names, or a placeholder."""
+    """The base that a part of a model names, for the advice in an error; `FOLDER_OR_HUB_ID` where it names none."""
     for name, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), ("config.json", "_name_or_path")):
         if (folder / name).is_file() and isinstance(named := read_object(folder / name).get(key), str) and named:
             return named

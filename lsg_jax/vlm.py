@@ -202,9 +202,10 @@ class VLM:
         self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, **more: Any
     ) -> dict[int, np.ndarray]:
         """{layer: float32 [B, G]}, the softmax of each gate (sum 1, before `key_scale`); {} without gates or images."""
-        if self.gate is None or pixel_values is None:
+        batch = self.batch(input_ids, pixel_values, attention_mask, **more)
+        if self.gate is None or batch.images is None:
             return {}
-        ratios = np.asarray(_ratios(self.params, self.batch(input_ids, pixel_values, attention_mask, **more), self.graphdef))
+        ratios = np.asarray(_ratios(self.params, batch, self.graphdef))
         return {layer: ratios[layer - min(self.gate.layers)] for layer in self.gate.layers}
 
     # Images and text in, text out.

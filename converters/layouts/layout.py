@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,10 +49,17 @@ class Layout:
         title: for messages.
         matches: whether a config.json is of this layout.
         twin: config.json and how errors name it -> the twin. Raises ConfigError for what the twin cannot do.
-        hf_name: original tensor name -> the name that transformers 5 saves it by. Names that it does not know stay as they are.
+        names: (pattern, replacement) of original tensor names; see `hf_name`.
     """
 
     title: str
     matches: Callable[[Mapping[str, Any]], bool]
     twin: Callable[[Mapping[str, Any], str], Twin]
-    hf_name: Callable[[str], str]
+    names: tuple[tuple[str, str], ...]
+
+    def hf_name(self, name: str) -> str:
+        """Original tensor name -> the name that transformers 5 saves it by. A name that no pattern fits stays as it is."""
+        for pattern, replacement in self.names:
+            if re.fullmatch(pattern, name):
+                return re.sub(pattern, replacement, name)
+        return name

@@ -171,11 +171,4 @@ _NAMES = (
 )
 
 
-def _hf_name(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
-
-
-LAYOUT = Layout("LLaVA's own layout", _matches, _twin, _hf_name)
+LAYOUT = Layout("LLaVA's own layout", _matches, _twin, _NAMES)

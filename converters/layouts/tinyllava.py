@@ -6,7 +6,6 @@ Facts are from its code (`modeling_tinyllava.py`, `configuration_tinyllava.py`, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,11 +104,4 @@ _NAMES = (
 )
 
 
-def _hf_name(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
-
-
-LAYOUT = Layout("TinyLLaVA's layout", _matches, _twin, _hf_name)
+LAYOUT = Layout("TinyLLaVA's layout", _matches, _twin, _NAMES)

@@ -24,7 +24,7 @@ from lsg_jax.data.parquet import parquet_files, read_rows
 from lsg_jax.data.prepared import new_folder, write_manifest
 from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
 from lsg_jax.data.reports import PaperReport
-from lsg_jax.data.sources import AHEAD, ImageFolder, read_source, thread_count
+from lsg_jax.data.sources import AHEAD, ImageFolder, check_fraction, read_source, thread_count
 from lsg_jax.digest import file_sha256, json_sha256
 from lsg_jax.errors import InputError
 from lsg_jax.progress import Progress, silent
@@ -55,6 +55,7 @@ def prepare_paper(
         InputError: as in `prepare_llava`, or the folder leaves open which file to read.
     """
     source = Path(source)
+    check_fraction(max_bad_fraction)
     files = _record_files(source)
     threads = thread_count(threads)
     held = RowImages(Path(images), AHEAD * threads + 1)

@@ -170,7 +170,7 @@ def _expression(pattern: str) -> str:
 
 
 DATE = datetime.datetime(2024, 7, 26)
-"""What every chat template takes for now, so that a prompt is the same on any day. Llama 3.1's template falls back on it."""
+"""Today's date as chat templates see it. It never changes, so a prompt is the same on any day; Llama 3.1's own default."""
 
 
 def with_fixed_date(source: str) -> str:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lsg_jax.data.cambrian import prepare_cambrian
 from lsg_jax.data.conversation import Turn
+from lsg_jax.data.paper_records import prepare_paper
 from lsg_jax.data.records import LAYOUT, open_records, prepare_llava
 from lsg_jax.data.sources import AHEAD, in_order
 from lsg_jax.errors import ConfigError, InputError
@@ -46,9 +48,10 @@ GOOD = [
 
 
 @pytest.mark.parametrize("share", [float("nan"), -0.1, 1.1])
-def test_the_share_of_bad_records_has_a_range(tmp_path, share):
+@pytest.mark.parametrize("prepare", [prepare_llava, prepare_cambrian, prepare_paper])
+def test_the_share_of_bad_records_has_a_range(tmp_path, prepare, share):
     with pytest.raises(InputError, match=r"must lie in \[0, 1\]"):
-        prepare_llava(tmp_path / "none.json", tmp_path, tmp_path / "out", max_bad_fraction=share)
+        prepare(tmp_path / "none.json", tmp_path, tmp_path / "out", max_bad_fraction=share)
 
 
 def test_rows_round_trip(tmp_path, images):

@@ -253,8 +253,12 @@ def test_videos():
     np.testing.assert_allclose(place.box[0, 4:8], [[x, y, x + 0.5, y + 0.5] for y in (0, 0.5) for x in (0, 0.5)])
     with torch.no_grad():
         np.testing.assert_allclose(vlm.logits(**arrays), hf(**tensors).logits.numpy(), rtol=0, atol=TOLERANCE)
-        with attach(hf, PortableGates(method.gate, sinks, jax.tree.map(np.asarray, trained))):
+        with attach(hf, PortableGates(method.gate, sinks, jax.tree.map(np.asarray, trained))) as handle:
             expected = hf(**tensors).logits.numpy()
+    ratios = gated.gate_ratios(**arrays)
+    assert ratios.keys() == {1, 3}
+    for layer, found in ratios.items():
+        np.testing.assert_allclose(found, handle.ratios[layer].numpy(), rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(gated.logits(**arrays), expected, rtol=0, atol=TOLERANCE)
     with pytest.raises(InputError, match="takes no video"):
         pair("clip-llama")[1].logits(**arrays)
