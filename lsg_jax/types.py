@@ -37,9 +37,21 @@ class VisualInput:
         patches: [B, S, P, h w C], S images or tiles a row of P patches each, row by row; within a patch pixel rows, columns,
             channels. uint8 as decoded, or float32 normalised by the processor's mean and std. Zeros for a row without an image.
             One flat last axis, since a TPU pads short ones.
+        used: bool [B, S, P], False for patches that fill up a native image to P, or a window; None where all are used.
+        place: int32 [B, S, P, 2], row and column of each patch in its image; None but for a native tower.
+        table: int32 [B, S, P, 4] and
+        table_weight: float32 [B, S, P, 4], the entries of the tower's table of positions that each patch interpolates; None but
+            for a native tower with a table.
+
+    A native image is one of the S; its patches come in squares of `ModelConfig.merge`, and these window by window, each window
+    filled up to its full size.
     """
 
     patches: Array
+    used: Array = None
+    place: Array = None
+    table: Array = None
+    table_weight: Array = None
 
 
 @flax.struct.dataclass
@@ -54,6 +66,8 @@ class Batch:
         source: int32 [B, T, K], the connector's outputs behind each position, counted over the tiles of the row's images
             (VisualLayout); `NO_SOURCE` for text, `NEWLINE` for the end of a row of patches. None without `images`.
         weight: float32 [B, T, K], their weights; None for weights of 1.
+        positions: int32 [B, T, 3], frame, row and column that the rotary embedding takes (M-RoPE); None where it counts tokens.
+        block: int32 [B, T], number of the image that each position shows, -1 for text; None where attention is causal.
         answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
         answer_target: int32 [B, A], token to predict; -100 where unused.
         row_id: int32 [B], position of the record in its data set, for error messages; -1 where unknown.
@@ -66,6 +80,8 @@ class Batch:
     images: VisualInput | None = None
     source: Array = None
     weight: Array = None
+    positions: Array = None
+    block: Array = None
     answer_index: Array = None
     answer_target: Array = None
     row_id: Array = None
@@ -73,7 +89,7 @@ class Batch:
 
     def without_images(self) -> Batch:
         """The batch for programs that run on a cache, or for text only."""
-        return self.replace(images=None, source=None, weight=None)  # type: ignore[attr-defined]
+        return self.replace(images=None, source=None, weight=None, block=None)  # type: ignore[attr-defined]
 
 
 @flax.struct.dataclass
@@ -83,14 +99,19 @@ class Sequence:
     Attributes:
         x: [B, T, D]; None where only the masks are needed.
         valid: bool [B, T], tokens that take part.
-        positions: int32 [B, T], rotary positions; None where x is.
+        positions: int32 [B, T], rotary positions, or [B, T, 3] of frame, row and column (M-RoPE); None where x is.
         visual: the visual tokens; None for a batch without images.
+        block: int32 [B, T], number of the image whose tokens see each other in both directions, -1 for text; None where
+            attention is causal.
+        added: [n, B, T, D], what is added to the outputs of the first n layers (deepstack); None for nothing.
     """
 
     x: Array
     valid: Array
     positions: Array = None
     visual: VisualTokens | None = None
+    block: Array = None
+    added: Array = None
 
 
 @flax.struct.dataclass
@@ -102,12 +123,15 @@ class KVCache:
         value: [L, B, K, S, H].
         valid: bool [B, S], slots that may be attended to.
         sinks: bool [L, B, S], tokens that an intervention found to be sinks where they entered the layer; None without one.
+        offset: int32 [B], what the rotary position of a new token is beyond the number of tokens before it (M-RoPE: an image
+            has more tokens than positions); None for 0.
     """
 
     key: Array
     value: Array
     valid: Array
     sinks: Array = None
+    offset: Array = None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,15 @@ Criterion = Literal["dim_abs", "dim_rms", "norm", "massive", "attention"]
 
 @dataclass(frozen=True)
 class VisionConfig(Table, name="vision"):
-    """A vision transformer. `family` sets what differs: CLIP has a class token and a norm before its layers, SigLIP neither."""
+    """A vision transformer. `family` names its rules; what it computes is in the other fields.
 
-    family: Literal["clip", "siglip"]
-    image_size: Annotated[int, Range("[1, 1e5]")]  # pixels, side of the square image
+    CLIP and InternViT have a class token, CLIP a norm before its layers. A native tower (Qwen-VL) takes images of any size, and
+    has rotary positions of rows and columns.
+    """
+
+    family: Literal["clip", "siglip", "internvit", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+    # pixels, side of the square image; of a native tower, of the square that stands for an image of unknown size
+    image_size: Annotated[int, Range("[1, 1e5]")]
     patch_size: Annotated[int, Range("[1, 1e4]")]  # pixels
     hidden_size: Annotated[int, Range("[1, 1e6]")]
     intermediate_size: Annotated[int, Range("[1, 1e7]")]
@@ -27,6 +32,19 @@ class VisionConfig(Table, name="vision"):
     layer_norm_eps: Annotated[float, Range("(0, 1]")]
     hidden_act: Activation
     num_channels: Annotated[int, Range("[1, 1000]")] = 3
+    norm: Literal["layer", "rms"] = "layer"
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMS norm of queries and of keys, over all heads (InternViT)
+    layer_scale: bool = False  # a factor for each channel of what attention and MLP add (InternViT)
+    final_norm: bool = False  # hidden state -1 is after the norm that follows the layers (Gemma 3, SmolVLM)
+    gated_mlp: bool = False  # down(act(gate(x)) * up(x)) (Qwen2.5-VL)
+    patch_bias: bool | None = None  # of the patch embedding; None: where there is no class token
+    frames: Annotated[int, Range("[1, 100]")] = 1  # frames that a patch spans; those of an image are equal (Qwen-VL)
+    rotary_theta: Annotated[float, Range("(0, 1e12]")] | None = None  # of a native tower; None: positions from a table alone
+    # a native tower's table of positions, which is interpolated to the grid of each image: its side; None: it has no table
+    table_side: Annotated[int, Range("[1, 1e4]")] | None = None
+    window_size: Annotated[int, Range("[1, 1e5]")] | None = None  # pixels; attention stays within squares of this side
+    full_layers: tuple[Annotated[int, Range("[0, 1e4]")], ...] = ()  # layers without windows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,12 +54,22 @@ class VisionConfig(Table, name="vision"):
             raise ConfigError(f"vision.patch_size {self.patch_size} is larger than vision.image_size {self.image_size}")
 
     @property
+    def native(self) -> bool:
+        """Whether images of any size are taken, instead of squares."""
+        return self.rotary_theta is not None
+
+    @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def patch_values(self) -> int:
+        """Values of one patch: frames, rows, columns, channels."""
+        return self.frames * self.patch_size**2 * self.num_channels
+
+    @property
     def has_class_token(self) -> bool:
-        return self.family == "clip"
+        return self.family in ("clip", "internvit")
 
     @property
     def num_positions(self) -> int:
@@ -63,6 +91,9 @@ class RopeConfig(Table, name="rope"):
     high_freq_factor: Annotated[float, Range("(0, 1e6]")] = 4.0
     original_max_positions: Annotated[int, Range("[1, 1e8]")] = 8192
     rotary_dim: Annotated[int, Range("[2, 1e4]")] | None = None  # None: the whole head
+    # frequencies that turn with frame, row and column (M-RoPE); none: all turn with one position
+    sections: tuple[Annotated[int, Range("[0, 1e4]")], ...] = ()
+    interleaved: bool = False  # the three take turns (Qwen3-VL), instead of one section after the other
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +104,9 @@ class RopeConfig(Table, name="rope"):
 
 @dataclass(frozen=True)
 class TextConfig(Table, name="text"):
-    """A pre-norm decoder with rotary positions and a gated MLP; Llama, Mistral, Qwen2 and Phi-3 differ in these settings."""
+    """A pre-norm decoder with rotary positions and a gated MLP. Llama, Mistral, Qwen, Phi-3 and Gemma differ in settings."""
 
-    family: Literal["llama", "mistral", "qwen2", "phi3"]
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"]
     vocab_size: Annotated[int, Range("[1, 1e8]")]
     hidden_size: Annotated[int, Range("[1, 1e6]")]
     intermediate_size: Annotated[int, Range("[1, 1e7]")]
@@ -91,8 +122,16 @@ class TextConfig(Table, name="text"):
     out_bias: bool = False
     mlp_bias: bool = False
     tied_embeddings: bool = False
-    # longer sequences are refused: full attention would differ from the original
+    # a query sees this many tokens, itself included, in `sliding_layers`
     sliding_window: Annotated[int, Range("[1, 1e8]")] | None = None
+    sliding_layers: tuple[Annotated[int, Range("[0, 1e4]")], ...] | None = None  # None: all, if there is a window
+    sliding_rope: RopeConfig | None = None  # of the sliding layers; None: that of all (Gemma 3 has one)
+    qk_norm: bool = False  # RMS norm of each query head and key head (Qwen3, Gemma 3); key scales come after it
+    sandwich_norms: bool = False  # a norm also after attention and after the MLP (Gemma 3)
+    norm_offset: bool = False  # RMS norms multiply by 1 + scale, in float32 (Gemma 3)
+    scaled_embeddings: bool = False  # embeddings of text are multiplied by sqrt(hidden_size) (Gemma 3)
+    query_scale: Annotated[float, Range("(0, 1e6]")] | None = None  # of the attention logits; None: 1 / sqrt(head_dim)
+    images_see_themselves: bool = False  # the tokens of one image attend to each other in both directions (Gemma 3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +194,10 @@ class ImageConfig(Table, name="image"):
 
     `pad` pads to a square with the mean colour and then resizes (LLaVA-1.5); `crop` resizes the shortest edge and crops the
     centre (a plain CLIP processor); `squash` resizes to the square whatever the aspect (SigLIP).
+
+    `layout` says what an image becomes: one `square`; tiles of the best canvas beside the whole image (`anyres`: LLaVA-NeXT,
+    OneVision); `tiles` of a grid of the image's aspect, and the whole image last (InternVL); a grid `split` after resizing, and
+    the whole image last (SmolVLM); or patches of its `native` size (Qwen-VL).
     """
 
     size: Annotated[int, Range("[1, 1e5]")]  # pixels, side of the square that the vision tower takes
@@ -165,11 +208,26 @@ class ImageConfig(Table, name="image"):
     # N of OneVision's `anyres_max_N`: more patches than N tiles have are shrunk bilinearly, and each of several images of one
     # prompt is a square; None: neither (LLaVA-NeXT)
     max_tiles: Annotated[int, Range("[1, 1e4]")] | None = None
+    layout: Literal["square", "anyres", "tiles", "split", "native"] | None = None  # None: anyres with canvases, else square
+    min_grid: Annotated[int, Range("[1, 1e4]")] = 1  # fewest and most tiles of a grid (`tiles`)
+    max_grid: Annotated[int, Range("[1, 1e4]")] = 1
+    thumbnail: bool = True  # the whole image follows the tiles of a grid of more than one (`tiles`)
+    longest_edge: Annotated[int, Range("[1, 1e6]")] | None = None  # pixels, that images are resized to (`split`)
+    min_pixels: Annotated[int, Range("[1, 1e9]")] = 1  # of an image after resizing (`native`)
+    max_pixels: Annotated[int, Range("[1, 1e9]")] = 1_000_000_000
+    tag: str = "<image>"  # how the chat template writes an image
+    before: str = ""  # text in front of an image's tokens
+    after: str = ""  # text behind them
+
+    @property
+    def kind(self) -> str:
+        """`layout`, filled in."""
+        return self.layout or ("anyres" if self.canvases else "square")
 
 
 @dataclass(frozen=True)
 class ModelConfig(Table):
-    """A LLaVA-style stack: vision tower, two-layer projector, causal language model."""
+    """The whole stack: vision tower, projector, causal language model."""
 
     vision: VisionConfig
     text: TextConfig
@@ -182,12 +240,23 @@ class ModelConfig(Table):
     image: ImageConfig
     projector_hidden_act: Activation = "gelu_exact"
     projector_bias: bool = True
-    projector_norm_eps: Annotated[float, Range("(0, 1]")] | None = None  # of a layer norm before the projector (ViP-LLaVA)
+    projector_norm_eps: Annotated[float, Range("(0, 1]")] | None = None  # of a norm before the projector; None: no norm
+    projector_norm: Literal["layer", "rms", "rms_offset"] = "layer"  # `rms_offset` multiplies by 1 + scale (Gemma 3)
+    projector_norm_merged: bool = False  # the norm is over the merged patches, not over each (InternVL)
+    projector_layers: Annotated[int, Range("[1, 2]")] = 2
+    projector_width: Annotated[int, Range("[1, 1e7]")] | None = None  # between its two layers; None: text.hidden_size
+    merge: Annotated[int, Range("[1, 100]")] = 1  # side of the square of patches behind one token
+    merge_mean: bool = False  # they are averaged (Gemma 3), instead of concatenated row by row
+    # hidden states of the tower that have a projector of their own, and are added after the first decoder layers (Qwen3-VL)
+    deepstack: tuple[Annotated[int, Range("[1, 1e4]")], ...] = ()
     sink_sources: SinkSources = SinkSources()
     sinks: SinkConfig = SinkConfig()
     video_token_id: Annotated[int, Range("[0, 1e8]")] | None = None  # None: the model takes no video
     # which of converters/families it was converted by
-    family: Literal["llava", "llava_next", "llava_onevision", "vipllava"] = "llava"
+    family: Literal[
+        "llava", "llava_next", "llava_onevision", "vipllava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3",
+        "smolvlm",
+    ] = "llava"  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,8 +272,13 @@ class ModelConfig(Table):
 
     @property
     def num_image_tokens(self) -> int:
-        """Features of one tile that enter the connector."""
+        """Features of one square tile that enter the connector."""
         return self.vision.num_positions - (self.feature_select == "default")
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens that the connector makes of one square tile."""
+        return self.num_image_tokens // self.merge**2
 
     @property
     def sources_per_token(self) -> int:
