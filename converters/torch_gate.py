@@ -5,8 +5,8 @@
         handle.ratios  # {layer: float32 [B, G]}
 
 The model itself is not changed. V-sinks are found in the input of the projector. The gate reads the input of its decoder layer,
-and the output of that layer's key projection is scaled at the visual tokens. Rotary embedding comes later and is linear in each
-key, so this equals scaling the rotated keys. Decode steps need no hook: the cache holds scaled keys.
+and the output of that layer's key projection, or of the norm after it, is scaled at the visual tokens. Rotary embedding is
+linear in each key, so this equals scaling the rotated keys. Decode steps need no hook: the cache holds scaled keys.
 """
 
 from __future__ import annotations
@@ -19,21 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionForConditionalGeneration,
-    VipLlavaForConditionalGeneration,
-)
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from converters.families.decoders import DECODERS
+from converters.torch_stacks import Qwen, stack_of
 from lsg_jax.config import SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_width, read_gates, to_torch_layout
-
-TiledModel = LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration
-LlavaModel = LlavaForConditionalGeneration | VipLlavaForConditionalGeneration | TiledModel
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -70,29 +61,30 @@ class GateHandle:
         key_scales: {layer: float32 [B, T]} of the last prefill, key_scale included; text tokens have exactly 1.
     """
 
-    def __init__(self, model: LlavaModel, gates: PortableGates, sinks: SinkConfig):
+    def __init__(self, model: Any, gates: PortableGates, sinks: SinkConfig):
         self.config = gates.gate
         self.sinks = sinks
         self.gate_position: torch.Tensor | None = None
         self.ratios: dict[int, torch.Tensor] = {}
         self.key_scales: dict[int, torch.Tensor] = {}
-        self._model = model
+        self._stack = stack = stack_of(model)
         ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
         self._visual_ids = torch.tensor([token for token in ids if token is not None])
-        self._v_sinks: torch.Tensor | None = None  # of the images encoded last: bool [tiles, P]
+        self._v_sinks: list[torch.Tensor] | None = None  # of the images encoded last: bool [P] of each square or image
         self._tokens: _Tokens | None = None  # of the forward pass that is running
-        decoder = model.model.language_model
         self.gates = nn.ModuleDict()
         self._hooks: list[RemovableHandle] = [
-            model.model.multi_modal_projector.register_forward_pre_hook(self._before_projector),
+            stack.connector.register_forward_pre_hook(self._before_connector),
             model.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.model.register_forward_hook(self._after_model, always_call=True),
         ]
+        if isinstance(stack, Qwen):
+            self._hooks.append(model.model.visual.register_forward_pre_hook(stack.before_tower, with_kwargs=True))
         for layer, tensors in to_torch_layout(gates.parameters, gates.gate.layers).items():
             groups, width = tensors["fc2.weight"].shape
             gate = TorchGate(gates.width_in, width, groups, activation=gates.gate.activation, eps=gates.gate.layer_norm_eps)
             gate.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
-            block = decoder.layers[layer]
+            block: Any = stack.decoder.layers[layer]
             self.gates[str(layer)] = gate.to(next(block.parameters()).device)
             self._hooks.append(block.register_forward_pre_hook(self._before_layer(layer), with_kwargs=True))
             self._hooks.append(self._scale_keys_of(block.self_attn, layer))
@@ -109,17 +101,20 @@ class GateHandle:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
 
-    def _before_projector(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        features, s = args[0], self.sinks
-        everywhere = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    def _before_connector(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._v_sinks = [self._judged(features) for features in self._stack.patches(args[0])]
+
+    def _judged(self, features: torch.Tensor) -> torch.Tensor:
+        """V-sinks among the patches [P, D] of one square or image: bool [P]."""
+        s, everywhere = self.sinks, torch.ones(len(features), dtype=torch.bool, device=features.device)
         if s.criterion in ("dim_abs", "dim_rms") and not s.vit_dims:
-            self._v_sinks = ~everywhere
-        else:
-            self._v_sinks = _sinks(s.criterion, features, s.vit_dims, s.vit_tau, s.massive_ratio, everywhere)
+            return ~everywhere
+        return _sinks(s.criterion, features[None], s.vit_dims, s.vit_tau, s.massive_ratio, everywhere[None])[0]
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._tokens = None
         self.key_scales = {}
+        self._stack.before_model(kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         past = kwargs.get("past_key_values")
         decoding = past is not None and int(past.get_seq_length()) > 0
@@ -148,7 +143,8 @@ class GateHandle:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             tokens = self._tokens
-            marks = tokens.spread(self._packed(self._v_sinks, tokens)).to(hidden.device)
+            found = self._stack.tokens([mask.float() for mask in self._v_sinks], tokens.kwargs)
+            marks = tokens.spread(found).to(hidden.device)
             visual = tokens.is_image & tokens.valid & (marks >= 0)
             members = self._members(hidden, visual & (marks > 0), visual, tokens.valid)
             ratios = self.gates[str(layer)](self._signal(hidden, tokens, visual))
@@ -160,31 +156,6 @@ class GateHandle:
             self.key_scales[layer] = scale
 
         return hook
-
-    def _packed(self, v_sinks: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
-        """For each image token, in order: the share of V-sinks in it, in [0, 1]; -1 for a newline."""
-        marks = v_sinks.float()
-        if not isinstance(self._model, TiledModel):
-            return marks.flatten()
-        if tokens.videos:  # all of one length, as the model takes them
-            pooled = self._model.model.apply_pooling(marks[..., None])[..., 0].reshape(tokens.videos, -1)
-            return torch.nn.functional.pad(pooled, (0, 1), value=-1.0).flatten()
-        config: Any = self._model.config
-        onevision = isinstance(self._model, LlavaOnevisionForConditionalGeneration)
-        tiles = [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-            if alone or not onevision
-            else 1
-            for size, alone in zip(tokens.image_sizes, tokens.alone, strict=True)
-        ]
-        how = "vision_aspect_ratio" if onevision else "vision_feature_select_strategy"
-        packed, _ = self._model.model.pack_image_features(
-            torch.split(marks[..., None], tiles),
-            tokens.image_sizes,
-            image_newline=-torch.ones_like(marks[0, :1]),
-            **{how: getattr(config, how)},
-        )
-        return torch.cat(packed)[:, 0]
 
     def _members(
         self, hidden: torch.Tensor, v_sink: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor
@@ -210,13 +181,20 @@ class GateHandle:
         return total / chosen.sum(1, keepdim=True).clamp(min=1)
 
     def _scale_keys_of(self, attention: Any, layer: int) -> RemovableHandle:
-        """Hooks the key projection: a separate one, or the middle part of Phi-3's fused one."""
+        """Hooks what makes the keys last: their norm, the key projection, or the middle part of Phi-3's fused one."""
 
-        def scaled(key: torch.Tensor) -> torch.Tensor:
-            return (key * self.key_scales[layer][..., None]).to(key.dtype)
+        def scaled(key: torch.Tensor, axis: int = 1) -> torch.Tensor:
+            batch, length = self.key_scales[layer].shape
+            others = [1] * (key.ndim - axis - 1)
+            return (key * self.key_scales[layer].reshape(batch, *[1] * (axis - 1), length, *others)).to(key.dtype)
 
+        def hook(axis: int) -> Callable[..., torch.Tensor | None]:
+            return lambda module, args, out: scaled(out, axis) if layer in self.key_scales else None
+
+        if hasattr(attention, "k_norm"):
+            return attention.k_norm.register_forward_hook(hook(self._stack.key_axis))
         if hasattr(attention, "k_proj"):
-            return attention.k_proj.register_forward_hook(lambda m, a, out: scaled(out) if layer in self.key_scales else None)
+            return attention.k_proj.register_forward_hook(hook(1))
         config, head = attention.config, attention.head_dim
         queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
 
@@ -234,12 +212,7 @@ class _Tokens:
 
     def __init__(self, ids: torch.Tensor, is_image: torch.Tensor, kwargs: dict[str, Any], position: torch.Tensor | None):
         self.is_image = is_image
-        self.image_sizes: Any = () if kwargs.get("image_sizes") is None else kwargs["image_sizes"]
-        videos = kwargs.get("pixel_values_videos")
-        self.videos = 0 if videos is None else len(videos)
-        numbers = kwargs.get("batch_num_images")
-        numbers = [1] * len(self.image_sizes) if numbers is None else [int(number) for number in numbers]
-        self.alone = [number == 1 for number in numbers for _ in range(number)]
+        self.kwargs = kwargs
         mask = kwargs.get("attention_mask")
         if mask is not None and tuple(mask.shape) != tuple(ids.shape):
             raise InputError(f"attention_mask has shape {list(mask.shape)}, gates need [batch, tokens] = {list(ids.shape)}")
@@ -263,15 +236,13 @@ class _Tokens:
 
 
 def attach(
-    model: LlavaModel,
+    model: Any,
     gates: PortableGates | str | Path,
     *,
     sinks: SinkConfig | None = None,
     gate_position: torch.Tensor | None = None,
 ) -> GateHandle:
-    """Attaches gates to a LLaVA, ViP-LLaVA, LLaVA-NeXT or OneVision model of transformers.
-
-    The language model is Llama, Mistral, Qwen2 or Phi-3.
+    """Attaches gates to a model of transformers of one of the classes in `torch_stacks.STACKS`.
 
     Works in `model(...)` and `model.generate(...)`, with padding on either side. Input without an image is not affected.
 
@@ -285,12 +256,10 @@ def attach(
             the model's forward: inputs without positions of the image tokens.
     """
     gates = gates if isinstance(gates, PortableGates) else read_gates(gates)
-    if not isinstance(model, LlavaModel):
-        kinds = " and ".join(kind.__name__ for kind in LlavaModel.__args__)
-        raise InputError(f"gates attach to {kinds}, not to {type(model).__name__}")
+    stack_of(model)
     text: Any = model.config.text_config
     if text.model_type not in DECODERS:
-        raise InputError(f"gates attach to llama, mistral, qwen2 and phi3 language models, not to {text.model_type}")
+        raise InputError(f"gates attach to language models {', '.join(DECODERS)}, not to {text.model_type}")
     check_width(gates, text.hidden_size, text.num_hidden_layers)
     sinks = sinks or gates.sinks
     # a gate of L-sinks works without V-sink dimensions; then there are no V-sinks

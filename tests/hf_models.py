@@ -82,11 +82,11 @@ def tiny_hf(vision: str, text: str, *, tied: bool = False, seed: int = 0, **over
     )
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
-    _randomise(model, torch.Generator().manual_seed(seed), tied=config.tie_word_embeddings)
+    randomise(model, torch.Generator().manual_seed(seed), tied=config.tie_word_embeddings)
     return model
 
 
-def _randomise(model: torch.nn.Module, generator: torch.Generator, *, tied: bool) -> None:
+def randomise(model: torch.nn.Module, generator: torch.Generator, *, tied: bool) -> None:
     """Matrices have variance 1 / fan-in, norm scales are around 1, the rest has deviation 1/4: no value is a default."""
     normal = lambda p: torch.randn(p.shape, generator=generator, dtype=torch.float32)
     with torch.no_grad():

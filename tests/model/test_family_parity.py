@@ -1,0 +1,129 @@
+"""Qwen-VL, InternVL, Gemma 3 and SmolVLM against Hugging Face: logits, gates, answers, bytes; images of any size."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+import torch
+from family_models import CONFIGS, IMAGE, family_inputs, preprocessor, save_family, tiny_family
+from hf_models import state_arrays
+from PIL import Image
+
+import lsg_jax
+from converters.convert import convert, tree_from_tensors
+from converters.export import export
+from converters.hf_config import model_config
+from converters.torch_gate import attach
+from lsg_jax.config import GateConfig, SinkConfig
+from lsg_jax.gating.portable import PortableGates
+from lsg_jax.methods.gates import Gates
+from lsg_jax.vlm import VLM
+
+TOLERANCE = 1e-4  # absolute; logits are of order 1
+SIZES = [(60, 200), (77, 90), (300, 101), (42, 42), (99, 100), (200, 60)]  # width, height
+TWO = [SIZES[:2], SIZES[2:3], SIZES[3:5], []]  # images of each row
+ONE = [[size] for size in SIZES[:4]]
+SINKS = SinkConfig(vit_dims=(3, 7), vit_tau=1.5)
+
+
+@cache
+def pair(name):
+    """The HF model, and ours with the same weights."""
+    torch.set_num_threads(1)
+    hf = tiny_family(name)
+    config = model_config(hf.config.to_diff_dict(), preprocessor=preprocessor(name))
+    return hf, VLM(config, tree_from_tensors(config, state_arrays(hf)))
+
+
+def images(rows, seed=0):
+    rng = np.random.default_rng(seed)
+    return [[Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in row] for row in rows]
+
+
+def both(name, rows, side):
+    """Our arrays and the same as tensors."""
+    arrays = family_inputs(name, images(rows), side)
+    return arrays, {key: torch.tensor(np.asarray(value)) for key, value in arrays.items()}
+
+
+def moved(vlm, method):
+    """Gates away from their initial values."""
+    start = method.initial(vlm.config, vlm.frozen, jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.asarray(leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape)), start)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("rows", "side"), [(ONE, "left"), (TWO, "right")], ids=["left", "right"])
+def test_logits_equal_hugging_face(name, rows, side):
+    hf, vlm = pair(name)
+    arrays, tensors = both(name, rows, side)
+    with torch.no_grad():
+        expected = hf(**tensors).logits.numpy()
+    ours, valid = vlm.logits(**arrays), arrays["attention_mask"] == 1
+    assert np.abs(expected[valid]).max() > 0.3
+    np.testing.assert_allclose(ours[valid], expected[valid], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gates_equal_those_in_pytorch(name):
+    hf, vlm = pair(name)
+    arrays, tensors = both(name, TWO, "left")
+    method = Gates(GateConfig(layers=(0, 1, 3)))
+    trained = moved(vlm, method)
+    gated = vlm.with_method(method, trained, sinks=SINKS)
+    place = gated.visual_tokens(**arrays)
+    np.testing.assert_array_equal(place.mask, arrays["input_ids"] == IMAGE)
+    assert 0 < place.v_sink.sum() < place.mask.sum()
+    with torch.no_grad(), attach(hf, PortableGates(method.gate, SINKS, trained)) as handle:
+        expected = hf(**tensors).logits.numpy()
+    valid, ours = arrays["attention_mask"] == 1, gated.logits(**arrays)
+    assert np.abs(ours[valid] - vlm.logits(**arrays)[valid]).max() > 0.01
+    np.testing.assert_allclose(ours[valid], expected[valid], rtol=0, atol=TOLERANCE)
+    for layer, found in gated.gate_ratios(**arrays).items():
+        np.testing.assert_allclose(found, handle.ratios[layer].numpy(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_answers_equal_hugging_face(name):
+    hf, vlm = pair(name)
+    method = Gates(GateConfig(layers=(1, 3)))
+    trained = moved(vlm, method)
+    gated = vlm.with_method(method, trained, sinks=SINKS)
+    arrays, tensors = both(name, TWO, "left")
+    settings = {"max_new_tokens": 10, "do_sample": False}
+    for model, ours in ((hf, vlm), (hf, gated)):
+        with torch.no_grad():
+            if ours is gated:
+                with attach(hf, PortableGates(method.gate, SINKS, trained)):
+                    made = model.generate(**tensors, **settings)
+            else:
+                made = model.generate(**tensors, **settings)
+        expected = made[:, arrays["input_ids"].shape[1] :].numpy()
+        np.testing.assert_array_equal(ours.generate_ids(**arrays, max_new_tokens=10), expected)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request, tmp_path_factory):
+    """A checkpoint as on the Hub, and the model folder of it."""
+    root = tmp_path_factory.mktemp("family") / request.param
+    save_family(request.param, tiny_family(request.param), root / "hf")
+    convert(root / "hf", root / "model")
+    return root
+
+
+def test_export_gives_back_the_bytes(folder):
+    export(folder / "model", folder / "back")
+    assert (folder / "back/model.safetensors").read_bytes() == (folder / "hf/model.safetensors").read_bytes()
+    for path in (folder / "hf").iterdir():
+        assert (folder / "back" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_text_and_images_to_text(folder):
+    """Prompts with one, two and no images in one batch, as alone."""
+    vlm = lsg_jax.load(folder / "model")
+    shown = images(TWO)
+    prompts = ["Is <image> like <image>?", "What?", "<image>\n<image>\nWhich?", "Hello"]
+    together = vlm.generate(shown, prompts, 6)
+    assert together == [vlm.generate([few], [prompt], 6)[0] for few, prompt in zip(shown, prompts, strict=True)]
+    assert len(set(together)) > 2
