@@ -65,9 +65,10 @@ def convert(
     dtype: str | None = None,
     revision: str | None = None,
     base: str | Path | None = None,
+    max_pixels: int | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Converts a LLaVA checkpoint in Hugging Face format or an original layout into a model folder.
+    """Converts a checkpoint in Hugging Face format or an original layout into a model folder.
 
     Memory stays bounded, whatever the size of the model. Everything is written to `MODEL.tmp`, which is renamed to `MODEL` when
     complete. After a kill, the same call resumes; the result has the same bytes.
@@ -79,6 +80,7 @@ def convert(
         dtype: bfloat16 or float32; None keeps that of the checkpoint.
         revision: branch, tag or commit of a Hub id.
         base: local folder or Hub id of the model that `source`, a LoRA adapter or a projector alone, was trained on.
+        max_pixels: what larger images are shrunk to, for a model that takes images of any size; None: as the checkpoint says.
         progress: counts bytes, after each block.
 
     Raises:
@@ -97,7 +99,7 @@ def convert(
         config = read_config(opened.folder, name=checkpoint.name, where=where)
         names = in_folder(checkpoint.folder, canonical_names, opened.weights.tensors, family_of(config).canonical_name)
         config, planned = in_folder(checkpoint.folder, _plan, config, opened.weights, names, dtype)
-        config = _with_tokenizer(checkpoint.folder, opened.folder, config)
+        config = _with_tokenizer(checkpoint.folder, opened.folder, _limited(config, max_pixels))
         if dtype is None and planned.dtype == "float16":
             logger.warning("the weights stay float16, which TPUs do not compute in: --dtype bfloat16 is the dtype for them")
         chosen = dtype or planned.dtype
@@ -129,6 +131,19 @@ def _with_tokenizer(folder: Path, small: Path, config: ModelConfig) -> ModelConf
     except InputError as error:
         raise InputError(str(error).replace(str(small), str(folder))) from None
     return config
+
+
+def _limited(config: ModelConfig, max_pixels: int | None) -> ModelConfig:
+    """The configuration with another limit of the pixels of an image, if one is given."""
+    if max_pixels is None:
+        return config
+    image = config.image
+    least = max(image.min_pixels, (config.vision.patch_size * config.merge) ** 2)
+    if image.kind != "native":
+        raise ConfigError(f"--max-pixels: a model of the family {config.family} takes no images of any size; leave it out")
+    if max_pixels < least:
+        raise ConfigError(f"--max-pixels {max_pixels}: it must be at least {least}, the fewest of an image")
+    return dataclasses.replace(config, image=dataclasses.replace(image, max_pixels=max_pixels))
 
 
 def tree_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from lsg_jax.installed import check_installed
 
 logger = logging.getLogger(__name__)
 
+_GATED_ATTENTION = ("qwen3_next", "qwen3_5", "qwen4_exp")
+"""Starts of the model_types whose attention output goes through a trained sigmoid gate (arXiv 2505.06708)."""
+
 
 def read_config(folder: str | Path, *, name: str | None = None, where: str | None = None) -> ModelConfig:
     """Reads the configuration of a local checkpoint in Hugging Face format.
@@ -92,6 +95,7 @@ def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> 
         kind = nested.get("model_type", part.default)
         if not isinstance(kind, str) or kind not in part.fields:
             supported = ", ".join(part.fields)
+            _check_gated_attention(kind, where)
             raise ConfigError(f"{where}: {name} is of model_type {kind!r}, which is not supported; supported: {supported}")
         found = undefined_fields(nested, part.fields[kind], kind, f"{where}: {name}")
         ignored |= {f"{name}.{field}": value for field, value in found.items()}
@@ -103,8 +107,15 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(f"{name!r} ({family.architecture})" for name, family in FAMILIES.items())
+        _check_gated_attention(kind, where)
         raise ConfigError(f"{where}: model_type {kind!r} is not supported; supported: {supported}")
     return FAMILIES[kind]
+
+
+def _check_gated_attention(kind: Any, where: str) -> None:
+    """Raises ConfigError, in words of its own, for a model that leaves nothing to gate."""
+    if isinstance(kind, str) and kind.startswith(_GATED_ATTENTION):
+        raise ConfigError(f"{where}: model_type {kind!r} gates its own attention, which leaves no sinks to gate: not supported")
 
 
 def _text_fields(family: Family) -> frozenset[str]:

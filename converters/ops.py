@@ -106,23 +106,46 @@ class Linear:
 
 @dataclass(frozen=True)
 class Conv:
-    """A patch embedding [D, C, h, w] -> [h, w, C, D]. It is small, so always one block."""
+    """A patch embedding [D, C, h, w] -> [h, w, C, D], or one over frames: [D, C, T, h, w] -> [T, h, w, C, D].
+
+    It is small, so always one block.
+    """
 
     def source_shape(self, shape: Shape) -> Shape:
-        height, width, channels, out = shape
-        return out, channels, height, width
+        *window, channels, out = shape
+        return out, channels, *window
 
     def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
         return 0, shape[-1]
 
     def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
-        height = len(block)
-        block[..., first_row : first_row + len(rows)] = rows[:, :, start : start + height].transpose(2, 3, 1, 0)
+        within = rows[:, :, start : start + len(block)]
+        block[..., first_row : first_row + len(rows)] = np.moveaxis(within, (1, 0), (-2, -1))
 
     def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
         if start:
             raise ValueError("a patch embedding is exported in one block")
-        return np.ascontiguousarray(block.transpose(3, 2, 0, 1)).reshape(block.shape[-1], -1), 0, 0
+        tensor = np.moveaxis(block, (-2, -1), (1, 0))
+        return np.ascontiguousarray(tensor).reshape(block.shape[-1], -1), 0, 0
+
+
+@dataclass(frozen=True)
+class Unsqueezed:
+    """A tensor with `axes` axes of length 1 in front, which the model lacks: [1, ..., N, D] -> [N, D]."""
+
+    axes: int = 1
+
+    def source_shape(self, shape: Shape) -> Shape:
+        return (1,) * self.axes + shape
+
+    def source_rows(self, shape: Shape, start: int, stop: int) -> tuple[int, int]:
+        return 0, 1
+
+    def fill(self, block: np.ndarray, start: int, rows: np.ndarray, first_row: int) -> None:
+        block[:] = rows.reshape(-1, *block.shape[1:])[start : start + len(block)]
+
+    def invert(self, block: np.ndarray, start: int) -> tuple[np.ndarray, int, int]:
+        return block.reshape(1, -1), 0, start * math.prod(block.shape[1:])
 
 
 def transpose_into(target: np.ndarray, source: np.ndarray, tile: int = 128) -> None:

@@ -30,7 +30,7 @@ Axes = str | tuple[str, ...] | None
 # (path, spec without the leading layer axis of stacked parameters); every parameter matches exactly one
 _VISION = r"vision_tower/layers/"
 _DECODER = r"language_model/layers/"
-_PROJECTORS = r"(?:trained/\w+_|)projector/"
+_PROJECTORS = r"(?:trained/\w+_|)projector/(?:deepstack/|)"
 RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (_DECODER + r"attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
     (_DECODER + r"attention/[qkv]_proj/bias", ("tensor", None)),
@@ -45,15 +45,17 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (_VISION + r"attention/[qkv]_proj/bias", (None, None)),
     (_VISION + r"attention/out_proj/kernel", (None, None, ALL)),
     (_VISION + r"attention/out_proj/bias", (None,)),
-    (_VISION + r"fc1/kernel", (ALL, None)),
-    (_VISION + r"fc2/kernel", (None, ALL)),
-    (_VISION + r"fc[12]/bias", (None,)),
+    (_VISION + r"attention/[qk]_norm/scale", (None,)),
+    (_VISION + r"(?:fc1|gate_proj|up_proj)/kernel", (ALL, None)),
+    (_VISION + r"(?:fc2|down_proj)/kernel", (None, ALL)),
+    (_VISION + r"(?:fc[12]|gate_proj|up_proj|down_proj)/bias", (None,)),
     (_VISION + r"layer_norm[12]/(?:scale|bias)", (None,)),
+    (_VISION + r"layer_scale[12]", (None,)),
     (r"vision_tower/patch_embedding/kernel", (None, None, None, ALL)),
     (r"vision_tower/patch_embedding/bias", (None,)),
     (r"vision_tower/position_embedding", (None, ALL)),
     (r"vision_tower/class_embedding", (None,)),
-    (r"vision_tower/pre_norm/(?:scale|bias)", (None,)),
+    (r"vision_tower/(?:pre|final)_norm/(?:scale|bias)", (None,)),
     (_PROJECTORS + r"norm/(?:scale|bias)", (None,)),
     (_PROJECTORS + r"linear_1/kernel", ("fsdp", "tensor")),
     (_PROJECTORS + r"linear_1/bias", ("tensor",)),
@@ -152,23 +154,40 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def abstract_batch(
-    model: ModelConfig, mesh: Mesh, rows: int, length: int, *, tiles: int = 1, answers: int | None = None
+    model: ModelConfig,
+    mesh: Mesh,
+    rows: int,
+    length: int,
+    *,
+    tiles: int = 1,
+    patches: int | None = None,
+    answers: int | None = None,
 ) -> Batch:
     """Shapes and shardings of a batch of examples with an image each, of `rows` over all devices.
 
     Args:
-        tiles: squares that the vision tower sees of each row.
+        tiles: squares, or native images, that the vision tower sees of each row.
+        patches: that a native image is filled up to; None for those of `vision.image_size`.
         answers: answer slots; None for questions.
     """
     vision, sharding, count = model.vision, batch_sharding(mesh), model.sources_per_token
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+    each = patches if vision.native and patches is not None else vision.num_patches
+    images = VisualInput(of(np.uint8, tiles, each, vision.patch_values))
+    if vision.native:
+        images = dataclasses.replace(images, used=of(np.bool_, tiles, each), place=of(np.int32, tiles, each, 2))
+    if vision.table_side is not None:
+        table = of(np.int32, tiles, each, 4)
+        images = dataclasses.replace(images, table=table, table_weight=of(np.float32, *table.shape[1:]))
     batch = Batch(
         input_ids=of(np.int32, length),
         attention_mask=of(np.bool_, length),
         gate_position=of(np.int32),
-        images=VisualInput(of(np.uint8, tiles, vision.num_patches, vision.patch_size**2 * vision.num_channels)),
+        images=images,
         source=of(np.int32, length, count),
         weight=None if count == 1 else of(np.float32, length, count),
+        positions=of(np.int32, length, 3) if model.text.rope.sections else None,
+        block=of(np.int32, length) if model.text.images_see_themselves else None,
     )
     if answers is None:
         return batch

@@ -29,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.analysis.sink_warnings import IMPLAUSIBLE_SHARE
-from lsg_jax.config import to_dict
+from lsg_jax.config import ModelConfig, to_dict
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import open_image
 from lsg_jax.errors import InputError
 from lsg_jax.methods.method_model import assemble
+from lsg_jax.model.projector import members
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.calibrate import (
     FINE,
@@ -191,16 +192,22 @@ def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tup
     model = assemble(graphdef, params)
     assert batch.images is not None
     features, _ = model.image_features(batch.images)
-    used = shown_features(batch, features.shape[1]) & counted[:, None]
+    used = shown_features(batch, features.shape[1], model.config) & counted[:, None]
     valid = batch.attention_mask & counted[:, None]
     streams = model(batch, observe=lambda view: reach(view.hidden, valid)).observed
     return reach(features, used), streams, jnp.linalg.norm(features.astype(jnp.float32), axis=-1), used
 
 
-def shown_features(batch: Batch, count: int) -> jax.Array:
+def shown_features(batch: Batch, count: int, config: ModelConfig) -> jax.Array:
     """bool [B, count], the features that some token shows; the others are of padding."""
     source = jnp.asarray(batch.source).reshape(len(batch.source), -1)
-    return jax.vmap(lambda row: jnp.zeros(count, bool).at[jnp.where(row < 0, count, row)].set(True, mode="drop"))(source)
+    behind = members(count, config)
+
+    def shown(row: jax.Array) -> jax.Array:
+        places = jnp.where(row[:, None] < 0, count, behind[row])
+        return jnp.zeros(count, bool).at[places.ravel()].set(True, mode="drop")
+
+    return jax.vmap(shown)(source)
 
 
 def _dims(site: Site, images: int) -> tuple[SinkDims, list[SinkDims]]:
@@ -241,7 +248,7 @@ def _peaks(params: dict, batch: Batch, graphdef: Any, vit_dims: tuple, llm_dims:
     assert batch.images is not None
     features, _ = model.image_features(batch.images)
     streams = model(batch, observe=lambda view: peak(view.hidden, llm_dims)).observed
-    return peak(features, vit_dims), streams, shown_features(batch, features.shape[1])
+    return peak(features, vit_dims), streams, shown_features(batch, features.shape[1], model.config)
 
 
 def _result(site: Site, dims: SinkDims, halves: list[SinkDims], images: int) -> dict[str, Any]:

@@ -42,6 +42,22 @@ def image_warnings(entry: dict[str, Any], patches: int) -> list[str]:
     return warnings
 
 
+def verdicts(seen: Sequence[Seen], stage: str, readings: Readings) -> list[dict[str, Any]]:
+    """`share` and `verdict` of each criterion of a stage over all images; see the module docstring of `analysis.sinks`."""
+    rows = []
+    for reading, share in zip(readings, _shares(seen, stage, readings).max(0).tolist(), strict=True):
+        verdict = "flags too many" if share > IMPLAUSIBLE_SHARE else "applies" if share else "flags none"
+        unknown = reading.unknown is not None
+        rows.append({"share": None if unknown else round(share, 5), "verdict": "unknown" if unknown else verdict})
+    return rows
+
+
+def _shares(seen: Sequence[Seen], stage: str, readings: Readings) -> np.ndarray:
+    """Mean share of the visual tokens that each criterion flags: [layers, or 1 for the features; criteria]."""
+    shares: np.ndarray = np.mean([s[stage]["masks"].mean(-1) for s in seen], axis=0).reshape(-1, len(readings))
+    return shares
+
+
 def run_warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str]:
     """Warnings about the run: unknown criteria, dimensions that do not stand out, and criteria that flag too many patches."""
     warnings = []
@@ -52,8 +68,13 @@ def run_warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str
                 f"no {kind} dimensions are known for this model: set sinks.{stage}_dims (`lsg calibrate` finds them), "
                 f"or another sinks.{field}"
             )
+        elif stage == "vit" and not any(s["vit"]["masks"][in_force(vit)].any() for s in seen):
+            warnings.append(
+                f"nothing to gate: no visual token of {len(seen)} image{'s' * (len(seen) > 1)} is a V-sink by "
+                f"{vit[in_force(vit)].criterion} at {vit[in_force(vit)].tau:g}; `lsg calibrate` looks for others"
+            )
         warnings += _hidden_dims(seen, kind, stage, readings)
-        share = np.mean([s[stage]["masks"].mean(-1) for s in seen], axis=0).reshape(-1, len(readings))  # [L or 1, C]
+        share = _shares(seen, stage, readings)
         for index, reading in enumerate(readings):
             high = np.flatnonzero(share[:, index] > IMPLAUSIBLE_SHARE)
             if len(high) and not reading.in_force:

@@ -5,7 +5,9 @@ V-sinks are decided on the features before the projector, L-sinks on the hidden 
 value is NaN. `find_sinks` returns, and sinks.json holds:
 
     format, model, backbone, gated_layers, prompt, template, sinks (the settings in force), warnings (about all images)
-    criteria    {stage `vit` | `llm`: {name: {tau, in_force, published, unknown}}}; `unknown`: why it cannot be applied, or null
+    criteria    {stage `vit` | `llm`: {name: {tau, in_force, published, unknown, share, verdict}}}; `unknown`: why it cannot be
+                applied, or null; `share`: of the visual tokens that it flags, in the layer with most; `verdict`: `applies`,
+                `flags none`, `flags too many` or `unknown`
     images      {name: {
         size        [width, height] of the original image, in pixels
         boxes       [P][4]: x0, y0, x1, y1 of each visual token, in units of the original image's width and height; outside
@@ -14,6 +16,8 @@ value is NaN. `find_sinks` returns, and sinks.json holds:
                     unknown
         l_sinks, ordinary   the same for each layer
         criteria    {stage: {name: the same}}; here L-sinks still include V-sinks
+        patches     {boxes, v_sinks}: the patches that the tokens stand for, token by token and row by row within one, and
+                    which of them are V-sinks; a token is one if any of its patches is. null where a token is a patch
         norms       of the features, one for each token: the largest of those that it combines
         values      rows {stage, layer, quantity `norm` | `dim 650`, group, tokens, mean, max}: norms, and |h[dim]|
         answer, answer_tokens (without the end marker), warnings}}
@@ -37,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_force, run_warnings
+from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_force, run_warnings, verdicts
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
@@ -45,6 +49,7 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.multimodal import gather_any
+from lsg_jax.model.projector import members
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, prominence, side_by_side
@@ -88,7 +93,7 @@ def find_sinks(
         batch, prompt_mask, answer = _with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
         patches = int((batch.source[0, :, 0] >= 0).sum())
         seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, patches)))
-        entries[name] = _place(vlm, size) | _entry(seen[-1], vit, llm)
+        entries[name] = _place(vlm, size, seen[-1]["vit"]["patches"]) | _entry(seen[-1], vit, llm)
         entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
         if max_new_tokens and not len(answer):
             entries[name]["warnings"].append("the answer ends at once: there is no attention of answer tokens")
@@ -101,7 +106,13 @@ def find_sinks(
         "prompt": prompt,
         "template": vlm.processor.template,
         "sinks": to_dict(vlm.config.sinks),
-        "criteria": {stage: {r.criterion: _settings(r) for r in readings} for stage, readings in (("vit", vit), ("llm", llm))},
+        "criteria": {
+            stage: {
+                r.criterion: _settings(r) | verdict
+                for r, verdict in zip(readings, verdicts(seen, stage, readings), strict=True)
+            }
+            for stage, readings in (("vit", vit), ("llm", llm))
+        },
         "images": entries,
         "counts": _counts([_groups(s, vit, llm) for s in seen]),
         "attention": _attention(seen, _known_groups(vit, llm)),
@@ -116,11 +127,27 @@ def _prepare(vlm: VLM, image: Image.Image | bytes | str | Path) -> tuple[ImageSi
     return opened.size, vlm.processor.pixels(opened)
 
 
-def _place(vlm: VLM, size: ImageSize) -> dict[str, Any]:
-    """Where the patches lie in the original image."""
+def _place(vlm: VLM, size: ImageSize, v_sinks: np.ndarray) -> dict[str, Any]:
+    """Where the tokens lie in the original image, and the patches behind them.
+
+    Args:
+        v_sinks: bool [P, merge^2], V-sinks among the patches of each token.
+    """
     (layout,) = vlm.processor.layouts([size])
     box = layout.box[layout.source[:, 0] >= 0]
-    return {"size": list(size), "boxes": [[round(float(edge), 6) for edge in each] for each in box]}
+    rounded = lambda boxes: [[round(float(edge), 6) for edge in each] for each in boxes]
+    merge, patches = vlm.config.merge, None
+    if merge > 1:
+        patches = {"boxes": rounded(_divided(box, merge)), "v_sinks": np.flatnonzero(v_sinks).tolist()}
+    return {"size": list(size), "boxes": rounded(box), "patches": patches}
+
+
+def _divided(box: np.ndarray, parts: int) -> np.ndarray:
+    """Boxes [n, 4], each cut into `parts` x `parts`, row by row: [n parts^2, 4]."""
+    start, step = box[:, None, :2], (box[:, None, 2:] - box[:, None, :2]) / parts
+    row, column = np.divmod(np.arange(parts**2), parts)
+    corner = start + step * np.stack([column, row], axis=-1)
+    return np.concatenate([corner, corner + step], axis=-1).reshape(-1, 4)
 
 
 def _readings(vlm: VLM) -> tuple[Readings, Readings]:
@@ -159,10 +186,22 @@ def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np
     start = batch.input_ids.shape[1]
     ids[0, start : start + len(answer)] = answer
     valid[0, start : start + len(answer)] = True
-    source = np.pad(batch.source, (*room, (0, 0)), constant_values=NO_SOURCE)
-    weight = None if batch.weight is None else np.pad(batch.weight, (*room, (0, 0)))
-    whole = dataclasses.replace(batch, input_ids=ids, attention_mask=valid, source=source, weight=weight)
+    whole = dataclasses.replace(
+        batch,
+        input_ids=ids,
+        attention_mask=valid,
+        source=np.pad(batch.source, (*room, (0, 0)), constant_values=NO_SOURCE),
+        weight=None if batch.weight is None else np.pad(batch.weight, (*room, (0, 0))),
+        positions=None if batch.positions is None else _continued(batch.positions, max_new_tokens),
+        block=None if batch.block is None else np.pad(batch.block, room, constant_values=-1),
+    )
     return whole, prompt, answer
+
+
+def _continued(positions: np.ndarray, count: int) -> np.ndarray:
+    """Rotary positions [1, T, 3] of a left-padded prompt, and of `count` tokens of text after it."""
+    after = positions.max() + 1 + np.arange(count, dtype=positions.dtype)
+    return np.concatenate([positions, np.broadcast_to(after[None, :, None], (1, count, 3))], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -172,8 +211,9 @@ def _observe(
     """Masks, sizes and attention mass of one image; attention weights are reduced within each layer and never stored.
 
     Returns:
-        {"vit": {masks bool [C, P], norms [P], dims [P, d]}, "llm": the same with leading L, and mass float32 [L, 2, N, 4]: the
-        attention of QUERIES on TOKENS}.
+        {"vit": {masks bool [C, P], norms [P], dims [P, d], patches bool [P, K merge^2], the V-sinks behind each token by the
+        criterion in force}, "llm": masks, norms and dims with leading L, and mass float32 [L, 2, N, 4], the attention of
+        QUERIES on TOKENS}.
     """
     model = assemble(graphdef, params)
     sequence = model.sequence(batch)
@@ -201,14 +241,17 @@ def _observe(
         sinks = dataclasses.replace(sinks, criterion="attention", vit_tau=attention.tau)
     assert batch.images is not None
     features, by_attention = model.image_features(batch.images, sinks=sinks)
-    by_tile = features.reshape(-1, model.config.num_image_tokens, features.shape[-1])  # as the model judges them
-    everywhere = jnp.ones(by_tile.shape[:2], bool)
-    judge = lambda r: r.mask(by_tile, everywhere, None).reshape(by_attention.shape)
+    by_tile = features.reshape(batch.images.patches.shape[1], -1, features.shape[-1])  # as the model judges them
+    used = jnp.ones(by_tile.shape[:2], bool) if batch.images.used is None else jnp.asarray(batch.images.used)[0]
+    judge = lambda r: r.mask(by_tile, used, None).reshape(by_attention.shape)
     masks = [by_attention if r is attention and not r.unknown else judge(r) for r in vit]
-    shown = jnp.asarray(batch.source)[0, patches]  # [P, K], the features behind the tokens, in the order of the sequence
+    outputs = jnp.asarray(batch.source)[0, patches]  # [P, K], the connector's outputs behind the tokens
+    behind = members(features.shape[1], model.config)[outputs]  # [P, K, merge^2], the features behind those
+    shown = jnp.where(outputs[..., None] >= 0, behind, NO_SOURCE).reshape(count, -1)
     largest = lambda sizes: jnp.where((shown >= 0).reshape(*shown.shape, *[1] * (sizes.ndim - 1)), sizes[shown], 0).max(1)
     of_tokens = jax.tree.map(largest, _sizes(features[0], vit))
     of_tokens["prominence"] = largest(prominence(features[0], vit[0].dims)).max(0)
+    of_tokens["patches"] = masks[in_force(vit)][0][shown] & (shown >= 0)
     return {"vit": {"masks": jnp.stack([gather_any(m, shown[None])[0] for m in masks]), **of_tokens}, "llm": seen}
 
 

@@ -25,7 +25,7 @@ def add(command: Command) -> None:
     sub = command(
         "convert",
         _convert,
-        "convert a Hugging Face LLaVA checkpoint into a model folder",
+        "convert a Hugging Face checkpoint into a model folder",
         (
             "lsg convert llava-hf/llava-1.5-7b-hf models/llava15_7b --dtype bfloat16",
             "lsg convert hf/embedded models/embedded --dtype float32",
@@ -38,6 +38,8 @@ def add(command: Command) -> None:
     sub.add_argument(
         "--base", metavar="B", help="folder or Hub id that SOURCE, an adapter or a projector alone, was trained on"
     )
+    text = "shrink larger images to N pixels; for models that take images of any size. Default: as the checkpoint says"
+    sub.add_argument("--max-pixels", type=int, metavar="N", help=text)
 
     sub = command(
         "export",
@@ -106,6 +108,7 @@ def _convert(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             revision=options.revision,
             base=options.base,
+            max_pixels=options.max_pixels,
             progress=progress,
         )
     print(options.model)

@@ -119,7 +119,8 @@ def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:
     elif (folder / MANIFEST).is_file():
         model, source = read_manifest(folder).config, f"shapes of {folder}"
     elif (known / f"{folder.name}.json").is_file():
-        model = model_config(json.loads((known / f"{folder.name}.json").read_text(encoding="utf-8")), where=folder.name)
+        stated = json.loads((known / f"{folder.name}.json").read_text(encoding="utf-8"))
+        model = model_config(stated, preprocessor=stated.pop("preprocessor", None), where=folder.name)
         source = f"{folder} is not there: shapes that are known of {folder.name}"
     else:
         names = ", ".join(sorted(entry.name.removesuffix(".json") for entry in known.iterdir()))

@@ -52,6 +52,10 @@ class VisionConfig(Table, name="vision"):
             raise ConfigError(f"vision.hidden_size {self.hidden_size} is no multiple of vision.num_heads {self.num_heads}")
         if self.patch_size > self.image_size:
             raise ConfigError(f"vision.patch_size {self.patch_size} is larger than vision.image_size {self.image_size}")
+        if self.window_size is not None and self.window_size % self.patch_size:
+            raise ConfigError(f"vision.window_size {self.window_size} is no multiple of vision.patch_size {self.patch_size}")
+        if self.native and self.head_dim % 4:
+            raise ConfigError(f"vision heads of width {self.head_dim} do not turn with rows and columns: 4 must divide it")
 
     @property
     def native(self) -> bool:
@@ -68,8 +72,32 @@ class VisionConfig(Table, name="vision"):
         return self.frames * self.patch_size**2 * self.num_channels
 
     @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Axes of a patch: rows, columns, channels; of a native tower, frames before them."""
+        shape = (self.patch_size, self.patch_size, self.num_channels)
+        return (self.frames, *shape) if self.native else shape
+
+    @property
+    def window_patches(self) -> int | None:
+        """Patches of a whole window; None without windows."""
+        return None if self.window_size is None else (self.window_size // self.patch_size) ** 2
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether attention of a layer stays within windows."""
+        return self.window_size is not None and layer not in self.full_layers
+
+    @property
     def has_class_token(self) -> bool:
         return self.family in ("clip", "internvit")
+
+    @property
+    def has_pre_norm(self) -> bool:
+        return self.family == "clip"
+
+    @property
+    def num_table_entries(self) -> int:
+        """Entries of the table of positions; 0 without one."""
+        return (self.table_side or 0) ** 2 if self.native else self.num_positions
 
     @property
     def num_positions(self) -> int:
@@ -263,6 +291,12 @@ class ModelConfig(Table):
         last = self.vision.num_layers
         if not self.feature_layers or any(not -last - 1 <= layer <= last for layer in self.feature_layers):
             raise ConfigError(f"feature_layers is {list(self.feature_layers)}: the tower has hidden states 0 to {last}")
+        if (patches := self.vision.image_size // self.vision.patch_size) % self.merge:
+            raise ConfigError(f"merge is {self.merge}, but an image has {patches} x {patches} patches")
+        if self.merge > 1 and self.num_image_tokens != self.vision.num_patches:
+            raise ConfigError(f"merge is {self.merge}, which needs one feature a patch: feature_select default or full")
+        if self.vision.window_size is not None and self.vision.window_size // self.vision.patch_size % self.merge:
+            raise ConfigError(f"merge is {self.merge}, but windows are {self.vision.window_size} pixels wide")
         side = self.vision.image_size
         for canvas in self.image.canvases:
             if canvas.height % side or canvas.width % side:

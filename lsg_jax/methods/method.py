@@ -12,6 +12,7 @@ from lsg_jax.config import GateConfig, ModelConfig, Part
 from lsg_jax.config.ranges import Table
 from lsg_jax.errors import ConfigError
 from lsg_jax.model.multimodal import ConnectorTokens
+from lsg_jax.model.projector import any_member
 from lsg_jax.types import Batch, Intervention, Sequence
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Method:
         self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
         """The visual tokens that it makes of features, in the order that it gives them; see VisionLanguageModel.connect."""
-        return ConnectorTokens(model.projector(features), v_sink)
+        return ConnectorTokens(model.projector(features), any_member(v_sink, model.config))
 
     def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> Intervention | None:
         """What it does in the decoder layers; None for nothing."""
@@ -99,6 +100,8 @@ BASE = Method()
 
 
 def check_one_square(config: ModelConfig, name: str) -> None:
-    """Raises ConfigError for a method that takes the patches of one square image, and a model that cuts images into tiles."""
-    if config.image.canvases:
+    """Raises ConfigError for a method that takes the patches of one square image, and a model that has no such tokens."""
+    if config.image.kind != "square":
         raise ConfigError(f"{name} takes the patches of one square image, but this model cuts images into tiles")
+    if config.merge > 1:
+        raise ConfigError(f"{name} takes a token a patch, but this model merges {config.merge} x {config.merge} patches")

@@ -43,15 +43,21 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, computed in float32 and scaled in the input's dtype, as the Llama family does."""
+    """Root-mean-square norm, computed in float32 and scaled in the input's dtype, as the Llama family does.
 
-    def __init__(self, width: int, *, eps: float, dtype: Any):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
+    With `offset` it is multiplied by 1 + scale, in float32, as Gemma does.
+    """
+
+    def __init__(self, width: int, *, eps: float, dtype: Any, offset: bool = False):
+        self.scale = nnx.Param(jnp.zeros((width,), dtype) if offset else jnp.ones((width,), dtype))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
         return y.astype(x.dtype) * self.scale[...]
 
 

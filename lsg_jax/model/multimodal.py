@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 
 from lsg_jax.config import GateConfig, ModelConfig, SinkConfig
 from lsg_jax.model.language_model import DecoderOutput, LanguageModel, token_positions
-from lsg_jax.model.projector import Projector
+from lsg_jax.model.projector import Projector, any_member
 from lsg_jax.model.vision_tower import VisionTower
-from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import sink_mask
 from lsg_jax.types import NEWLINE, Batch, Intervention, LayerView, Sequence, VisualInput, VisualTokens
 
@@ -38,6 +37,21 @@ class ConnectorTokens:
     order: jax.Array | None = None
 
 
+@flax.struct.dataclass
+class ImageFeatures:
+    """What the vision tower makes of the images of each row, tile by tile or image by image.
+
+    Attributes:
+        features: [B, S P, Dv], where they enter the connector; several feature layers are concatenated.
+        v_sink: bool [B, S P], the V-sinks among them; False for patches that are not used.
+        deepstack: hidden states [B, S P, Dv] of the layers `ModelConfig.deepstack`.
+    """
+
+    features: jax.Array
+    v_sink: jax.Array
+    deepstack: tuple[jax.Array, ...] = ()
+
+
 class VisionLanguageModel(nnx.Module):
     """A vision tower, a connector and a language model.
 
@@ -57,40 +71,49 @@ class VisionLanguageModel(nnx.Module):
         self.language_model = LanguageModel(config.text, rngs=rngs, dtype=dtype, mesh=mesh)
 
     def image_features(self, images: VisualInput, *, sinks: SinkConfig | None = None) -> tuple[jax.Array, jax.Array]:
-        """Features where they enter the connector, and the V-sinks among them.
+        """`ImageFeatures.features` [B, S P, Dv] and `ImageFeatures.v_sink` bool [B, S P]; see `encode_images`."""
+        encoded = self.encode_images(images, sinks=sinks)
+        return encoded.features, encoded.v_sink
+
+    def encode_images(self, images: VisualInput, *, sinks: SinkConfig | None = None) -> ImageFeatures:
+        """Runs the vision tower, and judges patches where they enter the connector.
 
         Args:
             sinks: the criterion of V-sinks; None takes the model's own.
 
         Returns:
-            features [B, S P, Dv] (several feature layers are concatenated), V-sink mask bool [B, S P]. It is False
-            everywhere where no V-sink dimensions are known.
+            The features. No patch is a V-sink where no V-sink dimensions are known.
         """
         sinks = sinks or self.config.sinks
         batch, tiles = images.patches.shape[:2]
-        patches = self._normalised(images.patches.reshape(batch * tiles, *images.patches.shape[2:]))
-        states, weights = self.vision_tower(patches, self.config.feature_layers, return_weights=sinks.criterion == "attention")
+        by_tile = jax.tree.map(lambda x: x.reshape(batch * tiles, *x.shape[2:]), images)
+        by_tile = by_tile.replace(patches=self._normalised(by_tile.patches))
+        layers = (*self.config.feature_layers, *self.config.deepstack)
+        states, received = self.vision_tower(by_tile, layers, receive=sinks.criterion == "attention")
         if self.config.feature_select == "default":
             states = [state[:, 1:] for state in states]
-        features = jnp.concatenate(states, axis=-1)
+        count = len(self.config.feature_layers)
+        features = jnp.concatenate(states[:count], axis=-1)
         by_row = lambda x: x.reshape(batch, tiles * x.shape[1], *x.shape[2:])
+        deepstack = tuple(by_row(state) for state in states[count:])
         if not sinks.knows_v_sinks:  # an ungated model must also run where no sink dimensions are known
-            return by_row(features), jnp.zeros((batch, tiles * features.shape[1]), bool)
-        received = None
-        if weights is not None:
-            received = received_attention(weights, jnp.ones(weights.shape[::2], bool))[:, -features.shape[1] :]
+            return ImageFeatures(by_row(features), jnp.zeros((batch, tiles * features.shape[1]), bool), deepstack)
+        if received is not None:
+            received = received[:, -features.shape[1] :]
         elif sinks.criterion == "attention":
             raise ValueError("criterion attention needs a vision feature layer above the embeddings")
+        used = jnp.ones(features.shape[:2], bool) if by_tile.used is None else by_tile.used
         mask = sink_mask(
             sinks.criterion,
             features,
             dims=sinks.vit_dims,
             tau=sinks.vit_tau,
             massive_ratio=sinks.massive_ratio,
-            valid=jnp.ones(features.shape[:2], bool),
+            valid=used,
             received=received,
         )
-        return by_row(features), by_row(mask)
+        mask = mask if by_tile.used is None else mask & used
+        return ImageFeatures(by_row(features), by_row(mask), deepstack)
 
     def _normalised(self, patches: jax.Array) -> jax.Array:
         """uint8 patches [..., h w C] -> float32, normalised by the processor's mean and std; float32 ones as they are."""
@@ -108,7 +131,7 @@ class VisionLanguageModel(nnx.Module):
             v_sink: bool [B, N].
             text: [B, T, D], embeddings of `batch.input_ids`.
         """
-        return ConnectorTokens(self.projector(features), v_sink)
+        return ConnectorTokens(self.projector(features), any_member(v_sink, self.config))
 
     def intervention(self, batch: Batch, sequence: Sequence) -> Intervention | None:
         """What is done in the decoder layers; None for nothing."""
@@ -118,10 +141,14 @@ class VisionLanguageModel(nnx.Module):
         """Text embeddings with the visual tokens gathered into their places (`batch.source`)."""
         x, valid = self.language_model.embed(batch.input_ids), jnp.asarray(batch.attention_mask)
         if batch.images is None:
-            return Sequence(x=x, valid=valid, positions=token_positions(valid))
-        tokens = self.connect(*self.image_features(batch.images), batch, x)
+            return Sequence(x=x, valid=valid, positions=_positions(batch, valid))
+        encoded = self.encode_images(batch.images)
+        tokens = self.connect(encoded.features, encoded.v_sink, batch, x)
         is_visual = jnp.asarray(batch.source)[..., 0] >= 0
-        x = jnp.where(is_visual[..., None], gather(tokens.x, batch.source, batch.weight).astype(x.dtype), x)
+        place = lambda made, text: jnp.where(
+            is_visual[..., None], gather(made, batch.source, batch.weight).astype(x.dtype), text
+        )
+        x = place(tokens.x, x)
         if self.config.image.canvases:
             is_newline = jnp.asarray(batch.source)[..., :1] == NEWLINE
             x = jnp.where(is_newline, self.image_newline[...].astype(x.dtype), x)
@@ -129,8 +156,17 @@ class VisionLanguageModel(nnx.Module):
         if tokens.kept is not None:
             visual = is_visual & gather_any(tokens.kept, batch.source)
             valid = valid & (visual | ~is_visual)
-        visual_tokens = VisualTokens(mask=visual, v_sink=visual & gather_any(tokens.v_sink, batch.source))
-        return Sequence(x=x, valid=valid, positions=token_positions(valid), visual=visual_tokens)
+        added = None
+        if encoded.deepstack:
+            added = jnp.stack([place(made, 0) for made in self.projector.deepstack_tokens(encoded.deepstack)])
+        return Sequence(
+            x=x,
+            valid=valid,
+            positions=_positions(batch, valid),
+            visual=VisualTokens(mask=visual, v_sink=visual & gather_any(tokens.v_sink, batch.source)),
+            block=batch.block if self.config.text.images_see_themselves else None,
+            added=added,
+        )
 
     def __call__(
         self,
@@ -171,6 +207,10 @@ class VisionLanguageModel(nnx.Module):
     def trains_inputs(self) -> bool:
         """Whether something is trained on which the decoder's inputs, or its weights, depend."""
         return False
+
+
+def _positions(batch: Batch, valid: jax.Array) -> jax.Array:
+    return token_positions(valid) if batch.positions is None else jnp.asarray(batch.positions)
 
 
 def gather(tokens: jax.Array, source: Any, weight: Any) -> jax.Array:

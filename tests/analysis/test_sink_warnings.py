@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsg_jax.analysis.sink_warnings import run_warnings
+from lsg_jax.analysis.sink_warnings import run_warnings, verdicts
 from lsg_jax.config import SinkConfig
 from lsg_jax.sinks.criteria import PROMINENT, prominence, side_by_side
 
@@ -29,7 +29,7 @@ def test_no_dimension_of_noise_stands_out_and_a_massive_one_does():
 def _seen(vit, llm):
     masks = np.zeros((5, 4), bool)  # [criteria, patches]
     return {
-        "vit": {"masks": masks, "prominence": np.array(vit, np.float32)},
+        "vit": {"masks": masks | (np.arange(4) == 2), "prominence": np.array(vit, np.float32)},
         "llm": {"masks": np.stack([masks] * len(llm)), "prominence": np.array(llm, np.float32)},
     }
 
@@ -44,3 +44,22 @@ def test_dimensions_that_stand_out_in_no_image_are_named(criterion):
     rest += "`lsg calibrate` finds this model's"
     named = [f"V-sink dimensions 7 (5.5 times) {rest}", f"L-sink dimensions 3 (3.0 times) {rest}"]
     assert found == ([] if criterion == "norm" else named)
+
+
+def test_verdicts_and_nothing_to_gate():
+    """Shares are the means over images in the layer with most; half of the patches is too many."""
+    sinks = SinkConfig(criterion="norm", llm_criterion="massive")
+    seen = [_seen([25.0, 30.0], [[30.0, 30.0]] * 2) for _ in range(2)]
+    names = [reading.criterion for reading in side_by_side(sinks, "vit")]
+    seen[0]["llm"]["masks"][1, names.index("norm")] = True
+    found = dict(zip(names, verdicts(seen, "llm", side_by_side(sinks, "llm")), strict=True))
+    assert found["norm"] == {"share": 0.5, "verdict": "flags too many"}
+    assert found["massive"] == {"share": 0.0, "verdict": "flags none"}
+    assert found["dim_abs"] == {"share": None, "verdict": "unknown"}
+    assert verdicts(seen, "vit", side_by_side(sinks, "vit"))[names.index("norm")] == {"share": 0.25, "verdict": "applies"}
+    readings = side_by_side(sinks, "vit"), side_by_side(sinks, "llm")
+    assert not any("nothing to gate" in warning for warning in run_warnings(seen, *readings))
+    for each in seen:
+        each["vit"]["masks"][:] = False
+    (line,) = (warning for warning in run_warnings(seen, *readings) if "nothing to gate" in warning)
+    assert line.startswith("nothing to gate: no visual token of 2 images is a V-sink by norm at 70")

@@ -98,6 +98,8 @@ def test_token_ids() -> None:
     [
         (changed(model_type="blip-2"), "model_type 'blip-2' is not supported; supported: 'llava'"),
         (changed(model_type=None), "model_type None is not supported"),
+        (changed(model_type="qwen3_5"), "model_type 'qwen3_5' gates its own attention, which leaves no sinks to gate"),
+        (text(model_type="qwen3_5_text"), "model_type 'qwen3_5_text' gates its own attention, which leaves no sinks to gate"),
         (text(model_type="gemma2"), "text_config is of model_type 'gemma2', which is not supported; supported: llama, mistral"),
         (changed("vision_config", model_type="dinov2"), "vision_config is of model_type 'dinov2', which is not supported"),
         (changed(vision_config=None), "vision_config is missing"),

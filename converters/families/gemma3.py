@@ -1,0 +1,78 @@
+"""Gemma 3: SigLIP, 4 x 4 patches averaged to a token, and a decoder in which the tokens of an image see each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from converters.families import decoders, llava, towers
+from converters.families.family import CheckpointFiles, Family, HFConfig
+from converters.families.known_sinks import sinks_of
+from converters.families.values import token_ids
+from converters.image_processor import gemma3_image_config
+from converters.ops import Copy, Rule
+from lsg_jax.config import ModelConfig
+from lsg_jax.errors import ConfigError
+
+_FIELDS = frozenset(
+    {
+        "vision_config", "text_config", "mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_index",
+        "boi_token_id", "eoi_token_index", "eoi_token_id", "tie_word_embeddings", "lsg_sinks",
+    }
+)  # fmt: skip
+
+_PROJECTOR = (
+    Rule("projector/norm/scale", "multi_modal_projector.mm_soft_emb_norm.weight", Copy()),
+    Rule("projector/linear_1/kernel", "multi_modal_projector.mm_input_projection_weight", Copy()),
+)
+
+
+def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
+    where = files.where
+    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
+    vision = dataclasses.replace(vision, final_norm=True)
+    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    side, tokens = vision.image_size // vision.patch_size, round(hf.mm_tokens_per_image**0.5)
+    if tokens**2 != hf.mm_tokens_per_image or side % tokens:
+        raise ConfigError(
+            f"{where}: mm_tokens_per_image = {hf.mm_tokens_per_image} are no square that divides {side} x {side} patches"
+        )
+    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
+    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
+    sinks, sink_sources = sinks_of(vision, text, hf, files)
+    return ModelConfig(
+        vision=vision,
+        text=dataclasses.replace(text, images_see_themselves=True),
+        feature_layers=(-1,),
+        feature_select="full",
+        image_token_id=hf.image_token_index,
+        eos_token_ids=eos,
+        pad_token_id=pad[0],
+        image=gemma3_image_config(files.preprocessor, size=vision.image_size),
+        projector_bias=False,
+        projector_norm="rms_offset",
+        projector_norm_eps=float(hf.vision_config.layer_norm_eps),
+        projector_norm_merged=True,
+        projector_layers=1,
+        merge=side // tokens,
+        merge_mean=True,
+        sinks=sinks,
+        sink_sources=sink_sources,
+        family="gemma3",
+    )
+
+
+def _rules(config: ModelConfig) -> tuple[Rule, ...]:
+    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.DECODERS[config.text.family].rules)
+
+
+FAMILY = Family(
+    model_type="gemma3",
+    architecture="Gemma3ForConditionalGeneration",
+    fields=_FIELDS,
+    parts={"vision_config": towers.part("siglip_vision_model"), "text_config": decoders.part("gemma3_text")},
+    model_config=_model_config,
+    rules=_rules,
+    canonical_name=llava.canonical_name,
+    carried=(),
+    ignored=towers.IGNORED + decoders.IGNORED,
+)

@@ -1,0 +1,92 @@
+"""Qwen2-VL and Qwen2.5-VL: images of any size, 2 x 2 patches to a token, and rotary positions of frame, row and column."""
+
+from __future__ import annotations
+
+import re
+
+from converters.families import decoders, towers
+from converters.families.family import CheckpointFiles, Family, HFConfig
+from converters.families.known_sinks import sinks_of
+from converters.families.values import token_ids
+from converters.image_processor import native_image_config
+from converters.ops import Rule
+from lsg_jax.config import ModelConfig
+
+FIELDS = frozenset(
+    {
+        "vision_config", "text_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+        "tie_word_embeddings", "lsg_sinks",
+        "vision_token_id",  # of no part of the model
+    }
+)  # fmt: skip
+
+
+def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
+    """The configuration of a native tower, its merger and a decoder."""
+    where = files.where
+    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
+    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
+    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
+    sinks, sink_sources = sinks_of(vision, text, hf, files)
+    return ModelConfig(
+        vision=vision,
+        text=text,
+        feature_layers=(-1,),
+        feature_select="full",
+        image_token_id=hf.image_token_id,
+        eos_token_ids=eos,
+        pad_token_id=pad[0],
+        image=native_image_config(files.preprocessor, hf.vision_config),
+        sinks=sinks,
+        sink_sources=sink_sources,
+        family=hf.model_type,
+        **towers.merger(hf.vision_config),
+    )
+
+
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """The rules of the tower, the merger and the decoder."""
+    return (
+        *towers.TOWER_RULES[config.vision.family],
+        *towers.PROJECTOR_RULES[config.family],
+        *decoders.DECODERS[config.text.family].rules,
+    )
+
+
+def canonical_name(name: str) -> str:
+    """The one name of a tensor in the layouts that Hugging Face has used.
+
+    | files on the Hub, and of Qwen3-VL          | in memory                     | here                       |
+    |--------------------------------------------|-------------------------------|----------------------------|
+    | visual.*, model.visual.*                   | model.visual.*                | vision_tower.*             |
+    | visual.merger.*, model.visual.merger.*     | model.visual.merger.*         | multi_modal_projector.*    |
+    | model.layers.*, model.language_model.*     | model.language_model.*        | language_model.model.*     |
+    | lm_head.*                                  | lm_head.*                     | language_model.lm_head.*   |
+    """
+    name = re.sub(r"^model\.visual\.", "visual.", name)
+    for own, canonical in (("visual.merger.", "multi_modal_projector."), ("visual.", "vision_tower.")):
+        if name.startswith(own):
+            return canonical + name.removeprefix(own)
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    return re.sub(r"^model\.(language_model\.)?", "language_model.model.", name)
+
+
+def _family(model_type: str, architecture: str, vision: str, text: str) -> Family:
+    return Family(
+        model_type=model_type,
+        architecture=architecture,
+        fields=FIELDS,
+        parts={"vision_config": towers.part(vision), "text_config": decoders.part(text)},
+        model_config=model_config,
+        rules=rules,
+        canonical_name=canonical_name,
+        carried=(),
+        ignored=decoders.IGNORED,
+    )
+
+
+QWEN2_VL = _family("qwen2_vl", "Qwen2VLForConditionalGeneration", "qwen2_vl_vision", "qwen2_vl_text")
+QWEN2_5_VL = _family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_vision", "qwen2_5_vl_text")
+QWEN3_VL = _family("qwen3_vl", "Qwen3VLForConditionalGeneration", "qwen3_vl_vision", "qwen3_vl_text")

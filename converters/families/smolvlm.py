@@ -1,0 +1,83 @@
+"""SmolVLM2: SigLIP on tiles of an image that is split, squares of patches to a token, and Llama."""
+
+from __future__ import annotations
+
+import re
+
+from converters.families import decoders, towers
+from converters.families.family import CheckpointFiles, Family, HFConfig
+from converters.families.known_sinks import sinks_of
+from converters.families.values import token_ids
+from converters.image_processor import split_image_config
+from converters.ops import Linear, Rule
+from lsg_jax.config import ModelConfig
+from lsg_jax.errors import ConfigError
+
+_FIELDS = frozenset(
+    {
+        "vision_config", "text_config", "image_token_id", "scale_factor", "tie_word_embeddings", "lsg_sinks",
+    }
+)  # fmt: skip
+
+_PROJECTOR = (Rule("projector/linear_1/kernel", "multi_modal_projector.modality_projection.proj.weight", Linear()),)
+
+
+def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
+    where = files.where
+    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
+    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    if (vision.image_size // vision.patch_size) % hf.scale_factor:
+        raise ConfigError(f"{where}: scale_factor = {hf.scale_factor} does not divide the grid of patches")
+    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
+    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
+    sinks, sink_sources = sinks_of(vision, text, hf, files)
+    return ModelConfig(
+        vision=vision,
+        text=text,
+        feature_layers=(-1,),
+        feature_select="full",
+        image_token_id=hf.image_token_id,
+        eos_token_ids=eos,
+        pad_token_id=pad[0],
+        image=split_image_config(files.preprocessor, size=vision.image_size),
+        projector_bias=False,
+        projector_layers=1,
+        merge=hf.scale_factor,
+        sinks=sinks,
+        sink_sources=sink_sources,
+        family="smolvlm",
+    )
+
+
+def _rules(config: ModelConfig) -> tuple[Rule, ...]:
+    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.DECODERS[config.text.family].rules)
+
+
+_PARTS = {
+    "vision_model.": "vision_tower.",
+    "connector.": "multi_modal_projector.",
+    "text_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+
+
+def _canonical_name(name: str) -> str:
+    """`model.vision_model.*`, `model.connector.*`, `model.text_model.*`, `lm_head.*` -> LLaVA's names."""
+    name = re.sub(r"^model\.", "", name)
+    for own, canonical in _PARTS.items():
+        if name.startswith(own):
+            return canonical + name.removeprefix(own)
+    return name
+
+
+FAMILY = Family(
+    model_type="smolvlm",
+    architecture="SmolVLMForConditionalGeneration",
+    fields=_FIELDS,
+    parts={"vision_config": towers.part("smolvlm_vision"), "text_config": decoders.part("llama")},
+    model_config=_model_config,
+    rules=_rules,
+    canonical_name=_canonical_name,
+    carried=(),
+    ignored=towers.IGNORED + decoders.IGNORED,
+)
