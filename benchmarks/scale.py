@@ -29,7 +29,7 @@ from lsg_jax.analysis.sweep_cells import PromptPass, resume_cells
 from lsg_jax.config import GateConfig, MeshConfig, ModelConfig, SinkConfig
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.method_model import abstract_model, assemble
-from lsg_jax.model.generate import last_token
+from lsg_jax.model.generate import cache_of, last_token
 from lsg_jax.plan.chips import GIB, open_topology
 from lsg_jax.plan.hlo import analyse
 from lsg_jax.plan.programs import (
@@ -45,7 +45,7 @@ from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig, load_run_config
 from lsg_jax.sharding import abstract_batch, make_mesh
 from lsg_jax.train.remat import device_bytes, fastest_that_fits
-from lsg_jax.types import Batch, KVCache
+from lsg_jax.types import Batch
 
 CONFIG = Path(__file__).parent.parent / "configs" / "llava15_7b.toml"
 TRAINING, ANSWERING = MeshConfig(), MeshConfig(data=1, fsdp=1, tensor=-1)
@@ -212,7 +212,7 @@ def sweep_flops(config: ModelConfig) -> tuple[float, float]:
         assert sequence.visual is not None
         rows = last_token(sequence.valid)[:, None]
         out = model(batch, sequence=sequence, rows=rows, keep_kv=True, observe=lambda view: view.hidden)
-        shared = PromptPass(batch, sequence.visual, out.observed, KVCache(out.key, out.value, sequence.valid))
+        shared = PromptPass.of(batch, sequence, out.observed, cache_of(sequence, out))
         return model.language_model.logits(out.hidden), shared
 
     def cells(params: dict, shared: PromptPass, layer: int) -> jax.Array:

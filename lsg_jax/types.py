@@ -104,6 +104,7 @@ class Sequence:
         block: int32 [B, T], number of the image whose tokens see each other in both directions, -1 for text; None where
             attention is causal.
         added: [n, B, T, D], what is added to the outputs of the first n layers (deepstack); None for nothing.
+        gaps: whether tokens that do not take part may lie between those that do. Static.
     """
 
     x: Array
@@ -112,6 +113,7 @@ class Sequence:
     visual: VisualTokens | None = None
     block: Array = None
     added: Array = None
+    gaps: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass

@@ -76,7 +76,7 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The rules of the tower, the projector and the decoder."""
-    return towers.TOWER_RULES[config.vision.family] + _PROJECTOR + decoders.DECODERS[config.text.family].rules
+    return towers.TOWER_RULES[config.vision.family] + _PROJECTOR + decoders.RULES[config.text.family]
 
 
 def canonical_name(name: str) -> str:

@@ -134,8 +134,8 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
 
     def read(index: int) -> tuple[np.ndarray, dict[str, Any]]:
         image, found = data.read(min(index, count - 1))  # the last batch is filled up with the last image
-        if vlm.config.image.canvases and (size := _size(image)) != size_of_all:
-            raise InputError(f"image {index} is {size}, the first is {size_of_all}: with tiles, all must be of one size")
+        if vlm.config.image.kind != "square" and (size := _size(image)) != size_of_all:
+            raise InputError(f"image {index} is {size}, the first is {size_of_all}: this model needs all of one size")
         return vlm.processor.pixels(image), {name: found[name] for name in data.vocabularies}
 
     stream = in_order(read, range(-(-count // size) * size), thread_count(None))

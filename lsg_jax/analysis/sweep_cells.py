@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from lsg_jax.config import GateConfig, Grouping
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.methods.method_model import MethodModel, assemble
-from lsg_jax.model.generate import decode_greedily, last_token, with_room
-from lsg_jax.model.language_model import token_positions
+from lsg_jax.model.generate import cache_of, decode_greedily, last_token, with_room
 from lsg_jax.types import Array, Batch, KVCache, Sequence, VisualTokens
 
 NO_LAYER = -1
@@ -36,12 +35,21 @@ class PromptPass:
         visual: their visual tokens.
         boundaries: [L, B, T, D], the residual stream entering each layer.
         cache: keys and values of all layers, S = T.
+        sequence: what else the decoder ran on: positions, blocks, what is added after layers.
     """
 
     batch: Batch
     visual: VisualTokens
     boundaries: Array
     cache: KVCache
+    sequence: Sequence
+
+    @classmethod
+    def of(cls, batch: Batch, sequence: Sequence, boundaries: jax.Array, cache: KVCache) -> PromptPass:
+        """The pass over `sequence`, which was made of the batch."""
+        assert sequence.visual is not None
+        rest = sequence.replace(x=None, visual=None)  # type: ignore[attr-defined]
+        return cls(batch.without_images(), sequence.visual, boundaries, cache, rest)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -55,16 +63,13 @@ def run_prompts(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) 
         The pass; tokens int32 [B, max_new_tokens]; smallest margin of each answer float32 [B], as `generate` returns it.
     """
     model = assemble(graphdef, params)
-    model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     sequence = model.sequence(batch)
-    assert sequence.visual is not None
     rows = last_token(sequence.valid)[:, None]
     out = model(batch, sequence=sequence, rows=rows, keep_kv=True, observe=lambda view: view.hidden)
-    cache = KVCache(out.key, out.value, sequence.valid)
+    cache = cache_of(sequence, out)
     room = with_room(cache, max_new_tokens)
     tokens, _, margin = decode_greedily(model, out.hidden[:, 0], room, max_new_tokens=max_new_tokens)
-    shared = PromptPass(batch.without_images(), sequence.visual, out.observed, cache)
-    return shared, tokens, margin
+    return PromptPass.of(batch, sequence, out.observed, cache), tokens, margin
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -106,7 +111,10 @@ def resume_cells(
     """
     # the cells of a question are adjacent rows, so that they stay on its device
     repeat = functools.partial(jnp.repeat, repeats=len(coefficients))
-    batch, visual = jax.tree.map(functools.partial(repeat, axis=0), (shared.batch, shared.visual))
+    by_row, by_layer = functools.partial(repeat, axis=0), functools.partial(repeat, axis=1)
+    added = shared.sequence.added
+    alone = shared.sequence.replace(added=None)  # type: ignore[attr-defined]
+    batch, visual, sequence = jax.tree.map(by_row, (shared.batch, shared.visual, alone))
     count = batch.input_ids.shape[0]
     scaling = scale_layer(
         model,
@@ -116,13 +124,13 @@ def resume_cells(
         jnp.tile(coefficients, (count // len(coefficients), 1)),
         grouping,
     )
-    cache = with_room(
-        KVCache(repeat(shared.cache.key, axis=1), repeat(shared.cache.value, axis=1), repeat(shared.cache.valid, axis=0)), room
-    )
+    kept = shared.cache
+    offset = None if kept.offset is None else by_row(kept.offset)
+    cache = with_room(KVCache(by_layer(kept.key), by_layer(kept.value), by_row(kept.valid), offset=offset), room)
     entering = jax.lax.dynamic_index_in_dim(shared.boundaries, layer, keepdims=False)
-    rows = last_token(batch.attention_mask)[:, None]
-    valid = jnp.asarray(batch.attention_mask)
-    resumed = Sequence(x=repeat(entering, axis=0), valid=valid, positions=token_positions(valid), visual=visual)
+    rows = last_token(sequence.valid)[:, None]
+    added = None if added is None else by_layer(added)
+    resumed = sequence.replace(x=by_row(entering), visual=visual, added=added)
     hidden, cache = model.language_model.resume(resumed, cache, scaling, layer, rows=rows)
     return hidden[:, 0], cache
 
@@ -152,7 +160,7 @@ def answer_alone(
     scaling = scale_layer(model, batch, sequence.visual, layer, coefficients, grouping)
     rows = last_token(sequence.valid)[:, None]
     out = model.language_model(sequence, scaling, rows=rows, keep_kv=True)
-    cache = with_room(KVCache(out.key, out.value, sequence.valid), max_new_tokens)
+    cache = with_room(cache_of(sequence, out), max_new_tokens)
     return decode_greedily(model, out.hidden[:, 0], cache, max_new_tokens=max_new_tokens)[0]
 
 

@@ -168,6 +168,11 @@ class TextConfig(Table, name="text"):
         rotary = self.rope.rotary_dim or self.head_dim
         if rotary % 2 or rotary > self.head_dim:
             raise ConfigError(f"text rotates {rotary} dimensions of text.head_dim {self.head_dim}: it must be an even number")
+        if self.rope.sections and sum(self.rope.sections) != rotary // 2:
+            sections = list(self.rope.sections)
+            raise ConfigError(f"text.rope.sections {sections} sum to {sum(sections)}: there are {rotary // 2} frequencies")
+        if bad := [layer for layer in self.sliding_layers or () if layer >= self.num_layers]:
+            raise ConfigError(f"text.sliding_layers has {bad[0]}: there are layers 0 to {self.num_layers - 1}")
 
 
 @dataclass(frozen=True)

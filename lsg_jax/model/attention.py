@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped keys, rotary positions, key scaling and a static-shape cache."""
+"""Multi-head attention with grouped keys, rotary positions, key norms and scales, and a static-shape cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from lsg_jax.config import RopeConfig, TextConfig
+from lsg_jax.config import TextConfig
 from lsg_jax.gating.keys import scale_keys
-from lsg_jax.model.layers import Linear
-from lsg_jax.model.splash_attention import runs_splash, splash_attention
+from lsg_jax.model.layers import Linear, RMSNorm
+from lsg_jax.model.rotary import apply_rope
+from lsg_jax.model.scope import Scope
+from lsg_jax.model.splash_attention import splash_attention, why_plain
 from lsg_jax.sharding import ROWS, fitting_spec
 from lsg_jax.types import UNCHANGED, LayerChange
 
@@ -30,15 +32,17 @@ def attend(
     value: jax.Array,
     mask: jax.Array | None,
     *,
+    scale: float | None = None,
     return_weights: bool = False,
     edit: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """softmax(Q K^T / sqrt(H)) V, softmax in float32.
+    """softmax(scale Q K^T) V, softmax in float32.
 
     Args:
         query: [B, T, N, H].
         key, value: [B, K, S, H], heads before positions for the matrix products; N is a multiple of K.
         mask: bool [B, T, S], True where a query may look; None for everywhere. A row without keys gives the mean of the values.
+        scale: of the logits; None for 1 / sqrt(H).
         edit: changes the attention weights float32 [B, N, T, S] before they are used.
 
     Returns:
@@ -48,7 +52,8 @@ def attend(
     kv_heads, keys = key.shape[1:3]
     groups = heads // kv_heads
     flat = lambda x: x.reshape(batch * kv_heads, -1, x.shape[-1])
-    grouped = (query * width**-0.5).reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
+    scale = width**-0.5 if scale is None else scale
+    grouped = (query * scale).reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
     logits = jnp.einsum("XTH,XSH->XTS", flat(grouped), flat(key), preferred_element_type=jnp.float32)
     logits = logits.reshape(batch, kv_heads, groups, length, keys)
     if mask is not None:
@@ -69,21 +74,38 @@ def attend_causally(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array,
+    scope: Scope,
     *,
+    scale: float | None = None,
     edit: Callable[..., jax.Array] | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """`attend` for T = S and a mask that lets a query attend to valid keys up to its own position.
+    """`attend` for T = S, under the mask of a layer of whole sequences.
 
-    On a TPU a kernel computes it. Elsewhere, and where attention is edited, it runs on blocks of queries, each with the keys up
-    to its end, which saves three eighths of the work. Outputs of padded queries may differ. `edit` is that of LayerChange.
+    On a TPU a kernel computes it, unless `why_plain` says otherwise. Elsewhere, and where attention is edited, it runs on
+    blocks of queries, each with the keys up to its end, which saves three eighths of the work. Outputs of padded queries may
+    differ. `edit` is that of LayerChange.
     """
+    in_blocks = functools.partial(_attend_in_blocks, scale=scale, causal=scope.causal)
     if edit is not None:
-        return _attend_in_blocks(query, key, value, mask, edit=edit)
-    return by_heads(
-        splash_attention if runs_splash(query.shape[-1], mesh) else _attend_in_blocks, query, key, value, mask, mesh
-    )
+        return in_blocks(query, key, value, scope.mask, edit=edit)
+    window_with_gaps = scope.gaps and any(scope.windows)
+    if why_plain(query.shape[-1], mesh, causal=scope.causal, window_with_gaps=window_with_gaps) is not None:
+        return by_heads(in_blocks, query, key, value, scope.mask, mesh)
+    kernels = [
+        functools.partial(by_heads, functools.partial(splash_attention, window=window, scale=scale), mesh=mesh)
+        for window in scope.windows
+    ]
+    if len(set(scope.windows)) == 1:
+        return kernels[0](query, key, value, scope.mask)
+    out: jax.Array = jax.lax.switch(scope.kind, kernels, query, key, value, scope.mask)
+    return out
+
+
+def attention_path(config: TextConfig, mesh: Mesh | None) -> str:
+    """Which way attention over whole sequences is computed: "kernel", or "plain" with the reason."""
+    reason = why_plain(config.head_dim, mesh, causal=not config.images_see_themselves)
+    return "kernel" if reason is None else f"plain, since {reason}"
 
 
 def by_heads(
@@ -109,7 +131,14 @@ def by_heads(
 
 
 def _attend_in_blocks(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, edit: Callable[..., jax.Array] | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    edit: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     length = query.shape[1]
     block = max(-(-length // QUERY_BLOCKS), SHORTEST_BLOCK)
@@ -118,37 +147,10 @@ def _attend_in_blocks(
         stop = min(start + block, length)
         queries = jnp.broadcast_to(jnp.arange(start, stop), (query.shape[0], stop - start))
         own_edit = None if edit is None else functools.partial(edit, queries=queries)
-        out, _ = attend(query[:, start:stop], key[:, :, :stop], value[:, :, :stop], mask[:, start:stop, :stop], edit=own_edit)
-        parts.append(out)
+        end = stop if causal else length
+        keys, values, seen = key[:, :, :end], value[:, :, :end], mask[:, start:stop, :end]
+        parts.append(attend(query[:, start:stop], keys, values, seen, scale=scale, edit=own_edit)[0])
     return jnp.concatenate(parts, axis=1)
-
-
-def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
-    """Angles per position, float32 [R / 2] for R rotated dimensions."""
-    rotary_dim = config.rotary_dim or head_dim
-    frequency = config.theta ** -(jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
-    if config.kind == "linear":
-        return frequency / config.factor
-    if config.kind == "llama3":  # long wavelengths are stretched, short ones kept, those between interpolated
-        turns = config.original_max_positions * frequency / (2 * jnp.pi)
-        smooth = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        return (1 - smooth) * frequency / config.factor + smooth * frequency
-    return frequency
-
-
-def rope_angles(positions: jax.Array, config: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin for positions int32 [B, T]: float32 [B, T, 1, R / 2] each."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-
-
-def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the first R dimensions of x [B, T, N, H] by halves (the layout of Hugging Face weights)."""
-    cos, sin = rope
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -201,16 +203,19 @@ class CausalAttention(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any, mesh: Mesh | None = None):
         width, heads, kv_heads, head = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.mesh = mesh
+        self.scale = config.query_scale
         self.q_proj = Linear((width,), (heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.k_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.v_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.o_proj = Linear((heads, head), (width,), bias=config.out_bias, rngs=rngs, dtype=dtype)
+        norm = functools.partial(RMSNorm, head, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def __call__(
         self,
         x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        scope: Scope,
         *,
         change: LayerChange = UNCHANGED,
         cache: LayerCache | None = None,
@@ -227,11 +232,19 @@ class CausalAttention(nnx.Module):
             return y + change.low_rank[name](x) if name in change.low_rank else y
 
         kept_for_backward = functools.partial(checkpoint_name, name="qkv")
-        key, value = kept_for_backward(apply_rope(project("k_proj", x), rope)), kept_for_backward(project("v_proj", x))
+
+        def turned(y: jax.Array, norm: RMSNorm | None, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+            if norm is None:
+                return kept_for_backward(apply_rope(y, rope))
+            normed: jax.Array = norm(kept_for_backward(y))  # the way back through the norm needs its input
+            return apply_rope(normed, rope)
+
+        rope, mask = scope.rope, scope.mask
+        key, value = turned(project("k_proj", x), self.k_norm, rope), kept_for_backward(project("v_proj", x))
         if rows is not None:
             x, mask = take_rows(x, rows), take_rows(mask, rows)
             rope = take_rows(rope[0], rows), take_rows(rope[1], rows)
-        query = kept_for_backward(apply_rope(project("q_proj", x), rope))
+        query = turned(project("q_proj", x), self.q_norm, rope)
         if change.key_scale is not None:
             key = scale_keys(key, change.key_scale)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -240,11 +253,12 @@ class CausalAttention(nnx.Module):
             kept = cache = cache.append(key, value)
             key, value = cache.read()
         if cache is None and rows is None and not return_weights:
-            out = attend_causally(query, key, value, mask, edit=change.edit, mesh=self.mesh)
+            out = attend_causally(query, key, value, scope, scale=self.scale, edit=change.edit, mesh=self.mesh)
             return project("o_proj", out), kept, None
+        scaled = functools.partial(attend, scale=self.scale)
         if change.edit is None and not return_weights:
-            out = by_heads(lambda *qkvm: attend(*qkvm)[0], query, key, value, mask, self.mesh)
+            out = by_heads(lambda *qkvm: scaled(*qkvm)[0], query, key, value, mask, self.mesh)
             return project("o_proj", out), kept, None
         edit = None if change.edit is None else functools.partial(change.edit, queries=rows)
-        out, weights = attend(query, key, value, mask, return_weights=return_weights, edit=edit)
+        out, weights = scaled(query, key, value, mask, return_weights=return_weights, edit=edit)
         return project("o_proj", out), kept, weights

@@ -8,7 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lsg_jax.model.language_model import DecoderOutput
 from lsg_jax.model.multimodal import VisionLanguageModel
+from lsg_jax.model.rotary import position_offset
 from lsg_jax.sharding import ROWS, constrain
 from lsg_jax.types import Array, Batch, Intervention, KVCache, Sequence, VisualTokens
 
@@ -57,12 +59,9 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -
 
 def read_prompts(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
     """The first half of `generate`: the pass over the prompts, and a cache with room for their answers."""
-    model.language_model.check_length(batch.input_ids.shape[1] + max_new_tokens)
     sequence = model.sequence(batch)
-    valid = sequence.valid
-    out = model(batch, sequence=sequence, keep_kv=True, room=max_new_tokens, rows=last_token(valid)[:, None])
-    cache = KVCache(out.key, out.value, _pad_slots(valid, max_new_tokens), _pad_slots(out.sinks, max_new_tokens))
-    return ReadPrompts(out.hidden[:, 0], sequence.visual, out.ratios), cache
+    out = model(batch, sequence=sequence, keep_kv=True, room=max_new_tokens, rows=last_token(sequence.valid)[:, None])
+    return ReadPrompts(out.hidden[:, 0], sequence.visual, out.ratios), cache_of(sequence, out, room=max_new_tokens)
 
 
 def answer_prompts(
@@ -79,11 +78,17 @@ def answer_prompts(
     return Generated(tokens, steps, margin, read.ratios)
 
 
+def cache_of(sequence: Sequence, out: DecoderOutput, *, room: int = 0) -> KVCache:
+    """The cache after a pass over whole sequences, whose keys and values were kept with that room."""
+    offset = position_offset(sequence.positions, sequence.valid)
+    return KVCache(out.key, out.value, _pad_slots(sequence.valid, room), _pad_slots(out.sinks, room), offset)
+
+
 def with_room(cache: KVCache, slots: int) -> KVCache:
     """The cache with `slots` empty ones appended."""
     room = [(0, 0)] * 3 + [(0, slots), (0, 0)]
     valid, sinks = _pad_slots(cache.valid, slots), _pad_slots(cache.sinks, slots)
-    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), valid, sinks)
+    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), valid, sinks, cache.offset)
 
 
 def _pad_slots(found: jax.Array | None, slots: int) -> jax.Array | None:
@@ -112,7 +117,7 @@ def decode_greedily(
     config = model.config
     heads_apart = lambda x: constrain(x, model.mesh, None, ROWS, "tensor")
     cache = cache.replace(key=heads_apart(cache.key), value=heads_apart(cache.value))  # type: ignore[attr-defined]
-    prompt_length = cache.valid.sum(1).astype(jnp.int32)
+    next_position = cache.valid.sum(1).astype(jnp.int32) + (0 if cache.offset is None else cache.offset)
     batch, slots = cache.valid.shape[0], cache.valid.shape[1] - max_new_tokens
     eos = jnp.array(config.eos_token_ids)
 
@@ -137,7 +142,7 @@ def decode_greedily(
         step, token, done, tokens, margin, cache = carry
         slot = slots + step - 1
         now = None if intervention is None else intervention.while_decoding(cache, slot)
-        hidden, cache = model.language_model.decode(token, prompt_length + step - 1, slot, cache, now)
+        hidden, cache = model.language_model.decode(token, next_position + step - 1, slot, cache, now)
         token, new_margin = pick(hidden, done)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return step + 1, token, done | ended(token), tokens, jnp.minimum(margin, new_margin), cache

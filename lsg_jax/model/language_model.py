@@ -1,10 +1,9 @@
-"""The causal decoder: Llama, Mistral, Qwen2 and Phi-3 as settings of one stack, run by `lax.scan` over layer indices."""
+"""The decoder: Llama, Mistral, Qwen, Phi-3 and Gemma as settings of one stack, run by `lax.scan` over layer indices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,57 +12,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import TextConfig
-from lsg_jax.errors import InputError
-from lsg_jax.model.attention import CausalAttention, LayerCache, rope_angles, take_rows
+from lsg_jax.model.attention import take_rows
+from lsg_jax.model.decoder_layer import DecoderLayer, KeysAndValues, LayerRunner
 from lsg_jax.model.layers import Linear, RMSNorm, layer_at, stack_layers
+from lsg_jax.model.scope import sequence_scope, token_scope
 from lsg_jax.model.splash_attention import SAVED
 from lsg_jax.sharding import ROWS, constrain
-from lsg_jax.types import UNCHANGED, Intervention, KVCache, LayerChange, LayerView, Sequence
-
-
-class GatedMLP(nnx.Module):
-    """down(act(gate(x)) * up(x))."""
-
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any):
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation = config.hidden_act
-        self.gate_proj = Linear((width,), (inner,), bias=bias, rngs=rngs, dtype=dtype)
-        self.up_proj = Linear((width,), (inner,), bias=bias, rngs=rngs, dtype=dtype)
-        self.down_proj = Linear((inner,), (width,), bias=bias, rngs=rngs, dtype=dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = checkpoint_name(self.gate_proj(x), "mlp"), checkpoint_name(self.up_proj(x), "mlp")
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
-
-
-class DecoderLayer(nnx.Module):
-    """Pre-norm decoder layer."""
-
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any, mesh: Mesh | None = None):
-        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention = CausalAttention(config, rngs=rngs, dtype=dtype, mesh=mesh)
-        self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
-
-    def __call__(
-        self, x: jax.Array, rope: Any, mask: jax.Array, *, rows: jax.Array | None = None, **attention: Any
-    ) -> tuple[jax.Array, Any, Any]:
-        """x [B, T, D] -> (x, keys and values or cache, attention weights); keywords as CausalAttention takes them."""
-        x, kept, weights = self.attend(x, rope, mask, rows=rows, **attention)
-        return self.feed(x), kept, weights
-
-    def attend(
-        self, x: jax.Array, rope: Any, mask: jax.Array, *, rows: jax.Array | None = None, **attention: Any
-    ) -> tuple[jax.Array, Any, Any]:
-        """x plus the output of the attention."""
-        out, kept, weights = self.attention(self.input_norm(x), rope, mask, rows=rows, **attention)
-        return (x if rows is None else take_rows(x, rows)) + checkpoint_name(out, "attention_out"), kept, weights
-
-    def feed(self, x: jax.Array) -> jax.Array:
-        """x plus the output of the MLP."""
-        return x + self.mlp(self.post_attention_norm(x))
+from lsg_jax.types import Intervention, KVCache, LayerView, Sequence
 
 
 @flax.struct.dataclass
@@ -86,73 +42,6 @@ class DecoderOutput:
     observed: Any
 
 
-KeysAndValues = tuple[jax.Array, jax.Array]
-"""Keys and values of all layers, [L, B, K, S, H] each."""
-
-
-class LayerOutput(NamedTuple):
-    """Outputs of one layer: x [B, T, D] or [B, A, D], the updated keys and values, attention weights, and what was changed."""
-
-    x: jax.Array
-    kv: KeysAndValues | None
-    weights: jax.Array | None
-    change: LayerChange
-
-
-@dataclass(frozen=True)
-class LayerRunner:
-    """Runs single decoder layers, over whole sequences or over the next token of each row.
-
-    Attributes:
-        decoder: the stack that the layers are sliced from.
-        rope: cos and sin of the query positions.
-        mask: bool [B, T, S], keys that each query may attend to.
-        intervention: what is done in the layers, if anything.
-        slot: int32 [], cache slot of the one token of each row; None for whole sequences.
-    """
-
-    decoder: LanguageModel
-    rope: tuple[jax.Array, jax.Array]
-    mask: jax.Array
-    intervention: Intervention | None = None
-    slot: jax.Array | None = None
-
-    def layer(self, index: jax.Array) -> DecoderLayer:
-        """One layer out of the stack; `index` int32 [] may be traced."""
-        graphdef, stacked = nnx.split(self.decoder.layers)
-        return nnx.merge(graphdef, layer_at(stacked, index))
-
-    def __call__(
-        self,
-        index: jax.Array,
-        x: jax.Array,
-        *,
-        kv: KeysAndValues | None = None,
-        inputs: Any = None,
-        rows: jax.Array | None = None,
-        return_weights: bool = False,
-    ) -> LayerOutput:
-        """Runs layer `index` on x [B, T, D].
-
-        Args:
-            kv: where the layer's keys and values are written, in place under jit; None to drop them.
-            inputs: the layer's scan inputs of the intervention (`Intervention.per_layer`); None leaves the layer unchanged.
-            rows: int32 [B, A], positions whose output is wanted; None for all.
-        """
-        unchanged = self.intervention is None or inputs is None
-        change = UNCHANGED if unchanged else self.intervention.layer(inputs, x)  # type: ignore[union-attr]
-        attention: dict[str, Any] = {"change": change, "rows": rows, "return_weights": return_weights}
-        if self.slot is not None:
-            assert kv is not None
-            attention["cache"] = LayerCache(*kv, index, self.slot)
-        y, new, weights = self.layer(index)(x, self.rope, self.mask, **attention)
-        if isinstance(new, LayerCache):
-            kv = new.key, new.value
-        elif kv is not None:
-            kv = _write_layer(kv, index, new)
-        return LayerOutput(y, kv, weights, change)
-
-
 class LanguageModel(nnx.Module):
     """Token embeddings, decoder layers, final norm and output head (tied to the embeddings where the config says so).
 
@@ -169,13 +58,17 @@ class LanguageModel(nnx.Module):
         self.layers = stack_layers(
             lambda r: DecoderLayer(config, rngs=r, dtype=dtype, mesh=mesh), rngs.params(), config.num_layers
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
         if not config.tied_embeddings:
             self.lm_head = Linear((config.hidden_size,), (config.vocab_size,), bias=False, rngs=rngs, dtype=dtype)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
-        return self.by_rows(jnp.take(self.embed_tokens[...], input_ids, axis=0, mode="clip"))
+        table = self.embed_tokens[...]
+        x = jnp.take(table, input_ids, axis=0, mode="clip")
+        if self.config.scaled_embeddings:  # the factor is rounded to the dtype of the weights, as in the original
+            x = x * jnp.asarray(self.config.hidden_size**0.5, table.dtype)
+        return self.by_rows(x)
 
     def by_rows(self, x: jax.Array) -> jax.Array:
         """Shards a residual stream [B, T, D] over the mesh."""
@@ -191,18 +84,10 @@ class LanguageModel(nnx.Module):
         head = self.embed_tokens[...].T if self.config.tied_embeddings else self.lm_head.kernel[...]
         return self.norm(hidden), head
 
-    def check_length(self, length: int) -> None:
-        """Raises InputError for a sequence that the decoder would not treat as the original model does."""
-        c = self.config
-        if c.sliding_window is not None and length > c.sliding_window:
-            raise InputError(
-                f"{length} tokens exceed the sliding window of {c.sliding_window}, which is not supported: shorten the sequence"
-            )
-
     def runner(self, sequence: Sequence, intervention: Intervention | None = None) -> LayerRunner:
-        """Runs layers over whole sequences, causally; padding may be on either side."""
-        rope = rope_angles(sequence.positions, self.config.rope, self.config.head_dim)
-        return LayerRunner(self, rope, causal_mask(sequence.valid), intervention)
+        """Runs layers over whole sequences; padding may be on either side."""
+        added = None if sequence.added is None else constrain(sequence.added, self.mesh, None, ROWS, "tensor")
+        return LayerRunner(self.layers, sequence_scope(self.config, sequence), intervention, added=added)
 
     def __call__(
         self,
@@ -231,7 +116,6 @@ class LanguageModel(nnx.Module):
             remat: what the forward pass keeps of a layer for the backward pass (TrainConfig).
             observe: called with a LayerView in each layer; its results are stacked.
         """
-        self.check_length(sequence.x.shape[1])
         runner, stop = self.runner(sequence, intervention), self.config.num_layers if stop is None else stop
         last_apart = rows is not None and _last_layer_apart(stop, rows.shape[1])
         scanned = stop - 1 if last_apart else stop
@@ -316,9 +200,9 @@ class LanguageModel(nnx.Module):
         Returns:
             hidden [B, D] before the final norm, and the cache with the slot filled.
         """
-        rope = rope_angles(position[:, None], self.config.rope, self.config.head_dim)
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, jnp.ones_like(cache.valid[:, :1]), slot, axis=1)
-        runner, num_layers = LayerRunner(self, rope, valid[:, None, :], intervention, slot), self.config.num_layers
+        scope, num_layers = token_scope(self.config, position, valid), self.config.num_layers
+        runner = LayerRunner(self.layers, scope, intervention, slot)
 
         def body(carry: tuple[jax.Array, KeysAndValues], xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             out = runner(xs[0], carry[0], kv=carry[1], inputs=xs[1])
@@ -329,7 +213,7 @@ class LanguageModel(nnx.Module):
         (x, (key, value)), sinks = jax.lax.scan(body, carry, (jnp.arange(num_layers), inputs))
         if sinks is not None:
             sinks = jax.lax.dynamic_update_slice_in_dim(cache.sinks, sinks, slot, axis=2)
-        return x[:, 0], KVCache(key=key, value=value, valid=valid, sinks=sinks)
+        return x[:, 0], cache.replace(key=key, value=value, valid=valid, sinks=sinks)  # type: ignore[attr-defined]
 
 
 def _last_layer_apart(num_layers: int, rows: int) -> bool:
@@ -341,34 +225,10 @@ def _last_layer_apart(num_layers: int, rows: int) -> bool:
     return rows == 1 or num_layers <= 16
 
 
-def _write_layer(kv: KeysAndValues, index: jax.Array, new: KeysAndValues) -> KeysAndValues:
-    """Writes keys and values [B, K, T, H] of one layer into those of all [L, B, K, S, H], in place under jit."""
-    put = lambda of_all, of_layer: jax.lax.dynamic_update_slice(of_all, of_layer[None], (index, 0, 0, 0, 0))
-    return put(kv[0], new[0]), put(kv[1], new[1])
-
-
 def _concatenate(parts: Iterable[Any]) -> Any:
     """Concatenates the outputs of the layer ranges along the layer axis, leaving out ranges without an output."""
     given = [part for part in parts if part is not None]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *given) if given else None
-
-
-def token_positions(valid: jax.Array) -> jax.Array:
-    """Rotary positions that count unpadded tokens only: bool [B, T] -> int32 [B, T]."""
-    return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
-
-
-def causal_mask(valid: jax.Array) -> jax.Array:
-    """Which keys a query may attend to: bool [B, T] -> bool [B, T, T].
-
-    For a left-padded row of three tokens (valid = 0 1 1):
-
-        0 0 0
-        0 1 0
-        0 1 1
-    """
-    length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
 
 
 def _keep_activations(primitive: Any, *_: Any, **__: Any) -> bool:

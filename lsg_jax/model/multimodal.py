@@ -13,8 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lsg_jax.config import GateConfig, ModelConfig, SinkConfig
-from lsg_jax.model.language_model import DecoderOutput, LanguageModel, token_positions
+from lsg_jax.model.language_model import DecoderOutput, LanguageModel
 from lsg_jax.model.projector import Projector, any_member
+from lsg_jax.model.rotary import token_positions
 from lsg_jax.model.vision_tower import VisionTower
 from lsg_jax.sinks.criteria import sink_mask
 from lsg_jax.types import NEWLINE, Batch, Intervention, LayerView, Sequence, VisualInput, VisualTokens
@@ -166,6 +167,7 @@ class VisionLanguageModel(nnx.Module):
             visual=VisualTokens(mask=visual, v_sink=visual & gather_any(tokens.v_sink, batch.source)),
             block=batch.block if self.config.text.images_see_themselves else None,
             added=added,
+            gaps=tokens.kept is not None,
         )
 
     def __call__(

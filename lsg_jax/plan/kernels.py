@@ -34,6 +34,8 @@ FUSED_BACKWARD = 5  # all three gradients in one kernel
 def kernel_flops(kernel: Kernel) -> float:
     """FLOPs of splash attention with the causal mask of `model.splash_attention`: the blocks on and below the diagonal.
 
+    With a sliding window the kernel skips blocks that are counted here.
+
     Raises:
         ValueError: another kernel.
     """

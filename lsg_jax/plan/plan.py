@@ -16,6 +16,7 @@ from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.config import ModelConfig, Remat
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.methods.method_model import abstract_model
+from lsg_jax.model.attention import attention_path
 from lsg_jax.model.language_model import REMAT
 from lsg_jax.plan.chips import Topology, open_topology
 from lsg_jax.plan.measure import Measured, measure
@@ -123,6 +124,7 @@ class _Slice:
             programs=tuple(self.compared(found) for found in self.measured),
             largest_batch=self.largest,
             costs=recipe(self.taken, self.config, self.model.text.num_layers, self.topology, self.assumed),
+            attention=attention_path(self.model.text, self.training_mesh),
         )
 
     def compared(self, found: Measured) -> Measured:

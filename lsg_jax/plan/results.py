@@ -29,6 +29,7 @@ class SlicePlan:
     Attributes:
         training_mesh, answering_mesh: axis -> size.
         costs: hours of each part of the study.
+        attention: which way attention over whole sequences is computed (`attention_path`).
     """
 
     topology: Topology
@@ -37,6 +38,7 @@ class SlicePlan:
     programs: tuple[Measured, ...]
     largest_batch: LargestBatch | None
     costs: tuple[Cost, ...]
+    attention: str = "kernel"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def _slice(found: SlicePlan) -> dict[str, Any]:
         "hosts": topology.hosts,
         "device": {**asdict(topology.chip), "ici_gbps": topology.ici_gbps},
         "mesh": {"training": dict(found.training_mesh), "answering": dict(found.answering_mesh)},
+        "attention": found.attention,
         "programs": [_program(measured) for measured in found.programs],
         "largest_batch": asdict(found.largest_batch) if found.largest_batch else None,
         "recipe": [asdict(cost) for cost in found.costs],

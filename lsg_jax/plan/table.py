@@ -29,6 +29,7 @@ def _slice(found: SlicePlan) -> str:
         f"{topology.name}: {len(topology.devices)} {what} on {topology.hosts} hosts; each {chip.hbm_gib:g} GiB, "
         f"{chip.tflops:g} TFLOP/s, {chip.hbm_gbps:g} GB/s of memory, {topology.ici_gbps:g} GB/s from its neighbours",
         f"mesh: training {_mesh(found.training_mesh)}; answering {_mesh(found.answering_mesh)}",
+        *([] if found.attention == "kernel" else [f"attention: {found.attention}"]),
         "",
         *_aligned([_MEMORY, *map(_memory, found.programs)]),
         "",

@@ -137,11 +137,10 @@ class _Suffixes:
         return out.x, self._ratios(out.change)
 
     def _attended(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
-        runner = self.runner
-        return self.model.language_model.by_rows(runner.layer(layer).attend(hidden, runner.rope, runner.mask)[0])
+        return self.model.language_model.by_rows(self.runner.attend(layer, hidden))
 
     def _fed(self, hidden: jax.Array, layer: jax.Array) -> jax.Array:
-        return self.model.language_model.by_rows(self.runner.layer(layer).feed(hidden))
+        return self.model.language_model.by_rows(self.runner.feed(layer, hidden))
 
     def _scored(self, hidden: jax.Array, gate: Any = None) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
         """The last layer, gated or not, and the loss."""

@@ -29,7 +29,7 @@ from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.generate import last_token
-from lsg_jax.model.language_model import token_positions
+from lsg_jax.model.rotary import token_positions
 from lsg_jax.types import Sequence
 
 LAYERS, PATCHES, IMAGE, LENGTH = 6, 49, 3, 320

@@ -16,7 +16,7 @@ from converters.families import rules_of
 from converters.families.decoders import EMBEDDING, HEAD
 from converters.families.llava import canonical_name
 from converters.hf_config import model_config
-from converters.ops import Conv, Copy, Flat, Linear, Rule
+from converters.ops import Conv, Copy, Flat, Linear, Rule, Unsqueezed
 from converters.reader import canonical_names
 from converters.rules import layout, leaf_shapes, plan
 from lsg_jax.config import ModelConfig
@@ -33,6 +33,9 @@ from lsg_jax.errors import InputError
         (Linear(in_axes=2), (3, 4, 6)),
         (Linear(), (300, 170)),
         (Conv(), (2, 2, 3, 5)),
+        (Conv(), (2, 4, 3, 1, 5)),
+        (Unsqueezed(), (4, 5)),
+        (Unsqueezed(2), (7,)),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -47,7 +50,8 @@ def test_op_undoes_itself(op, shape, dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "shape"), [(Copy(), (6, 5)), (Flat(), (6, 4)), (Linear(), (6, 8)), (Linear(in_axes=2), (6, 4, 8))]
+    ("op", "shape"),
+    [(Copy(), (6, 5)), (Flat(), (6, 4)), (Linear(), (6, 8)), (Linear(in_axes=2), (6, 4, 8)), (Unsqueezed(), (6, 5))],
 )
 def test_op_on_a_part_of_a_leaf(op, shape) -> None:
     source = np.arange(np.prod(shape), dtype=np.float32).reshape(op.source_shape(shape))

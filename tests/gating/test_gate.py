@@ -9,7 +9,7 @@ from flax import nnx
 from lsg_jax.config import GateConfig, RopeConfig, SinkConfig
 from lsg_jax.gating.gate import GateParam, KeyScaling, SinkGate, gate_signal
 from lsg_jax.gating.keys import GROUPS, group_members, key_scale, scale_keys
-from lsg_jax.model.attention import apply_rope, rope_angles
+from lsg_jax.model.rotary import apply_rope, rope_angles
 from lsg_jax.sinks.criteria import group_visual_tokens
 from lsg_jax.types import VisualTokens
 

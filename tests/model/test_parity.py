@@ -15,12 +15,11 @@ from converters.hf_config import model_config
 from converters.torch_gate import attach
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.data.images import to_patches
-from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.attention import SHORTEST_BLOCK, attend, attend_causally
-from lsg_jax.model.language_model import causal_mask
+from lsg_jax.model.scope import Scope, causal_mask
 from lsg_jax.types import Batch, VisualInput
 from lsg_jax.vlm import VLM
 
@@ -190,16 +189,6 @@ def test_cache_gives_the_logits_of_the_whole_sequence():
         np.testing.assert_array_equal(best[row, length - 1 : length + 3], tokens[row])
 
 
-def test_sliding_window_is_refused_where_it_would_bite():
-    _, vlm = pair("clip-mistral")
-    text = dataclasses.replace(vlm.config.text, sliding_window=LENGTH + 2)
-    narrow = VLM(dataclasses.replace(vlm.config, text=text), vlm.frozen)
-    ids, mask, pixels = inputs(vlm.config, "left")
-    assert narrow.generate_ids(ids, pixels, mask, 2).shape == (3, 2)
-    with pytest.raises(InputError, match="31 tokens exceed the sliding window of 30"):
-        narrow.generate_ids(ids, pixels, mask, 3)
-
-
 def test_uint8_pixels_are_normalised_as_the_processor_does():
     _, vlm = pair("clip-llama")
     image = vlm.config.image
@@ -218,7 +207,7 @@ def test_attention_by_query_blocks_equals_attention():
     valid = np.arange(length) >= np.array([[0], [7]])
     mask = causal_mask(jnp.asarray(valid))
     whole, weights = attend(query, key, value, mask, return_weights=True)
-    blocks = attend_causally(query, key, value, mask)
+    blocks = attend_causally(query, key, value, Scope(rope=None, mask=mask))
     close(np.asarray(blocks)[valid], np.asarray(whole)[valid])
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     # and by the definition
