@@ -22,10 +22,13 @@ _KINDS = {
     "SiglipImageProcessor": "siglip",
 }
 
+_OF_ALL = {
+    "image_processor_type", "feature_extractor_type", "image_mean", "image_std", "rescale_factor", "resample", "do_resize",
+    "do_rescale", "do_normalize", "do_convert_rgb",
+}  # fmt: skip
+
 _HANDLED = {
-    "image_processor_type", "feature_extractor_type", "do_pad", "do_center_crop", "crop_size", "size", "image_mean",
-    "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "default_to_square",
-    "image_grid_pinpoints", "aspect_ratio_setting",
+    "do_pad", "do_center_crop", "crop_size", "size", "default_to_square", "image_grid_pinpoints", "aspect_ratio_setting",
 }  # fmt: skip
 
 _NO_EFFECT = {
@@ -53,19 +56,9 @@ def image_config(
     Raises:
         ConfigError: a field is unknown, or describes a preparation that `lsg_jax.data.images` does not implement.
     """
-    settings = dict(preprocessor or {})
-    if isinstance(settings.get("image_processor"), dict):
-        settings = dict(settings["image_processor"])
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if unknown := sorted(set(settings) - _HANDLED - _NO_EFFECT):
-        raise ConfigError(f"image processor: not understood: {', '.join(f'{k}={settings[k]!r}'[:60] for k in unknown)}")
+    settings = settings_of(preprocessor, _HANDLED)
     kind = _processor_kind(settings, tower, tiled=bool(pinpoints))
-    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if not settings.get(name, True):
-            raise ConfigError(f"image processor: {name} = false is not supported")
-    factor = settings.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, (int, float)) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ConfigError(f"image processor: rescale_factor = {factor!r} is not 1/255")
+    check_steps(settings)
     if settings.get("resample", 3) != 3:
         raise ConfigError(f"image processor: resample = {settings['resample']!r} is not bicubic (3)")
     stated = settings.get("image_grid_pinpoints", pinpoints)
@@ -79,10 +72,39 @@ def image_config(
     return ImageConfig(
         size=size,
         aspect="squash" if pinpoints else aspect,
-        mean=_three_floats(settings.get("image_mean", mean), "image_mean"),
-        std=_three_floats(settings.get("image_std", std), "image_std"),
+        mean=three_floats(settings.get("image_mean", mean), "image_mean"),
+        std=three_floats(settings.get("image_std", std), "image_std"),
         canvases=tuple(Canvas(height, width) for height, width in pinpoints or ()),
     )
+
+
+def settings_of(preprocessor: Mapping[str, Any] | None, handled: set[str]) -> dict[str, Any]:
+    """The stated settings of an image processor.
+
+    Args:
+        preprocessor: as of `image_config`.
+        handled: fields that this processor has, beside those of all.
+
+    Raises:
+        ConfigError: a field is unknown.
+    """
+    settings = dict(preprocessor or {})
+    if isinstance(settings.get("image_processor"), dict):
+        settings = dict(settings["image_processor"])
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if unknown := sorted(set(settings) - _OF_ALL - handled - _NO_EFFECT):
+        raise ConfigError(f"image processor: not understood: {', '.join(f'{k}={settings[k]!r}'[:60] for k in unknown)}")
+    return settings
+
+
+def check_steps(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a processor that leaves out a step, or scales pixels in another way."""
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if not settings.get(name, True):
+            raise ConfigError(f"image processor: {name} = false is not supported")
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, (int, float)) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ConfigError(f"image processor: rescale_factor = {factor!r} is not 1/255")
 
 
 def _processor_kind(settings: Mapping[str, Any], tower: str, *, tiled: bool) -> str:
@@ -97,7 +119,8 @@ def _processor_kind(settings: Mapping[str, Any], tower: str, *, tiled: bool) -> 
     return kind
 
 
-def _three_floats(values: Any, name: str) -> tuple[float, ...]:
+def three_floats(values: Any, name: str) -> tuple[float, ...]:
+    """A value for each channel. Raises ConfigError for anything else."""
     if isinstance(values, (list, tuple)) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values):
         return tuple(float(v) for v in values)
     raise ConfigError(f"image processor: {name} = {values!r} is not a list of three numbers")

@@ -27,7 +27,7 @@ def with_image_token(config: ModelConfig, folder: Path, where: Path) -> ModelCon
     if not has_tokenizer(folder):
         return config
     tokenizer = open_tokenizer(folder)
-    token = read_image_token(folder, tokenizer, config.image_token_id)
+    token = read_image_token(folder, tokenizer, config.image_token_id, tag=config.image.tag)
     index = image_token_id(tokenizer, token)
     if index in (None, config.image_token_id):
         return config

@@ -17,7 +17,10 @@ from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import open_image, to_patches
+from lsg_jax.data.native import arrange, native_fields, patch_bucket, place_patches
+from lsg_jax.data.pixel_arrays import native_grids, native_images, to_tiles
 from lsg_jax.data.processor import Processor
+from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
 from lsg_jax.methods.method import BASE, Method
@@ -25,7 +28,7 @@ from lsg_jax.methods.method_model import abstract_model, assemble, join_trained
 from lsg_jax.methods.registry import name_of
 from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, read_prompts
 from lsg_jax.model.loss import answer_loss, answer_slots
-from lsg_jax.model_inputs import is_visual, make_batch, to_tiles
+from lsg_jax.model_inputs import is_visual, make_batch
 from lsg_jax.types import IGNORE, Batch, KVCache, VisualInput, VisualTokens
 
 PROMPT_BUCKET = 64  # prompt lengths are rounded up to a multiple, so that few shapes compile
@@ -164,14 +167,31 @@ class VLM:
         """int32 [B, N], greedy; N <= max_new_tokens ends where the last row ended, with pad tokens after each row's end."""
         return self.generate_batch(self.batch(input_ids, pixel_values, attention_mask, **more), max_new_tokens)
 
-    def v_sinks(self, pixel_values: Any) -> np.ndarray:
-        """bool [images, P], patches that the vision tower made sinks, tile by tile in the order of the image."""
+    def v_sinks(self, pixel_values: Any, image_grid_thw: Any = None) -> np.ndarray:
+        """bool [images, P], patches that the vision tower made sinks, tile by tile in the order of the image.
+
+        Of native images, bool [n] of the patches of all, in the order of `pixel_values` [n, C frames h w]; of InternVL,
+        [tiles, P].
+        """
         if not self.config.sinks.knows_v_sinks:
             raise ConfigError(
                 "no V-sink dimensions are known for this model: load it with sinks=SinkConfig(vit_dims=(...,), ...)"
             )
+        if self.config.vision.native:
+            return self._native_v_sinks(pixel_values, image_grid_thw)
         patches = to_patches(to_tiles(pixel_values, self.config), self.config.vision.patch_size)
         return np.asarray(_v_sinks(self.params, VisualInput(patches), self.graphdef))
+
+    def _native_v_sinks(self, pixel_values: Any, image_grid_thw: Any) -> np.ndarray:
+        """`v_sinks` of native images: each is a row of its own."""
+        config, grids = self.config, native_grids(image_grid_thw, self.config)
+        patches = native_images(pixel_values, grids, config)
+        length = patch_bucket(max((arrange(grid, config).length for grid in grids), default=1), config)
+        placed = place_patches(patches, grids, len(grids), length, config)
+        fields = native_fields(grids, len(grids), length, config)
+        images = VisualInput(placed[:, None], **{name: field[:, None] for name, field in fields.items()})
+        mask = np.asarray(_v_sinks(self.params, images, self.graphdef)).reshape(len(grids), length)
+        return np.concatenate([row[arrange(grid, config).index] for row, grid in zip(mask, grids, strict=True)])
 
     def visual_tokens(
         self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, gate_position: Any = None, **more: Any
@@ -179,7 +199,8 @@ class VLM:
         """Where the visual tokens are, which of them are V-sinks, and where each lies in its image.
 
         Args:
-            more: `image_sizes` among others; without it, boxes refer to the prepared square (a model with tiles needs it).
+            more: `image_sizes` among others; without it, boxes refer to the prepared square (LLaVA-NeXT and OneVision need it),
+                and are NaN for InternVL's tiles.
 
         Returns:
             mask bool [B, T]; v_sink bool [B, T], False where no V-sink dimensions are known; box float32 [B, T, 4], the corners
@@ -255,7 +276,7 @@ class VLM:
         }
         return {i: question for i, question in asked.items() if question is not None}
 
-    def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[np.ndarray | None]) -> Batch:
+    def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[Pixels | None]) -> Batch:
         """Left-padded batch of encoded questions; its length is rounded up so that few shapes compile."""
         longest = max(len(e.ids) for e in encoded)
         length = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET

@@ -5,14 +5,25 @@ A new family is one file with a `Family` and a row here. `decoders.py` and `towe
 
 from __future__ import annotations
 
-from converters.families import llava, llava_next, llava_onevision, vipllava
+from converters.families import gemma3, internvl, llava, llava_next, llava_onevision, qwen2_vl, smolvlm, vipllava
 from converters.families.family import Family
 from converters.ops import Rule
 from lsg_jax.config import ModelConfig
 
-_MODULES = (llava, llava_next, llava_onevision, vipllava)
+_FAMILIES = (
+    llava.FAMILY,
+    llava_next.FAMILY,
+    llava_onevision.FAMILY,
+    vipllava.FAMILY,
+    qwen2_vl.QWEN2_VL,
+    qwen2_vl.QWEN2_5_VL,
+    qwen2_vl.QWEN3_VL,
+    internvl.FAMILY,
+    gemma3.FAMILY,
+    smolvlm.FAMILY,
+)
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
 """`model_type` of config.json -> the family."""
 
 

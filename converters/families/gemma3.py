@@ -62,14 +62,14 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.DECODERS[config.text.family].rules)
+    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.RULES[config.text.family])
 
 
 FAMILY = Family(
     model_type="gemma3",
     architecture="Gemma3ForConditionalGeneration",
     fields=_FIELDS,
-    parts={"vision_config": towers.part("siglip_vision_model"), "text_config": decoders.part("gemma3_text")},
+    parts={"vision_config": towers.part("siglip_vision_model"), "text_config": decoders.text_part("gemma3_text")},
     model_config=_model_config,
     rules=_rules,
     canonical_name=llava.canonical_name,

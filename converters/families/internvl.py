@@ -65,14 +65,14 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.DECODERS[config.text.family].rules)
+    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.RULES[config.text.family])
 
 
 FAMILY = Family(
     model_type="internvl",
     architecture="InternVLForConditionalGeneration",
     fields=_FIELDS,
-    parts={"vision_config": towers.part("internvl_vision"), "text_config": decoders.part("qwen2", "qwen3", "llama")},
+    parts={"vision_config": towers.part("internvl_vision"), "text_config": decoders.text_part("qwen2", "qwen3", "llama")},
     model_config=_model_config,
     rules=_rules,
     canonical_name=llava.canonical_name,

@@ -50,7 +50,7 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     return (
         *towers.TOWER_RULES[config.vision.family],
         *towers.PROJECTOR_RULES[config.family],
-        *decoders.DECODERS[config.text.family].rules,
+        *decoders.RULES[config.text.family],
     )
 
 
@@ -78,7 +78,7 @@ def _family(model_type: str, architecture: str, vision: str, text: str) -> Famil
         model_type=model_type,
         architecture=architecture,
         fields=FIELDS,
-        parts={"vision_config": towers.part(vision), "text_config": decoders.part(text)},
+        parts={"vision_config": towers.part(vision), "text_config": decoders.text_part(text)},
         model_config=model_config,
         rules=rules,
         canonical_name=canonical_name,

@@ -50,7 +50,7 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.DECODERS[config.text.family].rules)
+    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.RULES[config.text.family])
 
 
 _PARTS = {
@@ -74,7 +74,7 @@ FAMILY = Family(
     model_type="smolvlm",
     architecture="SmolVLMForConditionalGeneration",
     fields=_FIELDS,
-    parts={"vision_config": towers.part("smolvlm_vision"), "text_config": decoders.part("llama")},
+    parts={"vision_config": towers.part("smolvlm_vision"), "text_config": decoders.text_part("llama")},
     model_config=_model_config,
     rules=_rules,
     canonical_name=_canonical_name,

@@ -118,6 +118,7 @@ TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower("clip", _FIELDS | _UNUSED, _in_tower(_CLIP + _LAYERS)),
     "siglip_vision_model": Tower("siglip", _FIELDS | _UNUSED, _in_tower(_SIGLIP + _LAYERS)),
     "internvl_vision": Tower("internvit", _INTERNVIT_FIELDS, _in_tower(_INTERNVIT)),
+    # transformers rounds fractions to find SmolVLM's positions; at 27 and 32 patches a side, as published, they are in order
     "smolvlm_vision": Tower("smolvlm", _FIELDS, _in_tower(_SIGLIP + _LAYERS)),
     **{
         f"{name}_vision": Tower(name, fields, _in_tower(native_towers.RULES[name]))

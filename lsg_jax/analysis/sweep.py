@@ -28,6 +28,7 @@ from lsg_jax.analysis.sweep_table import Grader
 from lsg_jax.checkpoint.processes import host_array, on_primary
 from lsg_jax.config import EvalConfig, GateConfig, Grouping, to_dict
 from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.rows import Pixels
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import ConfigError, Preempted
 from lsg_jax.eval.answering import Answer, near_tie_of
@@ -280,7 +281,7 @@ class _Answering:
         alone = {i: sum(of == i for of, _ in near) for i in own}
         return {i: Cells(tuple(map(self.processor.decode, tokens[row])), alone[i]) for i, row in own.items()}
 
-    def _pad(self, encoded: Sequence[Encoded], pixels: Sequence[np.ndarray | None]) -> Batch:
+    def _pad(self, encoded: Sequence[Encoded], pixels: Sequence[Pixels | None]) -> Batch:
         batch = self.vlm.pad_questions(encoded, pixels)
         return dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
 

@@ -248,6 +248,7 @@ class ImageConfig(Table, name="image"):
     longest_edge: Annotated[int, Range("[1, 1e6]")] | None = None  # pixels, that images are resized to (`split`)
     min_pixels: Annotated[int, Range("[1, 1e9]")] = 1  # of an image after resizing (`native`)
     max_pixels: Annotated[int, Range("[1, 1e9]")] = 1_000_000_000
+    resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"  # PIL's filter that images are resized with
     tag: str = "<image>"  # how the chat template writes an image
     before: str = ""  # text in front of an image's tokens
     after: str = ""  # text behind them
@@ -308,6 +309,9 @@ class ModelConfig(Table):
                 raise ConfigError(f"image.canvases: {canvas.height} x {canvas.width} pixels are no multiple of {side}")
         if self.image.canvases and self.num_image_tokens != self.vision.num_patches:
             raise ConfigError("image.canvases need one feature a patch: feature_select default for CLIP, full for SigLIP")
+        grid = side // self.vision.patch_size
+        if not self.vision.native and grid % self.merge:
+            raise ConfigError(f"merge {self.merge}: the {grid} x {grid} patches of a tile make no whole squares of it")
 
     @property
     def num_image_tokens(self) -> int:

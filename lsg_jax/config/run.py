@@ -11,7 +11,7 @@ from lsg_jax.errors import ConfigError
 
 Template = Literal[
     "chat_template", "vicuna_v1", "qwen2", "qwen_1_5", "chatml_direct", "mistral_instruct", "llava_llama_3", "llama3", "phi3",
-    "qwen2_base", "qwen2_instruct",
+    "qwen2_base", "qwen2_instruct", "qwen2_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm",
 ]  # fmt: skip
 Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian"]
 Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]

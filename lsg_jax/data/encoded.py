@@ -20,7 +20,8 @@ class Encoded:
         cut: number of answer tokens removed by truncation.
         answers: (start, stop) of each answer, end marker included. None: a single answer, from `num_prompt` to the end.
         image_sizes: (width, height) in pixels of the images whose tokens are in `ids`, in their order.
-        num_tiles: squares that the vision tower sees of them.
+        num_tiles: squares, or native images, that the vision tower sees of them.
+        patches: of each, filled up as in a batch (P).
     """
 
     ids: np.ndarray
@@ -29,6 +30,7 @@ class Encoded:
     answers: tuple[tuple[int, int], ...] | None = None
     image_sizes: tuple[ImageSize, ...] = ()
     num_tiles: int = 0
+    patches: int = 0
 
     @property
     def tiles(self) -> int:

@@ -1,7 +1,7 @@
 """Image files -> the uint8 squares that go to the device. The device normalises them; `normalise` is the tests' reference.
 
-Pixels equal those of the Hugging Face image processors (LLaVA, LLaVA-NeXT, CLIP, SigLIP). EXIF orientation is ignored, as
-there.
+Pixels equal those of the Hugging Face image processors (LLaVA, LLaVA-NeXT, CLIP, SigLIP, InternVL's GOT-OCR 2, Gemma 3,
+SmolVLM, Qwen2-VL). EXIF orientation is ignored, as there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from lsg_jax.config import ImageConfig
-from lsg_jax.data.layout import ImageSize, best_canvas, image_of, resized_to_cover, resized_to_fit
+from lsg_jax.config import ImageConfig, ModelConfig
+from lsg_jax.data.grids import ImageSize, best_grid, split_sizes
+from lsg_jax.data.layout import best_canvas, image_of, resized_to_cover, resized_to_fit
+from lsg_jax.data.native import native_size
 from lsg_jax.errors import InputError
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -111,10 +113,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def prepare_tiles(image: Image.Image, config: ImageConfig, *, alone: bool = True) -> np.ndarray:
     """An RGB image -> uint8 [S, size, size, 3], the tiles of its layout: the whole image, then those of its canvas.
 
+    Of a grid (`tiles`, `split`), the whole image comes last.
+
     Args:
         alone: it is the only image of its prompt; see `layout.image_of`.
     """
     config = image_of(config, alone=alone)
+    if config.kind == "tiles":
+        across, down = best_grid(image.size, config)
+        resized = _resize(image, (across * config.size, down * config.size), config)
+        return _cut(resized, image, config, whole=config.thumbnail)
+    if config.kind == "split":
+        first, second = split_sizes(image.size, config)
+        resized = _resize(_resize(image, first, config), second, config)
+        return _cut(resized, resized, config, whole=True)
     whole = prepare_pixels(image, config)
     if not config.canvases:
         return whole[None]
@@ -123,15 +135,37 @@ def prepare_tiles(image: Image.Image, config: ImageConfig, *, alone: bool = True
     padded = Image.new("RGB", canvas)
     place = (canvas[0] - width) // 2, (canvas[1] - height) // 2
     padded.paste(image.resize((width, height), Image.Resampling.BICUBIC), place)
-    size = config.size
-    grid = np.asarray(padded).reshape(canvas[1] // size, size, canvas[0] // size, size, 3).swapaxes(1, 2)
-    return np.concatenate([whole[None], grid.reshape(-1, size, size, 3)])
+    return np.concatenate([whole[None], _tiles(padded, config.size)])
+
+
+def prepare_native(image: Image.Image, config: ModelConfig) -> np.ndarray:
+    """An RGB image -> uint8 [height, width, 3] of about its own size (Qwen-VL). Errors as of `native_size`."""
+    return np.array(_resize(image, native_size(image.size, config), config.image))
+
+
+def _resize(image: Image.Image, size: ImageSize, config: ImageConfig) -> Image.Image:
+    return image.resize(size, Image.Resampling[config.resample.upper()])
+
+
+def _tiles(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [S, size, size, 3] of an image whose sides are multiples of `size`, row by row."""
+    across, down = image.width // size, image.height // size
+    grid = np.asarray(image).reshape(down, size, across, size, 3).swapaxes(1, 2)
+    return grid.reshape(-1, size, size, 3)
+
+
+def _cut(resized: Image.Image, image: Image.Image, config: ImageConfig, *, whole: bool) -> np.ndarray:
+    """The tiles of a resized image and, if there are several, the whole of `image` behind them."""
+    tiles = _tiles(resized, config.size)
+    if len(tiles) == 1 or not whole:
+        return tiles
+    return np.concatenate([tiles, _tiles(_resize(image, (config.size, config.size), config), config.size)])
 
 
 def prepare_pixels(image: Image.Image, config: ImageConfig) -> np.ndarray:
-    """An RGB image -> uint8 [size, size, 3], resized by PIL's bicubic filter."""
+    """An RGB image -> uint8 [size, size, 3]. `pad` and `crop` resize by PIL's bicubic filter."""
     if config.aspect == "squash":
-        square = image.resize((config.size, config.size), Image.Resampling.BICUBIC)
+        square = _resize(image, (config.size, config.size), config)
     elif config.aspect == "pad":
         square = _pad_and_resize(image, config.size, tuple(int(255 * m) for m in config.mean))
     else:

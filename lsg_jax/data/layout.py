@@ -16,19 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsg_jax.config import Aspect, Canvas, ImageConfig, ModelConfig
+from lsg_jax.data.grids import ImageSize as ImageSize
+from lsg_jax.data.grids import best_grid, grid_boxes, split_grid, split_text
+from lsg_jax.data.native import Grid, arrange, native_grid, patch_bucket
 from lsg_jax.errors import InputError
 from lsg_jax.types import NEWLINE, NO_SOURCE
 
-TILE_BUCKETS = (1, 3, 5, 10, 19, 37)
-"""Numbers of tiles of a row that programs are compiled for; the last fits 6 x 6 tiles and the whole image."""
-
-ImageSize = tuple[int, int]
-"""(width, height) in pixels, as PIL states it."""
+TILE_BUCKETS = (1, 3, 5, 10, 13, 19, 37)
+"""Numbers of tiles of a row that programs are compiled for; 13 fits 12 tiles and the whole image, the last 6 x 6 and it."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualLayout:
     """The tokens of one image, in the order of the sequence. All arrays are read-only.
+
+    Only tokens that stand for the connector's outputs, or for newlines, are counted. Separators, such as `<img>`, are text.
 
     Attributes:
         token_ids: int32 [n], replaces `<image>` in the text.
@@ -37,7 +39,11 @@ class VisualLayout:
         weight: float32 [n, K], their weights; 0 for `NO_SOURCE`.
         box: float32 [n, 4], x0, y0, x1, y1 of each token, in units of the original image's width and height; 0 for `NEWLINE`.
             Boxes are not clipped: patches in the padding of `pad` lie partly or wholly outside [0, 1].
-        tiles: number of squares that the vision tower sees.
+        tiles: number of squares that the vision tower sees; 1 for a native image.
+        text: pieces (text in front, number of tokens that follow it), which together have all tokens; and
+        tail: text behind the last token.
+        grid: rows and columns of patches of a native image; None for tiles.
+        place: int32 [n, 3], frame, row and column of each token, for rotary positions; None for tiles.
     """
 
     token_ids: NDArray[np.int32]
@@ -45,10 +51,15 @@ class VisualLayout:
     weight: NDArray[np.float32]
     box: NDArray[np.float32]
     tiles: int = 1
+    text: tuple[tuple[str, int], ...] = ()
+    tail: str = ""
+    grid: Grid | None = None
+    place: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
-        for array in (self.token_ids, self.source, self.weight, self.box):
-            array.setflags(write=False)
+        for array in (self.token_ids, self.source, self.weight, self.box, self.place):
+            if array is not None:
+                array.setflags(write=False)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -67,6 +78,12 @@ def lay_out(image_size: ImageSize, config: ModelConfig, *, alone: bool = True) -
     if min(image_size) < 1:
         raise InputError(f"an image of {image_size[0]} x {image_size[1]} pixels has no area")
     image = image_of(config.image, alone=alone)
+    if image.kind == "native":
+        return native_layout(native_grid(image_size, config), config)
+    if image.kind == "tiles":
+        return tiles_layout(best_grid(image_size, image), config)
+    if image.kind == "split":
+        return split_layout(split_grid(image_size, image), config)
     if image.canvases:
         return _anyres(image_size, config, image)
     source, box = _square(image_size, config, image.aspect)
@@ -75,22 +92,78 @@ def lay_out(image_size: ImageSize, config: ModelConfig, *, alone: bool = True) -
     return _layout(source[:, None], np.ones((len(source), 1)), box, config)
 
 
+def native_layout(grid: Grid, config: ModelConfig) -> VisualLayout:
+    """The layout of an image of rows and columns of patches: a token for each square of them, row by row (Qwen-VL)."""
+    down, across = grid[0] // config.merge, grid[1] // config.merge
+    row, column = (axis.ravel() for axis in np.meshgrid(np.arange(down), np.arange(across), indexing="ij"))
+    box = np.stack([column / across, row / down, (column + 1) / across, (row + 1) / down], 1)
+    source = arrange(grid, config).group[:, None]
+    layout = _layout(source, np.ones(source.shape), box, config)
+    place = np.stack([np.zeros_like(row), row, column], 1).astype(np.int32)
+    return dataclasses.replace(layout, grid=grid, place=place)
+
+
+def tiles_layout(grid: tuple[int, int], config: ModelConfig) -> VisualLayout:
+    """The layout of a grid of (columns, rows) tiles, and the whole image if there is more than one (InternVL)."""
+    whole = config.image.thumbnail and grid != (1, 1)
+    return layout_of_tiles(grid_boxes(grid, whole, config), config)
+
+
+def split_layout(grid: tuple[int, int], config: ModelConfig) -> VisualLayout:
+    """The layout of a grid of (columns, rows) tiles and the whole image, or of an image that is not split (SmolVLM)."""
+    split = grid != (1, 1)
+    text, tail = split_text(grid if split else None, config.tokens_per_tile)
+    return dataclasses.replace(layout_of_tiles(grid_boxes(grid, split, config), config), text=text, tail=tail)
+
+
+def layout_of_tiles(box: NDArray[np.float64], config: ModelConfig) -> VisualLayout:
+    """The layout of whole tiles after each other, with the boxes [n, 4] of all their tokens."""
+    source = np.arange(len(box))[:, None]
+    return _layout(source, np.ones(source.shape), box, config, tiles=len(box) // config.tokens_per_tile)
+
+
 def image_of(image: ImageConfig, *, alone: bool) -> ImageConfig:
     """How an image is prepared that is the only one of its prompt, or one of several: these OneVision pads to a square each."""
     return image if alone or image.max_tiles is None else dataclasses.replace(image, aspect="pad", canvases=())
 
 
+def depends_on_size(image: ImageConfig) -> bool:
+    """Whether the tokens of an image depend on its size."""
+    return image.kind != "square"
+
+
 def longest_layout(config: ModelConfig) -> VisualLayout:
-    """The layout with the most tokens of the images that fill a canvas. With `max_tiles`, others are up to 21 % longer."""
-    side = config.vision.image_size
-    canvases = config.image.canvases or (Canvas(side, side),)
-    return max((lay_out((canvas.width, canvas.height), config) for canvas in canvases), key=len)
+    """The layout with the most tokens of the images that fill a canvas. With `max_tiles`, others are up to 21 % longer.
+
+    Of a native tower, that of the largest square.
+    """
+    return max((lay_out(size, config) for size in _largest_images(config)), key=len)
 
 
 def most_tiles(config: ModelConfig) -> int:
     """The largest number of tiles of an image."""
-    side = config.vision.image_size
-    return max((1 + canvas.width // side * (canvas.height // side) for canvas in config.image.canvases), default=1)
+    return max(lay_out(size, config).tiles for size in _largest_images(config))
+
+
+def most_patches(config: ModelConfig) -> int:
+    """Patches of one of the tiles, or of the largest native image, filled up as in a batch (P)."""
+    if not config.vision.native:
+        return config.vision.num_patches
+    grids = [lay_out(size, config).grid for size in _largest_images(config)]
+    return max(patch_bucket(arrange(grid, config).length, config) for grid in grids if grid)
+
+
+def _largest_images(config: ModelConfig) -> list[ImageSize]:
+    """Sizes of images, the longest and those with most tiles among them."""
+    image, side = config.image, config.vision.image_size
+    if image.kind == "native":
+        return [(math.isqrt(image.max_pixels),) * 2]
+    if image.kind == "tiles":
+        grids = [(across, image.max_grid // across) for across in range(1, image.max_grid + 1)]
+        return [(across * side, down * side) for across, down in grids]
+    if image.kind == "split":
+        return [(image.longest_edge or side,) * 2]
+    return [(canvas.width, canvas.height) for canvas in image.canvases] or [(side, side)]
 
 
 def tile_bucket(tiles: int) -> int:
@@ -98,34 +171,13 @@ def tile_bucket(tiles: int) -> int:
     return next((size for size in TILE_BUCKETS if size >= tiles), -(-tiles // TILE_BUCKETS[-1]) * TILE_BUCKETS[-1])
 
 
-def place_sources(is_image: NDArray[np.bool_], layouts: Sequence[VisualLayout], config: ModelConfig) -> dict[str, NDArray[Any]]:
-    """`source` and, for a model that shrinks, `weight` of one row of a `Batch`: the connector outputs behind each position.
-
-    Args:
-        is_image: bool [T], the positions of the tokens of all images; as many as the layouts have.
-        layouts: of the row's images, whose tiles follow each other.
-
-    Returns:
-        source int32 [T, K], `NO_SOURCE` for text; weight float32 [T, K], 0 for text.
-    """
-    count = config.sources_per_token
-    source = np.full((len(is_image), count), NO_SOURCE, np.int32)
-    weight = np.zeros((len(is_image), count), np.float32)
-    if layouts:
-        starts = np.cumsum([0, *(layout.tiles for layout in layouts)]) * config.num_image_tokens
-        shifted = [layout.source + start * (layout.source >= 0) for layout, start in zip(layouts, starts[:-1], strict=True)]
-        source[is_image] = np.concatenate(shifted)
-        weight[is_image] = np.concatenate([layout.weight for layout in layouts])
-    return {"source": source} if count == 1 else {"source": source, "weight": weight}
-
-
 def _square(image_size: ImageSize, config: ModelConfig, aspect: Aspect) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(source [n], box [n, 4]) of one square image, one token a patch, row by row (LLaVA-1.5).
+    """(source [n], box [n, 4]) of one square image, one token a patch, or a square of `merge` of them, row by row.
 
     The tower drops a remainder at the right and lower edge. The box of a class token is the whole image. `feature_select =
     "default"` drops the first token, whatever it is.
     """
-    size, patch = config.vision.image_size, config.vision.patch_size
+    size, patch = config.vision.image_size, config.vision.patch_size * config.merge
     x, y = _grid_lines(image_size, size, patch, aspect)
     lines = np.arange(len(x) - 1)
     row, column = (index.ravel() for index in np.meshgrid(lines, lines, indexing="ij"))
@@ -138,7 +190,7 @@ def _square(image_size: ImageSize, config: ModelConfig, aspect: Aspect) -> tuple
 
 
 def _layout(source: NDArray[Any], weight: NDArray[Any], box: NDArray[Any], config: ModelConfig, tiles: int = 1) -> VisualLayout:
-    """A layout of sources [n, k] and their weights, filled up to the K of the model."""
+    """A layout of sources [n, k] and their weights, filled up to the K of the model, in one piece of text."""
     room = ((0, 0), (0, config.sources_per_token - source.shape[1]))
     return VisualLayout(
         token_ids=np.full(len(source), config.image_token_id, np.int32),
@@ -146,6 +198,8 @@ def _layout(source: NDArray[Any], weight: NDArray[Any], box: NDArray[Any], confi
         weight=np.pad(weight, room).astype(np.float32),
         box=box.astype(np.float32),
         tiles=tiles,
+        text=((config.image.before, len(source)),),
+        tail=config.image.after,
     )
 
 

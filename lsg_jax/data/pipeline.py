@@ -72,7 +72,7 @@ class TrainingData(Iterator[Batch]):
         self.digest = self._records.digest
         self.dropped: dict[str, int] = {}
         self.truncated = 0
-        self._tiles = 1  # of a row that holds any example: a batch has one shape
+        self._tiles, self._patches = 1, 0  # of a row that holds any example: a batch has one shape
         self._index = self._usable_examples()
         self.num_examples = len(self._index)
         if not self.num_examples:
@@ -113,7 +113,9 @@ class TrainingData(Iterator[Batch]):
                     dropped[error.reason] += 1
                     continue
                 kept.append((row, number))
-                self._tiles = max(self._tiles, sum(layout.tiles for layout in self._processor.layouts(shown)))
+                layouts = self._processor.layouts(shown)
+                self._tiles = max(self._tiles, sum(layout.tiles for layout in layouts))
+                self._patches = max(self._patches, self._processor.patches(layouts))
         self.dropped = dict(sorted(dropped.items()))
         return np.asarray(kept, np.int32).reshape(-1, 2)
 
@@ -152,6 +154,7 @@ class TrainingData(Iterator[Batch]):
                 encoded,
                 self._processor.all_pixels(shown),
                 tiles=self._tiles,
+                patches=self._patches,
                 max_length=self._data.max_length,
                 max_answer_tokens=self._data.max_answer_tokens,
                 row_id=row,

@@ -80,18 +80,23 @@ def default_of(found: Any, path: Path | str) -> str | None:
     return named["default"]
 
 
-def read_image_token(folder: Path, tokenizer: Any, stated_id: int) -> str:
-    """How the processor writes an image in text.
+def read_image_token(folder: Path, tokenizer: Any, stated_id: int, *, tag: str = IMAGE_TAG) -> str:
+    """How the processor writes a token of an image.
+
+    Where chat templates write an image as something else than `<image>`, config.json's id says which token it is.
 
     The tokenizer's attribute `image_token`, else that of `processor_config.json`, else `<image>`, as in LLaVA's processors.
     Where the tokenizer knows no `<image>`, the added token of config.json's id, unless it means something else, as padding.
 
     Args:
         stated_id: the id of the image token in config.json.
+        tag: how the chat template writes an image (`ImageConfig.tag`).
 
     Raises:
         InputError: `processor_config.json` cannot be read, or its image token is not text.
     """
+    if tag != IMAGE_TAG:
+        return tokenizer.convert_ids_to_tokens(stated_id) or tag
     path = folder / PROCESSOR_FILE
     stated = _read_object(path).get("image_token") if path.is_file() else None
     if isinstance(stated, Mapping):  # an added token with its flags

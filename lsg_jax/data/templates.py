@@ -6,7 +6,7 @@ import datetime
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn
@@ -18,16 +18,18 @@ class TextTemplate:
     """How turns become text. `{}` stands for the turn's text, `{eos}` for the tokenizer's end-of-sequence token.
 
     `question` ends with the generation prompt. `answer` ends with the end marker, where generation stops. `between` follows
-    each answer but the last.
+    each answer but the last. With `image`, a turn is a list of images and texts, as the chat templates of later models take it:
+    the newline after an image is none of the text.
     """
 
     system: str
     question: str
     answer: str
     between: str = ""
-    question_without_image: str | None = None  # None: as `question`
+    question_without_image: str | None = None  # None: as `question`; with `image`, of a turn that does not start with one
     markers: tuple[str, ...] = ()  # control tokens that the tokenizer must know
-    strip: bool = False  # turns lose outer whitespace
+    strip: bool = False  # turns, or their texts, lose outer whitespace
+    image: str | None = None  # how `<image>` is written in a turn; None: as it stands there
 
 
 _VICUNA_SYSTEM = (
@@ -37,6 +39,17 @@ _VICUNA_SYSTEM = (
 _LLAMA3_QUESTION = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 _LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
+_HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+_CHATML = TextTemplate(
+    system="",
+    question="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    answer="{}<|im_end|>",
+    between="\n",
+    markers=_CHATML_MARKERS,
+)
+_QWEN_VL = replace(
+    _CHATML, markers=("<|vision_start|>", "<|vision_end|>", *_CHATML_MARKERS), image="<|vision_start|><image><|vision_end|>"
+)
 
 TEMPLATES: dict[str, TextTemplate] = {
     # LLaVA-1.5: no space after the end marker.
@@ -50,13 +63,7 @@ TEMPLATES: dict[str, TextTemplate] = {
         markers=_CHATML_MARKERS,
     ),
     # LLaVA-NeXT and LLaVA-OneVision with Qwen, in LLaVA-NeXT's own code.
-    "qwen_1_5": TextTemplate(
-        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        question="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        answer="{}<|im_end|>",
-        between="\n",
-        markers=_CHATML_MARKERS,
-    ),
+    "qwen_1_5": replace(_CHATML, system=_HELPFUL),
     # LLaVA-1.6-34B.
     "chatml_direct": TextTemplate(
         system="<|im_start|>system\nAnswer the questions.<|im_end|>",
@@ -93,6 +100,28 @@ TEMPLATES: dict[str, TextTemplate] = {
     "qwen2_instruct": TextTemplate(
         system=_VICUNA_SYSTEM, question="USER: {} ASSISTANT:", answer=" {}<|im_end|>", markers=("<|im_end|>",)
     ),
+    # The published chat templates of Qwen2-VL and Qwen2.5-VL, Qwen3-VL, InternVL3, Gemma 3 and SmolVLM2.
+    "qwen2_vl": replace(_QWEN_VL, system=_HELPFUL),
+    "qwen3_vl": _QWEN_VL,
+    "internvl": replace(_CHATML, image="<image>\n"),
+    "gemma3": TextTemplate(
+        system="",
+        question="<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
+        answer="{}<end_of_turn>",
+        between="\n",
+        markers=("<start_of_turn>", "<end_of_turn>"),
+        strip=True,
+        image="<image>",
+    ),
+    "smolvlm": TextTemplate(
+        system="<|im_start|>",
+        question="User:{}<end_of_utterance>\nAssistant:",
+        question_without_image="User: {}<end_of_utterance>\nAssistant:",
+        answer=" {}<end_of_utterance>",
+        between="\n",
+        markers=("<|im_start|>", "<end_of_utterance>"),
+        image="<image>",
+    ),
 }
 
 _OF_FAMILIES: dict[tuple[str, bool], tuple[str, ...]] = {
@@ -107,11 +136,27 @@ _OF_FAMILIES: dict[tuple[str, bool], tuple[str, ...]] = {
 """(family of the language model, whether its images have tiles) -> templates in order of preference."""
 
 
-def default_template(family: str, *, tiles: bool, known: Collection[str]) -> str:
+_OF_MODELS = {
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_vl",
+    "qwen3_vl": "qwen3_vl",
+    "internvl": "internvl",
+    "gemma3": "gemma3",
+    "smolvlm": "smolvlm",
+}
+"""Family of the whole model (`ModelConfig.family`) -> its template, for those that have one whatever their language model."""
+
+
+def default_template(family: str, *, tiles: bool, known: Collection[str], model: str = "llava") -> str:
     """The template of a checkpoint that brings no chat template: the first of its family whose markers are all `known`.
 
     `vicuna_v1` where there is none, as of Vicuna itself.
+
+    Args:
+        family: of the language model. model: of the whole model.
     """
+    if model in _OF_MODELS:
+        return _OF_MODELS[model]
     for name in _OF_FAMILIES.get((family, tiles), ()):
         if set(TEMPLATES[name].markers) <= set(known):
             return name
@@ -123,15 +168,24 @@ def render(template: TextTemplate, turns: Sequence[Turn], answer: str | None, *,
     parts = [template.system]
     for turn in turns:
         text = turn.text.strip() if template.strip else turn.text
+        shows = IMAGE_TAG in text
+        if template.image is not None and turn.role == "human":
+            shows, text = text.startswith(IMAGE_TAG), _written(template, text)
         if turn.role == "gpt":
             parts.append(_fill(template.answer, text, eos) + template.between)
-        elif IMAGE_TAG in text or template.question_without_image is None:
+        elif shows or template.question_without_image is None:
             parts.append(_fill(template.question, text, eos))
         else:
             parts.append(_fill(template.question_without_image, text, eos))
     if answer is not None:
         answer = _fill(template.answer, answer.strip() if template.strip else answer, eos)
     return "".join(parts), answer
+
+
+def _written(template: TextTemplate, text: str) -> str:
+    """A human turn with its images as `template.image` writes them."""
+    parts = [part.get("text") for part in _in_parts(text)]
+    return "".join(template.image or "" if part is None else part.strip() if template.strip else part for part in parts)
 
 
 def _fill(pattern: str, text: str, eos: str) -> str:
@@ -146,20 +200,34 @@ def as_jinja(template: TextTemplate) -> str:
     Messages alternate between `user` and `assistant`, and end with a question to be answered or with an answer. Content is
     text, or a list of parts; images come in front of the text.
     """
-    image = json.dumps(IMAGE_TAG + "\n")
     without = template.question_without_image or template.question
     return (
         f"{{{{ {json.dumps(template.system)} }}}}{{% for message in messages %}}"
-        "{% set images = 0 %}{% set text = message['content'] %}{% if text is not string %}"
-        "{% set images = text | selectattr('type', 'equalto', 'image') | list | length %}"
-        "{% set text = text | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}{% endif %}"
-        f"{{% if images %}}{{% set text = ({image} * images ~ text) | trim %}}{{% endif %}}"
-        f"{'{% set text = text | trim %}' if template.strip else ''}"
+        "{% set images = 0 %}{% set text = message['content'] %}"
+        f"{{% if text is not string %}}{_parts_in_jinja(template)}{{% endif %}}"
+        f"{'{% set text = text | trim %}' if template.strip and template.image is None else ''}"
         f"{{% if message['role'] == 'assistant' %}}{{{{ {_expression(template.answer)} }}}}"
         f"{{% if not loop.last %}}{{{{ {json.dumps(template.between)} }}}}{{% endif %}}"
         "{% elif message['role'] != 'user' %}{{ raise_exception('this model knows no role ' + message['role']) }}"
         f"{{% elif images %}}{{{{ {_expression(template.question)} }}}}"
         f"{{% else %}}{{{{ {_expression(without)} }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def _parts_in_jinja(template: TextTemplate) -> str:
+    """Sets `text` of a list of parts, and `images`, whether the question is one with an image."""
+    if template.image is None:
+        image = json.dumps(IMAGE_TAG + "\n")
+        return (
+            "{% set images = text | selectattr('type', 'equalto', 'image') | list | length %}"
+            "{% set text = text | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
+            f"{{% if images %}}{{% set text = ({image} * images ~ text) | trim %}}{{% endif %}}"
+        )
+    written = "part['text'] | trim" if template.strip else "part['text']"
+    return (
+        "{% set images = text[0]['type'] == 'image' %}{% set made = namespace(text='') %}{% for part in text %}"
+        f"{{% set made.text = made.text ~ ({json.dumps(template.image)} if part['type'] == 'image' else ({written})) %}}"
+        "{% endfor %}{% set text = made.text %}"
     )
 
 
@@ -200,13 +268,15 @@ class ChatTemplate:
     Args:
         source: in Jinja.
         image_token: how the template writes an image. What it renders has `<image>` in its place.
+        ends: tokens that end an answer, beside the tokenizer's end of sequence.
 
     Raises:
         ConfigError: the template fails on a short conversation, or drops the image or the text.
     """
 
-    def __init__(self, tokenizer: Any, source: str, image_token: str = IMAGE_TAG):
+    def __init__(self, tokenizer: Any, source: str, image_token: str = IMAGE_TAG, *, ends: Sequence[str] = ()):
         self._tokenizer = tokenizer
+        self._ends = tuple(ends)
         self._source = with_fixed_date(source)
         self._image_token = image_token
         self._eos: str = tokenizer.eos_token or ""
@@ -267,7 +337,8 @@ class ChatTemplate:
         if self._eos and self._eos in tail:
             return prompt, tail[: tail.rindex(self._eos) + len(self._eos)]
         # templates for inference only may write no end marker, but the model has to learn to stop
-        return prompt, tail.rstrip() + self._eos
+        tail = tail.rstrip()
+        return prompt, tail if tail.endswith(self._ends) else tail + self._eos
 
 
 def _in_parts(text: str) -> list[dict[str, str]]:

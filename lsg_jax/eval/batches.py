@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import image_size
-from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.layout import ImageSize, depends_on_size
 from lsg_jax.data.processor import Processor
+from lsg_jax.data.rows import Pixels
 from lsg_jax.data.sources import in_order
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Item
@@ -46,17 +46,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class QuestionBatch:
-    """Questions of one bucket of tiles and length.
+    """Questions of one bucket of tiles, patches and length.
 
     Attributes:
         members: position of the question in each row of the global batch; the last rows may repeat the first.
         encoded: position -> tokens.
-        pixels: uint8 [S, size, size, 3] of this process's rows; None for a question without an image.
+        pixels: of the images of this process's rows (`Processor.all_pixels`); None for a question without an image.
     """
 
     members: list[int]
     encoded: dict[int, Encoded]
-    pixels: list[np.ndarray | None]
+    pixels: list[Pixels | None]
 
 
 def batches(
@@ -82,12 +82,12 @@ def batches(
         images = read_images(items[position])
         return Asked(position, encode(position, _sizes(items[position], images)), images)
 
-    if processor.image.canvases:
+    if depends_on_size(processor.image):
         asked: Iterable[Asked] = in_order(ask, which, threads)
     else:
         asked = [Asked(i, encode(i, (processor.square,) * len(items[i].images))) for i in which]
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[tuple[list[Asked], list[Future[np.ndarray | None]]]] = deque()
+        waiting: deque[tuple[list[Asked], list[Future[Pixels | None]]]] = deque()
         try:
             for members in plan(asked, size):
                 here = {members[row].position: members[row] for row in rows}
@@ -101,19 +101,21 @@ def batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ready(members: list[Asked], pixels: list[Future[np.ndarray | None]]) -> QuestionBatch:
+def _ready(members: list[Asked], pixels: list[Future[Pixels | None]]) -> QuestionBatch:
     encoded = {one.position: one.encoded for one in members}
     return QuestionBatch([one.position for one in members], encoded, [future.result() for future in pixels])
 
 
 def plan(asked: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
-    """Batches of exactly `size` questions, each of one bucket of tiles and length, as soon as they are full.
+    """Batches of exactly `size` questions, each of one bucket of tiles, patches and length, as soon as they are full.
 
     Those that are left over come last; each is filled up with its first question.
     """
-    buckets: dict[tuple[int, int], list[Asked]] = {}
+    buckets: dict[tuple[int, int, int], list[Asked]] = {}
     for one in asked:
-        members = buckets.setdefault((one.encoded.tiles, -(-len(one.encoded.ids) // PROMPT_BUCKET)), [])
+        encoded = one.encoded
+        bucket = encoded.tiles, encoded.patches, -(-len(encoded.ids) // PROMPT_BUCKET)
+        members = buckets.setdefault(bucket, [])
         members.append(one)
         if len(members) == size:
             yield members.copy()
@@ -152,8 +154,8 @@ def _sizes(item: Item, images: Images) -> list[ImageSize]:
         raise InputError(f"question {item.id}: {error}") from None
 
 
-def item_pixels(processor: Processor, item: Item, images: Images | None = None) -> np.ndarray | None:
-    """uint8 [S, size, size, 3], the tiles of an item's images; None without one. Raises InputError that names the item.
+def item_pixels(processor: Processor, item: Item, images: Images | None = None) -> Pixels | None:
+    """The pixels of an item's images (`Processor.all_pixels`); None without one. Raises InputError that names the item.
 
     Args:
         images: what `read_images` returned, if they have been read.

@@ -234,10 +234,10 @@ class CausalAttention(nnx.Module):
         kept_for_backward = functools.partial(checkpoint_name, name="qkv")
 
         def turned(y: jax.Array, norm: RMSNorm | None, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-            if norm is None:
-                return kept_for_backward(apply_rope(y, rope))
-            normed: jax.Array = norm(kept_for_backward(y))  # the way back through the norm needs its input
-            return apply_rope(normed, rope)
+            if norm is not None:
+                return apply_rope(norm(kept_for_backward(y)), rope)  # the way back through the norm needs its input
+            kept: jax.Array = kept_for_backward(apply_rope(y, rope))
+            return kept
 
         rope, mask = scope.rope, scope.mask
         key, value = turned(project("k_proj", x), self.k_norm, rope), kept_for_backward(project("v_proj", x))

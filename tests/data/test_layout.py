@@ -9,7 +9,8 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from lsg_jax.config import Canvas, ImageConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
 from lsg_jax.data.images import prepare_pixels, prepare_tiles, to_patches
-from lsg_jax.data.layout import best_canvas, lay_out, longest_layout, place_sources, tile_bucket
+from lsg_jax.data.layout import best_canvas, lay_out, longest_layout, tile_bucket
+from lsg_jax.data.placing import place_sources
 from lsg_jax.errors import InputError
 from lsg_jax.types import NEWLINE
 

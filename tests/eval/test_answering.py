@@ -182,6 +182,12 @@ def test_plan_fills_batches_and_keeps_lengths_apart():
     assert found == [[0, 1, 3], [5, 5, 5], [6, 6, 6], [2, 4, 2]]
 
 
+def test_plan_keeps_sizes_of_native_images_apart():
+    asked = [Asked(i, Encoded(np.zeros(9, np.int32), 9, patches=p)) for i, p in enumerate([64, 128, 64, 128, 192])]
+    found = [[one.position for one in members] for members in plan(asked, 2)]
+    assert found == [[0, 2], [1, 3], [4, 4]]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -14,6 +14,7 @@ from flax import nnx
 from tiny_towers import NAMES, NATIVE, SQUARE, arranged, native_image
 
 from converters.families import towers
+from converters.families.fields import undefined_fields
 from lsg_jax.config import MeshConfig, SinkConfig
 from lsg_jax.data.images import to_patches
 from lsg_jax.errors import ConfigError
@@ -242,6 +243,15 @@ def test_what_is_not_supported_is_refused(name, change, message):
         setattr(hf.vision_config, field, value)
     with pytest.raises(ConfigError, match=message):
         tiny_towers.model_config(name, hf)
+
+
+@pytest.mark.parametrize("field", ["use_mask_token", "use_mean_pooling", "use_absolute_position_embeddings"])
+def test_parts_that_the_tower_lacks_are_refused(field):
+    kind, (handled,) = "internvl_vision", towers.part("internvl_vision").fields.values()
+    default = getattr(tiny_towers.hf_model("internvl").config.vision_config, field)
+    assert not undefined_fields({field: default}, handled, kind, "config.json")
+    with pytest.raises(ConfigError, match=f"not understood, so it might change the results: {field}"):
+        undefined_fields({field: not default}, handled, kind, "config.json")
 
 
 def test_a_merge_that_does_not_fit_is_refused():

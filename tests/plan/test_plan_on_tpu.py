@@ -124,6 +124,7 @@ def test_a_compiled_plan(lsg_plan):
     assert seconds["expected"] == 2 * max(seconds["mxu"], seconds["hbm"], seconds["ici"])
     assert set(forward["collectives"]) == set(forward["received_bytes"]) and all(forward["received_bytes"].values())
     assert "forward" in text and "no TPU was run" in text
+    assert result["topologies"][0]["attention"] in text and "are no multiple of 128" in text
 
 
 def test_what_a_plan_concludes(lsg_plan, monkeypatch):
