@@ -70,6 +70,7 @@ def model_config(
     Raises:
         ConfigError: an architecture, a field or a value is not supported; it is named.
     """
+    config = find_family(config, where).restated(config)
     if ignored := ignored_fields(config, where=where):
         listed = ", ".join(f"{name} = {shortened(value)}" for name, value in ignored.items())
         logger.warning("%s: ignored, since transformers does not define them for this model: %s", where, listed)
@@ -86,6 +87,7 @@ def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> 
         ConfigError: the architecture is not supported, or a field might change the results; it is named.
     """
     family = find_family(config, where)
+    config = family.restated(config)
     ignored = undefined_fields(config, family.fields, family.model_type, where)
     ignored = {name: value for name, value in ignored.items() if name not in _text_fields(family)}  # copies
     for name, part in family.parts.items():

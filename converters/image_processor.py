@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lsg_jax.config import Aspect, Canvas, ImageConfig
 from lsg_jax.errors import ConfigError
@@ -42,7 +42,7 @@ def image_config(
     preprocessor: Mapping[str, Any] | None,
     *,
     size: int,
-    tower: Literal["clip", "siglip"],
+    tower: str,
     pinpoints: Sequence[Sequence[int]] | None = None,
 ) -> ImageConfig:
     """Reads `preprocessor_config.json`, or `processor_config.json` with an `image_processor` table.
@@ -50,7 +50,7 @@ def image_config(
     Args:
         preprocessor: the file's contents; None gives the tower's default (clip: centre crop; siglip: squash).
         size: side of the square that the vision tower takes, in pixels.
-        tower: gives the defaults if the file names no processor.
+        tower: clip or siglip, gives the defaults if the file names no processor.
         pinpoints: `image_grid_pinpoints` of config.json, for a family with tiles.
 
     Raises:

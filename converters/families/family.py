@@ -61,6 +61,7 @@ class Family:
             families call the parts `vision_tower`, `multi_modal_projector`, `language_model.model`, `language_model.lm_head`.
         carried: patterns of tensors that the model does not use and an export gives back.
         ignored: (pattern, reason) of tensors that are dropped.
+        restated: config.json as an older form of it states the model -> as the installed transformers saves it.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Family:
     canonical_name: Callable[[str], str]
     carried: tuple[str, ...]
     ignored: tuple[tuple[str, str], ...]
+    restated: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
 
 
 def prefixed(leaf_prefix: str, source_prefix: str, table: tuple[Rule, ...]) -> tuple[Rule, ...]:

@@ -8,7 +8,7 @@ from converters.families import decoders, llava, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
 from converters.families.known_sinks import sinks_of
 from converters.families.values import token_ids
-from converters.image_processor import gemma3_image_config
+from converters.image_kinds import gemma_image_config
 from converters.ops import Copy, Rule
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import ConfigError
@@ -47,7 +47,7 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         image_token_id=hf.image_token_index,
         eos_token_ids=eos,
         pad_token_id=pad[0],
-        image=gemma3_image_config(files.preprocessor, size=vision.image_size),
+        image=gemma_image_config(files.preprocessor, size=vision.image_size),
         projector_bias=False,
         projector_norm="rms_offset",
         projector_norm_eps=float(hf.vision_config.layer_norm_eps),

@@ -6,7 +6,7 @@ from converters.families import decoders, llava, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig, prefixed
 from converters.families.known_sinks import sinks_of
 from converters.families.values import activation, token_ids
-from converters.image_processor import tiles_image_config
+from converters.image_kinds import tiles_image_config
 from converters.ops import Copy, Flat, Linear, Rule
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import ConfigError

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
 from converters.families.known_sinks import sinks_of
 from converters.families.values import token_ids
-from converters.image_processor import native_image_config
+from converters.image_kinds import native_image_config
 from converters.ops import Rule
 from lsg_jax.config import ModelConfig
 
@@ -37,11 +39,17 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         image_token_id=hf.image_token_id,
         eos_token_ids=eos,
         pad_token_id=pad[0],
-        image=native_image_config(files.preprocessor, hf.vision_config),
+        image=native_image_config(
+            files.preprocessor,
+            size=vision.image_size,
+            patch=vision.patch_size,
+            merge=hf.vision_config.spatial_merge_size,
+            frames=vision.frames,
+        ),
         sinks=sinks,
         sink_sources=sink_sources,
         family=hf.model_type,
-        **towers.merger(hf.vision_config),
+        **towers.merger(hf.vision_config, f"{where}: vision_config"),
     )
 
 
@@ -73,6 +81,20 @@ def canonical_name(name: str) -> str:
     return re.sub(r"^model\.(language_model\.)?", "language_model.model.", name)
 
 
+def _restated(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Qwen2-VL and Qwen2.5-VL on the Hub state the decoder's fields at the top, and the tower's model_type otherwise."""
+    family, vision, text = config["model_type"], config.get("vision_config"), config.get("text_config")
+    top = FIELDS | {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype"}
+    if text is None:
+        text = {name: value for name, value in config.items() if name not in top}
+        config = {name: value for name, value in config.items() if name in top}
+    if isinstance(text, Mapping) and text.get("model_type", family) == family:
+        text = {**text, "model_type": f"{family}_text"}
+    if isinstance(vision, Mapping) and vision.get("model_type", family) == family:
+        vision = {**vision, "model_type": f"{family}_vision"}
+    return {**config, "vision_config": vision, "text_config": text}
+
+
 def _family(model_type: str, architecture: str, vision: str, text: str) -> Family:
     return Family(
         model_type=model_type,
@@ -84,6 +106,7 @@ def _family(model_type: str, architecture: str, vision: str, text: str) -> Famil
         canonical_name=canonical_name,
         carried=(),
         ignored=decoders.IGNORED,
+        restated=_restated,
     )
 
 

@@ -8,7 +8,7 @@ from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
 from converters.families.known_sinks import sinks_of
 from converters.families.values import token_ids
-from converters.image_processor import split_image_config
+from converters.image_kinds import split_image_config
 from converters.ops import Linear, Rule
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import ConfigError

@@ -11,8 +11,9 @@ from flax import nnx
 
 from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.config import VisionConfig
-from lsg_jax.model.attention import apply_rope, attend
+from lsg_jax.model.attention import attend
 from lsg_jax.model.layers import LayerNorm, Linear, RMSNorm
+from lsg_jax.model.rotary import apply_rope
 from lsg_jax.sinks.attention import received_attention
 
 MOST_QUERIES = 1024
