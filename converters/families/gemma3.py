@@ -6,8 +6,7 @@ import dataclasses
 
 from converters.families import decoders, llava, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
-from converters.families.known_sinks import sinks_of
-from converters.families.values import token_ids
+from converters.families.whole import LAST_LAYER, common_fields, part_rules
 from converters.image_kinds import gemma_image_config
 from converters.ops import Copy, Rule
 from lsg_jax.config import ModelConfig
@@ -27,26 +26,19 @@ _PROJECTOR = (
 
 
 def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
-    where = files.where
-    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
-    vision = dataclasses.replace(vision, final_norm=True)
-    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    fields = common_fields(hf, files)
+    vision = dataclasses.replace(fields.pop("vision"), final_norm=True)
+    text = dataclasses.replace(fields.pop("text"), images_see_themselves=True)
     side, tokens = vision.image_size // vision.patch_size, round(hf.mm_tokens_per_image**0.5)
     if tokens**2 != hf.mm_tokens_per_image or side % tokens:
         raise ConfigError(
-            f"{where}: mm_tokens_per_image = {hf.mm_tokens_per_image} are no square that divides {side} x {side} patches"
+            f"{files.where}: mm_tokens_per_image = {hf.mm_tokens_per_image} are no square that divides {side} x {side} patches"
         )
-    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
-    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
-    sinks, sink_sources = sinks_of(vision, text, hf, files)
     return ModelConfig(
+        **fields,
+        **LAST_LAYER,
         vision=vision,
-        text=dataclasses.replace(text, images_see_themselves=True),
-        feature_layers=(-1,),
-        feature_select="full",
-        image_token_id=hf.image_token_index,
-        eos_token_ids=eos,
-        pad_token_id=pad[0],
+        text=text,
         image=gemma_image_config(files.preprocessor, size=vision.image_size),
         projector_bias=False,
         projector_norm="rms_offset",
@@ -55,14 +47,11 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         projector_layers=1,
         merge=side // tokens,
         merge_mean=True,
-        sinks=sinks,
-        sink_sources=sink_sources,
-        family="gemma3",
     )
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.RULES[config.text.family])
+    return part_rules(config, _PROJECTOR)
 
 
 FAMILY = Family(

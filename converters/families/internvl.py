@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from converters.families import decoders, llava, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig, prefixed
-from converters.families.known_sinks import sinks_of
-from converters.families.values import activation, token_ids
+from converters.families.values import activation
+from converters.families.whole import common_fields, part_rules
 from converters.image_kinds import tiles_image_config
 from converters.ops import Copy, Flat, Linear, Rule
 from lsg_jax.config import ModelConfig
@@ -35,37 +35,27 @@ _PROJECTOR = prefixed(
 
 def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
     where = files.where
-    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
-    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    fields = common_fields(hf, files)
+    vision = fields["vision"]
     merge = round(1 / hf.downsample_ratio)
     if merge * hf.downsample_ratio != 1 or (vision.image_size // vision.patch_size) % merge:
         raise ConfigError(f"{where}: downsample_ratio = {hf.downsample_ratio} does not divide the grid of patches")
     if not isinstance(hf.vision_feature_layer, int) or hf.vision_feature_select_strategy != "default":
         raise ConfigError(f"{where}: vision_feature_layer must be one layer, and vision_feature_select_strategy default")
-    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
-    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
-    sinks, sink_sources = sinks_of(vision, text, hf, files)
     return ModelConfig(
-        vision=vision,
-        text=text,
+        **fields,
         feature_layers=(hf.vision_feature_layer,),
         feature_select="default",
-        image_token_id=hf.image_token_id,
-        eos_token_ids=eos,
-        pad_token_id=pad[0],
         image=tiles_image_config(files.preprocessor, size=vision.image_size),
         projector_hidden_act=activation(hf.projector_hidden_act, f"{where}: projector_hidden_act"),
         projector_norm_eps=1e-5,  # of PyTorch's layer norm
         projector_norm_merged=True,
         merge=merge,
-        sinks=sinks,
-        sink_sources=sink_sources,
-        family="internvl",
     )
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.RULES[config.text.family])
+    return part_rules(config, _PROJECTOR)
 
 
 FAMILY = Family(

@@ -6,8 +6,8 @@ import re
 
 from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig, prefixed
-from converters.families.known_sinks import sinks_of
-from converters.families.values import activation, token_ids
+from converters.families.values import activation
+from converters.families.whole import common_fields, part_rules
 from converters.image_processor import image_config
 from converters.ops import Copy, Flat, Linear, Rule
 from lsg_jax.config import ModelConfig
@@ -39,8 +39,8 @@ _PROJECTOR = prefixed(
 def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
     """The configuration of a tower, a two-layer projector and a decoder; `hf` may state tiles, and a norm of the projector."""
     where = files.where
-    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
-    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    fields = common_fields(hf, files)
+    vision = fields["vision"]
     stated = hf.vision_feature_layer
     layers = (stated,) if isinstance(stated, int) else tuple(stated)
     states = vision.num_layers + 1
@@ -48,17 +48,10 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         raise ConfigError(
             f"{where}: vision_feature_layer {bad[0]} does not exist, the tower has hidden states 0 to {states - 1}"
         )
-    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
-    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
-    sinks, sink_sources = sinks_of(vision, text, hf, files)
     return ModelConfig(
-        vision=vision,
-        text=text,
+        **fields,
         feature_layers=layers,
         feature_select=getattr(hf, "vision_feature_select_strategy", "default"),  # ViP-LLaVA has no such setting
-        image_token_id=hf.image_token_index,
-        eos_token_ids=eos,
-        pad_token_id=pad[0],
         image=image_config(
             files.preprocessor,
             size=vision.image_size,
@@ -68,15 +61,12 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         projector_hidden_act=activation(hf.projector_hidden_act, f"{where}: projector_hidden_act"),
         projector_bias=getattr(hf, "multimodal_projector_bias", True),
         projector_norm_eps=getattr(hf, "projector_layernorm_eps", None),
-        sinks=sinks,
-        sink_sources=sink_sources,
-        family=hf.model_type,
     )
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The rules of the tower, the projector and the decoder."""
-    return towers.TOWER_RULES[config.vision.family] + _PROJECTOR + decoders.RULES[config.text.family]
+    return part_rules(config, _PROJECTOR)
 
 
 def canonical_name(name: str) -> str:

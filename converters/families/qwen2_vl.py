@@ -8,8 +8,7 @@ from typing import Any
 
 from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
-from converters.families.known_sinks import sinks_of
-from converters.families.values import token_ids
+from converters.families.whole import LAST_LAYER, common_fields, part_rules
 from converters.image_kinds import native_image_config
 from converters.ops import Rule
 from lsg_jax.config import ModelConfig
@@ -25,20 +24,11 @@ FIELDS = frozenset(
 
 def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
     """The configuration of a native tower, its merger and a decoder."""
-    where = files.where
-    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
-    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
-    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
-    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
-    sinks, sink_sources = sinks_of(vision, text, hf, files)
+    fields = common_fields(hf, files)
+    vision = fields["vision"]
     return ModelConfig(
-        vision=vision,
-        text=text,
-        feature_layers=(-1,),
-        feature_select="full",
-        image_token_id=hf.image_token_id,
-        eos_token_ids=eos,
-        pad_token_id=pad[0],
+        **fields,
+        **LAST_LAYER,
         image=native_image_config(
             files.preprocessor,
             size=vision.image_size,
@@ -46,20 +36,13 @@ def model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
             merge=hf.vision_config.spatial_merge_size,
             frames=vision.frames,
         ),
-        sinks=sinks,
-        sink_sources=sink_sources,
-        family=hf.model_type,
-        **towers.merger(hf.vision_config, f"{where}: vision_config"),
+        **towers.merger(hf.vision_config, f"{files.where}: vision_config"),
     )
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The rules of the tower, the merger and the decoder."""
-    return (
-        *towers.TOWER_RULES[config.vision.family],
-        *towers.PROJECTOR_RULES[config.family],
-        *decoders.RULES[config.text.family],
-    )
+    return part_rules(config, towers.PROJECTOR_RULES[config.family])
 
 
 def canonical_name(name: str) -> str:

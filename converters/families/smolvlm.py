@@ -6,8 +6,7 @@ import re
 
 from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
-from converters.families.known_sinks import sinks_of
-from converters.families.values import token_ids
+from converters.families.whole import LAST_LAYER, common_fields, part_rules
 from converters.image_kinds import split_image_config
 from converters.ops import Linear, Rule
 from lsg_jax.config import ModelConfig
@@ -23,34 +22,22 @@ _PROJECTOR = (Rule("projector/linear_1/kernel", "multi_modal_projector.modality_
 
 
 def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
-    where = files.where
-    vision = towers.vision_config(hf.vision_config, f"{where}: vision_config")
-    text = decoders.text_config(hf.text_config, tied=bool(hf.tie_word_embeddings), where=f"{where}: text_config")
+    fields = common_fields(hf, files)
+    vision = fields["vision"]
     if (vision.image_size // vision.patch_size) % hf.scale_factor:
-        raise ConfigError(f"{where}: scale_factor = {hf.scale_factor} does not divide the grid of patches")
-    eos = token_ids(hf, files, "eos_token_id", from_generation=True)
-    pad = token_ids(hf, files, "pad_token_id", from_generation=False) or eos or (0,)
-    sinks, sink_sources = sinks_of(vision, text, hf, files)
+        raise ConfigError(f"{files.where}: scale_factor = {hf.scale_factor} does not divide the grid of patches")
     return ModelConfig(
-        vision=vision,
-        text=text,
-        feature_layers=(-1,),
-        feature_select="full",
-        image_token_id=hf.image_token_id,
-        eos_token_ids=eos,
-        pad_token_id=pad[0],
+        **fields,
+        **LAST_LAYER,
         image=split_image_config(files.preprocessor, size=vision.image_size),
         projector_bias=False,
         projector_layers=1,
         merge=hf.scale_factor,
-        sinks=sinks,
-        sink_sources=sink_sources,
-        family="smolvlm",
     )
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (*towers.TOWER_RULES[config.vision.family], *_PROJECTOR, *decoders.RULES[config.text.family])
+    return part_rules(config, _PROJECTOR)
 
 
 _PARTS = {

@@ -311,6 +311,7 @@ class _Answering:
             "max_length": config.max_length,
             "image_aspect": config.image_aspect,
             "template": config.template,
+            "max_pixels": self.vlm.config.image.max_pixels,  # not part of the backbone's digest
         }
         if layer != NO_LAYER:
             cells = {"grouping": self.settings.grouping, "coefficients": self.settings.coefficients}

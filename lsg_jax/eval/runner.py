@@ -173,6 +173,7 @@ def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
         "max_length": config.max_length,
         "image_aspect": config.image_aspect,
         "template": config.template,
+        "max_pixels": model.config.image.max_pixels,  # not part of the backbone's digest
     }
     log = AnswerLog(out / "answers", name, meaning, test.items, test.prompts)
     known = log.known()
