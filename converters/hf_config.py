@@ -43,13 +43,18 @@ def read_config(folder: str | Path, *, name: str | None = None, where: str | Non
     folder = Path(folder)
     optional = lambda name: read_object(folder / name) if (folder / name).is_file() else None
     config = read_object(folder / "config.json")
-    return model_config(
+    preprocessor = optional("preprocessor_config.json") or optional("processor_config.json")
+    where = where or str(folder / "config.json")
+    found = model_config(
         config | _image_token(config, folder),
         generation=optional("generation_config.json"),
-        preprocessor=optional("preprocessor_config.json") or optional("processor_config.json"),
-        where=where or str(folder / "config.json"),
+        preprocessor=preprocessor,
+        where=where,
         name=folder.resolve().name if name is None else name,
     )
+    if preprocessor is None and found.image.kind in ("native", "tiles"):  # published ones differ from their class's defaults
+        logger.warning("%s: no preprocessor_config.json beside it: images are prepared as transformers does by default", where)
+    return found
 
 
 def model_config(

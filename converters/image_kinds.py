@@ -37,7 +37,7 @@ def native_image_config(preprocessor: Preprocessor, *, size: int, patch: int, me
         ("temporal_patch_size", 2, frames),
         ("merge_size", 2, merge),
     ):
-        if (found := settings.get(name, default)) != stated:
+        if (found := settings.get(name, stated if preprocessor is None else default)) != stated:
             raise ConfigError(f"image processor: {name} = {found!r} is not that of config.json, {stated}")
     edges = settings.get("size", {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
     if not isinstance(edges, Mapping) or set(edges) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
@@ -138,7 +138,7 @@ def _settings(preprocessor: Preprocessor, names: tuple[str, ...], handled: set[s
 def _values(settings: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...], resample: int) -> dict[str, Any]:
     """Mean, standard deviation and filter, with these defaults."""
     number = settings.get("resample", resample)
-    if number not in _FILTERS:
+    if isinstance(number, list | dict) or number not in _FILTERS:
         known = ", ".join(f"{name} ({key})" for key, name in _FILTERS.items())
         raise ConfigError(f"image processor: resample = {number!r} is not supported (known: {known})")
     return {

@@ -132,7 +132,7 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
     with Image.open(out_folder / "0.png") as overlay:
         assert overlay.size == (672, 672)
     # a threshold that is far too low is said, and a model without dimensions says so instead of inventing sinks
-    assert "more than 25% of the patches are flagged as L-sinks" in err
+    assert "more than 25% of the visual tokens are flagged as L-sinks" in err
     code, out, err = lsg("sinks", tiny_model, "--images", files[0], "--max-new-tokens", 0, "--template", "mistral_instruct")
     assert code == 0 and "no V-sink dimensions are known" in err
     found = json.loads(out)

@@ -82,6 +82,7 @@ def prepared(folder):
     lsg("prepare", folder / "records.jsonl", folder / "prepared", "--images", folder)
 
 
+@pytest.mark.parametrize("folder", ["next", "onevision"], indirect=True)
 def test_trained_and_evaluated(folder, prepared, capfd):
     short = ["--set", "data.max_length=14", f"output={folder / 'short'}"]
     assert main(["train", str(folder / "run.toml"), *short]) == 65
@@ -119,6 +120,7 @@ def mixed(folder):
     return items, [QUESTIONS.prompt(item, "paper") for item in items]
 
 
+@pytest.mark.parametrize("folder", ["next", "onevision"], indirect=True)
 def test_answers_about_any_number_of_images_do_not_depend_on_the_batch(folder, mixed, capfd):
     vlm, method = lsg_jax.load(folder / "model"), Gates(GateConfig(layers=(1, 3)))
     start = method.initial(vlm.config, vlm.frozen, jax.random.key(0))
@@ -165,6 +167,7 @@ def test_each_image_is_read_once_and_few_are_held(folder, mixed):
         list(batches(processor, broken, range(12), encode, size=3, rows=range(3), threads=2))
 
 
+@pytest.mark.parametrize("folder", ["onevision"], indirect=True)  # the most general
 def test_studies_run_and_are_reported(folder, prepared):
     config = folder / "run.toml"
     each = ["gate.layers=each", "train.remat=full", "train.max_steps=1", f"output={folder / 'each'}"]

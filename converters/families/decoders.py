@@ -126,10 +126,9 @@ _QWEN3_RULES = _COMMON + _MLP_NORM + _SEPARATE + _HEAD_NORMS
 DECODERS: dict[str, Decoder] = {
     decoder.model_type: decoder
     for decoder in (
-        # LLaVA-Phi-3-mini (xtuner) is Phi-3 in Llama's form: it keeps its window, and the original length for longrope only
-        Decoder(
-            "llama", frozenset({"attention_bias", "mlp_bias", "sliding_window", "original_max_position_embeddings"}), "llama"
-        ),
+        # LLaVA-Phi-3-mini (xtuner) is Phi-3 in Llama's form, with an original length for longrope only. It also states Phi-3's
+        # window, which Llama of transformers does not know
+        Decoder("llama", frozenset({"attention_bias", "mlp_bias", "original_max_position_embeddings"}), "llama"),
         Decoder("mistral", frozenset({"sliding_window"}), "mistral"),
         Decoder("qwen2", _WINDOW, "qwen2", qkv_bias=True),
         Decoder("qwen2_vl_text", _WINDOW, "qwen2", qkv_bias=True, sections=(16, 24, 24)),
@@ -185,6 +184,7 @@ IGNORED = (
 _ROPE_FIELDS = {
     "default": set[str](),
     "linear": {"factor"},
+    "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 
@@ -206,7 +206,8 @@ def text_config(hf: HFConfig, *, tied: bool, where: str) -> TextConfig:
     attention_bias = "attention_bias" in decoder.fields and hf.attention_bias
     act = "hidden_activation" if "hidden_activation" in decoder.fields else "hidden_act"
     rope, sliding_rope = _ropes(hf.rope_parameters, decoder, head_dim, where)
-    window, sliding_layers = _sliding_window(hf, where)
+    # what a decoder's class does not define has no effect there, though its configuration keeps it
+    window, sliding_layers = _sliding_window(hf, where) if "sliding_window" in decoder.fields else (None, None)
     return TextConfig(
         family=decoder.name,
         vocab_size=hf.vocab_size,
@@ -227,7 +228,7 @@ def text_config(hf: HFConfig, *, tied: bool, where: str) -> TextConfig:
         sliding_window=window,
         sliding_layers=sliding_layers,
         sliding_rope=sliding_rope,
-        query_scale=_query_scale(hf, head_dim, where),
+        query_scale=_query_scale(hf, head_dim, where) if "query_pre_attn_scalar" in decoder.fields else None,
         **decoder.settings,
     )
 
@@ -246,7 +247,10 @@ def _ropes(
 
 
 def _rope(parameters: Mapping[str, Any] | None, decoder: Decoder, head_dim: int, where: str) -> RopeConfig:
-    """Reads `rope_parameters` as transformers 5 has them; its configuration class translates older spellings."""
+    """Reads `rope_parameters` as transformers 5 has them; its configuration class translates older spellings.
+
+    `dynamic` (InternVL3) is the default up to `max_position_embeddings` tokens. Beyond them it would depend on the whole batch.
+    """
     given = dict(parameters or {})
     kind = given.pop("rope_type", "default")
     given.pop("type", None)  # the older name of the same
@@ -263,6 +267,9 @@ def _rope(parameters: Mapping[str, Any] | None, decoder: Decoder, head_dim: int,
         raise ConfigError(f"{where}: rope_parameters of type {kind}: not understood: {', '.join(unknown)}")
     if missing := sorted(_ROPE_FIELDS[kind] - given.keys()):
         raise ConfigError(f"{where}: rope_parameters of type {kind}: missing: {', '.join(missing)}")
+    if kind == "dynamic":
+        kind = "default"
+        given.pop("factor")
     rotary_dim = int(head_dim * share)
     if share != 1.0 and (not decoder.partial_rotary or not 0 < rotary_dim <= head_dim):
         raise ConfigError(f"{where}: partial_rotary_factor = {share} is not supported for {decoder.name}")

@@ -65,17 +65,27 @@ def canonical_name(name: str) -> str:
 
 
 def _restated(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Qwen2-VL and Qwen2.5-VL on the Hub state the decoder's fields at the top, and the tower's model_type otherwise."""
+    """Qwen2-VL and Qwen2.5-VL on the Hub state the decoder's fields at the top, and the tower's model_type otherwise.
+
+    Files that transformers 4.52 to 4.55 wrote state the decoder's fields twice. What is in `text_config` counts there.
+    """
     family, vision, text = config["model_type"], config.get("vision_config"), config.get("text_config")
     top = FIELDS | {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype"}
     if text is None:
         text = {name: value for name, value in config.items() if name not in top}
         config = {name: value for name, value in config.items() if name in top}
+    elif isinstance(text, Mapping):
+        config = {name: value for name, value in config.items() if name in top or not _copied(name, value, text)}
     if isinstance(text, Mapping) and text.get("model_type", family) == family:
         text = {**text, "model_type": f"{family}_text"}
     if isinstance(vision, Mapping) and vision.get("model_type", family) == family:
         vision = {**vision, "model_type": f"{family}_vision"}
     return {**config, "vision_config": vision, "text_config": text}
+
+
+def _copied(name: str, value: Any, text: Mapping[str, Any]) -> bool:
+    """Whether a field at the top says what `text_config` says. A window there may be that of a file that uses none."""
+    return name in text and (value == text[name] or (name == "sliding_window" and text[name] is None))
 
 
 def _family(model_type: str, architecture: str, vision: str, text: str) -> Family:

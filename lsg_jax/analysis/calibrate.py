@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_jax.analysis.sink_warnings import IMPLAUSIBLE_SHARE
 from lsg_jax.config import ModelConfig, to_dict
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import open_image
+from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import InputError
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.projector import members
@@ -48,6 +48,7 @@ from lsg_jax.sinks.calibrate import (
     reach,
     reaching,
 )
+from lsg_jax.sinks.plausible import IMPLAUSIBLE_SHARE
 from lsg_jax.types import Batch
 from lsg_jax.vlm import VLM
 
@@ -73,13 +74,13 @@ class Sample:
         size = self.size
         processor = self.vlm.processor
         # the first pass keeps only the readable paths, so that the second one makes the same batches
-        pending: list[tuple[Encoded, np.ndarray]] = []
+        pending: list[tuple[Encoded, Pixels | None]] = []
         read = []
         for done, path in enumerate(self.paths, 1):
             try:
                 opened = open_image(path)
                 question = processor.encode_question(self.prompt, image_sizes=(opened.size,))
-                pending.append((question, processor.pixels(opened)))
+                pending.append((question, processor.all_pixels([opened])))
                 read.append(path)
             except InputError as error:
                 self.skipped.append(str(error))

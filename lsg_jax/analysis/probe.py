@@ -36,6 +36,7 @@ from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.rows import Pixels
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
@@ -132,11 +133,14 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
     features = _on_disk(shape, scratch)
     present, flagged, values = np.zeros((len(layers), count, 3), bool), 0.0, []
 
-    def read(index: int) -> tuple[np.ndarray, dict[str, Any]]:
+    def read(index: int) -> tuple[Pixels | None, dict[str, Any]]:
         image, found = data.read(min(index, count - 1))  # the last batch is filled up with the last image
         if vlm.config.image.kind != "square" and (size := _size(image)) != size_of_all:
-            raise InputError(f"image {index} is {size}, the first is {size_of_all}: this model needs all of one size")
-        return vlm.processor.pixels(image), {name: found[name] for name in data.vocabularies}
+            raise InputError(
+                f"image {index} has {size[0]} x {size[1]} pixels, the first {size_of_all[0]} x {size_of_all[1]}: "
+                "the tokens of this model's images depend on their size, and the probe needs all of one size"
+            )
+        return vlm.processor.all_pixels([image]), {name: found[name] for name in data.vocabularies}
 
     stream = in_order(read, range(-(-count // size) * size), thread_count(None))
     for start in range(0, count, size):
@@ -189,7 +193,7 @@ def ordinary_first(orders: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
 
 
 def _pool(
-    vlm: VLM, encoded: Any, pixels: Sequence[np.ndarray], orders: np.ndarray, tokens: int
+    vlm: VLM, encoded: Any, pixels: Sequence[Pixels | None], orders: np.ndarray, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Averaged states of one batch.
 

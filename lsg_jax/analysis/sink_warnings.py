@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lsg_jax.config import SinkConfig
 from lsg_jax.sinks.criteria import PROMINENT, Reading
-
-IMPLAUSIBLE_SHARE = 0.25
-"""A criterion that flags a larger share of an image's patches is implausible: sinks are few (paper.md, known failures)."""
+from lsg_jax.sinks.plausible import IMPLAUSIBLE_SHARE, implausible
 
 Readings = tuple[Reading, ...]
 """Every criterion of one stage, `vit` or `llm`."""
@@ -24,19 +23,19 @@ def in_force(readings: Readings) -> int:
     return next(index for index, reading in enumerate(readings) if reading.in_force)
 
 
-def image_warnings(entry: dict[str, Any], patches: int) -> list[str]:
+def image_warnings(entry: dict[str, Any], tokens: int) -> list[str]:
     """Warnings about one image: no sinks, or too many. `entry` is its part of sinks.json."""
     warnings = []
     v_sinks, l_sinks = entry["v_sinks"], entry["l_sinks"]
     if v_sinks is not None and not v_sinks:
         warnings.append("no V-sink in this image")
-    if v_sinks and len(v_sinks) > IMPLAUSIBLE_SHARE * patches:
-        many = "every patch is" if len(v_sinks) == patches else f"{len(v_sinks)} of {patches} patches are"
+    if v_sinks and len(v_sinks) > IMPLAUSIBLE_SHARE * tokens:
+        many = "every visual token is" if len(v_sinks) == tokens else f"{len(v_sinks)} of {tokens} visual tokens are"
         warnings.append(f"{many} flagged as V-sink: the threshold is implausibly low")
-    if l_sinks is not None and not any(l_sinks) and len(v_sinks or []) < patches:
+    if l_sinks is not None and not any(l_sinks) and len(v_sinks or []) < tokens:
         warnings.append("no L-sink in this image at any layer")
-    if high := [layer for layer, where in enumerate(l_sinks or []) if len(where) > IMPLAUSIBLE_SHARE * patches]:
-        warnings.append(f"more than {IMPLAUSIBLE_SHARE:.0%} of the patches are flagged as L-sinks in layers {high}")
+    if high := [layer for layer, where in enumerate(l_sinks or []) if len(where) > IMPLAUSIBLE_SHARE * tokens]:
+        warnings.append(f"more than {IMPLAUSIBLE_SHARE:.0%} of the visual tokens are flagged as L-sinks in layers {high}")
     if no_rest := [layer for layer, where in enumerate(entry["ordinary"]) if not where]:
         warnings.append(f"every token is a sink in layers {no_rest}: none is ordinary")
     return warnings
@@ -59,7 +58,7 @@ def _shares(seen: Sequence[Seen], stage: str, readings: Readings) -> np.ndarray:
 
 
 def run_warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str]:
-    """Warnings about the run: unknown criteria, dimensions that do not stand out, and criteria that flag too many patches."""
+    """Warnings about the run: unknown criteria, dimensions that do not stand out, and criteria that flag too many tokens."""
     warnings = []
     for kind, stage, readings in (("V-sink", "vit", vit), ("L-sink", "llm", llm)):
         if readings[in_force(readings)].unknown:
@@ -68,11 +67,11 @@ def run_warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str
                 f"no {kind} dimensions are known for this model: set sinks.{stage}_dims (`lsg calibrate` finds them), "
                 f"or another sinks.{field}"
             )
-        elif stage == "vit" and not any(s["vit"]["masks"][in_force(vit)].any() for s in seen):
-            warnings.append(
-                f"nothing to gate: no visual token of {len(seen)} image{'s' * (len(seen) > 1)} is a V-sink by "
-                f"{vit[in_force(vit)].criterion} at {vit[in_force(vit)].tau:g}; `lsg calibrate` looks for others"
-            )
+        elif stage == "vit":
+            marked = np.concatenate([s["vit"]["masks"][in_force(vit)] for s in seen])
+            sinks = SinkConfig(criterion=vit[in_force(vit)].criterion, vit_tau=vit[in_force(vit)].tau)
+            # of too many, each image is warned of
+            warnings += filter(None, [implausible(int(marked.sum()), marked.size, sinks, "these images", most=1.0)])
         warnings += _hidden_dims(seen, kind, stage, readings)
         share = _shares(seen, stage, readings)
         for index, reading in enumerate(readings):
@@ -81,7 +80,7 @@ def run_warnings(seen: Sequence[Seen], vit: Readings, llm: Readings) -> list[str
                 where = "of the features" if stage == "vit" else f"in layers {high.tolist()}"
                 warnings.append(
                     f"criterion {reading.criterion} at {reading.tau:g} would flag up to {share[:, index].max():.0%} "
-                    f"of the patches {where}: it says little here"
+                    f"of the visual tokens {where}: it says little here"
                 )
     return warnings
 

@@ -45,6 +45,7 @@ from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_fo
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
@@ -121,10 +122,10 @@ def find_sinks(
     }
 
 
-def _prepare(vlm: VLM, image: Image.Image | bytes | str | Path) -> tuple[ImageSize, np.ndarray]:
+def _prepare(vlm: VLM, image: Image.Image | bytes | str | Path) -> tuple[ImageSize, Pixels | None]:
     """The size of the original image, and its pixels as the model takes them. Raises InputError if it cannot be read."""
     opened = image if isinstance(image, Image.Image) else open_image(image)
-    return opened.size, vlm.processor.pixels(opened)
+    return opened.size, vlm.processor.all_pixels([opened])
 
 
 def _place(vlm: VLM, size: ImageSize, v_sinks: np.ndarray) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsg_jax.analysis.sink_warnings import IMPLAUSIBLE_SHARE
 from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, answer_cells, run_prompts
 from lsg_jax.analysis.sweep_table import Grader
 from lsg_jax.checkpoint.processes import host_array, on_primary
@@ -41,6 +40,7 @@ from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.gates import check_gate
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
+from lsg_jax.sinks.plausible import implausible
 from lsg_jax.stopping import stop_signals
 from lsg_jax.types import Batch
 from lsg_jax.vlm import VLM
@@ -325,12 +325,8 @@ class _Answering:
             return
         self.warned = True
         visual, v_sink = (int(host_array(mask).sum()) for mask in (shared.visual.mask, shared.visual.v_sink))
-        if visual and not v_sink:
-            log.warning("%s: no V-sinks in the first images, so their coefficient does nothing; see sinks.vit_tau", self.name)
-        elif v_sink > IMPLAUSIBLE_SHARE * visual:
-            log.warning(
-                "%s: %.0f %% of the first patches count as V-sinks; see sinks.vit_tau", self.name, 100 * v_sink / visual
-            )
+        if wrong := implausible(v_sink, visual, self.vlm.config.sinks, "the first images"):
+            log.warning("%s: %s", self.name, wrong)
 
 
 def _read(log: AnswerLog) -> dict[int, Cells]:

@@ -309,9 +309,6 @@ class ModelConfig(Table):
                 raise ConfigError(f"image.canvases: {canvas.height} x {canvas.width} pixels are no multiple of {side}")
         if self.image.canvases and self.num_image_tokens != self.vision.num_patches:
             raise ConfigError("image.canvases need one feature a patch: feature_select default for CLIP, full for SigLIP")
-        grid = side // self.vision.patch_size
-        if not self.vision.native and grid % self.merge:
-            raise ConfigError(f"merge {self.merge}: the {grid} x {grid} patches of a tile make no whole squares of it")
 
     @property
     def num_image_tokens(self) -> int:

@@ -132,38 +132,62 @@ def depends_on_size(image: ImageConfig) -> bool:
     return image.kind != "square"
 
 
-def longest_layout(config: ModelConfig) -> VisualLayout:
+def longest_layout(config: ModelConfig, longest: int | None = None) -> VisualLayout:
     """The layout with the most tokens of the images that fill a canvas. With `max_tiles`, others are up to 21 % longer.
 
-    Of a native tower, that of the largest square.
+    Args:
+        longest: tokens that an image has room for; None for any number.
     """
-    return max((lay_out(size, config) for size in _largest_images(config)), key=len)
+    return max(_largest_layouts(config, longest), key=len)
 
 
-def most_tiles(config: ModelConfig) -> int:
-    """The largest number of tiles of an image."""
-    return max(lay_out(size, config).tiles for size in _largest_images(config))
+def most_tiles(config: ModelConfig, longest: int | None = None) -> int:
+    """The largest number of tiles of an image of at most `longest` tokens."""
+    return max(layout.tiles for layout in _largest_layouts(config, longest))
 
 
-def most_patches(config: ModelConfig) -> int:
-    """Patches of one of the tiles, or of the largest native image, filled up as in a batch (P)."""
+def most_patches(config: ModelConfig, longest: int | None = None) -> int:
+    """Patches of one of the tiles, or of the largest native image of at most `longest` tokens, filled up as in a batch (P).
+
+    Windows of images of which one side is more than four times the other may be filled up to more.
+    """
     if not config.vision.native:
         return config.vision.num_patches
-    grids = [lay_out(size, config).grid for size in _largest_images(config)]
+    grids = [layout.grid for layout in _largest_layouts(config, longest)]
     return max(patch_bucket(arrange(grid, config).length, config) for grid in grids if grid)
 
 
-def _largest_images(config: ModelConfig) -> list[ImageSize]:
-    """Sizes of images, the longest and those with most tiles among them."""
+def _largest_layouts(config: ModelConfig, longest: int | None) -> list[VisualLayout]:
+    """Layouts of at most `longest` tokens, the longest and those with most tiles among them; the shortest if none has room."""
+    layouts = [lay_out(size, config) for size in _largest_images(config, longest)]
+    fitting = [layout for layout in layouts if longest is None or len(layout) <= longest]
+    return fitting or [min(layouts, key=len)]
+
+
+def _largest_images(config: ModelConfig, longest: int | None) -> list[ImageSize]:
+    """Sizes of images, the longest and those with most tiles among them; smaller ones too where they are to have room."""
     image, side = config.image, config.vision.image_size
     if image.kind == "native":
-        return [(math.isqrt(image.max_pixels),) * 2]
+        return _largest_native_images(config, longest)
     if image.kind == "tiles":
-        grids = [(across, image.max_grid // across) for across in range(1, image.max_grid + 1)]
+        most = [image.max_grid] if longest is None else range(1, image.max_grid + 1)
+        grids = [(across, tiles // across) for tiles in most for across in range(1, tiles + 1)]
         return [(across * side, down * side) for across, down in grids]
     if image.kind == "split":
-        return [(image.longest_edge or side,) * 2]
+        edge = image.longest_edge or side
+        thinner = 1 if longest is None else max(1, edge // side)
+        return [(edge, edge // part) for part in range(1, thinner + 1)]
     return [(canvas.width, canvas.height) for canvas in image.canvases] or [(side, side)]
+
+
+def _largest_native_images(config: ModelConfig, longest: int | None) -> list[ImageSize]:
+    """Sizes of images of aspects from 1 to 4, of as many squares of patches as `max_pixels` and `longest` allow."""
+    image, unit = config.image, config.vision.patch_size * config.merge
+    squares = max(1, image.max_pixels // unit**2)
+    if longest is not None:
+        squares = min(squares, max(longest, 1))
+    shortest = max(1, math.isqrt(squares // 4))
+    return [(squares // down * unit, down * unit) for down in range(shortest, math.isqrt(squares) + 1)]
 
 
 def tile_bucket(tiles: int) -> int:

@@ -15,7 +15,7 @@ from lsg_jax.data.conversation import RecordError, examples
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.records import PreparedRecords, Record, open_records
-from lsg_jax.data.rows import to_batch
+from lsg_jax.data.rows import patches_of, to_batch
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
 
@@ -46,6 +46,8 @@ class TrainingData(Iterator[Batch]):
         dropped: number of dropped examples by reason (`nothing_supervised`, `image_truncated`).
         truncated: number of examples whose answer was truncated to `max_length` or `max_answer_tokens`.
         digest: sha256 that identifies the records.
+        tiles: tiles or native images of every row (S), as many as the row with most of them has.
+        patches: patches of each of them (P), as many as the largest fills up.
 
     Raises:
         InputError: the records cannot be opened, no example is left, or the batch is larger than the set.
@@ -72,8 +74,9 @@ class TrainingData(Iterator[Batch]):
         self.digest = self._records.digest
         self.dropped: dict[str, int] = {}
         self.truncated = 0
-        self._tiles, self._patches = 1, 0  # of a row that holds any example: a batch has one shape
+        self.tiles, self.patches = 1, 0
         self._index = self._usable_examples()
+        self.patches = patches_of(self.patches, processor.model)
         self.num_examples = len(self._index)
         if not self.num_examples:
             raise InputError(f"{records_path}: no example is usable: {self.left_out}")
@@ -114,8 +117,8 @@ class TrainingData(Iterator[Batch]):
                     continue
                 kept.append((row, number))
                 layouts = self._processor.layouts(shown)
-                self._tiles = max(self._tiles, sum(layout.tiles for layout in layouts))
-                self._patches = max(self._patches, self._processor.patches(layouts))
+                self.tiles = max(self.tiles, sum(layout.tiles for layout in layouts))
+                self.patches = max(self.patches, self._processor.patches(layouts))
         self.dropped = dict(sorted(dropped.items()))
         return np.asarray(kept, np.int32).reshape(-1, 2)
 
@@ -153,8 +156,8 @@ class TrainingData(Iterator[Batch]):
             return self._processor.row(
                 encoded,
                 self._processor.all_pixels(shown),
-                tiles=self._tiles,
-                patches=self._patches,
+                tiles=self.tiles,
+                patches=self.patches,
                 max_length=self._data.max_length,
                 max_answer_tokens=self._data.max_answer_tokens,
                 row_id=row,

@@ -180,13 +180,14 @@ def _split_layouts(ids: NDArray[np.int32], is_image: NDArray[np.bool_], config: 
     """The images of all rows, from the separators between their tiles (SmolVLM).
 
     Each tile is a run of image tokens behind two separators, the first of which is always the same; a newline comes before
-    these where a row of tiles begins. An image ends where the first separator follows, and not another tile of its row.
+    these where a row of tiles begins. An image ends where the first separator follows, and not another tile of its row. Without
+    such separators each run of tokens is taken for an image of an unknown grid.
     """
     layouts = []
-    for row, runs in enumerate(_runs(is_image)):
-        for run in runs:
-            if _tiles_of_run(row, run, config) != 1:
-                raise InputError(f"row {row}: the image tokens of two tiles follow each other without a separator")
+    runs_of_rows = _runs(is_image)
+    if any(_tiles_of_run(row, run, config) != 1 for row, runs in enumerate(runs_of_rows) for run in runs):
+        return _tiles_layouts(is_image, config)
+    for row, runs in enumerate(runs_of_rows):
         tiles_in_rows = [0]
         for number, (start, stop) in enumerate(runs):
             tiles_in_rows[-1] += 1

@@ -26,7 +26,7 @@ def place_images(
     """
     fields = place_sources(is_image, layouts, config, patches) | place_text(valid, is_image, layouts, config)
     if config.text.images_see_themselves:
-        fields["block"] = image_numbers(is_image, layouts)
+        fields["block"] = image_numbers(is_image)
     return fields
 
 
@@ -87,8 +87,10 @@ def rope_positions(valid: NDArray[np.bool_], is_image: NDArray[np.bool_], layout
     return positions
 
 
-def image_numbers(is_image: NDArray[np.bool_], layouts: Sequence[VisualLayout]) -> NDArray[np.int32]:
-    """Number int32 [T] of the image of the row that each position shows, -1 for text (`Batch.block`)."""
-    block = np.full(len(is_image), -1, np.int32)
-    block[is_image] = np.repeat(np.arange(len(layouts)), [len(layout) for layout in layouts])
-    return block
+def image_numbers(is_image: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number int32 [T] of the image of the row that each position shows, -1 for text (`Batch.block`).
+
+    An image is a run of its tokens, as in Gemma 3 of transformers.
+    """
+    starts = is_image & ~np.pad(is_image, (1, 0))[:-1]
+    return np.where(is_image, np.cumsum(starts) - 1, -1).astype(np.int32)

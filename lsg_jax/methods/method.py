@@ -102,6 +102,7 @@ BASE = Method()
 def check_one_square(config: ModelConfig, name: str) -> None:
     """Raises ConfigError for a method that takes the patches of one square image, and a model that has no such tokens."""
     if config.image.kind != "square":
-        raise ConfigError(f"{name} takes the patches of one square image, but this model cuts images into tiles")
+        does = "takes images of any size" if config.vision.native else "cuts images into tiles"
+        raise ConfigError(f"{name} takes the patches of one square image, but this model {does}")
     if config.merge > 1:
         raise ConfigError(f"{name} takes a token a patch, but this model merges {config.merge} x {config.merge} patches")

@@ -11,7 +11,7 @@ import numpy as np
 from lsg_jax.config import GateConfig
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.model.multimodal import VisionLanguageModel
-from lsg_jax.types import IGNORE, Batch
+from lsg_jax.types import IGNORE, Batch, Sequence
 
 VOCABULARY_CHUNK = 8192  # tokens
 
@@ -24,14 +24,24 @@ def answer_loss(model: VisionLanguageModel, batch: Batch, *, remat: str = "none"
 
     Returns:
         loss float32 [] in nats a token (0 for a batch without answers), and a dict: `tokens` int32 [], `correct` int32 []
-        (greedy hits) and, of a gated model, `ratios` float32 [gated layers, G] as means over the rows with an image (0 without
-        any).
+        (greedy hits), `visual_tokens` and `v_sinks` of `count_sinks` and, of a gated model, `ratios` float32 [gated layers, G]
+        as means over the rows with an image (0 without any).
     """
-    out = model(batch, remat=remat, rows=jnp.asarray(batch.answer_index))
+    sequence = model.sequence(batch)
+    out = model(batch, sequence=sequence, remat=remat, rows=jnp.asarray(batch.answer_index))
     loss, metrics = score_answers(model, batch, out.hidden)
+    metrics |= count_sinks(sequence)
     if model.gate is not None:
         metrics["ratios"] = mean_ratios(model.gate, batch, out.ratios)
     return loss, metrics
+
+
+def count_sinks(sequence: Sequence) -> dict[str, jax.Array]:
+    """`visual_tokens` and, among them, `v_sinks`: int32 [] each, over all rows; of a model without V-sink dimensions 0."""
+    visual = sequence.visual
+    if visual is None:
+        return {"visual_tokens": jnp.int32(0), "v_sinks": jnp.int32(0)}
+    return {"visual_tokens": visual.mask.sum(), "v_sinks": visual.v_sink.sum()}
 
 
 def score_answers(model: VisionLanguageModel, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

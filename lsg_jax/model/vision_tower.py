@@ -61,8 +61,7 @@ class VisionTower(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         for stop in sorted(set(wanted) - {0}):
             last = stop - 1 if receive and stop == max(wanted) else stop
-            for windowed, group in itertools.groupby(range(done, last), key=self.config.is_windowed):
-                x = self._run(graphdef, stacked, x, around, list(group), windowed)
+            x = self._run(graphdef, stacked, x, around, range(done, last))
             if last < stop:
                 layer = nnx.merge(graphdef, layer_at(stacked, jnp.array(last)))
                 x, received = layer(x, around, windowed=self.config.is_windowed(last), receive=True)
@@ -71,15 +70,35 @@ class VisionTower(nnx.Module):
             states[total - 1] = self.final_norm(states[total - 1])
         return [states[layer] for layer in wanted], received
 
-    def _run(
-        self, graphdef: Any, stacked: Any, x: jax.Array, around: Surroundings, layers: list[int], windowed: bool
-    ) -> jax.Array:
-        """Runs consecutive layers of one kind."""
+    def _run(self, graphdef: Any, stacked: Any, x: jax.Array, around: Surroundings, layers: range) -> jax.Array:
+        """Runs consecutive layers. Where layers with windows and without take turns, each kind is compiled once."""
 
-        def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer_at(stacked, index))(self.by_images(x), around, windowed=windowed)[0], None
+        def run(x: jax.Array, start: Any, windowed: bool, count: int) -> jax.Array:
+            def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+                return nnx.merge(graphdef, layer_at(stacked, index))(self.by_images(x), around, windowed=windowed)[0], None
 
-        return jax.lax.scan(body, x, jnp.arange(layers[0], layers[-1] + 1))[0]
+            return jax.lax.scan(body, x, start + jnp.arange(count))[0]
+
+        def turn(x: jax.Array, start: Any) -> tuple[jax.Array, None]:
+            for windowed, count in pair:
+                x = run(x, start, windowed, count)
+                start += count
+            return x, None
+
+        runs = [(windowed, len(list(group))) for windowed, group in itertools.groupby(layers, key=self.config.is_windowed)]
+        pair, turns = runs[:2], 0
+        while len(pair) == 2 and runs[2 * turns : 2 * turns + 2] == pair:
+            turns += 1
+        period = sum(count for _, count in pair)
+        if turns > 1:
+            x = jax.lax.scan(turn, x, layers.start + period * jnp.arange(turns))[0]
+        else:
+            turns = 0
+        start = layers.start + turns * period
+        for windowed, count in runs[2 * turns :]:
+            x = run(x, start, windowed, count)
+            start += count
+        return x
 
     def by_images(self, x: jax.Array) -> jax.Array:
         """Shards images [B, ...] over all devices, so that weights are gathered and no activations are summed."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
 from lsg_jax.config import GateConfig, ModelConfig
-from lsg_jax.data.layout import longest_layout, most_tiles, tile_bucket
+from lsg_jax.data.layout import longest_layout, most_patches, most_tiles, tile_bucket
 from lsg_jax.errors import ConfigError
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method import BASE, Method
@@ -29,6 +29,7 @@ from lsg_jax.types import Batch
 from lsg_jax.vlm import PROMPT_BUCKET, answer_batch, read_batch
 
 TEXT_ROOM = 128  # tokens of a question beside its image, system prompt included
+SEPARATORS = 3  # most tokens in front of a tile that has a text of its own, the last one's end included
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def eval_prompts(
     method = BASE if method.independent else method.for_model(model)
     graphdef, params = _sharded_model(model, mesh, method=method, dtype=dtype)
     rows = config.eval.batch_size * batch_rows(mesh)
-    batch = question_batch(model, mesh, rows)
+    batch = question_batch(model, mesh, rows, config.eval.max_length)
     parts = {"weights": params, "batch": batch}
     return Program("eval prompts", read_batch, (params, batch), rows, parts, static=(graphdef, max_new_tokens))
 
@@ -137,7 +138,7 @@ def sweep_prompts(
     """
     graphdef, params = _sharded_model(model, mesh, dtype=dtype)
     rows = max(1, config.eval.batch_size // cells) * batch_rows(mesh)
-    batch = question_batch(model, mesh, rows)
+    batch = question_batch(model, mesh, rows, config.eval.max_length)
     return Program(
         name="sweep prompts",
         function=run_prompts,
@@ -195,20 +196,34 @@ def trained_method(config: RunConfig, model: ModelConfig) -> Method:
 
 
 def training_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Batch:
-    """A batch as `lsg train` places it on the mesh."""
-    data = config.data
-    tiles = tile_bucket(most_tiles(model))
-    return abstract_batch(model, mesh, config.train.batch_size, data.max_length, tiles=tiles, answers=data.max_answer_tokens)
+    """A batch as `lsg train` places it on the mesh, of examples with the largest image that `data.max_length` has room for."""
+    data, longest = config.data, config.data.max_length
+    return abstract_batch(
+        model,
+        mesh,
+        config.train.batch_size,
+        data.max_length,
+        tiles=most_tiles(model, longest),
+        patches=most_patches(model, longest),
+        answers=data.max_answer_tokens,
+    )
 
 
-def question_batch(model: ModelConfig, mesh: Mesh, rows: int) -> Batch:
-    """Questions with the largest image each, as `lsg eval` places them on the mesh; `prompt_tokens` long."""
-    return abstract_batch(model, mesh, rows, prompt_tokens(model), tiles=tile_bucket(most_tiles(model)))
+def question_batch(model: ModelConfig, mesh: Mesh, rows: int, longest: int | None = None) -> Batch:
+    """Questions with the largest image each, as `lsg eval` places them on the mesh; `prompt_tokens` long.
+
+    Args:
+        longest: `eval.max_length`; None for any length.
+    """
+    tiles, patches = tile_bucket(most_tiles(model, longest)), most_patches(model, longest)
+    return abstract_batch(model, mesh, rows, prompt_tokens(model, longest), tiles=tiles, patches=patches)
 
 
-def prompt_tokens(model: ModelConfig) -> int:
-    """Length that the prompts of evaluation are padded to: an image, and room for a question."""
-    return -(-(len(longest_layout(model)) + TEXT_ROOM) // PROMPT_BUCKET) * PROMPT_BUCKET
+def prompt_tokens(model: ModelConfig, longest: int | None = None) -> int:
+    """Length that the prompts of evaluation are padded to: the largest image with its separators, and room for a question."""
+    layout = longest_layout(model, longest)
+    separators = SEPARATORS * (len(layout.text) if layout.text[0][0] else 0)
+    return -(-(len(layout) + separators + TEXT_ROOM) // PROMPT_BUCKET) * PROMPT_BUCKET
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

@@ -29,7 +29,7 @@ from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.method_model import MethodModel, assemble
 from lsg_jax.model.layers import layer_at
-from lsg_jax.model.loss import mean_over_images, score_answers
+from lsg_jax.model.loss import count_sinks, mean_over_images, score_answers
 from lsg_jax.sharding import ROWS, constrain
 from lsg_jax.types import Batch, LayerChange
 
@@ -50,7 +50,8 @@ def losses_and_gradients(graphdef: Any, frozen: Any, gates: Any, batch: Batch) -
         gates: leaves [n, ...].
 
     Returns:
-        losses float32 [n]; a dict of `tokens` int32 [], `correct` int32 [n] and `ratios` float32 [n, G]; gradients as `gates`.
+        losses float32 [n]; a dict of `tokens`, `visual_tokens` and `v_sinks` int32 [], `correct` int32 [n] and `ratios` float32
+        [n, G]; gradients as `gates`.
     """
     suffixes = _Suffixes(assemble(graphdef, frozen, gates), batch)
     layers = suffixes.gate.layers
@@ -71,7 +72,7 @@ def losses_and_gradients(graphdef: Any, frozen: Any, gates: Any, batch: Batch) -
         found = suffixes.of_last_gate(layer_at(gates, jnp.int32(looped)))
         parts.append(jax.tree.map(lambda leaf: leaf[None], found))
     losses, metrics, ratios, gradients = jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
-    metrics |= {"tokens": metrics["tokens"][0], "ratios": mean_over_images(batch, ratios)}
+    metrics |= {"tokens": metrics["tokens"][0], "ratios": mean_over_images(batch, ratios)} | suffixes.counts
     return losses, metrics, gradients
 
 
@@ -80,12 +81,14 @@ class _Suffixes:
 
     Attributes:
         entering: [L', B, T, D], the residual stream that enters each layer up to the highest gated one.
+        counts: of `count_sinks`.
     """
 
     def __init__(self, model: MethodModel, batch: Batch):
         assert model.gate is not None
         self.model, self.batch, self.gate = model, batch, model.gate
         decoder, sequence = model.language_model, model.sequence(batch)
+        self.counts = count_sinks(sequence)
         self.runner = decoder.runner(sequence, model.intervention(batch, sequence))
         self.last = decoder.config.num_layers - 1
         self.entering = decoder(sequence, stop=self.gate.layers[-1] + 1, observe=lambda view: view.hidden).observed

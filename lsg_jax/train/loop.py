@@ -33,7 +33,7 @@ from lsg_jax.train.run_record import check_same, record_start
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.train.steps import OnStep, Steps
 from lsg_jax.train.trainer import Trainer
-from lsg_jax.types import TrainState
+from lsg_jax.types import Batch, TrainState
 from lsg_jax.vlm import VLM
 
 __all__ = ["METRICS", "OnStep", "Trainer", "set_up", "train"]
@@ -100,7 +100,16 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     if step < total or not restored:
         record_start(run, computation, mesh=mesh, step=step, dropped=data.dropped)
     goodput.now("init")
-    compiled = _step(config, method, graphdef, total, mesh, state, vlm)
+    shapes = sharding.abstract_batch(
+        vlm.config,
+        mesh,
+        config.train.batch_size,
+        config.data.max_length,
+        tiles=data.tiles,
+        patches=data.patches,
+        answers=config.data.max_answer_tokens,
+    )
+    compiled = _step(config, method, graphdef, total, mesh, state, vlm.frozen, shapes)
     goodput.now("compile")
     return Trainer(
         config=config,
@@ -126,14 +135,18 @@ def _initial_state(config: RunConfig, method: Method, vlm: VLM, mesh: Mesh, tota
     return jax.device_put(state, sharding.state_shardings(state, mesh))
 
 
-def _step(config: RunConfig, method: Method, graphdef: Any, total_steps: int, mesh: Mesh, state: TrainState, vlm: VLM) -> Any:
-    """The jitted step; with `remat = "auto"`, the one that was compiled under the fastest policy that fits."""
-    make = functools.partial(compiled_step, graphdef, total_steps=total_steps, mesh=mesh)
+def _step(
+    config: RunConfig, method: Method, graphdef: Any, total: int, mesh: Mesh, state: TrainState, frozen: Any, batch: Batch
+) -> Any:
+    """The jitted step; with `remat = "auto"`, the one that was compiled under the fastest policy that fits.
+
+    Args:
+        batch: shapes and shardings.
+    """
+    make = functools.partial(compiled_step, graphdef, total_steps=total, mesh=mesh)
     if config.train.remat != "auto" or method.independent:
         return make(config=config.train, independent=method.independent)
-    slots, length = config.data.max_answer_tokens, config.data.max_length
-    batch = sharding.abstract_batch(vlm.config, mesh, config.train.batch_size, length, answers=slots)
-    compile_with = lambda policy: make(config=replace(config.train, remat=policy)).lower(state, vlm.frozen, batch).compile()
+    compile_with = lambda policy: make(config=replace(config.train, remat=policy)).lower(state, frozen, batch).compile()
     return fastest_that_fits(compile_with, device_memory())[1]
 
 

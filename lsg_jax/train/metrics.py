@@ -7,6 +7,7 @@ A line of metrics.jsonl is the record of a step (n gated layers, G token groups)
 | step | | from 1 |
 | loss | | nats a token, mean over the answer tokens of the batch; null where it is not finite |
 | tokens, correct | | answer tokens, and how many of them are the most likely token |
+| visual_tokens, v_sinks | | visual tokens of the batch, and how many of them are V-sinks; 0 without known dimensions |
 | grad_norm | | norm of the whole gradient before clipping |
 | finite | | whether loss and gradient were finite; if not, the step was skipped |
 | gate_norm, gate_grad_norm | n | norm of each layer's gate before the step, and of its gradient |

@@ -53,7 +53,8 @@ def train_step(
         independent: each of n gates has its own loss, gradient norm, optimiser and guard, as if it were trained alone.
 
     Returns:
-        The new state, and metrics: loss (nats a token), tokens, correct, grad_norm (before clipping), finite and, of gates,
+        The new state, and metrics: loss (nats a token), tokens, correct, visual_tokens, v_sinks, grad_norm (before clipping),
+        finite and, of gates,
         `gate_norm` and `gate_grad_norm` float32 [gated layers] of the gates that the step started from, and `ratios` float32
         [gated layers, G] as means over rows with an image. Of independent gates, loss, correct, grad_norm and finite are [n].
     """

@@ -15,11 +15,17 @@ import numpy as np
 from lsg_jax import sharding
 from lsg_jax.checkpoint.processes import host_array, is_primary
 from lsg_jax.errors import NonFiniteError
+from lsg_jax.sinks.plausible import implausible
 from lsg_jax.train.metrics import MetricsLog
 from lsg_jax.train.optimizer import learning_rate
 from lsg_jax.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+WATCHED = 10  # steps after which the share of V-sinks is looked at
+
+IMPLAUSIBLE_SHARE_OF_STEPS = 0.5
+"""Larger than that of patches: a token of several patches is a V-sink if any of them is."""
 
 OnStep = Callable[[int, int, dict[str, Any]], None]
 """Called with (step, total steps, metrics)."""
@@ -61,6 +67,7 @@ class Steps:
         self._batches = iter(trainer.data)
         self._reader = ThreadPoolExecutor(1, "metrics")
         self._in_flight: _InFlight | None = None
+        self._seen = np.zeros(2, np.int64)  # visual tokens and V-sinks of the steps so far, up to WATCHED
 
     def __enter__(self) -> Steps:
         return self
@@ -107,6 +114,7 @@ class Steps:
         finite = metrics["finite"]
         self._skipped = np.where(finite, 0, self._skipped + 1)
         spent = self._count(done, ready)
+        self._watch_sinks(done.step, metrics)
         if done.step % config.train.log_every == 0 or done.step == total or not np.all(finite):
             metrics |= {"learning_rate": self._rates[done.step - self._first], **spent}
             positions = config.train.batch_size * config.data.max_length
@@ -119,6 +127,19 @@ class Steps:
                 self._on_step(done.step, total, metrics | {"loss": float(np.mean(metrics["loss"]))})
         if not np.all(finite):
             self._not_finite(done, finite)
+
+    def _watch_sinks(self, step: int, metrics: dict[str, Any]) -> None:
+        """Warns once, after the first steps, if gates of V-sinks see none of them, or implausibly many."""
+        gate, last = self._trainer.config.get_method().gate, min(self._first + WATCHED - 1, self._trainer.total_steps)
+        if step > last or gate is None or gate.grouping == "l_sink_rest":
+            return
+        self._seen += metrics["visual_tokens"], metrics["v_sinks"]
+        if step < last or not is_primary():
+            return
+        visual, v_sinks = self._seen.tolist()
+        steps = f"steps {self._first} to {last}"
+        if wrong := implausible(v_sinks, visual, self._trainer.vlm.config.sinks, steps, most=IMPLAUSIBLE_SHARE_OF_STEPS):
+            logger.warning("%s: %s", self._trainer.run.path, wrong)
 
     def _count(self, done: _InFlight, ready: float) -> dict[str, float]:
         """Adds the seconds up to the end of a step to the goodput; returns those of the step itself."""

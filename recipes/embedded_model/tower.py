@@ -25,6 +25,7 @@ from lsg_jax.data.shapes import CORNERS, LETTERS
 from lsg_jax.model.layers import Linear
 from lsg_jax.model.vision_tower import VisionTower
 from lsg_jax.sharding import make_mesh, place_rows, replicated
+from lsg_jax.types import VisualInput
 from recipes.embedded_model.labelled_scenes import LabelledScenes
 from recipes.embedded_model.labels import PATCH, SCENE
 
@@ -85,7 +86,7 @@ class TowerWithHeads(nnx.Module):
         pixels = (images.astype(jnp.float32) / 255 - jnp.array(image.mean)) / jnp.array(image.std)
         cut: Any = functools.partial(to_patches, patch_size=self.config.vision.patch_size)
         patches = jax.vmap(cut)(pixels)
-        (*_, features), _ = self.tower(patches, self.config.feature_layers)
+        (*_, features), _ = self.tower(VisualInput(patches), self.config.feature_layers)
         return features[:, 1:]
 
 

@@ -93,7 +93,7 @@ def test_nothing_but_sinks_and_no_answer(tiny_model):
     assert entry["v_sinks"] == list(range(49)) and entry["l_sinks"] == entry["ordinary"] == [[]] * 6
     assert entry["answer_tokens"] == 0 and entry["answer"] == ""
     assert entry["warnings"] == [
-        "every patch is flagged as V-sink: the threshold is implausibly low",
+        "every visual token is flagged as V-sink: the threshold is implausibly low",
         "every token is a sink in layers [0, 1, 2, 3, 4, 5]: none is ordinary",
         "the answer ends at once: there is no attention of answer tokens",
     ]

@@ -62,4 +62,4 @@ def test_verdicts_and_nothing_to_gate():
     for each in seen:
         each["vit"]["masks"][:] = False
     (line,) = (warning for warning in run_warnings(seen, *readings) if "nothing to gate" in warning)
-    assert line.startswith("nothing to gate: no visual token of 2 images is a V-sink by norm at 70")
+    assert line.startswith("no V-sinks in these images by norm at 70, so there is nothing to gate; `lsg calibrate`")

@@ -238,7 +238,7 @@ def test_a_criterion_that_tells_nothing_apart_is_warned_of(vlm, shared, question
     (test,) = ask_all(questions).values()
     for v_sink, message in [
         (np.zeros((3, LENGTH), bool), "mine: no V-sinks in the first images"),
-        (shared.visual.mask, "mine: 100 % of the first patches count as V-sinks"),
+        (shared.visual.mask, "mine: 100 % of the visual tokens of the first images are V-sinks"),
     ]:
         caplog.clear()
         run = sweep_module._Answering(vlm, "mine", test, CELLS, questions, tmp_path, None)

@@ -24,54 +24,34 @@ from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from lsg_jax.config import ModelConfig
 from lsg_jax.data.processor import Processor
+from tests.data import published_templates
 from tests.data.family_configs import ALL
 from tests.data.tokenizers_for_tests import byte_level_tokenizer
 
 SIZES = [(61, 45), (45, 90), (300, 40), (129, 128)]
 
-# The chat templates that the checkpoints are published with, for turns of text and images.
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
-GEMMA = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else 'user' }}\n"
-    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-SMOL = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
-    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
 SMOL_TOKENS = (
     "<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
     "<|im_start|>", "<end_of_utterance>",
 )  # fmt: skip
 FAMILIES = {
-    "qwen2_vl": (SYSTEM + CHATML.replace("IMAGE", QWEN), QWEN_TOKENS, "<|image_pad|>", Qwen2VLProcessor),
-    "qwen2_5_vl": (SYSTEM + CHATML.replace("IMAGE", QWEN), QWEN_TOKENS, "<|image_pad|>", Qwen2_5_VLProcessor),
-    "qwen3_vl": (CHATML.replace("IMAGE", QWEN), QWEN_TOKENS, "<|image_pad|>", Qwen3VLProcessor),
+    "qwen2_vl": (published_templates.QWEN2_VL, QWEN_TOKENS, "<|image_pad|>", Qwen2VLProcessor),
+    "qwen2_5_vl": (published_templates.QWEN2_VL, QWEN_TOKENS, "<|image_pad|>", Qwen2_5_VLProcessor),
+    "qwen3_vl": (published_templates.QWEN3_VL, QWEN_TOKENS, "<|image_pad|>", Qwen3VLProcessor),
     "internvl": (
-        CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"),
+        published_templates.INTERNVL,
         ("<img>", "</img>", "<video>", "<|im_start|>", "<|im_end|>"),
         "<IMG_CONTEXT>",
         InternVLProcessor,
     ),
     "gemma3": (
-        GEMMA,
+        published_templates.GEMMA3,
         ("<bos>", "<start_of_image>", "<end_of_image>", "<start_of_turn>", "<end_of_turn>"),
         "<image_soft_token>",
         Gemma3Processor,
     ),
-    "smolvlm": (SMOL, SMOL_TOKENS, "<image>", SmolVLMProcessor),
+    "smolvlm": (published_templates.SMOLVLM, SMOL_TOKENS, "<image>", SmolVLMProcessor),
 }
 NAMES = {
     "internvl": {

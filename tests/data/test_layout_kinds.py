@@ -226,12 +226,12 @@ def test_the_largest_images():
     assert most_tiles(smolvlm()) == 17 and len(longest_layout(smolvlm())) == 17 * 4
     assert most_tiles(gemma3()) == 1 and len(longest_layout(gemma3())) == 16
     config = qwen(max_pixels=200 * 28 * 28)
-    assert most_tiles(config) == 1 and len(longest_layout(config)) == 196  # 14 x 14
-    assert most_patches(config) == 1024  # 4 x 4 windows
+    assert most_tiles(config) == 1 and len(longest_layout(config)) == 200  # 8 x 25: aspects of up to 4:1 are tried
+    assert most_patches(config) == 1536  # filled up from 4 x 5 windows
     assert most_patches(internvl()) == 16
     assert all(len(lay_out(size, config)) <= 200 for size in sizes(50) if max(size) < 200 * min(size))
 
 
 def test_a_tile_that_makes_no_whole_squares_is_refused():
-    with pytest.raises(ConfigError, match="merge 3: the 8 x 8 patches of a tile"):
+    with pytest.raises(ConfigError, match="merge is 3, but an image has 8 x 8 patches"):
         smolvlm(size=40, patch=5)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
-from hf_models import PAD, VOCABULARY, _randomise, state_arrays
+from hf_models import PAD, VOCABULARY, randomise, state_arrays
 
 from converters.families.decoders import RULES, text_config
 from lsg_jax.config import RopeConfig, TextConfig
@@ -66,7 +66,7 @@ def pair(kind):
     hf_config = getattr(transformers, config)(**_SMALL | settings)
     hf = getattr(transformers, f"{family}{head}")(hf_config).eval()
     tied = head == "ForCausalLM" and hf_config.tie_word_embeddings
-    _randomise(hf, torch.Generator().manual_seed(0), tied=tied)
+    randomise(hf, torch.Generator().manual_seed(0), tied=tied)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
             if "norm" in name and family == "Gemma3":

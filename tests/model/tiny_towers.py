@@ -159,7 +159,7 @@ def hf_model(name: str) -> Any:
     kind, fields = _MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**fields, tie_word_embeddings=False)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
-    hf_models._randomise(model, torch.Generator().manual_seed(1), tied=False)
+    hf_models.randomise(model, torch.Generator().manual_seed(1), tied=False)
     return model
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 
 from lsg_jax.checkpoint import RunFolder
 from lsg_jax.cli import main
-from lsg_jax.config import DataConfig, EvalConfig, GateConfig, SinkConfig, TrainConfig
+from lsg_jax.cli.plan import _model_config
+from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import InputError
 from lsg_jax.methods.lora import LoraConfig
 from lsg_jax.opening import load_backbone
@@ -19,11 +21,19 @@ from lsg_jax.plan import chips
 from lsg_jax.plan.chips import CHIPS, Topology, open_topology, parse_topology
 from lsg_jax.plan.hlo import analyse
 from lsg_jax.plan.measure import Measured, Seconds, needed_gib
-from lsg_jax.plan.programs import each_config, question_batch, shard_bytes, sweep_cells, sweep_prompts, train_program
+from lsg_jax.plan.programs import (
+    each_config,
+    question_batch,
+    shard_bytes,
+    sweep_cells,
+    sweep_prompts,
+    train_program,
+    training_batch,
+)
 from lsg_jax.plan.recipe import assume, recipe
 from lsg_jax.plan.search import fastest, largest_batch, try_policies
 from lsg_jax.plan.traced import traced_flops
-from lsg_jax.run_config import RunConfig
+from lsg_jax.run_config import RunConfig, load_run_config
 from lsg_jax.sharding import answering_mesh, make_mesh, place_rows
 from lsg_jax.train.loop import set_up
 
@@ -172,7 +182,8 @@ def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):
     for code, said, arguments in (
         (
             65,
-            "known: llava15_13b, llava15_7b, llava16_vicuna_7b, llava_onevision_7b, llava_phi3_mini, tinyllava_qwen25_3b",
+            "known: gemma3_12b, internvl3_8b, llava15_13b, llava15_7b, llava16_vicuna_7b, llava_onevision_7b, llava_phi3_mini, "
+            "qwen25_vl_7b, qwen3_vl_8b, smolvlm2_500m, tinyllava_qwen25_3b",
             ["--topology", "v5e:2x2"],
         ),
         (65, "no such topology; known: v4:{", ["--topology", "v3:8", *shapes]),
@@ -206,7 +217,8 @@ def test_known_shapes_are_those_of_the_models():
 
     billions = {}
     for entry in (files("lsg_jax.plan") / "models").iterdir():
-        _, params = abstract_model(model_config(json.loads(entry.read_text())))
+        stated = json.loads(entry.read_text())
+        _, params = abstract_model(model_config(stated, preprocessor=stated.pop("preprocessor", None)))
         billions[entry.name] = round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e9, 2)
     # the checkpoints' own counts
     assert billions == {
@@ -216,4 +228,37 @@ def test_known_shapes_are_those_of_the_models():
         "llava_onevision_7b.json": 8.03,
         "llava_phi3_mini.json": 4.14,
         "tinyllava_qwen25_3b.json": 3.51,
+        "qwen25_vl_7b.json": 8.29,
+        "qwen3_vl_8b.json": 8.77,
+        "internvl3_8b.json": 7.94,
+        "gemma3_12b.json": 12.19,
+        "smolvlm2_500m.json": 0.51,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "asked"),
+    [
+        ("qwen25_vl_7b", (1, 6144), (1, 6144, 1408)),  # 36 x 35 squares in windows of 4 x 4: 5,184 patches
+        ("qwen3_vl_8b", (1, 6144), (1, 6144, 1408)),
+        ("internvl3_8b", (13, 1024), (13, 1024, 3520)),
+        ("gemma3_12b", (1, 4096), (1, 4096, 448)),
+        ("smolvlm2_500m", (17, 1024), (19, 1024, 1280)),
+        ("llava15_7b", (1, 576), (1, 576, 704)),
+    ],
+)
+def test_shipped_shapes_are_planned_with_the_largest_image(name, trained, asked):
+    config = load_run_config(Path(__file__).parents[2] / "configs" / f"{name}.toml", [])
+    model, mesh = _model_config(config, None)[0], make_mesh(MeshConfig())
+    batch = training_batch(config, model, mesh)
+    assert batch.images.patches.shape == (config.train.batch_size, *trained, model.vision.patch_values)
+    assert batch.input_ids.shape == (config.train.batch_size, config.data.max_length)
+    questions = question_batch(model, mesh, 3, config.eval.max_length)
+    assert (*questions.images.patches.shape[1:3], questions.input_ids.shape[1]) == asked
+    given = {field: getattr(batch, field) is not None for field in ("positions", "block")}
+    assert given == {"positions": name.startswith("qwen"), "block": name.startswith("gemma")}
+    # a shorter limit leaves larger images out
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=600))
+    assert training_batch(short, model, mesh).images.patches.size <= batch.images.patches.size
+    if name == "qwen25_vl_7b":
+        assert training_batch(short, model, mesh).images.patches.shape[2] == 3072

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,6 +191,25 @@ def test_run_may_go_on_with_other_bookkeeping(config, whole):
     train(replace(config, train=replace(config.train, save_every=3, log_every=2)))
 
 
+@pytest.mark.parametrize(
+    ("tau", "grouping", "said"),
+    [
+        (1e6, "v_sink_rest", "no V-sinks in steps 1 to 2 by norm at 1e\\+06, so there is nothing to gate; `lsg calibrate`"),
+        (0.0, "v_sink_rest", "100 % of the visual tokens of steps 1 to 2 are V-sinks by norm at 0: the threshold is impl"),
+        (1e6, "l_sink_rest", None),
+    ],
+)
+def test_gates_that_see_no_or_too_many_v_sinks_are_warned_of_once(config, tmp_path, caplog, tau, grouping, said):
+    sinks = SinkConfig(criterion="norm", vit_tau=tau, llm_criterion="norm")
+    gate = GateConfig(layers=(1,), grouping=grouping, independent=grouping == "v_sink_rest" and tau > 0)
+    few = replace(config, output=str(tmp_path / "run"), tables={"gate": gate}, sinks=sinks)
+    train(replace(few, train=replace(few.train, max_steps=2)))
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert all(line["v_sinks"] == (0 if tau else line["visual_tokens"]) and line["visual_tokens"] == 98 for line in lines)
+    warnings = [entry.getMessage() for entry in caplog.records if "V-sinks" in entry.getMessage()]
+    assert len(warnings) == (said is not None) and all(re.search(said, line) for line in warnings)
+
+
 def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
     out = str(tmp_path / "run")
     for change, message in [
@@ -332,5 +352,6 @@ def test_no_failure_of_what_looks_at_a_run_stops_it(config, whole, tmp_path, mon
         "TensorBoard: metrics are",
         f"{run}/profile: no trace",
         "Weights & Biases: metrics are",
+        "the threshold is implausibly low",
     ]
-    assert len(warnings) == 4 and {line for line in about if any(line in given for given in warnings)} == {*about}, warnings
+    assert len(warnings) == 5 and {line for line in about if any(line in given for given in warnings)} == {*about}, warnings
