@@ -192,7 +192,7 @@ class LayerView:
 
     Attributes:
         hidden: [B, T, D], the residual stream that enters the layer (HF `hidden_states[l]`).
-        attention: float32 [B, N, T, S], attention weights; None unless they were asked for.
+        attention: float32 [B, N, T, S], attention weights, or [B, N, A, S] of chosen queries; None unless they were asked for.
         ratios: float32 [B, G], gate ratios of the layer; None below the lowest gated layer.
     """
 

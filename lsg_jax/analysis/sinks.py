@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from lsg_jax.analysis.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_force, run_warnings, verdicts
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import open_image
@@ -50,7 +51,6 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.multimodal import gather_any
-from lsg_jax.model.projector import members
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, prominence, side_by_side
@@ -91,7 +91,7 @@ def find_sinks(
     prepared = {name: _prepare(vlm, image) for name, image in images.items()}
     for done, (name, (size, pixels)) in enumerate(prepared.items(), 1):
         encoded = vlm.processor.encode_question(prompt, image_sizes=(size,))
-        batch, prompt_mask, answer = _with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
+        batch, prompt_mask, answer = with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
         patches = int((batch.source[0, :, 0] >= 0).sum())
         seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, patches)))
         entries[name] = _place(vlm, size, seen[-1]["vit"]["patches"]) | _entry(seen[-1], vit, llm)
@@ -168,43 +168,6 @@ def _settings(reading: Reading) -> dict[str, Any]:
     return fields | ({"massive_ratio": reading.massive_ratio} if reading.criterion == "massive" else {})
 
 
-def _with_answer(vlm: VLM, batch: Batch, max_new_tokens: int) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """Appends the greedy answer to one left-padded question.
-
-    The batch is padded to `max_new_tokens` whatever the answer's length, so that all images share one compiled program.
-
-    Returns:
-        The batch [1, T + max_new_tokens], bool mask of the prompt's tokens, and the answer's ids without the end marker.
-    """
-    room = ((0, 0), (0, max_new_tokens))
-    prompt = np.pad(batch.attention_mask, room)
-    answer = np.zeros(0, np.int32)
-    if max_new_tokens:
-        answer = vlm.generate_batch(batch, max_new_tokens)[0]
-        ended = np.isin(answer, vlm.config.eos_token_ids)
-        answer = answer[: int(np.argmax(ended))] if ended.any() else answer
-    ids, valid = np.pad(batch.input_ids, room, constant_values=vlm.config.pad_token_id), prompt.copy()
-    start = batch.input_ids.shape[1]
-    ids[0, start : start + len(answer)] = answer
-    valid[0, start : start + len(answer)] = True
-    whole = dataclasses.replace(
-        batch,
-        input_ids=ids,
-        attention_mask=valid,
-        source=np.pad(batch.source, (*room, (0, 0)), constant_values=NO_SOURCE),
-        weight=None if batch.weight is None else np.pad(batch.weight, (*room, (0, 0))),
-        positions=None if batch.positions is None else _continued(batch.positions, max_new_tokens),
-        block=None if batch.block is None else np.pad(batch.block, room, constant_values=-1),
-    )
-    return whole, prompt, answer
-
-
-def _continued(positions: np.ndarray, count: int) -> np.ndarray:
-    """Rotary positions [1, T, 3] of a left-padded prompt, and of `count` tokens of text after it."""
-    after = positions.max() + 1 + np.arange(count, dtype=positions.dtype)
-    return np.concatenate([positions, np.broadcast_to(after[None, :, None], (1, count, 3))], axis=1)
-
-
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _observe(
     params: dict, batch: Batch, prompt: jax.Array, graphdef: Any, vit: Readings, llm: Readings, count: int
@@ -246,12 +209,9 @@ def _observe(
     used = jnp.ones(by_tile.shape[:2], bool) if batch.images.used is None else jnp.asarray(batch.images.used)[0]
     judge = lambda r: r.mask(by_tile, used, None).reshape(by_attention.shape)
     masks = [by_attention if r is attention and not r.unknown else judge(r) for r in vit]
-    outputs = jnp.asarray(batch.source)[0, patches]  # [P, K], the connector's outputs behind the tokens
-    behind = members(features.shape[1], model.config)[outputs]  # [P, K, merge^2], the features behind those
-    shown = jnp.where(outputs[..., None] >= 0, behind, NO_SOURCE).reshape(count, -1)
-    largest = lambda sizes: jnp.where((shown >= 0).reshape(*shown.shape, *[1] * (sizes.ndim - 1)), sizes[shown], 0).max(1)
-    of_tokens = jax.tree.map(largest, _sizes(features[0], vit))
-    of_tokens["prominence"] = largest(prominence(features[0], vit[0].dims)).max(0)
+    shown = patches_behind(batch.source, patches, features.shape[1], model.config)
+    of_tokens = jax.tree.map(lambda sizes: largest_behind(sizes, shown), _sizes(features[0], vit))
+    of_tokens["prominence"] = largest_behind(prominence(features[0], vit[0].dims), shown).max(0)
     of_tokens["patches"] = masks[in_force(vit)][0][shown] & (shown >= 0)
     return {"vit": {"masks": jnp.stack([gather_any(m, shown[None])[0] for m in masks]), **of_tokens}, "llm": seen}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -219,3 +219,11 @@ def normalise(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
     """uint8 [..., H, W, C] -> float32 of the same shape, (pixels / 255 - mean) / std, as the model does on the device."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return (scaled - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)
+
+
+def opened_images(entry: Any) -> list[Image.Image]:
+    """The images of one prompt: an image, its file or its bytes, a list of these, or None."""
+    shown = entry if isinstance(entry, (list, tuple)) else [] if entry is None else [entry]
+    if wrong := [image for image in shown if not isinstance(image, Image.Image | bytes | str | Path)]:
+        raise InputError(f"an image is of type {type(wrong[0]).__name__}; give a path, bytes or a PIL image")
+    return [image if isinstance(image, Image.Image) else open_image(image) for image in shown]

@@ -220,11 +220,12 @@ class CausalAttention(nnx.Module):
         change: LayerChange = UNCHANGED,
         cache: LayerCache | None = None,
         rows: jax.Array | None = None,
-        return_weights: bool = False,
+        return_weights: bool | jax.Array = False,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | LayerCache, jax.Array | None]:
         """x [B, T, D] -> (output [B, T, D], keys and values or the updated cache, attention weights or None).
 
-        With `rows` int32 [B, A], the output is for the queries at these positions only: [B, A, D].
+        With `rows` int32 [B, A], the output is for the queries at these positions only: [B, A, D]. Weights are those of the
+        queries of the output; where `return_weights` is int32 [B, A], those of the queries at these positions.
         """
 
         def project(name: str, x: jax.Array) -> jax.Array:
@@ -252,10 +253,14 @@ class CausalAttention(nnx.Module):
         if cache is not None:
             kept = cache = cache.append(key, value)
             key, value = cache.read()
+        scaled, beside = functools.partial(attend, scale=self.scale), None
+        if not isinstance(return_weights, bool):
+            edit = None if change.edit is None else functools.partial(change.edit, queries=return_weights)
+            chosen = take_rows(query, return_weights), key, value, take_rows(mask, return_weights)
+            beside, return_weights = scaled(*chosen, return_weights=True, edit=edit)[1], False
         if cache is None and rows is None and not return_weights:
             out = attend_causally(query, key, value, scope, scale=self.scale, edit=change.edit, mesh=self.mesh)
-            return project("o_proj", out), kept, None
-        scaled = functools.partial(attend, scale=self.scale)
+            return project("o_proj", out), kept, beside
         if change.edit is None and not return_weights:
             out = by_heads(lambda *qkvm: scaled(*qkvm)[0], query, key, value, mask, self.mesh)
             return project("o_proj", out), kept, None

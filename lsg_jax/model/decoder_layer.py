@@ -117,7 +117,7 @@ class LayerRunner:
         kv: KeysAndValues | None = None,
         inputs: Any = None,
         rows: jax.Array | None = None,
-        return_weights: bool = False,
+        return_weights: bool | jax.Array = False,
     ) -> LayerOutput:
         """Runs layer `index` on x [B, T, D].
 

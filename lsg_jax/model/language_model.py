@@ -101,7 +101,7 @@ class LanguageModel(nnx.Module):
         room: int = 0,
         remat: str = "none",
         observe: Callable[[LayerView], Any] | None = None,
-        observe_attention: bool = False,
+        observe_attention: bool | jax.Array = False,
     ) -> DecoderOutput:
         """Runs the layers over whole sequences: one scan below the first layer that the intervention changes, one from it on.
 
@@ -115,6 +115,7 @@ class LanguageModel(nnx.Module):
             keep_kv: return keys and values, with `room` empty positions after them.
             remat: what the forward pass keeps of a layer for the backward pass (TrainConfig).
             observe: called with a LayerView in each layer; its results are stacked.
+            observe_attention: whether it sees the attention weights of all queries; int32 [B, A] for those at these positions.
         """
         runner, stop = self.runner(sequence, intervention), self.config.num_layers if stop is None else stop
         last_apart = rows is not None and _last_layer_apart(stop, rows.shape[1])
@@ -124,7 +125,7 @@ class LanguageModel(nnx.Module):
         def body(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any], rows: jax.Array | None = None) -> tuple[Any, Any]:
             (x, kv), (index, inputs) = carry, xs
             x = checkpoint_name(self.by_rows(x), "layer_input")
-            out = runner(index, x, kv=kv, inputs=inputs, rows=rows, return_weights=observe_attention and rows is None)
+            out = runner(index, x, kv=kv, inputs=inputs, rows=rows, return_weights=rows is None and observe_attention)
             seen = observe(LayerView(hidden=x, attention=out.weights, ratios=out.change.ratios)) if observe else None
             return (out.x, out.kv), (out.change.ratios, out.change.sinks if keep_kv else None, seen)
 

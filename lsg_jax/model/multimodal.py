@@ -138,12 +138,16 @@ class VisionLanguageModel(nnx.Module):
         """What is done in the decoder layers; None for nothing."""
         return None
 
-    def sequence(self, batch: Batch) -> Sequence:
-        """Text embeddings with the visual tokens gathered into their places (`batch.source`)."""
+    def sequence(self, batch: Batch, encoded: ImageFeatures | None = None) -> Sequence:
+        """Text embeddings with the visual tokens gathered into their places (`batch.source`).
+
+        Args:
+            encoded: what `encode_images` returned for the same images, to reuse it.
+        """
         x, valid = self.language_model.embed(batch.input_ids), jnp.asarray(batch.attention_mask)
         if batch.images is None:
             return Sequence(x=x, valid=valid, positions=_positions(batch, valid))
-        encoded = self.encode_images(batch.images)
+        encoded = encoded or self.encode_images(batch.images)
         tokens = self.connect(encoded.features, encoded.v_sink, batch, x)
         is_visual = jnp.asarray(batch.source)[..., 0] >= 0
         place = lambda made, text: jnp.where(
@@ -180,7 +184,7 @@ class VisionLanguageModel(nnx.Module):
         room: int = 0,
         remat: str = "none",
         observe: Callable[[LayerView], Any] | None = None,
-        observe_attention: bool = False,
+        observe_attention: bool | jax.Array = False,
     ) -> DecoderOutput:
         """Runs a batch through the stack; keywords as LanguageModel takes them.
 

@@ -181,6 +181,29 @@ def sink_mask(
     return mask & valid
 
 
+def sink_value(
+    criterion: Criterion, features: jax.Array, *, dims: tuple[int, ...], received: jax.Array, among: jax.Array
+) -> jax.Array:
+    """What a criterion compares with its threshold tau: float32 [B, T]. `massive` asks for a multiple of the median besides.
+
+    Args:
+        features: [B, T, D].
+        received, among: as `attention_share` takes them; only `attention` uses them.
+    """
+    magnitude = jnp.abs(features.astype(jnp.float32))
+    if criterion in ("dim_abs", "dim_rms"):
+        peak: jax.Array = jnp.abs(_take(features, dims)).max(-1)
+        rms = jnp.sqrt(jnp.mean(jnp.square(magnitude), -1))
+        return peak if criterion == "dim_abs" else peak / jnp.maximum(rms, 1e-30)  # no 0 / 0
+    if criterion == "norm":
+        length: jax.Array = jnp.linalg.norm(magnitude, axis=-1)
+        return length
+    if criterion == "massive":
+        return magnitude.max(-1)
+    received = jnp.where(among, received, 0.0)
+    return received / jnp.maximum(received.sum(-1, keepdims=True), 1e-30)
+
+
 def group_visual_tokens(visual: VisualTokens, l_sink: jax.Array) -> SinkMasks:
     """Splits the visual tokens into three disjoint groups. A V-sink that reaches the L-sink threshold stays a V-sink.
 
