@@ -19,7 +19,7 @@ from converters.gate_tensors import find_gate_file, read_tensors
 from lsg_jax.config import GateConfig, SinkConfig, to_dict
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
-from lsg_jax.gating.portable import PortableGates, from_torch_layout
+from lsg_jax.gating.portable import PortableGates, from_torch_layout, is_portable
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def import_gates(
     """
     path = Path(path)
     file = find_gate_file(path)
+    if is_portable(file):
+        raise InputError(f"{file}: a portable gate file already, with its settings in it: use it as it is, with --gates")
     found, left = find_gates(read_tensors(file), frozenset(ignore), str(file))
     settings, stated = SinkSettings(), [Layers("--layers", tuple(layers))] if layers else []
     if path.is_dir():

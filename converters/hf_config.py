@@ -53,7 +53,11 @@ def read_config(folder: str | Path, *, name: str | None = None, where: str | Non
         name=folder.resolve().name if name is None else name,
     )
     if preprocessor is None and found.image.kind in ("native", "tiles"):  # published ones differ from their class's defaults
-        logger.warning("%s: no preprocessor_config.json beside it: images are prepared as transformers does by default", where)
+        logger.warning(
+            "%s: no preprocessor_config.json beside it: sizes are the tower's, the rest transformers' "
+            "defaults, which published checkpoints may not use; copy the checkpoint's file there",
+            where,
+        )
     return found
 
 
@@ -82,7 +86,10 @@ def model_config(
     family = find_family(config, where)
     hf = _with_defaults(family, config, where)
     _check_copies(family, config, hf, where)
-    return family.model_config(hf, CheckpointFiles(config, generation, preprocessor, where, name))
+    try:
+        return family.model_config(hf, CheckpointFiles(config, generation, preprocessor, where, name))
+    except (TypeError, ValueError, ArithmeticError) as error:  # a value that no check has foreseen
+        raise ConfigError(f"{where}: a value cannot be used: {error}; compare the file with a published one") from error
 
 
 def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> dict[str, Any]:

@@ -35,9 +35,9 @@ def examples(text):
 
 
 EXAMPLES = list(dict.fromkeys(line for _, text in helps() for line in examples(text)))
-SLOW = {"quickstart", "train", "eval", "probe", "sweep", "stack", "ablate", "plan"}
-"""Commands that compile a lot: run by the tutorial in `.ci/run`, and by their own tests."""
-ONCE = {"generate", "sinks", "calibrate", "report"}
+SLOW = {"quickstart", "train", "eval", "probe", "sweep", "stack", "ablate", "plan", "explore"}
+"""Commands that compile a lot, or that serve: run by the tutorial in `.ci/run`, and by their own tests."""
+ONCE = {"generate", "look", "sinks", "calibrate", "report"}
 """Commands of which one example is enough here."""
 ELSEWHERE = ("llava15_7b", "runs/", "Cambrian7M", ".pt ", "lsg_public")
 """What only other examples or other people's files provide."""

@@ -12,6 +12,7 @@ import lsg_jax
 from lsg_jax.cli import main
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.layout import lay_out
+from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmarks.questions import QUESTIONS
 from lsg_jax.eval.likelihood import log_likelihoods
 from tests.data import published_templates
@@ -86,7 +87,6 @@ def test_from_a_checkpoint_to_a_report(folder, capfd):
         lsg("stack", config, "--gates", folder / "run", "--max-gates", 1, "--out", folder / "stack")
         assert len(json.loads((folder / "stack/stack.json").read_text())["singles"]) == 2
     lsg("gates", "export", f"{folder}/run@1", folder / "gates.safetensors")
-    lsg("gates", "import", folder / "gates.safetensors", folder / "again.safetensors")
     lsg("export", model, folder / "back")
     theirs, ours = (load_file(folder / f"{name}/model.safetensors") for name in ("hf", "back"))
     assert all(np.array_equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -130,7 +130,17 @@ def test_sinks_are_tokens_one_of_whose_patches_is_one(folder, capfd):
     assert 0 < flagged < 2
     assert np.isclose(found["criteria"]["vit"]["dim_abs"]["share"], flagged / 2, atol=1e-4)
     assert found["criteria"]["vit"]["norm"]["verdict"] == "flags none"
+    thin = folder / "images/thin.png"
+    Image.new("RGB", (450, 1)).save(thin)
+    capfd.readouterr()
     lsg("calibrate", folder / "model", "--images", folder / "images", "--out", folder / "sinks.toml")
+    if vlm.config.vision.native:
+        reason = "an image of 450 x 1 pixels is too thin: this model takes aspects of up to 200:1; crop it"
+        assert f"skipped: {thin}: {reason}\n" in capfd.readouterr().err
+        asked = ["sinks", str(folder / "model"), "--images", str(files[0]), str(thin)]
+        assert main(asked) == 65 and f"lsg sinks: {thin}: {reason}" in capfd.readouterr().err
+        with pytest.raises(InputError, match=f"prompt 1: image 2 of 2: {reason}"):
+            vlm.generate([[files[0], thin]], ["Which?"])
 
 
 def patches_of(name, vlm, file, layout):

@@ -35,12 +35,13 @@ MAY_IMPORT = {
     "data": FOUNDATION,
     "checkpoint": FOUNDATION,
     "model_inputs": BELOW_VLM,
-    "vlm": BELOW_VLM | {"model_inputs"},
+    "vlm": BELOW_VLM | {"model_inputs", "look"},  # `vlm.look` imports it when it is called
+    "look": BELOW_VLM | {"vlm", "report"},
     "opening": BELOW_VLM | {"vlm", "run_config"},
     "train": OPENED,
     "eval": OPENED,
-    "analysis": OPENED | {"train", "eval"},
-    "plan": OPENED | {"train", "eval", "analysis"},
+    "analysis": OPENED | {"train", "eval", "look"},
+    "plan": OPENED | {"train", "eval", "analysis", "look"},
     "report": FOUNDATION | {"gating", "checkpoint", "data", "eval"},  # see test_report_reads_files_and_runs_no_model
     "inspection": FOUNDATION | {"gating", "checkpoint", "data"},
     "api": FOUNDATION | {"vlm", "opening"},

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from converters.families.family import HFConfig, Part, prefixed
-from converters.families.values import activation
+from converters.families.values import activation, positive, shortened
 from converters.ops import Copy, Flat, Linear, Rule
 from lsg_jax.config import RopeConfig, TextConfig
 from lsg_jax.errors import ConfigError
@@ -254,9 +254,14 @@ def _rope(parameters: Mapping[str, Any] | None, decoder: Decoder, head_dim: int,
     given = dict(parameters or {})
     kind = given.pop("rope_type", "default")
     given.pop("type", None)  # the older name of the same
-    sections = ()
+    sections: tuple[int, ...] = ()
     if decoder.sections:
-        sections = tuple(given.pop("mrope_section", decoder.sections))
+        stated = given.pop("mrope_section", decoder.sections)
+        if not isinstance(stated, (list, tuple)) or len(stated) != 3:
+            raise ConfigError(
+                f"{where}: mrope_section = {shortened(stated)} are not the three sections of frame, row and column"
+            )
+        sections = tuple(positive(each, f"{where}: mrope_section") for each in stated)
         given.pop("mrope_interleaved", None)  # the class of the model decides
     if kind not in _ROPE_FIELDS:
         raise ConfigError(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_FIELDS)}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from converters.families import decoders, llava, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
+from converters.families.values import positive
 from converters.families.whole import LAST_LAYER, common_fields, part_rules
 from converters.image_kinds import gemma_image_config
 from converters.ops import Copy, Rule
@@ -29,11 +31,10 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
     fields = common_fields(hf, files)
     vision = dataclasses.replace(fields.pop("vision"), final_norm=True)
     text = dataclasses.replace(fields.pop("text"), images_see_themselves=True)
-    side, tokens = vision.image_size // vision.patch_size, round(hf.mm_tokens_per_image**0.5)
-    if tokens**2 != hf.mm_tokens_per_image or side % tokens:
-        raise ConfigError(
-            f"{files.where}: mm_tokens_per_image = {hf.mm_tokens_per_image} are no square that divides {side} x {side} patches"
-        )
+    count = positive(hf.mm_tokens_per_image, f"{files.where}: mm_tokens_per_image")
+    side, tokens = vision.image_size // vision.patch_size, math.isqrt(count)
+    if tokens**2 != count or side % tokens:
+        raise ConfigError(f"{files.where}: mm_tokens_per_image = {count} are no square that divides {side} x {side} patches")
     return ModelConfig(
         **fields,
         **LAST_LAYER,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converters.families import decoders, llava, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig, prefixed
-from converters.families.values import activation
+from converters.families.values import activation, shortened
 from converters.families.whole import common_fields, part_rules
 from converters.image_kinds import tiles_image_config
 from converters.ops import Copy, Flat, Linear, Rule
@@ -15,7 +15,7 @@ _FIELDS = frozenset(
     {
         "vision_config", "text_config", "image_token_id", "projector_hidden_act", "downsample_ratio", "vision_feature_layer",
         "vision_feature_select_strategy", "tie_word_embeddings", "lsg_sinks",
-        "image_seq_length",  # a fact about the processor
+        "image_seq_length",
     }
 )  # fmt: skip
 
@@ -42,6 +42,9 @@ def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
         raise ConfigError(f"{where}: downsample_ratio = {hf.downsample_ratio} does not divide the grid of patches")
     if not isinstance(hf.vision_feature_layer, int) or hf.vision_feature_select_strategy != "default":
         raise ConfigError(f"{where}: vision_feature_layer must be one layer, and vision_feature_select_strategy default")
+    tokens = (vision.image_size // vision.patch_size // merge) ** 2
+    if (stated := files.config.get("image_seq_length", tokens)) != tokens:
+        raise ConfigError(f"{where}: image_seq_length = {shortened(stated)}, but a tile becomes {tokens} tokens")
     return ModelConfig(
         **fields,
         feature_layers=(hf.vision_feature_layer,),

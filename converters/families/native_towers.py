@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from converters.families.family import HFConfig, prefixed
-from converters.families.values import activation, shortened, square_side
+from converters.families.values import activation, positive, shortened, square_side
 from converters.ops import Conv, Copy, Flat, Linear, Rule
 from lsg_jax.config import VisionConfig
 from lsg_jax.errors import ConfigError
@@ -114,6 +114,8 @@ def vision_config(family: Any, hf: HFConfig, where: str) -> VisionConfig:
     patch = square_side(hf.patch_size, f"{where}: patch_size")
     if hf.in_channels != 3:
         raise ConfigError(f"{where}: in_channels = {hf.in_channels}, only 3 is supported")
+    for name in ("num_heads", "depth", "spatial_merge_size", "num_position_embeddings"):
+        positive(getattr(hf, name, 1), f"{where}: {name}")
     if width % hf.num_heads or width // hf.num_heads % 4:
         raise ConfigError(f"{where}: {width} is not the width of {hf.num_heads} heads that turn with rows and columns")
     if getattr(hf, "head_dim", None) not in (None, width // hf.num_heads):

@@ -6,6 +6,7 @@ import re
 
 from converters.families import decoders, towers
 from converters.families.family import CheckpointFiles, Family, HFConfig
+from converters.families.values import positive
 from converters.families.whole import LAST_LAYER, common_fields, part_rules
 from converters.image_kinds import split_image_config
 from converters.ops import Linear, Rule
@@ -24,7 +25,7 @@ _PROJECTOR = (Rule("projector/linear_1/kernel", "multi_modal_projector.modality_
 def _model_config(hf: HFConfig, files: CheckpointFiles) -> ModelConfig:
     fields = common_fields(hf, files)
     vision = fields["vision"]
-    if (vision.image_size // vision.patch_size) % hf.scale_factor:
+    if (vision.image_size // vision.patch_size) % positive(hf.scale_factor, f"{files.where}: scale_factor"):
         raise ConfigError(f"{files.where}: scale_factor = {hf.scale_factor} does not divide the grid of patches")
     return ModelConfig(
         **fields,

@@ -29,6 +29,13 @@ def activation(name: str, where: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+def positive(value: Any, where: str) -> int:
+    """A whole number above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{where} = {shortened(value)} is no whole number above 0")
+    return value
+
+
 def square_side(value: Any, where: str) -> int:
     """The side of a square, which may be given as [height, width]."""
     sides = set(value) if isinstance(value, (list, tuple)) else {value}

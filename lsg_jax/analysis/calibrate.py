@@ -31,6 +31,7 @@ import numpy as np
 from lsg_jax.config import ModelConfig, to_dict
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import open_image
+from lsg_jax.data.record_shapes import RecordError
 from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import InputError
 from lsg_jax.methods.method_model import assemble
@@ -84,6 +85,10 @@ class Sample:
                 read.append(path)
             except InputError as error:
                 self.skipped.append(str(error))
+            except RecordError as error:
+                if error.reason != "image_size":
+                    raise
+                self.skipped.append(f"{path}: {error}")
             self.progress(done, len(self.paths), what)
             if len(pending) == size or (pending and done == len(self.paths)):
                 batch = self.vlm.pad_questions(*zip(*pending, *pending[:1] * (size - len(pending)), strict=True))

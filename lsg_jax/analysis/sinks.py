@@ -41,14 +41,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from lsg_jax.analysis.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_force, run_warnings, verdicts
 from lsg_jax.config import to_dict
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
+from lsg_jax.data.record_shapes import RecordError
 from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.keys import GROUPS
+from lsg_jax.look.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.multimodal import gather_any
 from lsg_jax.progress import Progress, silent
@@ -88,7 +89,7 @@ def find_sinks(
         raise InputError("there is no image to look at" if not images else f"max_new_tokens is {max_new_tokens}, below 0")
     vit, llm = _readings(vlm)
     seen, entries = [], {}
-    prepared = {name: _prepare(vlm, image) for name, image in images.items()}
+    prepared = {name: _prepare(vlm, name, image) for name, image in images.items()}
     for done, (name, (size, pixels)) in enumerate(prepared.items(), 1):
         encoded = vlm.processor.encode_question(prompt, image_sizes=(size,))
         batch, prompt_mask, answer = with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
@@ -122,9 +123,13 @@ def find_sinks(
     }
 
 
-def _prepare(vlm: VLM, image: Image.Image | bytes | str | Path) -> tuple[ImageSize, Pixels | None]:
+def _prepare(vlm: VLM, name: str, image: Image.Image | bytes | str | Path) -> tuple[ImageSize, Pixels | None]:
     """The size of the original image, and its pixels as the model takes them. Raises InputError if it cannot be read."""
     opened = image if isinstance(image, Image.Image) else open_image(image)
+    try:
+        vlm.processor.layouts([opened.size])
+    except RecordError as error:
+        raise InputError(f"{name}: {error}") from None
     return opened.size, vlm.processor.all_pixels([opened])
 
 

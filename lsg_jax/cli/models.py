@@ -28,10 +28,14 @@ def add(command: Command) -> None:
         "convert a Hugging Face checkpoint into a model folder",
         (
             "lsg convert llava-hf/llava-1.5-7b-hf models/llava15_7b --dtype bfloat16",
-            "lsg convert hf/embedded models/embedded --dtype float32",
+            "lsg convert embedded models/embedded --dtype float32",
         ),
     )
-    sub.add_argument("source", metavar="SOURCE", help="local folder in HF format or an original layout, or a Hub id")
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="local folder in HF format or an original layout, a Hub id, or `embedded`: the model that comes with the package",
+    )
     sub.add_argument("model", type=Path, metavar="MODEL", help="folder to write")
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
     sub.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub id")
@@ -100,10 +104,12 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from converters.convert import convert
+    from lsg_jax.quickstart import CHECKPOINT
 
+    own = options.source == "embedded" and not Path(options.source).exists()
     with progress_bar("convert") as progress:
         convert(
-            options.source,
+            CHECKPOINT if own else options.source,
             options.model,
             dtype=options.dtype,
             revision=options.revision,

@@ -31,7 +31,7 @@ def add(command: Command) -> None:
         "--programs",
         nargs="+",
         default=["train", "each", "sweep", "eval"],
-        choices=["forward", "train", "each", "sweep", "eval"],
+        choices=["forward", "train", "each", "sweep", "eval", "look"],
         help="default: train each sweep eval",
     )
     sub.add_argument(

@@ -35,7 +35,9 @@ def native_size(image_size: tuple[int, int], config: ModelConfig) -> tuple[int, 
     """
     width, height = image_size
     if max(image_size) > MAX_ASPECT * min(image_size):
-        raise InputError(f"an image of {width} x {height} pixels is too thin: this model takes aspects of up to {MAX_ASPECT}:1")
+        raise InputError(
+            f"an image of {width} x {height} pixels is too thin: this model takes aspects of up to {MAX_ASPECT}:1; crop it"
+        )
     unit, image = config.vision.patch_size * config.merge, config.image
     new_width, new_height = round(width / unit) * unit, round(height / unit) * unit
     if new_width * new_height > image.max_pixels:

@@ -96,7 +96,8 @@ def read_image_token(folder: Path, tokenizer: Any, stated_id: int, *, tag: str =
         InputError: `processor_config.json` cannot be read, or its image token is not text.
     """
     if tag != IMAGE_TAG:
-        return tokenizer.convert_ids_to_tokens(stated_id) or tag
+        named = (getattr(tokenizer, name, None) for name in ("context_image_token", "image_token"))  # InternVL has the first
+        return next(filter(None, named), None) or tokenizer.convert_ids_to_tokens(stated_id) or tag
     path = folder / PROCESSOR_FILE
     stated = _read_object(path).get("image_token") if path.is_file() else None
     if isinstance(stated, Mapping):  # an added token with its flags

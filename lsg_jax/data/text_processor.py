@@ -224,10 +224,14 @@ class TextProcessor:
         Raises:
             RecordError: `image_size`, the model takes no image of this size.
         """
-        try:
-            return [lay_out(size, self.model, alone=len(image_sizes) == 1) for size in image_sizes]
-        except InputError as error:
-            raise RecordError("image_size", str(error)) from None
+        found, alone = [], len(image_sizes) == 1
+        for number, size in enumerate(image_sizes, 1):
+            try:
+                found.append(lay_out(size, self.model, alone=alone))
+            except InputError as error:
+                which = "" if alone else f"image {number} of {len(image_sizes)}: "
+                raise RecordError("image_size", f"{which}{error}") from None
+        return found
 
     @property
     def square(self) -> ImageSize:

@@ -169,6 +169,17 @@ def read_gates(path: str | Path) -> PortableGates:
     return PortableGates(gate=config, sinks=sinks, parameters=from_torch_layout(layers), backbone=metadata.get("backbone", ""))
 
 
+def is_portable(path: Path) -> bool:
+    """Whether a file is one of `write_gates`, by its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
 def check_width(gates: PortableGates, text_hidden_size: int, num_layers: int) -> None:
     """Raises InputError for gates that do not fit the language model: another width, or a layer that it does not have."""
     if gates.width_in != text_hidden_size:

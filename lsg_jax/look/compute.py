@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from lsg_jax.analysis.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.checkpoint.processes import host_array
+from lsg_jax.config import SinkConfig
 from lsg_jax.data.images import opened_images
 from lsg_jax.errors import InputError
+from lsg_jax.look.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, Criterion, Look, relative_to, without_sinks
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.layers import layer_at
@@ -62,14 +63,14 @@ def look(
     }
     valid = np.asarray(whole.attention_mask)[0]
     places = _places(whole)[shown]
-    criteria, box, image = _criteria(vlm), *_boxes(vlm, pictures, seen["order"], shown)
+    criteria, box, image = _criteria(vlm), *boxes(vlm, pictures, seen["order"])
     return Look(
         prompt=prompt,
         answer=vlm.processor.decode(answer),
         tokens=pieces(vlm, answer),
         maps={name: made[name]() for name in dict.fromkeys(("raw", *maps))},
-        box=box,
-        image=image,
+        box=box[shown],
+        image=image[shown],
         v_sink=v_sink,
         l_sink=l_sink,
         v_value=mine("v_value"),
@@ -110,13 +111,13 @@ def _neutral(vlm: VLM, pictures: Sequence[Image.Image], room: int) -> np.ndarray
 
 
 def _criteria(vlm: VLM) -> dict[str, Criterion]:
-    readings = {stage: _reading(vlm, stage) for stage in ("vit", "llm")}
-    return {stage: Criterion(reading.criterion, reading.tau, reading.unknown) for stage, reading in readings.items()}
+    readings = {"vit": reading(vlm.config.sinks, "vit"), "llm": reading(vlm.config.sinks, "llm")}
+    return {stage: Criterion(each.criterion, each.tau, each.unknown) for stage, each in readings.items()}
 
 
-def _reading(vlm: VLM, stage: Any) -> Reading:
+def reading(sinks: SinkConfig, stage: Literal["vit", "llm"]) -> Reading:
     """The criterion in force."""
-    return next(reading for reading in side_by_side(vlm.config.sinks, stage) if reading.in_force)
+    return next(each for each in side_by_side(sinks, stage) if each.in_force)
 
 
 def _warnings(criteria: dict[str, Criterion], v_sink: np.ndarray, maps: Sequence[str]) -> list[str]:
@@ -130,17 +131,19 @@ def _warnings(criteria: dict[str, Criterion], v_sink: np.ndarray, maps: Sequence
     return warnings
 
 
-def _boxes(
-    vlm: VLM, pictures: Sequence[Image.Image], order: np.ndarray | None, shown: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes float32 [V, 4] and the numbers of the images int32 [V]."""
+def boxes(vlm: VLM, pictures: Sequence[Image.Image], order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes float32 [V, 4] of all image tokens of a prompt, and the images int32 [V] that they show.
+
+    Args:
+        order: `ConnectorTokens.order`, of a method that moves tokens.
+    """
     layouts = vlm.processor.layouts([picture.size for picture in pictures])
     own = [layout.source[:, 0] >= 0 for layout in layouts]
     box = np.concatenate([layout.box[mine] for layout, mine in zip(layouts, own, strict=True)])
     image = np.repeat(np.arange(len(layouts), dtype=np.int32), [int(mine.sum()) for mine in own])
     if order is not None:
         box, image = box[order[: len(box)]], image[order[: len(box)]]
-    return box[shown], image[shown]
+    return box, image
 
 
 def _observed(vlm: VLM, batch: Batch, count: int, layers: Layers) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def _observed(vlm: VLM, batch: Batch, count: int, layers: Layers) -> dict[str, A
     start = batch.input_ids.shape[1] - count  # of the answer; the position before it predicts its first token
     rows = np.arange(start - 1, start - 1 + count, dtype=np.int32)[None]
     prompt = np.asarray(batch.attention_mask) & (np.arange(batch.input_ids.shape[1]) < start)
-    vit, llm = _reading(vlm, "vit"), _reading(vlm, "llm")
+    vit, llm = reading(vlm.config.sinks, "vit"), reading(vlm.config.sinks, "llm")
     found = observe(vlm.params, batch, rows, places.astype(np.int32), prompt, vlm.graphdef, vit, llm, layers)
     return jax.tree.map(host_array, found)
 

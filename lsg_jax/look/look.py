@@ -180,8 +180,7 @@ def without_sinks(raw: Floats, sinks: NDArray[np.bool_]) -> Floats:
 
 def relative_to(raw: Floats, neutral: Floats) -> Floats:
     """raw [A, L, ..., V] over neutral [L, ..., V], of which less than `SMALLEST` counts as that."""
-    quotient: Floats = raw / np.maximum(neutral, SMALLEST)
-    return quotient
+    return np.asarray(raw / np.maximum(neutral, SMALLEST), np.float32)
 
 
 def _cover(start: float, stop: float, cells: int) -> tuple[slice, NDArray[np.float64]]:

@@ -26,6 +26,7 @@ from lsg_jax.plan.programs import (
     eval_answers,
     eval_prompts,
     forward_program,
+    look_program,
     sweep_cells,
     sweep_prompts,
     train_program,
@@ -38,7 +39,7 @@ from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import answering_mesh, batch_rows, make_mesh
 
-PROGRAMS = ("forward", "train", "each", "sweep", "eval")
+PROGRAMS = ("forward", "train", "each", "sweep", "eval", "look")
 DEFAULT_PROGRAMS = ("train", "each", "sweep", "eval")
 TRAINING = ("forward", "train", "each")  # programs of a training batch: their FLOPs are given in units of its forward pass
 POLICIES: tuple[Remat, ...] = tuple(REMAT)  # type: ignore[arg-type]
@@ -116,7 +117,7 @@ class _Slice:
 
     def plan(self) -> SlicePlan:
         for name in self.settings.programs:
-            {"forward": self.forward, "train": self.train, "each": self.each, "sweep": self.sweep, "eval": self.eval}[name]()
+            getattr(self, name)()
         return SlicePlan(
             topology=self.topology,
             training_mesh=dict(self.training_mesh.shape),
@@ -203,6 +204,11 @@ class _Slice:
         prompts = eval_prompts(self.config, self.model, self.answering_mesh, max_new_tokens=tokens, dtype=self.dtype)
         self.in_turn(prompts, lambda compiled: eval_answers(prompts, compiled))
 
+    def look(self) -> None:
+        tokens = self.assumed.max_new_tokens
+        program = look_program(self.config, self.model, self.answering_mesh, max_new_tokens=tokens, dtype=self.dtype)
+        self.measured.append(self.run(program))
+
     def in_turn(self, prompts: Program, then: Callable[[Compiled], Program]) -> None:
         """Measures a program, and the one that takes its outputs."""
         first, compiled = self.compile(prompts, f"{prompts.name}, {prompts.rows} questions")
@@ -240,6 +246,8 @@ class _Slice:
             ways += [f"train.accumulate = {2 * self.config.train.accumulate}", "a smaller batch"] if per_chip > 1 else []
         elif found.program.startswith("eval"):
             ways = ["a smaller eval.batch_size"] if self.config.eval.batch_size > 1 else []
+        elif found.program == "look":
+            ways = ["a shorter answer"]
         else:
             ways = ["fewer coefficients at a time"]
         return ", or ".join(filter(None, [*ways, "more chips"]))

@@ -17,6 +17,7 @@ from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
 from lsg_jax.config import GateConfig, ModelConfig
 from lsg_jax.data.layout import longest_layout, most_patches, most_tiles, tile_bucket
 from lsg_jax.errors import ConfigError
+from lsg_jax.look.compute import observe, reading
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method import BASE, Method
 from lsg_jax.methods.method_model import TRAINED, abstract_model, assemble
@@ -174,6 +175,29 @@ def sweep_cells(
         rows=prompts.rows * len(coefficients),
         parts={"weights": params, "prompt passes": shared},
         trips={"decode_greedily": max_new_tokens - 1, "resume": (model.text.num_layers - 1) / 2},
+    )
+
+
+def look_program(
+    config: RunConfig, model: ModelConfig, mesh: Mesh, *, max_new_tokens: int, dtype: Any = jnp.bfloat16
+) -> Program:
+    """The pass of `vlm.look` over one question with the largest image and its answer, without a method."""
+    graphdef, params = _sharded_model(model, mesh, dtype=dtype)
+    longest = config.eval.max_length
+    tiles, patches = tile_bucket(most_tiles(model, longest)), most_patches(model, longest)
+    length = prompt_tokens(model, longest) + max_new_tokens
+    given = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+    one_row = abstract_batch(model, mesh, 1, length, tiles=tiles, patches=patches)
+    batch = jax.tree.map(lambda leaf: given(leaf.shape, leaf.dtype), one_row)
+    visual = int((longest_layout(model, longest).source[:, 0] >= 0).sum())
+    rows, places = given((1, max_new_tokens), jnp.int32), given((visual,), jnp.int32)
+    return Program(
+        name="look",
+        function=observe,
+        arguments=(params, batch, rows, places, given((1, length), jnp.bool_)),
+        static=(graphdef, reading(model.sinks, "vit"), reading(model.sinks, "llm"), ()),
+        rows=1,
+        parts={"weights": params, "batch": batch},
     )
 
 

@@ -1,14 +1,18 @@
-"""Draws the sinks of an image onto the original image."""
+"""Draws sinks and maps of attention onto the original image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 V_SINK = (230, 97, 0)  # orange and blue can be told apart with any of the common colour deficiencies
 L_SINK = (26, 133, 255)
+
+MAP_STRENGTH = 0.9
+"""Share of the map's colour in the brightest place of a picture; the rest is the picture."""
 
 Box = Sequence[float]
 """x0, y0, x1, y1 in units of the image's width and height."""
@@ -33,6 +37,26 @@ def draw_sinks(image: Image.Image, sinks: Mapping[str, Any], *, side: int = 672)
     for patch in l_sinks(sinks):
         _frame(pen, drawn.size, sinks["boxes"][patch], L_SINK, inset=0.2)
     return drawn
+
+
+def draw_map(picture: Image.Image, values: np.ndarray, *, peak: float | None = None) -> Image.Image:
+    """Colours a picture by a map: grey and dark where there is little, from purple to yellow where there is much.
+
+    Args:
+        picture: the original image.
+        values: float32 [height, width], not negative; the result has this size.
+        peak: the value that is drawn brightest; None for the largest.
+    """
+    import matplotlib
+
+    height, width = values.shape
+    grey = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    top = float(values.max(initial=0.0)) if peak is None else peak
+    share = np.clip(values / top, 0.0, 1.0) if top > 0 else np.zeros_like(values)
+    colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * share)[..., :3]
+    weight = MAP_STRENGTH * share[..., None] ** 0.7  # weak values, which most of a picture has, are seen too
+    drawn = (1 - weight) * (0.15 + 0.65 * grey[..., None]) + weight * colour
+    return Image.fromarray((255 * drawn).round().astype(np.uint8))
 
 
 def l_sinks(sinks: Mapping[str, Any]) -> list[int]:

@@ -17,7 +17,7 @@ from lsg_jax.cli import main
 from lsg_jax.config import GateConfig, SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.gating.gate import SinkGate
-from lsg_jax.gating.portable import PortableGates, read_gates, to_torch_layout
+from lsg_jax.gating.portable import PortableGates, read_gates, to_torch_layout, write_gates
 
 # ---------------------------------------------------------------------------------------------- against plain torch modules
 
@@ -250,6 +250,12 @@ def test_other_contents_are_refused(tmp_path, monkeypatch, content, message):
         import_gates("gates.pt", layers=(10,))
     assert "\n" not in str(caught.value) and "gates.pt" in str(caught.value)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_portable_file_is_not_imported_again(tmp_path):
+    write_gates(tmp_path / "own.safetensors", make_gates((1, 3)))
+    with pytest.raises(InputError, match=r"a portable gate file already, .* use it as it is, with --gates"):
+        import_gates(tmp_path / "own.safetensors")
 
 
 def test_a_tensor_within_a_gate_can_be_left_out(tmp_path):

@@ -114,9 +114,10 @@ def lsg_plan(capfd, tmp_path, tiny_hf_folder, monkeypatch):
 
 
 def test_a_compiled_plan(lsg_plan):
-    result, text, err = lsg_plan("--topology", "v5e:2x2", "--programs", "forward")
-    assert err == "v5e:2x2, forward, 8 rows: compiling\n"
-    (forward,) = result["topologies"][0]["programs"]
+    result, text, err = lsg_plan("--topology", "v5e:2x2", "--programs", "forward", "look")
+    assert err == "v5e:2x2, forward, 8 rows: compiling\nv5e:2x2, look, 1 rows: compiling\n"
+    forward, look = result["topologies"][0]["programs"]
+    assert look["fits"] and look["flops"] > 0 and "times_forward" not in look
     memory, seconds = forward["memory_gib"], forward["seconds"]
     assert forward["fits"] and memory["peak"] == pytest.approx(sum(memory.values()) - memory["peak"] - memory["host"])
     assert forward["times_forward"] == pytest.approx(1.0, rel=0.02)

@@ -1,0 +1,48 @@
+"""The command `lsg explore`: where the model looks, as a page on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lsg_jax.cli.options import Command, gate_options, load_model, template_option
+
+PORT = 8411
+
+
+def add(command: Command) -> None:
+    """Adds the command."""
+    sub = command(
+        "explore",
+        _explore,
+        "a page on 127.0.0.1: ask about images, see where the model looks, scale its sinks",
+        ("lsg explore lsg-quickstart/model", "lsg explore lsg-quickstart/model --gates lsg-quickstart/run --open"),
+    )
+    sub.add_argument("model", type=Path, metavar="MODEL")
+    template_option(sub)
+    gate_options(sub)
+    sub.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer; default: %(default)s")
+    sub.add_argument("--port", type=int, default=PORT, metavar="P", help="0: any free one; default: %(default)s")
+    sub.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def _explore(options: argparse.Namespace) -> None:
+    from lsg_jax.cli.compile_cache import use_compile_cache
+    from lsg_jax.errors import InputError
+    from lsg_jax.look.asking import Asker
+    from lsg_jax.look.server import ADDRESS, Explorer, bind, make_app, serve
+
+    if options.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
+    with bind(options.port) as listening:
+        use_compile_cache()
+        asker = Asker(load_model(options), max_new_tokens=options.max_new_tokens)
+        gates = Path(options.gates).name if options.gates else ""
+        app = make_app(Explorer(asker, name=options.model.resolve().name, gates=gates))
+        url = f"http://{ADDRESS}:{listening.getsockname()[1]}/"
+        print(url, flush=True)
+        if options.open:
+            import webbrowser
+
+            webbrowser.open(url)
+        serve(app, listening)

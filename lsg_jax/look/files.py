@@ -1,0 +1,165 @@
+"""The folder that `Look.save` writes: the page, pictures with their maps, a figure by layer, and the numbers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lsg_jax.files import check_only, write_atomic, write_json
+from lsg_jax.look.look import Floats, Look
+from lsg_jax.look.page import page_html
+from lsg_jax.report.drawing import LOOKS, render
+from lsg_jax.report.overlay import draw_map, draw_sinks
+
+FORMAT = "lsg-look-1"
+TITLES = {"raw": "attention", "no_sinks": "without sinks", "relative": "over a neutral prompt"}
+COLUMNS = ("layer", "visual", "v_sink", "l_sink", "ordinary")
+GROUPS = COLUMNS[2:]
+ACROSS = 8  # layers in a row of the figure
+KNOWN = frozenset({"look.json", "maps.npz", "look.html", "layers.csv", "layers.svg", "layers.png"})
+
+
+def write_look(look: Look, folder: Path) -> None:
+    """Writes a folder; look.json comes last. Maps in pictures are means over answer tokens, layers and heads.
+
+    look.html           the page: tokens, layers, heads and sinks to choose from
+    look.json           what `as_json` returns
+    maps.npz            the maps of every head, float32 [A, L, N, V] each
+    layers.csv .svg .png    each layer's map, and shares of its attention: all visual tokens, V-sinks, L-sinks, the rest
+    1.raw.png ...       image and map, by number of the image; 1.sinks.png marks the sinks
+
+    Raises:
+        InputError: the folder holds files of another kind.
+    """
+    pictures = {}
+    for number, picture in enumerate(look.pictures, 1):
+        for name in look.maps:
+            pictures[f"{number}.{name}.png"] = draw_map(picture, look.on_picture(_mean_map(look, name), number - 1, side=672))
+        pictures[f"{number}.sinks.png"] = draw_sinks(picture.convert("RGB"), _marked(look, number - 1))
+    known = KNOWN.union(f"{number}.{name}.png" for number in range(1, 100) for name in (*TITLES, "sinks"))
+    check_only(folder, known, "lsg look")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "look.json").unlink(missing_ok=True)  # an interrupted command leaves no numbers beside other pictures
+    for left in known - pictures.keys() - KNOWN:  # of an earlier look at more images
+        (folder / left).unlink(missing_ok=True)
+    write_atomic(folder / "look.html", page_html(look).encode())
+    for name, drawn in pictures.items():
+        write_atomic(folder / name, png(drawn))
+    maps = io.BytesIO()
+    np.savez_compressed(maps, **dict(look.maps))  # type: ignore[arg-type]
+    write_atomic(folder / "maps.npz", maps.getvalue())
+    draw_layers(look, folder / "layers")
+    write_json(folder / "look.json", as_json(look), sort_keys=False)
+
+
+def as_json(look: Look) -> dict[str, Any]:
+    """The numbers of a look as plain data: maps as means over heads [A][L][V], the rest as in `Look`; NaN becomes null."""
+    plain = lambda values: [[None if np.isnan(v) else round(float(v), 5) for v in row] for row in np.atleast_2d(values)]
+    return {
+        "format": FORMAT,
+        "prompt": look.prompt,
+        "answer": look.answer,
+        "tokens": look.tokens,
+        "sizes": [list(size) for size in look.sizes],
+        "criteria": {stage: {"criterion": c.name, "tau": c.tau, "unknown": c.unknown} for stage, c in look.criteria.items()},
+        "boxes": [[round(float(edge), 6) for edge in box] for box in look.box],
+        "images": look.image.tolist(),
+        "v_sinks": np.flatnonzero(look.v_sink).tolist(),
+        "l_sinks": [np.flatnonzero(layer).tolist() for layer in look.l_sink],
+        "v_values": plain(look.v_value)[0],
+        "l_values": plain(look.l_value),
+        "maps": {
+            name: [[[float(f"{v:.5g}") for v in layer] for layer in token] for token in look.over_heads(name)]
+            for name in look.maps
+        },
+        "shares": shares(look),
+        "warnings": list(look.warnings),
+    }
+
+
+def shares(look: Look) -> list[dict[str, Any]]:
+    """Shares of all attention by layer, means over answer tokens and heads: rows of COLUMNS."""
+    raw = look.over_heads("raw").mean(0) if look.tokens else np.zeros_like(look.l_value)
+    rows = []
+    for layer, values in enumerate(raw):
+        masks = {"v_sink": look.v_sink, "l_sink": look.l_sink[layer], "ordinary": ~(look.v_sink | look.l_sink[layer])}
+        of_groups = {group: round(float(values[mask].sum()), 6) for group, mask in masks.items()}
+        rows.append({"layer": layer, "visual": round(float(values.sum()), 6), **of_groups})
+    return rows
+
+
+def draw_layers(look: Look, stem: Path, *, image: int = 0) -> list[Path]:
+    """The maps of each layer on one image, means over answer tokens and heads, and the shares of attention below."""
+    rows, names = shares(look), list(look.maps)
+    lines = -(-len(rows) // ACROSS)
+    across = min(ACROSS, len(rows))
+    width, height = look.sizes[image]
+    cell = 7.2 / across
+    tall = min(cell * height / width, 2 * cell)
+
+    def paint(figure: Any) -> None:
+        top, bottom = figure.subfigures(2, 1, height_ratios=(lines * len(names) * (tall + 0.12), 1.4))
+        panels = top.subplots(lines * len(names), across, squeeze=False)
+        for index in np.ndindex(panels.shape):
+            panels[index].set_axis_off()
+        for which, name in enumerate(names):
+            values = look.over_heads(name).mean(0) if look.tokens else np.zeros_like(look.l_value)
+            for layer, of_layer in enumerate(values):
+                line, column = divmod(layer, across)
+                panel = panels[line * len(names) + which, column]
+                panel.imshow(
+                    draw_map(look.pictures[image], look.on_picture(of_layer, image, side=160)), interpolation="nearest"
+                )
+                panel.set_title(f"layer {layer}" if which == 0 else "", fontsize=7, pad=2)
+                if column == 0:
+                    panel.text(
+                        -0.06,
+                        0.5,
+                        TITLES[name].replace("a n", "a\nn"),
+                        rotation=90,
+                        va="center",
+                        ha="right",
+                        fontsize=7,
+                        transform=panel.transAxes,
+                    )
+        _paint_shares(bottom.subplots(), rows)
+
+    size = (7.2, lines * len(names) * (tall + 0.12) + 1.5)
+    return render(stem, rows, COLUMNS, size, paint)
+
+
+def _paint_shares(axes: Any, rows: list[dict[str, Any]]) -> None:
+    below = np.zeros(len(rows))
+    for group in GROUPS:
+        heights = np.array([100 * row[group] for row in rows])
+        layers, drawn = [row["layer"] for row in rows], LOOKS[group]
+        axes.bar(layers, heights, bottom=below, color=drawn.colour, hatch=drawn.hatch, label=drawn.label, edgecolor="white")
+        below += heights
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("% of attention")
+    axes.legend(ncols=len(GROUPS), loc="upper right", bbox_to_anchor=(1.0, 1.35))
+
+
+def _mean_map(look: Look, name: str) -> Floats:
+    """float32 [V], the mean over answer tokens, layers and heads; zeros for an empty answer."""
+    if not look.tokens:
+        return np.zeros(len(look.box), np.float32)
+    return np.asarray(look.over_heads(name).mean((0, 1)), np.float32)
+
+
+def _marked(look: Look, image: int) -> dict[str, Any]:
+    """What `draw_sinks` takes, for one of the images."""
+    own = look.image == image
+    of = lambda mask: np.flatnonzero(mask & own).tolist()
+    return {"boxes": look.box.tolist(), "v_sinks": of(look.v_sink), "l_sinks": [of(layer) for layer in look.l_sink]}
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    out = io.BytesIO()
+    image.save(out, "png", optimize=True)
+    return out.getvalue()

@@ -1,0 +1,276 @@
+"""The page of `lsg explore` on 127.0.0.1: pictures and questions in, looks out. Nothing is fetched and nothing is written."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import secrets
+import socket
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lsg_jax.data.images import MAX_PIXELS, open_image
+from lsg_jax.errors import BusyError, ConfigError, InputError, LsgError
+from lsg_jax.look.asking import Asker, Worker
+from lsg_jax.look.examples import examples
+from lsg_jax.look.guard import MAX_JSON_BYTES, OwnPageOnly, bounded_body
+from lsg_jax.look.look import Look
+from lsg_jax.look.page import asset, in_script, page_html, templates, view_script
+from lsg_jax.look.page_data import head_data, look_data, picture_data
+
+logger = logging.getLogger(__name__)
+
+ADDRESS = "127.0.0.1"
+MAX_BODY_BYTES = 64 << 20
+KEPT_PICTURES, KEPT_LOOKS = 16, 4  # a look of a 7B model may take some hundred MB
+MAX_PICTURES, MAX_SIDES, MAX_PROMPT = 8, 2, 20_000
+WAITING = 16
+STATE = {"token": 0.0, "layer": 0.0, "head": -1.0, "opacity": 0.0}  # smallest values of what a saved page may start with
+
+
+class Kept(OrderedDict[str, Any]):
+    """The newest things by a random name, as long as there are at most `count` and they cost at most `budget` together."""
+
+    def __init__(self, count: int, cost: Callable[[Any], float] = lambda thing: 0.0, budget: float = math.inf):
+        super().__init__()
+        self.count, self.cost, self.budget = count, cost, budget
+
+    def add(self, thing: Any) -> str:
+        """Keeps one more, and returns its name."""
+        name = secrets.token_urlsafe(12)
+        self[name] = thing
+        while len(self) > self.count or (len(self) > 1 and sum(map(self.cost, self.values())) > self.budget):
+            self.popitem(last=False)
+        return name
+
+    def get_one(self, name: Any, what: str) -> Any:
+        """The thing of this name. InputError if it is not kept, or no longer."""
+        if not isinstance(name, str) or name not in self:
+            raise InputError(f"this {what} is no longer held")
+        self.move_to_end(name)
+        return self[name]
+
+
+class Explorer:
+    """What the endpoints do; `app` has them."""
+
+    def __init__(self, asker: Asker, *, name: str, gates: str = ""):
+        self.asker, self.name, self.gates = asker, name, gates
+        self.worker = Worker(waiting=WAITING)
+        self.pictures = Kept(KEPT_PICTURES, lambda picture: picture.width * picture.height, MAX_PIXELS)
+        self.looks = Kept(KEPT_LOOKS)
+        self.uploading = asyncio.Lock()  # one upload at a time bounds the memory of bodies and decoders
+
+    async def page(self, request: Request) -> Response:
+        """The page itself, with what it must know of the model."""
+        model = {
+            "layers": self.asker.config.text.num_layers,
+            "methods": self.asker.titles,
+            "examples": [{"prompt": example.prompt} for example in examples()],
+            "maxPictures": MAX_PICTURES,
+            "maxBytes": MAX_BODY_BYTES,
+        }
+        page = templates().get_template("explore.html.j2")
+        return HTMLResponse(page.render(name=self.name, gates=self.gates, model=in_script(model)))
+
+    async def script(self, request: Request) -> Response:
+        """All scripts of the page."""
+        return Response(view_script() + asset("explore.js"), media_type="text/javascript")
+
+    async def style(self, request: Request) -> Response:
+        """The style of the page."""
+        return Response(asset("page.css") + asset("explore.css"), media_type="text/css")
+
+    async def example(self, request: Request) -> Response:
+        """The picture of one example, as PNG."""
+        number = request.path_params["number"]
+        if number >= len(examples()):
+            return PlainTextResponse("there is no such example", 404)
+        return Response(examples()[number].png, media_type="image/png")
+
+    async def add_picture(self, request: Request) -> Response:
+        """Takes an image file as the body, and returns its name, its size and what the model sees of it."""
+        async with self.uploading:
+            data = await bounded_body(request, MAX_BODY_BYTES)
+            picture, shown = await run_in_threadpool(_opened, data)
+        return JSONResponse({"id": self.pictures.add(picture), **shown})
+
+    async def ask(self, request: Request) -> Response:
+        """Takes {pictures: [id], prompt, sides: [{method, coefficients}]}; streams lines of JSON.
+
+        {"state": "waiting", "compiling" or "answering", "side": i}, {"side": i, "id": name, "look": look_data}
+        or {"error": line}.
+        """
+        asked = await _json(request)
+        pictures, sides = asked.get("pictures"), asked.get("sides")
+        if not isinstance(pictures, list) or not 1 <= len(pictures) <= MAX_PICTURES:
+            raise InputError(f"there is no picture: add one, and at most {MAX_PICTURES}")
+        prompt = asked.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:
+            raise InputError(f"there is no question: write one, of at most {MAX_PROMPT:,} characters")
+        if not isinstance(sides, list) or not 1 <= len(sides) <= MAX_SIDES or not all(isinstance(each, dict) for each in sides):
+            raise InputError(f"sides: give 1 to {MAX_SIDES} methods")
+        opened = [self.pictures.get_one(name, "picture") for name in pictures]
+        lines = self._answers(opened, prompt.strip(), sides)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    async def _answers(self, pictures: Sequence[Image.Image], prompt: str, sides: Sequence[dict]) -> AsyncIterator[str]:
+        """The lines of `ask`. A reader who leaves takes back what has not begun."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None]()
+
+        def tell(event: dict[str, Any] | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def answer() -> None:
+            for index, side in enumerate(sides):
+                report = lambda state, index=index: tell({"state": state, "side": index})
+                look = self.asker.look(side.get("method", ""), side.get("coefficients"), pictures, prompt, report)
+                data = look_data(look, self.asker.titles[side["method"]] if len(self.asker.titles) > 1 else "")
+                tell({"side": index, "id": self.looks.add(look), "look": data})
+
+        def finish(future: Future[None]) -> None:
+            if not future.cancelled() and (error := future.exception()) is not None:
+                tell({"error": one_line(error)})
+            tell(None)
+
+        try:
+            future = self.worker.submit(answer)
+        except InputError as error:
+            yield _line({"error": str(error)})
+            return
+        yield _line({"state": "waiting", "side": 0})
+        future.add_done_callback(finish)
+        try:
+            while (event := await events.get()) is not None:
+                yield _line(event)
+        finally:
+            future.cancel()
+
+    async def head(self, request: Request) -> Response:
+        """The maps of one token, layer and head of a look that the page holds means of only."""
+        query = request.query_params
+        look: Look = self.looks.get_one(query.get("look"), "answer")
+        try:
+            token, layer, head = (int(query[name]) for name in ("token", "layer", "head"))
+        except (KeyError, ValueError):
+            raise InputError("token, layer and head: give whole numbers") from None
+        return JSONResponse(head_data(look, token, layer, head))
+
+    async def save(self, request: Request) -> Response:
+        """Takes {looks: [id], state}; returns the page that needs no server."""
+        asked = await _json(request)
+        names = asked.get("looks")
+        if not isinstance(names, list) or not 1 <= len(names) <= MAX_SIDES:
+            raise InputError(f"looks: name 1 to {MAX_SIDES} answers")
+        looks, titles = [self.looks.get_one(name, "answer") for name in names], asked.get("titles")
+        titles = [str(title) for title in titles[: len(looks)]] if isinstance(titles, list) else []
+        page = await run_in_threadpool(partial(page_html, *looks, titles=titles, state=saved_state(asked.get("state"))))
+        return HTMLResponse(page, headers={"content-disposition": 'attachment; filename="look.html"'})
+
+
+def make_app(explorer: Explorer) -> Starlette:
+    """The ASGI application."""
+    routes = [
+        Route("/", explorer.page),
+        Route("/explore.js", explorer.script),
+        Route("/explore.css", explorer.style),
+        Route("/examples/{number:int}.png", explorer.example),
+        Route("/pictures", explorer.add_picture, methods=["POST"]),
+        Route("/ask", explorer.ask, methods=["POST"]),
+        Route("/head", explorer.head),
+        Route("/save", explorer.save, methods=["POST"]),
+    ]
+    handlers: dict[Any, Any] = {InputError: _refused, ConfigError: _refused, Exception: _failed}
+    return Starlette(routes=routes, middleware=[Middleware(OwnPageOnly)], exception_handlers=handlers)
+
+
+def bind(port: int) -> socket.socket:
+    """A socket that listens on 127.0.0.1; port 0 takes any that is free. BusyError if the port is taken."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port {port}: give a number from 0, for any free port, to 65535")
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((ADDRESS, port))
+        found.listen()  # who asks before the model is open waits
+    except OSError as error:
+        found.close()
+        hint = "choose another with --port, or any free one by --port 0"
+        raise BusyError(f"port {port} of {ADDRESS}: {error.strerror}; {hint}") from None
+    return found
+
+
+def serve(app: Starlette, listening: socket.socket) -> None:
+    """Answers until Ctrl-C."""
+    import uvicorn
+
+    # its log would have a traceback for each error that `_failed` has reported, and for each answer that Ctrl-C cuts off
+    config = uvicorn.Config(
+        app, log_level="critical", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=1, server_header=False
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def one_line(error: BaseException) -> str:
+    """What the page says of an error. The reason of one that is nobody's input goes to the terminal: it may name paths."""
+    if isinstance(error, LsgError):
+        return " ".join(str(error).split())
+    logger.error("lsg explore: %s: %s", type(error).__name__, " ".join(str(error).split())[:500])
+    return f"the model failed ({type(error).__name__}): the terminal says why"
+
+
+def saved_state(state: Any) -> dict[str, Any]:
+    """What of a page's choices goes into a saved one: numbers within bounds, known names."""
+    given = state if isinstance(state, dict) else {}
+    kept: dict[str, Any] = {
+        name: int(given[name])
+        for name, low in STATE.items()
+        if isinstance(given.get(name), int | float) and low <= given[name] < 1e6
+    }
+    kept |= {name: given[name] for name in ("v", "l") if isinstance(given.get(name), bool)}
+    known = {"map": ("raw", "no_sinks", "relative"), "chart": ("visual", "sinks")}
+    return kept | {name: given[name] for name, values in known.items() if given.get(name) in values}
+
+
+def _opened(data: bytes) -> tuple[Image.Image, dict[str, Any]]:
+    picture = open_image(data)
+    return picture, picture_data([picture])[0]
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(event, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    data = await bounded_body(request, MAX_JSON_BYTES)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InputError("this is no JSON object")
+    return value
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": one_line(error)}, 400)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": one_line(error)}, 500)

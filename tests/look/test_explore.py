@@ -1,0 +1,282 @@
+"""The server of `lsg explore`: whom it answers, what it refuses, and that it goes on; answers are made up, see explored.py."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import jax
+import numpy as np
+import pytest
+from broken_images import file_of, odd_pictures, uploads
+from explored import HEADS, HOSTILE, LAYERS, MadeAsker
+from PIL import Image
+from starlette.testclient import TestClient
+
+import lsg_jax
+from lsg_jax.cli import main
+from lsg_jax.config import SinkConfig
+from lsg_jax.errors import InputError
+from lsg_jax.look import server
+from lsg_jax.look.asking import Asker
+from lsg_jax.look.look import NEUTRAL_PROMPT
+from lsg_jax.look.server import Explorer, bind, make_app
+from lsg_jax.methods.fixed import Fixed, FixedConfig
+
+URL = "http://127.0.0.1:8411"
+OURS = {"origin": URL}
+
+
+@pytest.fixture
+def asker():
+    return MadeAsker()
+
+
+@pytest.fixture
+def explorer(asker):
+    return Explorer(asker, name="tiny")
+
+
+@pytest.fixture
+def client(explorer):
+    return TestClient(make_app(explorer), base_url=URL, headers=OURS, raise_server_exceptions=False)
+
+
+def upload(client, data=None):
+    answer = client.post("/pictures", content=file_of("PNG") if data is None else data)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["id"]
+
+
+def ask(client, **fields):
+    """The lines of an answer."""
+    question = {"pictures": fields.pop("pictures", None) or [upload(client)], "prompt": "What?", "sides": [{"method": "base"}]}
+    answer = client.post("/ask", json=question | fields)
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def one_line(text):
+    """The error of an answer, of which nothing of this machine can be read."""
+    line = json.loads(text)["error"]
+    assert line and "\n" not in line and len(line) < 300
+    assert not re.search(r"Traceback|\.py|/home|/tmp|/usr|site-packages| at 0x", line), line
+    return line
+
+
+def test_a_question(client, asker):
+    *states, look = ask(client, prompt="  What <b>?  ", sides=[{"method": "coefficients", "coefficients": [[2, 1]] * LAYERS}])
+    assert [line["state"] for line in states] == ["waiting", "compiling", "answering"]
+    assert asker.asked == [("coefficients", [[2, 1]] * LAYERS, [(40, 30)], "What <b>?")]
+    data = look["look"]
+    assert (data["title"], data["answer"], data["layers"], data["heads"]) == ("Coefficients", HOSTILE, LAYERS, HEADS)
+    head = client.get("/head", params={"look": look["id"], "token": 1, "layer": 2, "head": 3}).json()
+    assert set(head) == {"raw", "no_sinks", "relative"}
+    for wrong in ({"layer": LAYERS}, {"head": "x"}, {"token": -1}, {"look": "other"}):
+        one_line(client.get("/head", params={"look": look["id"], "token": 1, "layer": 2, "head": 3} | wrong).text)
+
+
+def test_two_methods_of_several_pictures(client):
+    looks = [line for line in ask(client, pictures=[upload(client), upload(client)],
+                                  sides=[{"method": "base"}, {"method": "coefficients", "coefficients": [[1, 1]] * LAYERS}])
+             if "look" in line]  # fmt: skip
+    assert [line["side"] for line in looks] == [0, 1] and set(looks[0]["look"]["image"]) == {0, 1}
+    page = client.post("/save", json={"looks": [line["id"] for line in looks], "titles": ["<i>", "B"], "state": {"layer": 2}})
+    assert page.headers["content-disposition"].startswith("attachment") and "<i>" not in page.text
+    assert page.text.count("data:image/") == 2 and HOSTILE not in page.text and '"layer":2' in page.text
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example:8411"}, {"host": "127.0.0.1:80"}, {"host": "127.0.0.1"}, {"host": "0.0.0.0:8411"}, {"host": ""},
+        {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "http://127.0.0.1:9000"}, {"origin": "https://127.0.0.1:8411"},
+        {"origin": ""}, {"origin": "http://localhost:8411"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
+    ],
+)  # fmt: skip
+def test_other_sites_are_refused(client, asker, headers):
+    for path in ("/pictures", "/ask", "/save"):
+        answer = client.post(path, content=file_of("PNG"), headers=headers)
+        assert answer.status_code == 403 and "\n" not in answer.text
+    if "origin" not in headers:
+        for path in ("/explore.js", "/examples/0.png", "/head"):
+            assert client.get(path, headers=headers).status_code == 403
+    assert not asker.asked
+
+
+def test_the_page_may_be_linked_to_and_loads_nothing_from_elsewhere(client):
+    linked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    page = client.get("/", headers=linked)
+    assert page.status_code == 200 and client.get("/", headers=linked | {"sec-fetch-mode": "no-cors"}).status_code == 403
+    assert client.get("/", headers={"host": "localhost:8411"}).status_code == 200
+    policy = page.headers["content-security-policy"]
+    assert (
+        "default-src 'none'" in policy
+        and "frame-ancestors 'none'" in policy
+        and "http" not in policy
+        and "unsafe" not in policy
+    )
+    files = [client.get(path) for path in ("/", "/explore.js", "/explore.css")]
+    assert not any(re.search(r"https?://|//cdn|@import", file.text) for file in files)
+    assert all(file.headers["x-content-type-options"] == "nosniff" for file in files)
+    assert sum(len(file.content) for file in files) < 300_000
+    assert client.get("/examples/0.png").headers["content-type"] == "image/png"
+    assert client.get("/examples/99.png").status_code == client.get("/../pyproject.toml").status_code == 404
+
+
+def test_broken_uploads_give_a_line_and_the_page_goes_on(client, explorer):
+    refused, cases = 0, list(uploads())
+    for name, data in cases:
+        answer = client.post("/pictures", content=data)
+        assert answer.status_code in (200, 400), (name, answer.text)
+        if answer.status_code == 400:
+            assert one_line(answer.text), name
+            refused += 1
+    assert len(cases) >= 200 and refused > 0.8 * len(cases)  # a damaged file may still hold a picture
+    assert len(explorer.pictures) <= server.KEPT_PICTURES
+    assert "look" in ask(client)[-1]
+
+
+def test_odd_modes_are_read(client):
+    for name, data in odd_pictures():
+        assert "look" in ask(client, pictures=[upload(client, data)])[-1], name
+
+
+def test_bodies_are_bounded(client, monkeypatch):
+    monkeypatch.setattr(server, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(server, "MAX_JSON_BYTES", 1000)
+    for path in ("/pictures", "/ask", "/save"):
+        for content in (b"x" * 1001, iter([b"x" * 500] * 100)):  # the second does not say how long it is
+            assert "too large" in one_line(client.post(path, content=content).text)
+        for length in ("-1", "1e9", "9" * 30):
+            assert client.post(path, content=b"x", headers={"content-length": length}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pictures": []}, {"pictures": ["x"]}, {"pictures": "x"}, {"pictures": [[]]}, {"pictures": [{}] * 3},
+        {"pictures": ["x"] * 9},
+        {"prompt": ""}, {"prompt": " \n"}, {"prompt": None}, {"prompt": ["a"]}, {"prompt": "a" * 20_001},
+        {"sides": []}, {"sides": None}, {"sides": [1]}, {"sides": [{"method": "base"}] * 3}, {"sides": "base"},
+    ],
+)  # fmt: skip
+def test_questions_that_do_not_fit(client, asker, fields):
+    question = {"pictures": [upload(client)], "prompt": "What?", "sides": [{"method": "base"}]} | fields
+    answer = client.post("/ask", json=question)
+    assert answer.status_code == 400 and one_line(answer.text) and not asker.asked
+
+
+def test_bodies_that_are_no_questions(client):
+    for body in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"pictures": NaN}', b"1" * 5000):
+        for path in ("/ask", "/save"):
+            assert client.post(path, content=body).status_code == 400
+
+
+def test_failures_are_told_and_the_page_goes_on(client, asker, caplog):
+    asker.fails = InputError("the prompt is too long\nfor this model")
+    assert ask(client)[-1] == {"error": "the prompt is too long for this model"}
+    asker.fails = RuntimeError("RESOURCE_EXHAUSTED in /home/someone/model.py")
+    assert ask(client)[-1] == {"error": "the model failed (RuntimeError): the terminal says why"}
+    assert "RESOURCE_EXHAUSTED" in caplog.text
+    asker.fails = None
+    assert "look" in ask(client)[-1]
+
+
+def test_only_so_much_is_kept(client, explorer, monkeypatch):
+    monkeypatch.setattr(explorer.pictures, "budget", 3000.0)
+    first, second, third = (upload(client) for _ in range(3))  # of 1,200 pixels each
+    assert list(explorer.pictures) == [second, third]
+    assert "no longer" in ask(client, pictures=[first])[-1]["error"]
+    names = [ask(client, pictures=[third])[-1]["id"] for _ in range(6)]
+    assert list(explorer.looks) == names[-server.KEPT_LOOKS :]
+    assert "no longer" in one_line(client.post("/save", json={"looks": names[:1]}).text)
+
+
+def test_one_question_at_a_time_and_few_wait(client, asker, explorer):
+    asker.waits = threading.Event()
+    picture, results = upload(client), []
+    threads = [
+        threading.Thread(target=lambda: results.append(ask(client, pictures=[picture])[-1])) for _ in range(server.WAITING + 4)
+    ]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 30
+    while len(results) < 3 and time.monotonic() < until:  # one is answered, so many wait, the others are told
+        time.sleep(0.01)
+    assert all("too many" in line["error"] for line in results) and len(asker.asked) == 1
+    asker.waits.set()
+    for thread in threads:
+        thread.join()
+    assert sum("look" in line for line in results) == server.WAITING + 1
+
+
+# With a model.
+
+
+def test_one_program_answers_under_all_coefficients(tiny_model, scenes):
+    vlm = lsg_jax.load(tiny_model, sinks=SinkConfig(criterion="norm", vit_tau=10.0))
+    asker, states = Asker(vlm, max_new_tokens=2), []
+    assert asker.titles == {"base": "Base", "coefficients": "Coefficients"}
+    picture, layers = Image.open(scenes / "images" / "0.png"), vlm.config.text.num_layers
+    run = lambda method, values: asker.look(method, values, [picture], NEUTRAL_PROMPT, states.append)
+    base = run("base", None)
+    assert states[0] == "compiling" and states[-1] == "answering"
+    states.clear()
+    scaled = run("coefficients", [[0.25, 1.5]] * layers)
+    assert states == ["answering"]
+    assert np.abs(scaled.maps["raw"] - base.maps["raw"]).max() > 1e-3
+    for wrong in (
+        [[1, 1]],
+        [[1]] * layers,
+        [["x", 1]] * layers,
+        [[float("nan"), 1]] * layers,
+        [[1e9, 1]] * layers,
+        {},
+        10**400,
+    ):
+        with pytest.raises(InputError, match="coefficients: give"):
+            run("coefficients", wrong)
+    for method in ("gates", "", None, []):
+        with pytest.raises(InputError, match="there is no method"):
+            run(method, None)
+    fixed = Asker(vlm.with_method(Fixed(FixedConfig((1,), (1.0, 1.0)))), max_new_tokens=4)
+    assert fixed.titles == {"base": "Base", "gates": "fixed", "coefficients": "Coefficients"}
+    assert list(Asker(lsg_jax.load(tiny_model), max_new_tokens=4).titles) == ["base"]  # V-sinks are not known
+
+
+def test_the_command(tiny_model):
+    command = [sys.executable, "-m", "lsg_jax", "explore", str(tiny_model), "--port", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        url = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url), process.stderr.read()
+        with urllib.request.urlopen(url, timeout=30) as page:
+            assert str(tiny_model.name) in (text := page.read().decode()) and str(tiny_model.parent) not in text
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and out == "" and "Traceback" not in error, error
+
+
+def test_ports(tiny_model, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["explore", str(tiny_model), "--port", str(port)]) == 1
+    assert re.fullmatch(rf"lsg explore: port {port} of 127\.0\.0\.1: .*--port.*\n", capsys.readouterr().err)
+    assert main(["explore", str(tiny_model), "--port", "65536"]) == 65
+    assert main(["explore", str(tiny_model), "--max-new-tokens", "0"]) == 65
+    with bind(0) as free:
+        assert free.getsockname()[0] == "127.0.0.1"
+    assert jax.default_backend() == "cpu"
