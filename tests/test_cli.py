@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,11 +113,13 @@ def test_generate_prints_the_answer_only(lsg, tiny_model, scenes, tmp_path):
 
 
 def test_sinks(lsg, tiny_model, scenes, tmp_path):
-    files = [scenes / "images" / f"{i}.png" for i in (0, 1)]
+    (tmp_path / "few").mkdir()
+    files = [Path(shutil.copy(scenes / "images" / f"{i}.png", tmp_path / "few")) for i in (0, 1)]
+    (tmp_path / "few" / "broken.png").write_bytes(b"no image")
     out_folder = tmp_path / "o"
-    common = ("sinks", tiny_model, "--images", *files, "--out", out_folder, "--max-new-tokens", 2)
-    code, out, err = lsg(*common, *SINK_OPTIONS, "vit_tau=18.375")
-    assert code == 0, err
+    common = ("sinks", tiny_model, "--images", files[0], tmp_path / "few", "--out", out_folder, "--max-new-tokens", 2)
+    code, out, err = lsg(*common, "--layer", 1, *SINK_OPTIONS, "vit_tau=18.375")
+    assert code == 0 and err.count("skipped: ") == err.count("broken.png") == 1, err
     found = json.loads(out)
     assert (found["format"], found["template"]) == ("lsg-sinks-2", "vicuna_v1") and list(found["images"]) == [
         str(f) for f in files
@@ -128,7 +131,9 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
     assert {row["queries"] for row in found["attention"]} == {"prompt", "answer"}
     assert json.loads((out_folder / "sinks.json").read_text()) == found
     figures = {f"{name}.{kind}" for name in ("sinks_by_layer", "attention_shares") for kind in ("csv", "svg", "png")}
-    assert {path.name for path in out_folder.iterdir()} == figures | {"sinks.json", "0.png", "1.png"}
+    assert {path.name for path in out_folder.iterdir()} == figures | {"sinks.json", "0.png", "1.png", "images", "maps"}
+    for folder in ("images", "maps"):
+        assert sorted(path.name for path in (out_folder / folder).iterdir()) == ["0.png", "1.png"]
     with Image.open(out_folder / "0.png") as overlay:
         assert overlay.size == (672, 672)
     # a threshold that is far too low is said, and a model without dimensions says so instead of inventing sinks
@@ -199,7 +204,9 @@ def test_no_configuration_is_needed_for_text_help(lsg):
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dims=[999]"], 65, "outside the model width 64"),
         (["sinks", "{model}", "--images", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--max-new-tokens", "-1"], 65, "max_new_tokens is -1"),
-        (["sinks", "{model}", "--images", "{tmp}/a.png", "{tmp}/a.png", "--out", "{tmp}/o"], 65, "have the same name"),
+        (["sinks", "{model}", "--images", "{tmp}/a.png", "{tmp}/a.png", "--out", "{tmp}/o"], 65, "a.png is named twice"),
+        (["sinks", "{model}", "--images", "{tmp}/a.png", "--layer", "6"], 65, "--layer 6: the model has layers 0 to 5"),
+        (["sinks", "{model}", "--images", "{hf}"], 65, "no image in it"),
         (["calibrate", "{model}", "--images", "{tmp}/a.png"], 65, "no such folder"),
         (["calibrate", "{model}", "--images", "{model}"], 65, "no image in it"),
         (["calibrate", "{model}", "--images", "{tmp}", "--limit", "0"], 65, "--limit is 0"),

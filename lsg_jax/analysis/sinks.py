@@ -19,6 +19,9 @@ value is NaN. `find_sinks` returns, and sinks.json holds:
         patches     {boxes, v_sinks}: the patches that the tokens stand for, token by token and row by row within one, and
                     which of them are V-sinks; a token is one if any of its patches is. null where a token is a patch
         norms       of the features, one for each token: the largest of those that it combines
+        answer_attention    [L][P], attention of the answer's tokens on each visual token, mean over heads and over the
+                    positions that predict them, of a softmax over all tokens; null without an answer. Files written before
+                    maps were have no such field
         values      rows {stage, layer, quantity `norm` | `dim 650`, group, tokens, mean, max}: norms, and |h[dim]|
         answer, answer_tokens (without the end marker), warnings}}
     counts      rows {layer, group, mean, std} of tokens over images
@@ -89,14 +92,15 @@ def find_sinks(
         raise InputError("there is no image to look at" if not images else f"max_new_tokens is {max_new_tokens}, below 0")
     vit, llm = _readings(vlm)
     seen, entries = [], {}
-    prepared = {name: _prepare(vlm, name, image) for name, image in images.items()}
-    for done, (name, (size, pixels)) in enumerate(prepared.items(), 1):
+    for done, (name, image) in enumerate(images.items(), 1):
+        size, pixels = _prepare(vlm, name, image)
         encoded = vlm.processor.encode_question(prompt, image_sizes=(size,))
         batch, prompt_mask, answer = with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
         patches = int((batch.source[0, :, 0] >= 0).sum())
         seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, patches)))
         entries[name] = _place(vlm, size, seen[-1]["vit"]["patches"]) | _entry(seen[-1], vit, llm)
         entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
+        entries[name]["answer_attention"] = _digits(seen[-1]["llm"]["answer"]) if len(answer) else None
         if max_new_tokens and not len(answer):
             entries[name]["warnings"].append("the answer ends at once: there is no attention of answer tokens")
         progress(done, len(images), "images")
@@ -181,8 +185,8 @@ def _observe(
 
     Returns:
         {"vit": {masks bool [C, P], norms [P], dims [P, d], patches bool [P, K merge^2], the V-sinks behind each token by the
-        criterion in force}, "llm": masks, norms and dims with leading L, and mass float32 [L, 2, N, 4], the attention of
-        QUERIES on TOKENS}.
+        criterion in force}, "llm": masks, norms and dims with leading L, answer float32 [L, P], the attention of the answer's
+        tokens, and mass float32 [L, 2, N, 4], that of QUERIES on TOKENS}.
     """
     model = assemble(graphdef, params)
     sequence = model.sequence(batch)
@@ -192,6 +196,7 @@ def _observe(
     positions = jnp.arange(valid.shape[1])
     last = jnp.max(jnp.where(jnp.asarray(batch.source)[0, :, 0] != NO_SOURCE, positions, -1))  # of the image, newline included
     asking = (prompt & (positions > last), valid & ~prompt)
+    predicting = jnp.roll(valid & ~prompt, -1, axis=1)  # the positions whose output is a token of the answer
 
     def observe(view: LayerView) -> dict[str, jax.Array]:
         received = received_attention(view.attention, prompt)
@@ -201,7 +206,8 @@ def _observe(
         mass = jnp.stack([group_mass(view.attention, queries, members)[0] for queries in asking])
         standing = jnp.where(valid[0, :, None], prominence(view.hidden[0], llm[0].dims), 0.0).max(0)
         sizes = _sizes(view.hidden[0, patches], llm)
-        return {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, "prominence": standing, **sizes}
+        found = {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, "prominence": standing}
+        return found | {"answer": received_attention(view.attention, predicting)[0, patches], **sizes}
 
     seen = model(batch, sequence=sequence, observe=observe, observe_attention=True).observed
     # the tower returns attention weights only if the criterion in force is `attention`
@@ -238,6 +244,11 @@ def _groups(seen: Seen, vit: Readings, llm: Readings) -> dict[str, np.ndarray]:
     v_sink = np.broadcast_to(seen["vit"]["masks"][in_force(vit)], raised.shape)
     masks = {"v_sink": v_sink, "l_sink": raised & ~v_sink, "ordinary": ~raised & ~v_sink}
     return {group: masks[group] for group in _known_groups(vit, llm) if group in masks}
+
+
+def _digits(values: np.ndarray) -> list[Any]:
+    """float32 [L, P] as lists, to four significant digits."""
+    return [[float(f"{value:.4g}") for value in row] for row in values]
 
 
 def _indices(mask: np.ndarray) -> list[Any]:

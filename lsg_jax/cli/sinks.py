@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar, template_option
@@ -21,15 +22,20 @@ def add(command: Command) -> None:
     sub = command(
         "sinks",
         _sinks,
-        "V- and L-sinks of images, every criterion, attention by group: JSON, overlays, figures",
+        "V- and L-sinks of images, every criterion, attention by group: JSON, overlays, maps, figures",
         (
             "lsg sinks lsg-quickstart/model --images lsg-quickstart/validation/images/00000.png --out sinks",
-            "lsg sinks lsg-quickstart/model --images lsg-quickstart/validation/images/00001.png --sinks vit_tau=30",
+            "lsg sinks lsg-quickstart/model --images lsg-quickstart/validation/images --limit 4 --sinks vit_tau=30",
         ),
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
-    sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="FILE")
-    out_option(sub, folder=True, help="write sinks.json, an overlay of each image, and figures")
+    text = "image files, or folders, which are searched with their subfolders"
+    sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help=text)
+    text = "use N images of each folder, evenly spaced by name (32)"
+    sub.add_argument("--limit", type=int, default=32, metavar="N", help=text)
+    out_option(sub, folder=True, help="write sinks.json, each image with its sinks and its maps, and figures")
+    text = "decoder layer of the maps; by default the one in which sinks draw most"
+    sub.add_argument("--layer", type=int, metavar="N", help=text)
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     text = "longest answer whose attention is measured (16); 0 for the prompt's alone"
     sub.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=text)
@@ -56,13 +62,11 @@ def add(command: Command) -> None:
 
 def _sinks(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.sinks import find_sinks
-    from lsg_jax.report.sink_files import write_sinks
+    from lsg_jax.report.sink_files import check_layer, write_sinks
 
-    names = [path.stem for path in options.images]
-    if options.out is not None and len(set(names)) < len(names):
-        raise InputError("--images: two files have the same name, their overlays would overwrite each other")
+    images = {str(path): path for path in _named_images(options.images, options.limit)}
     vlm = load_model(options)
-    images = {str(path): path for path in options.images}
+    check_layer(options.layer, vlm.config.text.num_layers)
     with progress_bar("sinks") as progress:
         found = find_sinks(vlm, images, options.prompt, max_new_tokens=options.max_new_tokens, progress=progress)
     for warning in found["warnings"]:
@@ -71,8 +75,43 @@ def _sinks(options: argparse.Namespace) -> None:
         for warning in entry["warnings"]:
             logger.warning("%s: %s", path, warning)
     if options.out is not None:
-        write_sinks(found, images, options.out)
+        write_sinks(found, images, options.out, layer=options.layer)
     print(json.dumps(found, allow_nan=False))
+
+
+def _named_images(paths: Sequence[Path], limit: int) -> list[Path]:
+    """The files named, and those in the folders named, each once; unreadable files of a folder are skipped with a line.
+
+    Raises:
+        InputError: a file is named twice, a folder holds no image that can be read, or `limit` is below 1.
+    """
+    from lsg_jax.data.images import open_image
+
+    chosen: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            if path in chosen:
+                raise InputError(f"--images: {path} is named twice")
+            open_image(path)  # before anything is computed
+            chosen[path] = None
+            continue
+        readable = list(filter(_readable, _images_below(path, limit)))
+        if not readable:
+            raise InputError(f"--images {path}: no image in it can be read")
+        chosen |= dict.fromkeys(readable)
+    return list(chosen)
+
+
+def _readable(path: Path) -> bool:
+    """Whether a file of a folder is an image; if not, a line says so."""
+    from lsg_jax.data.images import open_image
+
+    try:
+        open_image(path)
+    except InputError as error:
+        logger.warning("skipped: %s", error)
+        return False
+    return True
 
 
 def _calibrate(options: argparse.Namespace) -> None:

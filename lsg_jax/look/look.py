@@ -13,6 +13,7 @@ from PIL import Image
 
 from lsg_jax.data.grids import ImageSize
 from lsg_jax.errors import InputError
+from lsg_jax.report.map_values import Floats, spread, without_sinks
 
 MapName = Literal["raw", "no_sinks", "relative"]
 MAPS: tuple[MapName, ...] = get_args(MapName)
@@ -22,8 +23,6 @@ NEUTRAL_PROMPT = "Write a general description of the image."
 
 SMALLEST = np.float32(1e-6)
 """Attention weights below it are rounding errors: quotients by them would say nothing."""
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +135,8 @@ class Look:
         """
         width, height = self.sizes[image]
         scale = side / max(width, height)
-        across, down = max(round(width * scale), 1), max(round(height * scale), 1)
-        drawn = np.zeros((down, across), np.float64)
-        for token in np.flatnonzero(self.image == image):
-            x0, y0, x1, y1 = self.box[token].astype(np.float64)
-            area = (x1 - x0) * (y1 - y0)
-            if area > 0 and values[token]:
-                rows, columns = _cover(y0, y1, down), _cover(x0, x1, across)
-                drawn[rows[0], columns[0]] += values[token] / area * np.outer(rows[1], columns[1])
-        return drawn.astype(np.float32)
+        own = self.image == image
+        return spread(self.box[own], values[own], (max(round(width * scale), 1), max(round(height * scale), 1)))
 
     def _check(self, name: str) -> None:
         if name not in self.maps:
@@ -162,30 +154,6 @@ class Look:
         return notebook_html(self)
 
 
-def without_sinks(raw: Floats, sinks: NDArray[np.bool_]) -> Floats:
-    """The attention on visual tokens that are no sinks, as shares of its sum.
-
-    Args:
-        raw: float32 [A, L, ..., V].
-        sinks: bool [L, V].
-
-    Returns:
-        As `raw`; sums to 1 over V, or to 0 where nothing is left.
-    """
-    by_layer = sinks.reshape(sinks.shape[0], *[1] * (raw.ndim - 3), sinks.shape[1])
-    rest = np.where(by_layer, np.float32(0), raw)
-    total = rest.sum(-1, keepdims=True)
-    return np.divide(rest, total, out=np.zeros_like(rest), where=total > 0)
-
-
 def relative_to(raw: Floats, neutral: Floats) -> Floats:
     """raw [A, L, ..., V] over neutral [L, ..., V], of which less than `SMALLEST` counts as that."""
     return np.asarray(raw / np.maximum(neutral, SMALLEST), np.float32)
-
-
-def _cover(start: float, stop: float, cells: int) -> tuple[slice, NDArray[np.float64]]:
-    """The cells of [0, 1] that an interval touches, and how much of each it covers, from 0 to 1."""
-    first, last = max(int(np.floor(start * cells)), 0), min(int(np.ceil(stop * cells)), cells)
-    edges = np.arange(first, max(last, first) + 1)
-    covered = np.minimum(edges[1:], stop * cells) - np.maximum(edges[:-1], start * cells)
-    return slice(first, max(last, first)), np.clip(covered, 0, 1)

@@ -27,7 +27,11 @@ COLUMN_WIDTH = 3.5
 DOTS_PER_INCH = 150
 HIGHEST_PERCENTAGE, PERCENTAGE_POINTS = 100.0, "percentage points"
 MINUS = "\N{MINUS SIGN}"
-INK, FAINT, GRID = "#222222", "#8A8A8A", "#DDDDDD"
+INK, FAINT, GRID, PAPER = "#222222", "#8A8A8A", "#DDDDDD", "#FFFFFF"
+"""The report gives these another colour on a dark screen."""
+
+DOT, RIM = "#111111", "#FEFEFE"  # on coloured cells, which look the same on any screen
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -43,6 +47,10 @@ SETTINGS: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
     "axes.titlepad": 5,
@@ -116,26 +124,46 @@ def render(
     Returns:
         The paths of the CSV, the SVG and the PNG.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    png, svg = io.BytesIO(), io.BytesIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # ignore a user's matplotlibrc
-        matplotlib.rcParams.update(SETTINGS)
-        figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
-        paint(figure)
-        FigureCanvasAgg(figure).print_png(png)
-        figure.set_layout_engine("none")  # the layout is done; a second pass would double the time
-        FigureCanvasSVG(figure).print_svg(svg, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = io.BytesIO()
+    png = painted(size, paint, then=lambda figure: FigureCanvasSVG(figure).print_svg(svg, metadata=NO_METADATA))
     stem.parent.mkdir(parents=True, exist_ok=True)
-    files = {".csv": as_csv(rows, columns).encode(), ".svg": svg.getvalue(), ".png": png.getvalue()}
+    files = {".csv": as_csv(rows, columns).encode(), ".svg": svg.getvalue(), ".png": png}
     paths = {stem.with_name(stem.name + suffix): data for suffix, data in files.items()}
     for path, data in paths.items():
         write_atomic(path, data)
     return list(paths)
+
+
+def painted(
+    size: tuple[float, float],
+    paint: Callable[[Any], None],
+    *,
+    then: Callable[[Any], object] = lambda figure: None,
+    dots_per_inch: int = DOTS_PER_INCH,
+) -> bytes:
+    """A figure as PNG.
+
+    Args:
+        size: width and height in inches.
+        paint: draws onto a matplotlib Figure of that size.
+        then: what else to do with the finished figure, under the same settings.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    png = io.BytesIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # ignore a user's matplotlibrc
+        matplotlib.rcParams.update(SETTINGS)
+        figure = Figure(figsize=size, dpi=dots_per_inch, layout="constrained")
+        paint(figure)
+        FigureCanvasAgg(figure).print_png(png)
+        figure.set_layout_engine("none")  # the layout is done; a second pass would double the time
+        then(figure)
+    return png.getvalue()
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -196,7 +224,7 @@ def draw_interval(axes: Any, at: float, look: Look, row: Row, *, upright: bool) 
         color=look.colour,
         marker=look.marker,
         markersize=4.5,
-        markerfacecolor=look.colour if low > 0 or high < 0 else "white",
+        markerfacecolor=look.colour if low > 0 or high < 0 else PAPER,
     )
 
 

@@ -17,6 +17,7 @@ from lsg_jax.report.drawing import (
     COLUMN_WIDTH,
     INK,
     PAGE_WIDTH,
+    RIM,
     Look,
     Row,
     check_rows,
@@ -43,6 +44,8 @@ __all__ = [
     "draw_probe_curves",
     "draw_sinks_by_layer",
     "draw_stack",
+    "half_life",
+    "trend_of",
 ]
 
 PROBE = ("attribute", "metric", "group", "layer", "mean", "std", "chance", "draws", "train", "test")
@@ -50,6 +53,9 @@ COUNTS = ("layer", "group", "mean", "std")
 ATTENTION = ("layer", "head", "queries", "group", "share")
 SHARES = ("queries", "layer", "group", "share", "low", "high", "heads")
 LOSS = ("step", "layer", "loss")
+TREND = (*LOSS, "trend")
+DOT_ALPHA, LOSS_COLOUR = 0.45, "#0072B2"
+LAYER_COLOURS = (0.25, 0.8)  # the part of viridis that stands out from white and from black
 
 METRICS = {"accuracy": "accuracy", "f1": "F1"}
 STACKING = ("v_sink", "l_sink", "ordinary", "text")  # bottom to top
@@ -160,7 +166,7 @@ def _draw_shares(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
     for group in groups:
         look = look_of(group)
         top = floor + 100 * np.array([share.get((layer, group), 0.0) for layer in layers])
-        area = axes.stairs(top, edges, baseline=floor, fill=True, facecolor=look.colour, edgecolor="white", linewidth=0)
+        area = axes.stairs(top, edges, baseline=floor, fill=True, facecolor=look.colour, edgecolor=RIM, linewidth=0)
         area.set_hatch(look.hatch)
         floor = top
     axes.set_ylim(0, 100)
@@ -169,33 +175,66 @@ def _draw_shares(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
 def _key_area(look: Look) -> Any:
     from matplotlib.patches import Patch
 
-    return Patch(facecolor=look.colour, edgecolor="white", linewidth=0, hatch=look.hatch, label=look.label)
+    return Patch(facecolor=look.colour, edgecolor=RIM, linewidth=0, hatch=look.hatch, label=look.label)
+
+
+def half_life(steps: int) -> int:
+    """After how many of a run's steps the trend of its loss has forgotten half: a twentieth of them."""
+    return max(round(steps / 20), 1)
+
+
+def trend_of(losses: Sequence[float | None]) -> list[float | None]:
+    """The exponential moving average of losses, None where a loss is no number.
+
+    Weights sum to 1 from the first step on: the trend starts at the first loss, and a constant loss is its own trend.
+    """
+    from scipy.signal import lfilter
+
+    known = [index for index, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
+    kept = 0.5 ** (1 / half_life(len(losses)))
+    values = np.array([losses[index] for index in known], np.float64)
+    sums, weights = (lfilter([1.0], [1.0, -kept], signal) for signal in (values, np.ones_like(values)))
+    trend: list[float | None] = [None] * len(losses)
+    for index, value in zip(known, sums / weights, strict=True):
+        trend[index] = float(value)
+    return trend
 
 
 def draw_loss(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """Training loss by step, a line for each layer if gates are trained independently; a loss that is not finite is a gap.
+    """Training loss by step as dots, and its trend as a line; of several layers if gates are trained independently.
 
     Args:
-        rows: `{step, layer, loss}`; layer is None for gates that are trained together.
+        rows: `{step, layer, loss}`; layer is None for gates that are trained together. A loss that is not finite is no dot.
     """
     check_rows(rows, LOSS, study="lsg train", stem=stem)
     layers = distinct(rows, "layer")
+    lines = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
+    drawn = [
+        {**row, "trend": trend}
+        for own in lines.values()
+        for row, trend in zip(own, trend_of([row["loss"] for row in own]), strict=True)
+    ]
 
     def paint(figure: Any) -> None:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
+        from matplotlib.colors import ListedColormap, Normalize
 
         axes = figure.subplots()
-        scale = ScalarMappable(Normalize(0, max(layers[-1] or 0, 1)), colormaps["cividis"])
-        colours = scale.to_rgba(np.array([layer or 0 for layer in layers]))
-        for layer, colour in zip(layers, colours, strict=True):
-            own = [row for row in rows if row["layer"] == layer]
-            axes.plot([row["step"] for row in own], numbers(row["loss"] for row in own), color=colour, linewidth=0.9)
+        part = ListedColormap(colormaps["viridis"](np.linspace(*LAYER_COLOURS, 256)))
+        scale = ScalarMappable(Normalize(0, max(layers[-1] or 0, 1)), part)
+        for layer in layers:
+            own = [row for row in drawn if row["layer"] == layer]
+            steps = [row["step"] for row in own]
+            colour = LOSS_COLOUR if len(layers) == 1 else scale.to_rgba(np.array([layer or 0]))[0]
+            axes.plot(
+                steps, numbers(r["loss"] for r in own), color=colour, marker=".", markersize=2.5, linestyle="", alpha=DOT_ALPHA
+            )
+            axes.plot(steps, numbers(r["trend"] for r in own), color=colour, linewidth=1.4 if len(layers) == 1 else 0.9)
         if len(layers) > 1:
             figure.colorbar(scale, ax=axes, label="decoder layer", pad=0.01)
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats a token)")
         axes.grid(axis="y")
 
-    return render(stem, rows, LOSS, (COLUMN_WIDTH, 2.1), paint)
+    return render(stem, drawn, TREND, (COLUMN_WIDTH, 2.1), paint)

@@ -11,7 +11,8 @@ from lsg_jax.errors import InputError
 from lsg_jax.files import read_json
 from lsg_jax.report.parts import Section
 from lsg_jax.report.results import eval_section, run_section
-from lsg_jax.report.sections import ablate_section, probe_section, sinks_section, stack_section, sweep_section
+from lsg_jax.report.sections import ablate_section, probe_section, stack_section, sweep_section
+from lsg_jax.report.sinks import sinks_section
 
 PASSED_OVER = frozenset({"checkpoints", "quarantine", "answers"})
 """Subfolders of runs and evaluations that hold no work of their own."""

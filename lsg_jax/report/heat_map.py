@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lsg_jax.report.drawing import FAINT, INK
+from lsg_jax.report.drawing import DOT, FAINT, PAPER, RIM
 
 LINE_HEIGHT = 0.185  # inches of a line of the map
 BAR_WIDTH = 0.11  # inches
@@ -72,7 +72,7 @@ def draw_map(
         cmap=colours,
         vmin=limits[0],
         vmax=limits[1],
-        edgecolors="white",
+        edgecolors=PAPER,
         linewidth=0.4,
     )
     missing = [(line, column) for line, column in np.argwhere(np.isnan(table)) if lines.keys[line] is not None]
@@ -99,7 +99,7 @@ def label_lines(axes: Any, lines: Lines) -> None:
 def dot_cells(axes: Any, marked: np.ndarray) -> None:
     """Draws a dot into the cells where bool [lines, layers] is true; its white rim is visible on dark cells."""
     where = np.argwhere(marked)
-    axes.scatter(where[:, 1], where[:, 0], s=9, color=INK, edgecolors="white", linewidths=0.5)
+    axes.scatter(where[:, 1], where[:, 0], s=9, color=DOT, edgecolors=RIM, linewidths=0.5)
 
 
 def draw_bar(figure: Any, mesh: Any, panels: list[Any], lines: Lines, label: str) -> None:

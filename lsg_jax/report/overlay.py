@@ -14,6 +14,9 @@ L_SINK = (26, 133, 255)
 MAP_STRENGTH = 0.9
 """Share of the map's colour in the brightest place of a picture; the rest is the picture."""
 
+MAP_DARK, MAP_GREY = 0.15, 0.65
+"""The picture below a map: its grey times the second, plus the first. page.css has the same as a filter."""
+
 Box = Sequence[float]
 """x0, y0, x1, y1 in units of the image's width and height."""
 
@@ -47,16 +50,21 @@ def draw_map(picture: Image.Image, values: np.ndarray, *, peak: float | None = N
         values: float32 [height, width], not negative; the result has this size.
         peak: the value that is drawn brightest; None for the largest.
     """
-    import matplotlib
-
     height, width = values.shape
     grey = np.asarray(picture.convert("L").resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
     top = float(values.max(initial=0.0)) if peak is None else peak
     share = np.clip(values / top, 0.0, 1.0) if top > 0 else np.zeros_like(values)
-    colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * share)[..., :3]
-    weight = MAP_STRENGTH * share[..., None] ** 0.7  # weak values, which most of a picture has, are seen too
-    drawn = (1 - weight) * (0.15 + 0.65 * grey[..., None]) + weight * colour
+    colour, weight = map_colours(share)
+    drawn = (1 - weight[..., None]) * (MAP_DARK + MAP_GREY * grey[..., None]) + weight[..., None] * colour
     return Image.fromarray((255 * drawn).round().astype(np.uint8))
+
+
+def map_colours(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Colour [..., 3] and opacity [...], in [0, 1], of shares [...] of a map's peak."""
+    import matplotlib
+
+    # weak values, which most of a picture has, are seen too
+    return matplotlib.colormaps["inferno"](0.15 + 0.85 * share)[..., :3], MAP_STRENGTH * share**0.7
 
 
 def l_sinks(sinks: Mapping[str, Any]) -> list[int]:

@@ -27,3 +27,18 @@ for (const box of document.querySelectorAll(".answers")) {
   form.hidden = false;
   show();
 }
+// One slider moves the maps of all images to another layer; without this script those of one layer are shown.
+for (const box of document.querySelectorAll(".maps")) {
+  const form = box.querySelector("form");
+  const show = () => {
+    const layer = form.layer.valueAsNumber;
+    box.style.setProperty("--layer", layer);
+    form.querySelector("output").textContent = layer;
+    for (const peak of box.querySelectorAll(".peak")) peak.textContent = peak.dataset.peaks.split(",")[layer];
+    for (const image of box.querySelectorAll(".looked")) {
+      image.querySelectorAll(".words").forEach((words, index) => { words.hidden = index !== layer });
+    }
+  };
+  form.addEventListener("input", show);
+  form.hidden = false;
+}

@@ -16,10 +16,20 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lsg_jax.eval.results import EvaluationResult
 from lsg_jax.files import write_atomic
-from lsg_jax.report.parts import Section
+from lsg_jax.report.drawing import GRID, INK, PAPER
+from lsg_jax.report.gains import BAND
+from lsg_jax.report.glossary import TERMS, explained, id_of
+from lsg_jax.report.parts import GROUPS, Details, Part, Section, as_json
+from lsg_jax.report.pivot import found_in, pivot
 
 STYLE_FILE, SCRIPT_FILE = Path(__file__).with_name("page.css"), Path(__file__).with_name("page.js")
+SCREEN = {INK.lower(): "--ink", PAPER.lower(): "--paper", GRID.lower(): "--grid", BAND.lower(): "--band"}
+"""Colours of figures -> those of the page, page.css."""
+
+THEMED = re.compile("|".join(SCREEN), re.IGNORECASE)
+SETTINGS_LEAD = "Words in these settings: criterion, tau, key_scale, v_sink_rest, gate ratio, remat."
 
 
 def write_report(path: Path, *, title: str, notes: Sequence[str], sections: Sequence[Section]) -> None:
@@ -35,7 +45,9 @@ def write_report(path: Path, *, title: str, notes: Sequence[str], sections: Sequ
         .render(
             title=title,
             notes=notes,
-            sections=sections,
+            found=_found(sections),
+            contents=_contents(sections),
+            terms=[(term, text) for term, (text, _) in sorted(TERMS.items(), key=lambda item: item[0].lower())],
             style=Markup(STYLE_FILE.read_text(encoding="utf-8")),
             script=Markup(script),
             script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -43,6 +55,55 @@ def write_report(path: Path, *, title: str, notes: Sequence[str], sections: Sequ
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A section as the page has it: `lead` is a paragraph below the heading."""
+
+    id: str
+    title: str
+    gist: str
+    parts: Sequence[Part]
+    lead: str = ""
+
+
+def _ordered(sections: Sequence[Section]) -> list[Section]:
+    """By group: sinks, results, training; within a group as given."""
+    return sorted(sections, key=lambda section: GROUPS.index(section.group))
+
+
+def _found(sections: Sequence[Section]) -> list[str]:
+    """What was found, in the order of the page; all evaluations at once."""
+    first, later = (
+        [sentence for section in _ordered(sections) if (section.group == "sinks") == sinks for sentence in section.found]
+        for sinks in (True, False)
+    )
+    return [*first, *found_in([section.evaluation for section in sections if section.evaluation is not None]), *later]
+
+
+def _contents(sections: Sequence[Section]) -> list[Entry]:
+    """The sections in order, all evaluations in one table before the results, and all settings at the end."""
+    ordered = _ordered(sections)
+    entries = [Entry(f"s{index}", each.title, each.gist, each.parts) for index, each in enumerate(ordered)]
+    if evaluations := [each.evaluation for each in ordered if each.evaluation is not None]:
+        first = sum(each.group == "sinks" for each in ordered)
+        entries.insert(first, _scores(evaluations))
+    if settings := [Details(each.title, [as_json(each.settings)]) for each in ordered if each.settings is not None]:
+        entries.append(Entry("settings", "Settings", "what each was run with", settings, SETTINGS_LEAD))
+    return entries
+
+
+def _scores(evaluations: Sequence[tuple[str, EvaluationResult]]) -> Entry:
+    caption = "Scores with intervals at 95 %, and differences to the base"
+    table = pivot(caption, evaluations)
+    parts: list[Part] = [table]
+    every = pivot("Every task and metric, and differences to the base", evaluations, every_metric=True)
+    if len(every.rows) > len(table.rows):
+        parts.append(Details(f"Every task and metric: {len(every.rows)} rows", [every]))
+    lead = "A triangle marks a difference whose interval excludes 0."
+    asked = list(dict.fromkeys(name for _, result in evaluations for name in result.benchmarks))
+    return Entry("scores", "Scores", f"all in one table: {', '.join(asked)}", parts, lead)
 
 
 @functools.cache
@@ -54,7 +115,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals["inline_svg"] = inline_svg
+    found.globals |= {"inline_svg": inline_svg, "explained": explained, "id_of": id_of}
     return found
 
 
@@ -68,13 +129,16 @@ class InlineSvg:
 
 
 def inline_svg(svg: str, prefix: str) -> InlineSvg:
-    """Adapts an SVG file to HTML: ids get a prefix that makes them unique, and namespaces go, which HTML implies."""
+    """Adapts an SVG file to HTML: ids get a prefix that makes them unique, namespaces go, which HTML implies, and ink
+    and paper become the page's, which differ on a dark screen.
+    """
 
     def adapt(tag: re.Match[str]) -> str:
         text = re.sub(r'\s(id="|href="#)', rf" \g<1>{prefix}", tag[0].replace(" xlink:href=", " href="))
         return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("url(#", f"url(#{prefix}")
 
     element = re.sub(r"<[^>]*>", adapt, svg[svg.index("<svg") : svg.rindex("</svg>")])
+    element = THEMED.sub(lambda colour: f"var({SCREEN[colour[0].lower()]}, {colour[0]})", element)
     start, _, content = element.removeprefix("<svg").partition(">")
     width = re.search(r'width="([\d.]+pt)"', start)
     return InlineSvg(Markup(start), Markup(content), width[1] if width else "")

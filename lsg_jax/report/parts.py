@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from PIL import Image
 
+from lsg_jax.eval.results import EvaluationResult
 from lsg_jax.report.drawing import Row
 from lsg_jax.report.pictures import data_url, small
 
@@ -112,6 +113,56 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class LayerMap:
+    """A map of attention at every layer.
+
+    Attributes:
+        title: what is mapped.
+        source: data URL of the maps of all layers, one below the other; they lie over the picture.
+        peaks: the value of the brightest place, by layer, as text.
+    """
+
+    title: str
+    source: str
+    peaks: Sequence[str]
+
+
+@dataclass(frozen=True)
+class MappedImage:
+    """An image with its maps.
+
+    Attributes:
+        caption: the name of the image, the question's answer.
+        marked: the image with its sinks marked, if it is there.
+        plain: data URL of the image without marks.
+        words: of each layer, what the maps show.
+    """
+
+    caption: str
+    marked: Picture | None
+    plain: str
+    maps: Sequence[LayerMap]
+    words: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Images with their maps, and one slider that chooses the layer of all.
+
+    Attributes:
+        layer: the one shown at first.
+        layers: their number.
+        bar: CSS colours of the colour bar, from 0 to the peak.
+    """
+
+    kind: ClassVar[str] = "maps"
+    layer: int
+    layers: int
+    bar: str
+    images: Sequence[MappedImage]
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A figure of report.figures.
 
@@ -132,24 +183,35 @@ class Drawing:
         return f"data:text/csv;base64,{base64.b64encode(self.csv.encode()).decode()}"
 
 
+Group = Literal["sinks", "results", "training"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+"""In the order of the page."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of the page.
 
     Attributes:
         gist: one line about the content, for the list of contents.
-        scores: a table for the summary at the top of the page.
+        group: where on the page it stands.
+        found: sentences for the top of the page.
+        settings: shown in a section of their own at the end.
+        evaluation: whose scores go into the table of all evaluations, with the name of the run.
     """
 
     title: str
     parts: Sequence[Part]
     gist: str = ""
-    scores: Table | None = None
+    group: Group = "results"
+    found: Sequence[str] = ()
+    settings: Any = None
+    evaluation: tuple[str, EvaluationResult] | None = None
 
 
-def settings(values: Any) -> Details:
-    """Settings as JSON, folded."""
-    return Details("Settings", [Verbatim(json.dumps(values, indent=1))])
+def as_json(values: Any) -> Verbatim:
+    """Settings as JSON."""
+    return Verbatim(json.dumps(values, indent=1))
 
 
 def picture(caption: str, image: bytes | Image.Image, *, alt: str) -> Picture:

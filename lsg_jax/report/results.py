@@ -13,9 +13,9 @@ from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, result
 from lsg_jax.files import json_lines
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
-from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss
+from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss, half_life
 from lsg_jax.report.gains import METHODS, rows_of_gains
-from lsg_jax.report.parts import Details, Heading, Note, Paragraph, Part, Section, Table, drawing, settings
+from lsg_jax.report.parts import Details, Heading, Note, Paragraph, Part, Section, Table, drawing
 from lsg_jax.report.ratios import drawn_groups, table_of_ratios
 from lsg_jax.report.side_by_side import answer_parts
 
@@ -38,7 +38,8 @@ def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
         parts.append(Note("This run has not finished."))
     rows = [row for step in steps for row in _loss_rows(step, layers)]
     if len(steps) > 1:
-        parts.append(drawing(draw_loss, rows, "loss", "Training loss by step; a gap is a step whose loss was not finite."))
+        trend = f"the line is an exponential moving average that forgets half in {half_life(len(steps))} steps"
+        parts.append(drawing(draw_loss, rows, "loss", f"Training loss: each dot is a step, {trend}."))
     if steps:
         finals = [
             ["all" if row["layer"] is None else str(row["layer"]), plain(row["loss"])]
@@ -50,9 +51,9 @@ def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
         names = [look_of(group).label for group in GROUPS[gate["grouping"]]]
         ratios = [[str(layer), *map(plain, of)] for layer, of in zip(layers, last["ratios"], strict=True)]
         parts.append(Table("Gate ratios at the last step, mean over its images", ["layer", *names], ratios))
-    parts.append(settings({name: run.as_json()[name] for name in ("config", "sinks", "backbone", "versions", "devices")}))
+    used = {name: run.as_json()[name] for name in ("config", "sinks", "backbone", "versions", "devices")}
     gist = f"{run.model_name}, step {last['step']} of {run.total_steps}"
-    return Section(title, parts, gist=gist)
+    return Section(title, parts, gist=gist, group="training", settings=used)
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
@@ -82,31 +83,19 @@ def eval_section(tree: Mapping[str, Any], folder: Path, *, title: str) -> Sectio
         folder: the folder of result.json, which also holds the answers.
     """
     result = result_of(tree)
-    parts: list[Part] = [_scores("Scores, with intervals at 95 %", result)]
+    parts: list[Part] = []
     for name, benchmark in result.benchmarks.items():
         parts += [Note(text) for text in _remarks(name, benchmark)]
     rows = rows_of_gains(result)
     if any(row["method"] != BASE for row in rows):
         parts.append(drawing(draw_gains, rows, "gains", "Change over the base model; filled where the interval excludes 0."))
-    parts.append(Details("All metrics", [_scores("All metrics", result, every_metric=True)]))
+    parts.append(Details("All metrics, and tests of the changes", [_scores("All metrics", result)]))
     parts += _ratios([asdict(row) for row in result.ratios])
     parts += answer_parts(result, folder)
-    parts.append(settings({name: value for name, value in tree.items() if name not in ("benchmarks", "ratios")}))
+    used = {name: value for name, value in tree.items() if name not in ("benchmarks", "ratios")}
     asked = ", ".join(f"{benchmark.questions} questions of {name}" for name, benchmark in result.benchmarks.items())
     gist = f"{asked}; {', '.join(METHODS.get(method, method) for method in result.methods)}"
-    return Section(title, parts, gist=gist, scores=_headline(result, rows, title))
-
-
-def _headline(result: EvaluationResult, rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """One score of each benchmark and method, for the summary."""
-    lines = []
-    for row in rows:
-        benchmark = result.benchmarks[row["benchmark"]]
-        change = "" if row["method"] == BASE else interval_text(row["change"], row["low"], row["high"])
-        part = f" ({benchmark.questions} of {benchmark.of})" if benchmark.partial else ""
-        measured = f"{row['benchmark']}, {row['metric']}{part}"
-        lines.append([measured, METHODS.get(row["method"], row["method"]), plain(row["value"]), change])
-    return Table(f"{title}: scores, and changes with intervals at 95 %", ["benchmark", "method", "score", "change"], lines)
+    return Section(title, parts, gist=gist, settings=used, evaluation=(title.partition(": ")[2], result))
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
@@ -123,9 +112,9 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
     return parts
 
 
-def _scores(caption: str, result: EvaluationResult, *, every_metric: bool = False) -> Table:
+def _scores(caption: str, result: EvaluationResult) -> Table:
     lines = []
-    for row in rows_of_gains(result, every_metric=every_metric):
+    for row in rows_of_gains(result, every_metric=True):
         benchmark = result.benchmarks[row["benchmark"]]
         score = benchmark.methods[row["method"]][row["metric"]]
         test = benchmark.paired_test.get(row["method"])

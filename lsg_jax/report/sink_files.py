@@ -1,26 +1,119 @@
-"""Writes the result folder of `lsg sinks`: sinks.json, each image with its sinks marked, and two figures."""
+"""Writes the result folder of `lsg sinks`: sinks.json, each image with its sinks and its maps, and two figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from lsg_jax.data.images import open_image, to_rgb
-from lsg_jax.files import write_json
+from lsg_jax.errors import InputError
+from lsg_jax.files import write_atomic, write_json
+from lsg_jax.report.drawing import painted
 from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
-from lsg_jax.report.overlay import draw_sinks
+from lsg_jax.report.maps import TITLES, AnswerMaps, answer_maps, bar_colours, telling_layer
+from lsg_jax.report.overlay import L_SINK, V_SINK, draw_map, draw_sinks, l_sinks
+
+PLAIN, MAPS = "images", "maps"
+"""Subfolders: the images as they are, for the report, and their maps."""
+
+PLAIN_SIDE, MAP_SIDE = 448, 384  # pixels
+MAP_DOTS_PER_INCH = 100  # photographs would make larger files
 
 
-def write_sinks(found: dict[str, Any], images: Mapping[str, Image.Image | bytes | str | Path], out: Path) -> None:
-    """Writes a result of `analysis.sinks.find_sinks` on `images` into the folder `out`; sinks.json comes last."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, entry in found["images"].items():
-        image = images[name]
+def file_stems(names: Iterable[str]) -> dict[str, str]:
+    """The stem of the files of each image; images of the same stem in several folders are numbered."""
+    stems: dict[str, str] = {}
+    for name in names:
+        stem, number = Path(name).stem, 2
+        while stem in stems.values():
+            stem, number = f"{Path(name).stem}-{number}", number + 1
+        stems[name] = stem
+    return stems
+
+
+def check_layer(layer: int | None, layers: int) -> None:
+    """Raises InputError if the model has no such decoder layer."""
+    if layer is not None and not 0 <= layer < layers:
+        raise InputError(f"--layer {layer}: the model has layers 0 to {layers - 1}")
+
+
+def write_sinks(
+    found: dict[str, Any],
+    images: Mapping[str, Image.Image | bytes | str | Path],
+    out: Path,
+    *,
+    layer: int | None = None,
+) -> None:
+    """Writes a result of `analysis.sinks.find_sinks` on `images` into the folder `out`; sinks.json comes last.
+
+    Args:
+        layer: of the maps; None for the one in which sinks draw most of the attention.
+    """
+    for folder in (out, out / PLAIN, out / MAPS):
+        folder.mkdir(parents=True, exist_ok=True)
+    maps = {name: of for name, entry in found["images"].items() if (of := answer_maps(entry)) is not None}
+    if layer is None and maps:
+        layer = telling_layer(list(maps.values()))
+    for name, stem in file_stems(found["images"]).items():
+        image, entry = images[name], found["images"][name]
         opened = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
-        draw_sinks(opened, entry).save(out / f"{Path(name).stem}.png")
+        marked = draw_sinks(opened, entry)
+        marked.save(out / f"{stem}.png")
+        opened.thumbnail((PLAIN_SIDE, PLAIN_SIDE), Image.Resampling.LANCZOS)
+        opened.save(out / PLAIN / f"{stem}.png")
+        if name in maps and layer is not None:
+            drawn = draw_maps(opened, marked, maps[name], layer, found["prompt"], entry)
+            write_atomic(out / MAPS / f"{stem}.png", drawn)
     draw_sinks_by_layer(found["counts"], out / "sinks_by_layer")
     draw_attention_shares(found["attention"], out / "attention_shares")
     write_json(out / "sinks.json", found, sort_keys=False)
+
+
+def draw_maps(
+    image: Image.Image, marked: Image.Image, maps: AnswerMaps, layer: int, prompt: str, entry: Mapping[str, Any]
+) -> bytes:
+    """PNG: the image with its sinks, all attention of the answer in one layer, and that without sinks, with colour bars."""
+    scale = MAP_SIDE / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(1, 1 + len(TITLES))
+        for axes in panels:
+            axes.set_axis_off()
+        panels[0].imshow(marked)
+        panels[0].set_title("sinks")
+        kinds = [("V-sinks", V_SINK, entry["v_sinks"]), ("L-sinks, in some layer", L_SINK, l_sinks(entry))]
+        handles = [_frame(label, colour) for label, colour, of in kinds if of]
+        if handles:
+            panels[0].legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=0.4)
+        for axes, (name, title) in zip(panels[1:], TITLES.items(), strict=True):
+            values = maps.drawn(name, layer, size)
+            axes.imshow(draw_map(image, values))
+            axes.set_title(title)
+            _bar(figure, axes, float(values.max(initial=0.0)))
+        asked = f"{prompt}  Answer: {entry['answer']}"
+        figure.suptitle(asked if len(asked) <= 100 else f"{asked[:100]}\N{HORIZONTAL ELLIPSIS}", x=0.01, ha="left", fontsize=9)
+        figure.supxlabel("\n".join(textwrap.wrap(maps.words(layer), 122)), x=0.01, ha="left", fontsize=8)
+
+    tall = min(max(size[1] / size[0], 0.4), 1.6)
+    return painted((7.2, 2.3 * tall + 1.25), paint, dots_per_inch=MAP_DOTS_PER_INCH)
+
+
+def _frame(label: str, colour: tuple[int, int, int]) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor="none", edgecolor=(colour[0] / 255, colour[1] / 255, colour[2] / 255), linewidth=2, label=label)
+
+
+def _bar(figure: Any, axes: Any, peak: float) -> None:
+    """The colour bar of one map; an empty map has none."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    if peak > 0:
+        colours = ScalarMappable(Normalize(0, peak), ListedColormap(bar_colours(256) / 255))
+        figure.colorbar(colours, ax=axes, location="bottom", label="times an even spread", fraction=0.05, pad=0.03)

@@ -91,7 +91,7 @@ def test_nothing_but_sinks_and_no_answer(tiny_model):
     (entry,) = study["images"].values()
     assert entry["criteria"]["llm"]["attention"] == [list(range(49))] * 6
     assert entry["v_sinks"] == list(range(49)) and entry["l_sinks"] == entry["ordinary"] == [[]] * 6
-    assert entry["answer_tokens"] == 0 and entry["answer"] == ""
+    assert entry["answer_tokens"] == 0 and entry["answer"] == "" and entry["answer_attention"] is None
     assert entry["warnings"] == [
         "every visual token is flagged as V-sink: the threshold is implausibly low",
         "every token is a sink in layers [0, 1, 2, 3, 4, 5]: none is ordinary",
@@ -134,6 +134,10 @@ def test_attention_shares_equal_those_of_hugging_face(tmp_path):
             ids = hf.generate(torch.tensor(prompt[None]).long(), **inputs, max_new_tokens=5, do_sample=False)
             attentions = hf(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions
         assert ids.shape[1] == len(prompt) + entry["answer_tokens"], name
+        # the maps are of the positions that predict the answer: from the prompt's last token to the answer's last but one
+        predicting = slice(len(prompt) - 1, ids.shape[1] - 1)
+        maps = [weights[0, :, predicting][..., visual].mean((0, 1)).numpy() for weights in attentions]
+        np.testing.assert_allclose(entry["answer_attention"], maps, rtol=1e-3, atol=TOLERANCE)
         for layer, weights in enumerate(attentions):
             groups = {
                 "text": np.setdiff1d(np.arange(ids.shape[1]), visual),

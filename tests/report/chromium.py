@@ -16,7 +16,7 @@ FLAGS = (
     "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
 )  # fmt: skip
 PROBE = Path(__file__).with_name("probe.js").read_text(encoding="utf-8")
-KEYS = {"Tab": 9, "Enter": 13, "Space": 32, "ArrowRight": 39, "ArrowDown": 40, "End": 35}
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "Space": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "End": 35}
 
 
 def find():

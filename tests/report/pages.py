@@ -75,7 +75,8 @@ def check_structure(text):
             assert not name.startswith("on"), (tag, name)
     assert not re.search(r"url\((?!#)|@import|https?://|//cdn", text)
     assert page.tags.count("script") == page.tags.count("h1") == page.tags.count("main") == 1
-    assert all(attributes["alt"].strip() for attributes in page.all("img"))
+    # a map over a picture has no text of its own: that of the picture says what is to be seen
+    assert all(attributes["alt"].strip() or attributes.get("class") == "over" for attributes in page.all("img"))
     assert all(attributes["aria-label"].strip() for attributes in page.all("svg"))
     levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
@@ -102,12 +103,16 @@ def write_run(folder, steps=6, total=6, **metrics):
 
 
 def write_sinks(folder):
-    """Sinks of one image, with its overlay."""
+    """Sinks of one image with its maps, whose layer 1 gets most attention, and of one without an answer."""
     boxes = [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
     entry = {"boxes": boxes, "v_sinks": [0, 3], "l_sinks": [[], [1]], "warnings": ["every patch is flagged"]}
+    entry |= {"answer": HOSTILE, "answer_attention": [[0.1, 0.05, 0.05, 0.1], [0.3, 0.1, 0.1, 0.3]]}
     study = {"format": "lsg-sinks-2", "counts": study_rows.counts(), "attention": study_rows.attention()}
-    write(folder / "sinks.json", study | {"images": {f"photos/{HOSTILE[:5]}.jpg": entry}, "warnings": [HOSTILE]})
-    Image.new("RGB", (8, 8)).save(folder / "evil .png")
+    images = {f"photos/{HOSTILE[:5]}.jpg": entry, "a/x.jpg": entry | {"answer": "", "answer_attention": None}}
+    write(folder / "sinks.json", study | {"images": images, "prompt": "What is <image>?", "warnings": [HOSTILE]})
+    (folder / "images").mkdir()
+    for name in ("evil .png", "images/evil .png", "x.png", "images/x.png"):
+        Image.new("RGB", (8, 8), (90, 60, 30)).save(folder / name)
 
 
 def write_evaluation(folder, questions, scenes=8):

@@ -44,7 +44,24 @@ globalThis.probe = (() => {
       .filter((element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()))
       .map((element) => [contrast(element), start(element)])
       .sort((a, b) => a[0] - b[0]).slice(0, 3),
-    stops: () => all('a[href], summary, input:checked, select, [tabindex="0"]').filter(seen).length,
+    // Texts and lines of figures that stand out least, as [ratio, element]; a grid is to be faint.
+    faintestInFigures: () => all("svg text, svg [id*='line2d'] > path")
+      .map((drawn) => {
+        const look = getComputedStyle(drawn), ink = drawn.tagName === "text" ? look.fill : look.stroke;
+        if (ink === "none" || drawn.getAttribute("style").includes("--grid")) return [21, ""];
+        const both = [colour(ink).slice(0, 3), background(drawn.closest("svg").parentElement)].map(luminance);
+        return [(Math.max(...both) + 0.05) / (Math.min(...both) + 0.05), start(drawn)];
+      })
+      .sort((a, b) => a[0] - b[0]).slice(0, 3),
+    top: (selector) => document.querySelector(selector).getBoundingClientRect().top + scrollY,
+    // Of each map which layer is in sight, as the browser laid it out.
+    layersShown: () => all(".map").map((box) => {
+      const over = box.querySelector(".over").getBoundingClientRect(), under = box.getBoundingClientRect();
+      return (under.top - over.top) / under.height;
+    }),
+    wordsShown: () => all(".words").filter(seen).map((words) => words.textContent),
+    popoversShown: () => all(":popover-open").map((open) => open.textContent.trim()),
+    stops: () => all('a[href], summary, button, input:checked, input[type="range"], select, [tabindex="0"]').filter(seen).length,
     focus: () => {
       const at = document.activeElement, box = at.getBoundingClientRect(), look = getComputedStyle(at);
       return {

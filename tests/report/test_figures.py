@@ -1,6 +1,7 @@
 """Figures: the CSV holds the rows, the SVG is valid XML with its labels, equal rows give equal bytes, None is a gap."""
 
 import csv
+import math
 import re
 import sys
 from xml.etree import ElementTree
@@ -74,7 +75,8 @@ def test_files_of_a_figure(name, drawn):
     cells = read(paths[0])
     assert not any("nan" in value.lower() for row in cells for value in row.values())
     if name not in ("draw_oracle_map", "draw_attention_shares"):  # these aggregate rows, see below
-        assert cells == [{key: row[key] for key in cells[0]} for row in as_cells(rows)]
+        own = [key for key in cells[0] if (name, key) != ("draw_loss", "trend")]
+        assert [{key: cell[key] for key in own} for cell in cells] == [{key: row[key] for key in own} for row in as_cells(rows)]
 
 
 def test_equal_rows_give_equal_bytes(drawn, tmp_path):
@@ -179,3 +181,17 @@ def test_the_longer_side_of_a_table_of_ratios_goes_down():
     header, lines = table_of_ratios(study_rows.ratios(range(32)), "rest")
     assert header == ["layer", "cv_bench, Count", "cv_bench, Depth $ & <b>", "mmstar, math"]
     assert len(lines) == 32 and lines[31] == ["layer 31", *["0.70 ± 0.05"] * 3]
+
+
+def test_the_trend_of_a_loss():
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(1, 3, 101)
+    kept = 0.5 ** (1 / figures.half_life(101))
+    weights = [kept ** np.arange(step, -1, -1) for step in range(101)]  # the youngest loss has weight 1
+    expected = [float(np.average(losses[: step + 1], weights=weights[step])) for step in range(101)]
+    np.testing.assert_allclose(figures.trend_of(losses.tolist()), expected, rtol=1e-12)
+    assert figures.half_life(101) == 5 and figures.half_life(3) == 1
+    np.testing.assert_allclose(figures.trend_of([2.0] * 40), 2.0, rtol=1e-12)
+    gaps = figures.trend_of([1.0, None, math.nan, 3.0])
+    assert gaps[1:3] == [None, None] and gaps[0] == 1 and gaps[3] == pytest.approx((0.5 * 1 + 3) / 1.5)
+    assert figures.trend_of([None]) == [None]

@@ -21,17 +21,20 @@ def test_a_page_of_all_studies(work, tmp_path, capsys):
     assert main(["report", str(work), str(work / "sweep"), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out.resolve()}\n"
     page = check_structure(out.read_text())
-    headings = ["Ablation: ablate", "Probes: probe", "Training: run", "Evaluation: run/eval", "Sinks: sinks"]
-    assert page.texts["h2"] == ["Summary", *headings, "Stack: stack", "Oracle sweep: sweep"]  # each once
+    results = ["Scores", "Ablation: ablate", "Probes: probe", "Evaluation: run/eval", "Stack: stack", "Oracle sweep: sweep"]
+    titles = ["Sinks: sinks", *results, "Training: run", "Settings", "Glossary"]
+    assert page.texts["h2"] == ["What was found", *titles]  # each once, sinks first
+    assert [text for text in page.texts["a"] if text in titles] == titles  # the contents
     assert page.tags.count("svg") == 9 and page.tags.count("i") == 0
-    assert page.tags.count("img") == 1 + 8 + 5  # the overlay, the scenes, the own questions with an image
-    (sinks,) = (image["alt"] for image in page.all("img") if "V-sink" in image["alt"])
-    assert sinks == "evil .jpg: 2 V-sinks, 1 L-sink at row 1 column 1, row 2 column 2, of 2 rows and columns"
+    # the marked images, two maps of one of them in two pictures each, the scenes, the own questions with an image
+    assert page.tags.count("img") == 2 + 2 * 2 + 8 + 5
+    marked = [image["alt"] for image in page.all("img") if "V-sink" in image["alt"]]
+    placed = "2 V-sinks, 1 L-sink at row 1 column 1, row 2 column 2, of 2 rows and columns"
+    assert marked == [f"evil .jpg: {placed}", f"x.jpg: {placed}"]
+    found = " ".join(page.texts["p"][:6])
+    assert "In layer 1, where sinks draw most of the answers' attention, they get 88 % of what falls on the image" in found
     assert HOSTILE in "".join(page.texts["p"])
-    # the summary's scores come before any section
-    first, *_ = (i for i, tag in enumerate(page.tags) if tag == "table")
-    assert "Evaluation: run/eval: scores" in page.texts["span"][0] and page.tags[:first].count("h2") == 1
-    cells = page.texts["td"]
+    cells = [text.strip() for text in page.texts["td"]]
     assert "53.00 [51.00, 55.00]" in cells and "+3.00 [+1.00, +5.00]" in cells and "4 / 1, 0.375" in cells
     assert ["0.50", "0.50"] in [cells[i : i + 2] for i in range(len(cells))]  # the ratios of layer 2
     assert "0.20 ± 0.05" in cells and "layer 2" in page.texts["th"]  # those by task
@@ -62,7 +65,7 @@ def test_incomplete_results(tmp_path):
         write(tmp_path / study / f"{study}.json", {"format": f"lsg-{study}-1", "rows": []})
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
     page = check_structure((tmp_path / "report.html").read_text())
-    assert len(page.texts["h2"]) == 1 + 9 and page.tags.count("svg") == 2
+    assert len(page.texts["h2"]) == 1 + 9 + len(["Scores", "Settings", "Glossary"]) and page.tags.count("svg") == 2
     assert [image["alt"] for image in page.all("img")] == [
         "b.jpg: V-sinks unknown",
         "c.jpg: 1 V-sink at row 1 column 2, of 2 rows and columns",

@@ -11,7 +11,7 @@ from pages import write_work
 from lsg_jax.cli import main
 
 NEEDS = {"chromium": chromium.find, "poppler-utils": lambda: shutil.which("pdftotext")}
-PHONE = {"width": 360, "height": 800}
+PHONE = {"width": 390, "height": 800}
 COMPLAINTS = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed")
 
 
@@ -56,7 +56,7 @@ def test_what_got_into_the_page_does_not_run(browser, report, tmp_path):
     (tmp_path / "evil.html").write_text(report.read_text().replace("<h1>", evil + "<h1>"))
     browser.open(tmp_path / "evil.html")
     assert browser.evaluate("window.ran ?? null") is None
-    assert browser.probe("filtersSeen") == 2  # the page's own script does run
+    assert browser.probe("filtersSeen") == 2 + 1  # the slider is one; the page's own script does run
     _, complaints = requests_and_complaints(browser)
     assert sum("Content Security Policy" in str(complaint) for complaint in complaints) >= 3
 
@@ -65,10 +65,56 @@ def test_a_phone_scrolls_down_only(browser, report):
     for script in (True, False):
         browser.open(report, **PHONE, script=script)
         browser.probe("unfold")
-        assert browser.probe("width") == [360, 360] and browser.probe("tooWide") == []
+        assert browser.probe("width") == [390, 390] and browser.probe("tooWide") == []
     assert browser.probe("scrolled") > 3 and browser.probe("smallestLabel") > 6  # figures stay readable
     browser.probe("widen")
-    assert browser.probe("width")[1] > 360 and browser.probe("tooWide")
+    assert browser.probe("width")[1] > 390 and browser.probe("tooWide")
+
+
+def test_sinks_and_maps_come_first(browser, report):
+    for view, highest in (({}, 1000), (PHONE, 1500)):
+        browser.open(report, **view)
+        tops = [
+            browser.evaluate(f"probe.top('{selector}')") for selector in ("nav", ".maps", "#scores", "#settings", "#glossary")
+        ]
+        assert tops == sorted(tops) and tops[1] < highest, tops
+
+
+def test_a_slider_moves_all_maps_to_a_layer(browser, report):
+    browser.open(report, **PHONE)
+    assert browser.probe("layersShown") == pytest.approx([1, 1], abs=0.02)  # layer 1 gets most attention
+    assert [words[:8] for words in browser.probe("wordsShown")] == ["Layer 1:"]
+    browser.evaluate("document.querySelector('.layers input').focus()")
+    browser.press("ArrowLeft")
+    assert browser.probe("layersShown") == pytest.approx([0, 0], abs=0.02)
+    assert [words[:8] for words in browser.probe("wordsShown")] == ["Layer 0:"]
+    assert browser.evaluate("document.querySelector('.layers output').value") == "0"
+    assert browser.evaluate("document.querySelector('.peak').textContent") == "1.3"  # 0.1 of 0.3, on a quarter of the image
+    browser.open(report, script=False)
+    assert browser.probe("layersShown") == pytest.approx([1, 1], abs=0.02) and len(browser.probe("wordsShown")) == 1
+
+
+def test_words_are_explained_where_they_stand(browser, report):
+    """By keyboard and by touch, without scripts."""
+    browser.open(report, **PHONE, script=False)
+    assert browser.probe("popoversShown") == []
+    for term in ("tau", "criterion", "v_sink_rest", "key_scale", "gate ratio", "remat"):
+        browser.evaluate(f"[...document.querySelectorAll('.term')].find((b) => b.textContent === '{term}').focus()")
+        browser.press("Enter")
+        (shown,) = browser.probe("popoversShown")
+        assert shown.startswith(f"{term}: ") and len(shown) > 60
+        browser.press("Escape")
+        assert browser.probe("popoversShown") == []
+    browser.evaluate("document.querySelector('.term').scrollIntoView({block: 'center'})")
+    x, y = browser.evaluate("(({x, y}) => [x + 4, y + 4])(document.querySelector('.term').getBoundingClientRect())")
+    browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    browser.evaluate("new Promise(requestAnimationFrame)")
+    (shown,) = browser.probe("popoversShown")
+    box = browser.evaluate(
+        "(({left, right}) => [left, right])(document.querySelector(':popover-open').getBoundingClientRect())"
+    )
+    assert shown.startswith("V-sink: ") and 0 <= box[0] < box[1] <= 390
 
 
 def test_contrast(browser, report):
@@ -77,6 +123,8 @@ def test_contrast(browser, report):
         browser.probe("unfold")
         worst = browser.probe("faintest")
         assert worst[0][0] >= 4.5, worst
+        drawn = browser.probe("faintestInFigures")
+        assert drawn[0][0] >= 3, drawn
         paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (paper == "rgb(255, 255, 255)") != dark
 
