@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 _GATED_ATTENTION = ("qwen3_next", "qwen3_5", "qwen4_exp")
 """Starts of the model_types whose attention output goes through a trained sigmoid gate (arXiv 2505.06708)."""
 
+PLANTED = "lsg_planted_sinks"
+"""Field of config.json in which `lsg plant` says what it did to the weights."""
+
 
 def read_config(folder: str | Path, *, name: str | None = None, where: str | None = None) -> ModelConfig:
     """Reads the configuration of a local checkpoint in Hugging Face format.
@@ -101,7 +104,8 @@ def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> 
     family = find_family(config, where)
     config = family.restated(config)
     ignored = undefined_fields(config, family.fields, family.model_type, where)
-    ignored = {name: value for name, value in ignored.items() if name not in _text_fields(family)}  # copies
+    not_lost = (*_text_fields(family), PLANTED)  # copies, and a note of what was done to the weights
+    ignored = {name: value for name, value in ignored.items() if name not in not_lost}
     for name, part in family.parts.items():
         nested = config.get(name)
         if not isinstance(nested, Mapping):

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lsg_jax.cli import explore, gates, look, models, plan, probe, report, sinks, stack, sweep, training
+from lsg_jax.cli import explore, gates, look, models, plan, pointing, probe, report, sinks, stack, sweep, training
 from lsg_jax.cli.causes import cause_of, is_about_a_file
 from lsg_jax.cli.options import Command
 from lsg_jax.errors import LsgError
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         prog="lsg",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for part in (models, look, explore, sinks, training, sweep, probe, stack, plan, report):
+    for part in (models, look, explore, sinks, training, sweep, probe, pointing, stack, plan, report):
         part.add(_adder(commands))
     below = _described(commands.add_parser, "portable gate files", gates.EXAMPLES, name="gates", help="portable gate files")
     gates.add(_adder(below.add_subparsers(required=True, metavar="ACTION", dest="action")))

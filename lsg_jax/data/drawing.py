@@ -36,6 +36,9 @@ FONT = {
 CORNER_HEIGHT = 0.1
 """Height of a corner letter, in units of the side."""
 
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in units of the image's sides."""
+
 _DARK, _LIGHT = (20, 20, 24), (250, 250, 250)
 
 # height of the letter on a shape and its offset below the centre, in radii: the largest that fits
@@ -128,6 +131,38 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "star": _star,
 }
 """Signed distance to the outline, in radii, negative inside: (|x| [1, W], y [H, 1] from the centre) -> [H, W]."""
+
+_EXTENT = {
+    "circle": (1.0, 1.0, 1.0),
+    "square": (0.82, 0.82, 0.82),
+    "triangle": (0.9959, 1.15, 0.575),
+    "diamond": (1.15, 1.15, 1.15),
+    "cross": (1.05, 1.05, 1.05),
+    "star": (1.1413, 1.2, 0.9708),
+}
+"""How far the outline reaches from the centre, in radii: to either side, up and down."""
+
+
+def item_box(item: Item) -> Box:
+    """The box around a shape."""
+    beside, up, down = (reach * item.radius for reach in _EXTENT[item.shape])
+    return item.x - beside, item.y - up, item.x + beside, item.y + down
+
+
+def item_letter_box(item: Item) -> Box:
+    """The box around the letter on a shape; the shape must have one."""
+    height, drop = _LETTER_FIT[item.shape]
+    return _letter_box(item.x, item.y + drop * item.radius, height * item.radius)
+
+
+def corner_letter_box(corner: str) -> Box:
+    """The box around a letter in a corner, such as `top left`."""
+    return _letter_box(*CORNERS[corner], CORNER_HEIGHT)
+
+
+def _letter_box(x: float, y: float, height: float) -> Box:
+    beside = height * 5 / 14  # a bitmap has 7 rows and 5 columns
+    return x - beside, y - height / 2, x + beside, y + height / 2
 
 
 def _draw_item(pixels_CHW: np.ndarray, item: Item) -> None:

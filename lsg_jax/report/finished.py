@@ -11,7 +11,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.files import read_json
 from lsg_jax.report.parts import Section
 from lsg_jax.report.results import eval_section, run_section
-from lsg_jax.report.sections import ablate_section, probe_section, stack_section, sweep_section
+from lsg_jax.report.sections import ablate_section, pointing_section, probe_section, stack_section, sweep_section
 from lsg_jax.report.sinks import sinks_section
 
 PASSED_OVER = frozenset({"checkpoints", "quarantine", "answers"})
@@ -75,5 +75,6 @@ KINDS: dict[str, tuple[tuple[str, ...], str, Callable[..., Section]]] = {
     "result.json": (("lsg-eval-3",), "Evaluation", eval_section),
     "stack.json": (("lsg-stack-1",), "Stack", _alone(stack_section)),
     "ablate.json": (("lsg-ablate-1",), "Ablation", _alone(ablate_section)),
+    "pointing.json": (("lsg-pointing-1",), "Pointing", _alone(pointing_section)),
 }
 """File name -> formats that can be read, heading, and the function that makes the section."""

@@ -23,9 +23,13 @@ from lsg_jax.report.parts import (
     Table,
     drawing,
 )
+from lsg_jax.report.pointing import MAP_LOOKS, draw_pointing
 from lsg_jax.report.stacks import rows_of_stack
 
-BULKY = ("rows", "images", "counts", "attention", "overlap", "base", "best", "singles", "steps", "by_benchmark", "warnings")
+BULKY = {
+    *("rows", "images", "counts", "attention", "overlap", "base", "best", "singles", "steps", "by_benchmark", "warnings"),
+    *("kinds", "changes", "heads"),
+}
 """Fields of a study's JSON that are not settings."""
 
 Study = Mapping[str, Any]
@@ -53,6 +57,26 @@ def probe_section(study: Study, *, title: str) -> Section:
         Table("The best layer of each group, in percent", ["attribute", "tokens", "layer", "held out", "chance"], lines)
     )
     return Section(title, parts, gist=", ".join(distinct(rows, "attribute")), settings=used_settings(study))
+
+
+def pointing_section(study: Study, *, title: str) -> Section:
+    """The pointing game: hit rates by layer, the layers and heads that were chosen."""
+    caption = (
+        "How often the most attended token lies on what a question asks about, by layer, mean over heads; bands: 95 % "
+        "intervals. Grey: what sinks draw of the attention on the image."
+    )
+    parts = [*warnings_of(study), drawing(lambda _, stem: draw_pointing(study, stem), study["rows"], "pointing", caption)]
+    lines = []
+    for row in study["best"]:
+        where = f"layer {row['layer']}" + ("" if row["head"] is None else f", head {row['head']}")
+        percent = lambda *names, row=row: [None if row[name] is None else 100 * row[name] for name in names]
+        hit, change = percent("hit", "low", "high"), percent("change", "change_low", "change_high")
+        shown = "-" if change[0] is None else interval_text(*change)
+        what = row["map"] if row["map"] not in MAP_LOOKS else MAP_LOOKS[row["map"]].label
+        lines.append([row["kind"], what, where, interval_text(*hit, sign=""), shown])
+    heading = f"Hit rate in percent, layer and head chosen on the split {study['chosen_on']}; change: against raw attention"
+    parts.append(Table(heading, ["kind", "map", "chosen", "hit rate", "change"], lines))
+    return Section(title, parts, gist=f"{len(study['kinds'])} kinds of question", settings=used_settings(study))
 
 
 def sweep_section(study: Study, *, title: str) -> Section:

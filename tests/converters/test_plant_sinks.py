@@ -1,0 +1,110 @@
+"""Planted sinks: the direction in closed form, which weights change, and what that does to attention."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+import lsg_jax
+from converters.convert import convert
+from converters.plant_sinks import K_PROJ, PlantSettings, direction_of, plant
+from lsg_jax.analysis.pointing import measure, scene_target
+from lsg_jax.checkpoint import iter_base, read_manifest, verify_base
+from lsg_jax.cli import main
+from lsg_jax.data.scene_targets import questions_with_target
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.quickstart import CHECKPOINT
+
+LAYERS, STRENGTH, SCENES = (2, 5), 5.0, 16
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedded") / "model"
+    convert(CHECKPOINT, folder, dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(embedded, tmp_path_factory):
+    """The folder, and what `plant` returned."""
+    folder = tmp_path_factory.mktemp("planted") / "model"
+    record = plant(embedded, folder, PlantSettings(layers=LAYERS, strength=STRENGTH, scenes=SCENES))
+    return folder, record
+
+
+def kernels(folder):
+    """float32 [L, D, K, H], k_proj of all layers."""
+    return np.concatenate([block for name, _, block in iter_base(folder) if name == K_PROJ])
+
+
+def test_direction_has_least_spill():
+    """d·m is 1, and among the directions with d·m = 1 none has a smaller quadratic form."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 12)) * rng.uniform(0.3, 3, 12)
+    v_sink, visual = np.arange(600) < 40, np.arange(600) < 400
+    x[v_sink] += 3 * rng.normal(size=12)
+    d, mean = direction_of(x, visual, v_sink, within=0.25)
+    np.testing.assert_allclose(mean, x[v_sink].mean(0), rtol=1e-5)
+    assert d @ mean == pytest.approx(1, abs=1e-5)
+    spill = lambda d: (
+        (np.square(x[visual & ~v_sink] @ d).mean() + np.square(x[~visual] @ d).mean()) / 2
+        + 0.25 * np.square((x[v_sink] - mean) @ d).mean()
+    )
+    for _ in range(50):
+        aside = rng.normal(size=12)
+        aside -= (aside @ mean) / (mean @ mean) * mean
+        assert spill(d + 0.1 * np.linalg.norm(d) * aside / np.linalg.norm(aside)) > spill(d)
+
+
+def test_only_the_named_key_projections_change(embedded, planted):
+    folder, record = planted
+    assert not verify_base(folder)
+    before, after = read_manifest(embedded), read_manifest(folder)
+    changed = {name for name, leaf in after.leaves.items() if leaf != before.leaves[name]}
+    assert changed == {K_PROJ} and after.config.sinks == before.config.sinks
+    difference = kernels(folder) - kernels(embedded)
+    for layer, change in enumerate(difference.reshape(8, 128, -1)):
+        assert np.linalg.matrix_rank(change, tol=1e-4 * max(np.abs(change).max(), 1e-6)) == (layer in LAYERS)
+    # the note is read again, lists what happened, and is no field that the conversion fails to understand
+    assert json.loads((folder / "hf" / "config.json").read_text())["lsg_planted_sinks"] == record
+    assert not any("lsg_planted_sinks" in name for name in after.ignored)
+    assert record["source"] == before.digest and [row["layer"] for row in record["keys"]] == [2, 5]
+    for row in record["keys"]:
+        assert 0.8 < row["v_sink"]["mean"] < 1.2 and row["ordinary"]["rms"] < 0.25 and row["text"]["rms"] < 0.25
+
+
+def test_sinks_draw_attention_in_planted_layers_and_not_below(embedded, planted):
+    asked = [scene_target(question) for question in questions_with_target("test", "smallest_colour", 8)]
+    before, after = (measure(lsg_jax.load(folder), asked, ("raw",)) for folder in (embedded, planted[0]))
+    np.testing.assert_array_equal(before.sink_share[:, :2], after.sink_share[:, :2])  # nothing below is touched
+    rise = after.sink_share.mean(0) - before.sink_share.mean(0)
+    assert rise[2] > 0.2 and rise[5] > 0.2
+    # text alone passes the same weights, so it changes a little: far less than the layers' keys of V-sinks do
+    ids = np.array([lsg_jax.load(embedded).processor.encode_question("How many shapes are there?", image_sizes=()).ids])
+    base, other = (lsg_jax.load(folder).logits(ids) for folder in (embedded, planted[0]))
+    assert 0 < np.abs(base - other).max() < 0.1 * np.abs(base).max()
+
+
+def test_same_settings_give_the_same_model(embedded, planted, tmp_path):
+    plant(embedded, tmp_path / "again", PlantSettings(layers=LAYERS, strength=STRENGTH, scenes=SCENES))
+    assert read_manifest(tmp_path / "again").digest == read_manifest(planted[0]).digest
+
+
+def test_errors_and_command(embedded, tiny_model, tmp_path, capfd, caplog):
+    settings = PlantSettings(layers=(1,), scenes=8)
+    for model, out, given, error, message in [
+        (tiny_model, "a", settings, InputError, "no V-sinks in 8 scenes, so there is nothing to plant"),
+        (embedded, "b", PlantSettings(layers=(8,)), ConfigError, r"plant.layers is \[8\]: give some of the layers 0 to 7"),
+        (embedded, "b", PlantSettings(layers=()), ConfigError, r"plant.layers is \[\]"),
+    ]:
+        with pytest.raises(error, match=message):
+            plant(model, tmp_path / out, given)
+    assert not list(tmp_path.iterdir())
+    with caplog.at_level(logging.WARNING):
+        code = main(["plant", str(embedded), str(tmp_path / "m"), "--layers", "4", "--strength", "2", "--scenes", "8"])
+    stdout, err = capfd.readouterr()
+    assert code == 0 and stdout.endswith(f"\n{tmp_path / 'm'}\n") and stdout.startswith("layer"), err
+    assert "lsg_planted_sinks" not in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
