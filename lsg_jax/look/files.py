@@ -13,10 +13,10 @@ from lsg_jax.files import check_only, write_atomic, write_json
 from lsg_jax.look.look import Floats, Look
 from lsg_jax.look.page import page_html
 from lsg_jax.report.drawing import LOOKS, render
+from lsg_jax.report.map_values import MAP_TITLES
 from lsg_jax.report.overlay import draw_map, draw_sinks
 
 FORMAT = "lsg-look-1"
-TITLES = {"raw": "attention", "no_sinks": "without sinks", "relative": "over a neutral prompt"}
 COLUMNS = ("layer", "visual", "v_sink", "l_sink", "ordinary")
 GROUPS = COLUMNS[2:]
 ACROSS = 8  # layers in a row of the figure
@@ -40,7 +40,7 @@ def write_look(look: Look, folder: Path) -> None:
         for name in look.maps:
             pictures[f"{number}.{name}.png"] = draw_map(picture, look.on_picture(_mean_map(look, name), number - 1, side=672))
         pictures[f"{number}.sinks.png"] = draw_sinks(picture.convert("RGB"), _marked(look, number - 1))
-    known = KNOWN.union(f"{number}.{name}.png" for number in range(1, 100) for name in (*TITLES, "sinks"))
+    known = KNOWN.union(f"{number}.{name}.png" for number in range(1, 100) for name in (*MAP_TITLES, "sinks"))
     check_only(folder, known, "lsg look")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "look.json").unlink(missing_ok=True)  # an interrupted command leaves no numbers beside other pictures
@@ -119,7 +119,7 @@ def draw_layers(look: Look, stem: Path, *, image: int = 0) -> list[Path]:
                     panel.text(
                         -0.06,
                         0.5,
-                        TITLES[name].replace("a n", "a\nn"),
+                        MAP_TITLES[name].replace("a n", "a\nn"),
                         rotation=90,
                         va="center",
                         ha="right",

@@ -98,6 +98,17 @@ class Look {
     return { v: [...this.v_sink], l: [...this.l_sink.subarray(layer * this.count, (layer + 1) * this.count)] };
   }
 
+  /** The layer in which sinks draw most attention; without sinks that in which the image does. */
+  tellingLayer() {
+    const of = (kind) => Array.from({ length: this.layers }, (_, layer) => {
+      let sum = 0;
+      this.tokens.forEach((_, token) => { for (let head = 0; head < this.heads; head++) sum += this.share(kind, token, layer, head); });
+      return sum;
+    });
+    const sinks = of("sinks"), sums = sinks.some((sum) => sum > 0) ? sinks : of("visual");
+    return sums.indexOf(Math.max(...sums));
+  }
+
   share(kind, token, layer, head) {
     return this.shares[kind][(token * this.layers + layer) * this.heads + head];
   }

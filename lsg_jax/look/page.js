@@ -23,7 +23,7 @@ class Looks {
     if (pictures !== this.pictures) this.pointed = Infinity;
     this.pictures = pictures;
     Object.assign(this.state, state);
-    this.state.layer = limit(this.state.layer ?? Math.floor(first.layers / 2), 0, first.layers - 1);
+    this.state.layer = limit(this.state.layer ?? first.tellingLayer(), 0, first.layers - 1);
     const firstWithText = Math.max(first.tokens.findIndex((text) => text.trim()), 0);
     this.state.token = "token" in state || this.chosen ? limit(this.state.token, 0, Math.max(tokens - 1, 0)) : firstWithText;
     this.single = first.by_head || this.fetchHead; // heads one by one

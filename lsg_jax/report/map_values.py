@@ -9,6 +9,9 @@ from lsg_jax.data.grids import ImageSize
 
 Floats = NDArray[np.float32]
 
+MAP_TITLES = {"raw": "all attention", "no_sinks": "without sinks", "relative": "over a neutral prompt"}
+"""What people read as the names of maps (`look.Look.maps`)."""
+
 
 def without_sinks(raw: Floats, sinks: NDArray[np.bool_]) -> Floats:
     """The attention on visual tokens that are no sinks, as shares of its sum.

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.data.grids import ImageSize
-from lsg_jax.report.map_values import Floats, spread, without_sinks
+from lsg_jax.report.map_values import MAP_TITLES, Floats, spread, without_sinks
 from lsg_jax.report.overlay import MAP_DARK, MAP_GREY, map_colours
 
+TITLES = {name: MAP_TITLES[name] for name in ("raw", "no_sinks")}
 MAX_CELLS = 64  # a side of a map in the page
-TITLES = {"raw": "all attention", "no_sinks": "without sinks"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,12 +30,14 @@ from lsg_jax.report.drawing import (
     numbers,
     render,
 )
+from lsg_jax.report.map_values import MAP_TITLES
+from lsg_jax.report.overlay import draw_map
 
 HITS = ("kind", "map", "layer", "hit", "low", "high", "share", "share_low", "share_high")
 MAP_LOOKS = {
-    "raw": Look("raw attention", "#D55E00", "-", "o", ""),
-    "no_sinks": Look("without sinks", "#0072B2", "--", "s", ""),
-    "relative": Look("relative to neutral", "#009E73", "-.", "^", ""),
+    "raw": Look(MAP_TITLES["raw"], "#D55E00", "-", "o", ""),
+    "no_sinks": Look(MAP_TITLES["no_sinks"], "#0072B2", "--", "s", ""),
+    "relative": Look(MAP_TITLES["relative"], "#009E73", "-.", "^", ""),
 }
 CHANCE = Look("chance", INK, ":", "", "")
 SHADE = "#E4E4E4"
@@ -172,10 +174,7 @@ def _draw_picture(axes: Any, example: Example) -> None:
 
 
 def _draw_map(axes: Any, example: Example, name: str) -> None:
-    values = example.maps[name]
-    axes.imshow(example.picture.convert("L"), extent=(0, 1, 1, 0), cmap="gray", vmin=-160, vmax=290)
-    strength = values / max(float(values.max()), 1e-30)
-    axes.imshow(strength, extent=(0, 1, 1, 0), cmap="inferno", vmin=0, vmax=1, alpha=0.25 + 0.6 * strength)
+    axes.imshow(draw_map(example.picture, example.maps[name]), extent=(0, 1, 1, 0))
     _frame(axes, example.target, TARGET)
     _frame(axes, example.peaks[name], PEAK, line="--")
     axes.set_title("hit" if example.hits[name] else "miss", fontsize=6.5)

@@ -74,7 +74,7 @@ def pointing_section(study: Study, *, title: str) -> Section:
         shown = "-" if change[0] is None else interval_text(*change)
         what = row["map"] if row["map"] not in MAP_LOOKS else MAP_LOOKS[row["map"]].label
         lines.append([row["kind"], what, where, interval_text(*hit, sign=""), shown])
-    heading = f"Hit rate in percent, layer and head chosen on the split {study['chosen_on']}; change: against raw attention"
+    heading = f"Hit rate in percent, layer and head chosen on the split {study['chosen_on']}; change: against all attention"
     parts.append(Table(heading, ["kind", "map", "chosen", "hit rate", "change"], lines))
     return Section(title, parts, gist=f"{len(study['kinds'])} kinds of question", settings=used_settings(study))
 

@@ -7,14 +7,16 @@ import numpy as np
 from lsg_jax.look.look import Criterion, Look, relative_to, without_sinks
 
 TOKENS, LAYERS, HEADS, SIDE = ["", "a", " <b>cat</b>"], 6, 4, 4
+TELLING = 4  # the layer in which sinks draw most, which a page shows first
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
 
 def made_look(pictures, prompt="What is it?", seed=0, *, answer=HOSTILE, factor=1.0):
-    """A look at 4 x 4 tokens a picture; token 0 is a V-sink, token 1 an L-sink of the upper layers; `factor` scales V-sinks."""
+    """A look at 4 x 4 tokens a picture; token 0 is a V-sink, token 1 an L-sink of the upper half; `factor` scales V-sinks."""
     rng, visual = np.random.default_rng(seed), SIDE * SIDE * len(pictures)
     raw = rng.uniform(0, 0.5 / visual, (len(TOKENS), LAYERS, HEADS, visual)).astype(np.float32)
     raw[..., 0] = 0.4 * factor
+    raw[:, TELLING, :, 1] += 0.02
     edges = np.linspace(0, 1, SIDE + 1)
     box = [(edges[x], edges[y], edges[x + 1], edges[y + 1]) for y in range(SIDE) for x in range(SIDE)]
     v_sink, l_sink = np.arange(visual) == 0, np.zeros((LAYERS, visual), bool)

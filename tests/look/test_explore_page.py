@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import uvicorn
 from broken_images import file_of
-from explored import HEADS, HOSTILE, LAYERS, MadeAsker, made_look
+from explored import HEADS, HOSTILE, LAYERS, TELLING, MadeAsker, made_look
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
@@ -107,7 +107,7 @@ def test_by_keyboard(page, served):
     ask(page, served[0])
     page.locator("h1").click()
     layer, head = page.locator("[name=layer] + output"), page.locator("[name=head] + output")
-    expect(layer).to_have_text(f"3 of {LAYERS - 1}")
+    expect(layer).to_have_text(f"{TELLING} of {LAYERS - 1}")
     for _ in range(LAYERS):
         page.keyboard.press("ArrowDown")
     expect(layer).to_have_text(f"{LAYERS - 1} of {LAYERS - 1}")

@@ -27,9 +27,10 @@ from lsg_jax.methods.gates import Gates
 
 TOLERANCE = 1e-5  # absolute, of attention weights
 PINPOINTS = [[42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
-NAMES = ["llava", "llava_next", "qwen2_5_vl", "gemma3", "internvl-qwen3", "smolvlm"]
+RUN = ["llava", "llava_next", "qwen2_5_vl", "gemma3"]
+PLACED = [*RUN, "internvl-qwen3", "smolvlm"]
 SINKS = SinkConfig(vit_dims=(3, 7), vit_tau=1.9, llm_dims=(5,), llm_tau=2.4)
-TAUS = {"gemma3": 2.75, "smolvlm": 1.2}  # of V-sinks, where 1.9 is reached by all tokens or by none
+TAUS = {"gemma3": 2.75}  # of V-sinks, where 1.9 is reached by all tokens
 PROMPT = "What?"
 
 
@@ -100,7 +101,7 @@ def hf_attentions(name, hf, vlm, shown, look):
     return weights[:, :, start - 1 : start - 1 + len(answer)][..., own].transpose(2, 0, 1, 3), weights, out.hidden_states
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 def test_raw_maps_equal_hugging_face(name, opened):
     hf, vlm = opened(name)
     shown = pictures(name)
@@ -141,7 +142,7 @@ def test_gated_maps_equal_the_gated_pytorch_model(name, opened):
     assert np.abs(plain - raw).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACED)
 def test_a_mark_in_a_corner_lies_in_the_boxes_of_its_tokens(name, opened):
     """Tokens whose pixels a mark changes are those whose boxes touch it, a resampling filter's width apart."""
     _, vlm = opened(name)
