@@ -36,8 +36,10 @@ def add(command: Command) -> None:
 
 
 def _look(options: argparse.Namespace) -> None:
-    from lsg_jax.look.files import as_json, shares
+    from lsg_jax.look.files import as_json, check_folder, shares
 
+    if options.out is not None:
+        check_folder(options.out)
     vlm = load_model(options)
     look = vlm.look(options.image, options.prompt, options.max_new_tokens, maps=options.maps)
     for warning in look.warnings:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lsg_jax import distributed
+from lsg_jax.cli.compile_cache import use_compile_cache
 from lsg_jax.errors import ConfigError
 from lsg_jax.progress import Progress, silent
 
@@ -74,9 +75,10 @@ def template_option(sub: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace, mesh: Mesh | None = None) -> VLM:
-    """The model, gates and sink settings that the options name."""
+    """The model, gates and sink settings that the options name. Programs compiled for it are kept for the next command."""
     import lsg_jax
 
+    use_compile_cache()
     template = getattr(options, "template", None)
     vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, template=template)
     if options.sinks:

@@ -39,6 +39,11 @@ def look(
     """`VLM.look` has the description."""
     if not isinstance(prompt, str):
         raise InputError(f"the prompt is of type {type(prompt).__name__}; give a text")
+    if isinstance(maps, str) or not isinstance(layers, (list, tuple, range)):
+        raise InputError('maps and layers: give lists, such as maps=["raw"] and layers=[3]')
+    for name, value in (("max_new_tokens", max_new_tokens), *(("a layer", layer) for layer in layers)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"{name} is {value!r}; give a whole number")
     if unknown := [name for name in maps if name not in MAPS]:
         raise InputError(f"there is no map {unknown[0]}: choose among {', '.join(MAPS)}")
     if wrong := [layer for layer in layers if not 0 <= layer < vlm.config.text.num_layers]:
@@ -81,7 +86,7 @@ def look(
         neutral=neutral,
         hidden={layer: seen["hidden"][index][valid] for index, layer in enumerate(layers)},
         attention={layer: seen["attention"][index][:, valid][..., valid] for index, layer in enumerate(layers)},
-        warnings=_warnings(criteria, v_sink, maps),
+        warnings=_warnings(criteria, v_sink, l_sink, maps),
     )
 
 
@@ -120,11 +125,15 @@ def reading(sinks: SinkConfig, stage: Literal["vit", "llm"]) -> Reading:
     return next(each for each in side_by_side(sinks, stage) if each.in_force)
 
 
-def _warnings(criteria: dict[str, Criterion], v_sink: np.ndarray, maps: Sequence[str]) -> list[str]:
+def _warnings(criteria: dict[str, Criterion], v_sink: np.ndarray, l_sink: np.ndarray, maps: Sequence[str]) -> list[str]:
     warnings = []
     for kind, stage in (("V-sinks", "vit"), ("L-sinks", "llm")):
         if criteria[stage].unknown and "no_sinks" in maps:
             warnings.append(f"{kind} are not taken out: {criteria[stage].unknown} (`lsg calibrate` finds them)")
+    if "no_sinks" in maps and not (v_sink.any() or l_sink.any()):
+        warnings.append(
+            "no visual token is a sink here, so the map without sinks is that of all attention, as shares of its sum"
+        )
     if v_sink.mean() > 0.5:
         count = int(v_sink.sum())
         warnings.append(f"{count} of {len(v_sink)} visual tokens are V-sinks: sinks.vit_tau is implausibly low")

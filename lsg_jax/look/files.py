@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from lsg_jax.data.grids import ImageSize
 from lsg_jax.files import check_only, write_atomic, write_json
 from lsg_jax.look.look import Floats, Look
 from lsg_jax.look.page import page_html
@@ -20,7 +23,10 @@ FORMAT = "lsg-look-1"
 COLUMNS = ("layer", "visual", "v_sink", "l_sink", "ordinary")
 GROUPS = COLUMNS[2:]
 ACROSS = 8  # layers in a row of the figure
-KNOWN = frozenset({"look.json", "maps.npz", "look.html", "layers.csv", "layers.svg", "layers.png"})
+CELL, GAP, THINNEST = 160, 6, 4  # pixels of the longer side of a map there, and between maps; largest ratio of its sides
+KNOWN = frozenset({"look.json", "maps.npz", "look.html"})
+OF_IMAGES = (*(f"{name}.png" for name in (*MAP_TITLES, "sinks")), *(f"layers.{kind}" for kind in ("csv", "svg", "png")))
+NAMES = KNOWN.union(f"{number}.{name}" for number in range(1, 100) for name in OF_IMAGES)
 
 
 def write_look(look: Look, folder: Path) -> None:
@@ -29,8 +35,8 @@ def write_look(look: Look, folder: Path) -> None:
     look.html           the page: tokens, layers, heads and sinks to choose from
     look.json           what `as_json` returns
     maps.npz            the maps of every head, float32 [A, L, N, V] each
-    layers.csv .svg .png    each layer's map, and shares of its attention: all visual tokens, V-sinks, L-sinks, the rest
     1.raw.png ...       image and map, by number of the image; 1.sinks.png marks the sinks
+    1.layers.svg .png .csv  each layer's map, and shares of its attention: all visual tokens, V-sinks, L-sinks, the rest
 
     Raises:
         InputError: the folder holds files of another kind.
@@ -40,11 +46,10 @@ def write_look(look: Look, folder: Path) -> None:
         for name in look.maps:
             pictures[f"{number}.{name}.png"] = draw_map(picture, look.on_picture(_mean_map(look, name), number - 1, side=672))
         pictures[f"{number}.sinks.png"] = draw_sinks(picture.convert("RGB"), _marked(look, number - 1))
-    known = KNOWN.union(f"{number}.{name}.png" for number in range(1, 100) for name in (*MAP_TITLES, "sinks"))
-    check_only(folder, known, "lsg look")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "look.json").unlink(missing_ok=True)  # an interrupted command leaves no numbers beside other pictures
-    for left in known - pictures.keys() - KNOWN:  # of an earlier look at more images
+    for left in NAMES - pictures.keys() - KNOWN:  # of an earlier look at more images
         (folder / left).unlink(missing_ok=True)
     write_atomic(folder / "look.html", page_html(look).encode())
     for name, drawn in pictures.items():
@@ -52,8 +57,14 @@ def write_look(look: Look, folder: Path) -> None:
     maps = io.BytesIO()
     np.savez_compressed(maps, **dict(look.maps))  # type: ignore[arg-type]
     write_atomic(folder / "maps.npz", maps.getvalue())
-    draw_layers(look, folder / "layers")
+    for number in range(1, len(look.pictures) + 1):
+        draw_layers(look, folder / f"{number}.layers", number - 1)
     write_json(folder / "look.json", as_json(look), sort_keys=False)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises InputError for a folder that holds something else than a saved look."""
+    check_only(folder, NAMES, "folder of lsg look")
 
 
 def as_json(look: Look) -> dict[str, Any]:
@@ -81,9 +92,10 @@ def as_json(look: Look) -> dict[str, Any]:
     }
 
 
-def shares(look: Look) -> list[dict[str, Any]]:
-    """Shares of all attention by layer, means over answer tokens and heads: rows of COLUMNS."""
+def shares(look: Look, image: int | None = None) -> list[dict[str, Any]]:
+    """Shares of all attention by layer, means over answer tokens and heads: rows of COLUMNS, for one image or all."""
     raw = look.over_heads("raw").mean(0) if look.tokens else np.zeros_like(look.l_value)
+    raw = raw if image is None else np.where(look.image == image, raw, 0)
     rows = []
     for layer, values in enumerate(raw):
         masks = {"v_sink": look.v_sink, "l_sink": look.l_sink[layer], "ordinary": ~(look.v_sink | look.l_sink[layer])}
@@ -92,44 +104,46 @@ def shares(look: Look) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_layers(look: Look, stem: Path, *, image: int = 0) -> list[Path]:
-    """The maps of each layer on one image, means over answer tokens and heads, and the shares of attention below."""
-    rows, names = shares(look), list(look.maps)
-    lines = -(-len(rows) // ACROSS)
-    across = min(ACROSS, len(rows))
-    width, height = look.sizes[image]
-    cell = 7.2 / across
-    tall = min(cell * height / width, 2 * cell)
+def draw_layers(look: Look, stem: Path, image: int) -> list[Path]:
+    """The maps of each layer on one image, means over answer tokens and heads, and shares of the attention on it below."""
+    rows, names, layers = shares(look, image), list(look.maps), range(len(look.l_sink))
+    lines = [layers[start : start + ACROSS] for start in range(0, len(layers), ACROSS)]
+    across = min(ACROSS, len(layers))
+    cell = _cell_size(look.sizes[image])
+    tall = 7.2 / across * cell[1] / cell[0]
+    means = {name: look.over_heads(name).mean(0) if look.tokens else np.zeros_like(look.l_value) for name in names}
 
     def paint(figure: Any) -> None:
-        top, bottom = figure.subfigures(2, 1, height_ratios=(lines * len(names) * (tall + 0.12), 1.4))
-        panels = top.subplots(lines * len(names), across, squeeze=False)
-        for index in np.ndindex(panels.shape):
-            panels[index].set_axis_off()
-        for which, name in enumerate(names):
-            values = look.over_heads(name).mean(0) if look.tokens else np.zeros_like(look.l_value)
-            for layer, of_layer in enumerate(values):
-                line, column = divmod(layer, across)
-                panel = panels[line * len(names) + which, column]
-                panel.imshow(
-                    draw_map(look.pictures[image], look.on_picture(of_layer, image, side=160)), interpolation="nearest"
-                )
-                panel.set_title(f"layer {layer}" if which == 0 else "", fontsize=7, pad=2)
-                if column == 0:
-                    panel.text(
-                        -0.06,
-                        0.5,
-                        MAP_TITLES[name].replace("a n", "a\nn"),
-                        rotation=90,
-                        va="center",
-                        ha="right",
-                        fontsize=7,
-                        transform=panel.transAxes,
-                    )
+        top, bottom = figure.subfigures(2, 1, height_ratios=(len(lines) * len(names) * (tall + 0.15), 1.5))
+        panels = top.subplots(len(lines) * len(names), 1, squeeze=False)[:, 0]
+        for place, (line, name) in enumerate(itertools.product(lines, names)):
+            maps = [draw_map(look.pictures[image], look.on_picture(means[name][layer], image, side=CELL)) for layer in line]
+            _paint_strip(panels[place], [drawn.resize(cell, Image.Resampling.NEAREST) for drawn in maps], across)
+            title = "\n".join(textwrap.wrap(MAP_TITLES[name], 9))
+            panels[place].set_ylabel(title, fontsize=6, rotation=0, ha="right", va="center")
+            centres = [(cell[0] + GAP) * column + cell[0] / 2 for column in range(len(line))]
+            panels[place].set_xticks(centres, [f"layer {layer}" for layer in line] if name == names[0] else [""] * len(line))
         _paint_shares(bottom.subplots(), rows)
 
-    size = (7.2, lines * len(names) * (tall + 0.12) + 1.5)
-    return render(stem, rows, COLUMNS, size, paint)
+    return render(stem, rows, COLUMNS, (7.2, len(lines) * len(names) * (tall + 0.15) + 1.6), paint)
+
+
+def _cell_size(size: ImageSize) -> ImageSize:
+    """Pixels of a map in the figure of layers; a picture that is thinner than 4 : 1 is stretched to that."""
+    width, height = (max(side / max(size), 1 / THINNEST) for side in size)
+    return round(CELL * width), round(CELL * height)
+
+
+def _paint_strip(axes: Any, maps: list[Image.Image], across: int) -> None:
+    """Maps of one size side by side."""
+    width, height = maps[0].size
+    strip = Image.new("RGB", ((width + GAP) * across - GAP, height), "white")
+    for column, drawn in enumerate(maps):
+        strip.paste(drawn, (column * (width + GAP), 0))
+    axes.imshow(strip, interpolation="nearest")
+    axes.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False, pad=0)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
 
 
 def _paint_shares(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -161,5 +175,5 @@ def _marked(look: Look, image: int) -> dict[str, Any]:
 def png(image: Image.Image) -> bytes:
     """A picture as the bytes of a PNG file."""
     out = io.BytesIO()
-    image.save(out, "png", optimize=True)
+    image.save(out, "png")
     return out.getvalue()

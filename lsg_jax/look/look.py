@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,8 +108,8 @@ class Look:
         self._check(name)
         count, layers, heads, _ = self.maps[name].shape
         for what, index, limit in (("token", token, count), ("layer", layer, layers), ("head", head, heads)):
-            if index is not None and not 0 <= index < limit:
-                raise InputError(f"{what} {index} is not in [0, {limit - 1}]" if limit else f"there is no {what}: no answer")
+            if index is not None:
+                _check_index(what, index, limit)
         if head is not None:
             return self.maps[name][token, layer, head]
         one = slice(token, token + 1)
@@ -133,6 +133,9 @@ class Look:
         Returns:
             float32 [height, width], value per area, in units of the whole image's.
         """
+        _check_index("image", image, len(self.pictures))
+        if side < 1:
+            raise InputError(f"side is {side}; give 1 pixel or more")
         width, height = self.sizes[image]
         scale = side / max(width, height)
         own = self.image == image
@@ -152,6 +155,14 @@ class Look:
         from lsg_jax.look.page import notebook_html
 
         return notebook_html(self)
+
+
+def _check_index(what: str, index: Any, limit: int) -> None:
+    """Raises InputError for anything but a whole number from 0 to `limit` - 1."""
+    if not limit:
+        raise InputError(f"there is no {what}: no answer")
+    if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index < limit:
+        raise InputError(f"{what} {index} is not in [0, {limit - 1}]")
 
 
 def relative_to(raw: Floats, neutral: Floats) -> Floats:

@@ -217,6 +217,13 @@ def test_unusable_calls_are_refused(tiny_model):
         (lambda: vlm.look(image, "?", 0), "max_new_tokens is 0"),
         (lambda: vlm.look(image, "?", maps=("best",)), "no map best"),
         (lambda: vlm.look(image, "?", layers=(99,)), "layer 99"),
+        (lambda: vlm.look(image, "?", layers=(1.5,)), "a layer is 1.5; give a whole number"),
+        (lambda: vlm.look(image, "?", layers=3), "maps and layers: give lists"),
+        (lambda: vlm.look(image, "?", maps="raw"), "maps and layers: give lists"),
+        (lambda: vlm.look(image, "?", 2.5), "max_new_tokens is 2.5; give a whole number"),
+        (lambda: scripted().on_picture(np.zeros(4, np.float32), -1), "image -1 is not in"),
+        (lambda: scripted().on_picture(np.zeros(4, np.float32), side=0), "side is 0"),
+        (lambda: scripted().values("raw", 0.5, 0), "token 0.5 is not in"),
     ):
         with pytest.raises(InputError, match=message):
             call()
@@ -227,7 +234,7 @@ def test_a_saved_folder_holds_the_numbers_and_nothing_stale(tmp_path):
     two = dataclasses.replace(two, pictures=[Image.new("L", (40, 20)), Image.new("RGBA", (20, 40))])
     two = dataclasses.replace(two, neutral=two.maps["raw"][0], maps={"raw": two.maps["raw"], "relative": two.maps["raw"]})
     two.save(tmp_path / "out")
-    assert {"1.raw.png", "2.relative.png", "2.sinks.png", "layers.svg", "look.html"} <= {
+    assert {"1.raw.png", "2.relative.png", "2.sinks.png", "2.layers.svg", "look.html"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }
     one.save(tmp_path / "out")
