@@ -76,6 +76,8 @@ class Page:
 
     def __init__(self, url: str):
         self.url = url
+        self.shown: list[str] = []  # names of the answer that the page shows, and of those it has replaced
+        self.gone: list[str] = []
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path) as answer:
@@ -92,8 +94,9 @@ class Page:
         Image.fromarray(draw(asked.scene, 224)).save(file, "png")
         start = time.perf_counter()
         picture = json.loads(self.post("/pictures", file.getvalue()))["id"]
-        body = {"pictures": [picture], "prompt": asked.prompt, "sides": [side]}
+        body = {"pictures": [picture], "prompt": asked.prompt, "sides": [side], "gone": self.gone}
         last = json.loads(self.post("/ask", json.dumps(body).encode()).splitlines()[-1])
+        self.gone, self.shown = self.shown, [last["id"]]
         return time.perf_counter() - start, last["id"]
 
 

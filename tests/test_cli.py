@@ -131,10 +131,10 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
     assert {row["queries"] for row in found["attention"]} == {"prompt", "answer"}
     assert json.loads((out_folder / "sinks.json").read_text()) == found
     figures = {f"{name}.{kind}" for name in ("sinks_by_layer", "attention_shares") for kind in ("csv", "svg", "png")}
-    assert {path.name for path in out_folder.iterdir()} == figures | {"sinks.json", "0.png", "1.png", "images", "maps"}
-    for folder in ("images", "maps"):
+    assert {path.name for path in out_folder.iterdir()} == figures | {"sinks.json", "marked", "images", "maps"}
+    for folder in ("marked", "images", "maps"):
         assert sorted(path.name for path in (out_folder / folder).iterdir()) == ["0.png", "1.png"]
-    with Image.open(out_folder / "0.png") as overlay:
+    with Image.open(out_folder / "marked" / "0.png") as overlay:
         assert overlay.size == (672, 672)
     # a threshold that is far too low is said, and a model without dimensions says so instead of inventing sinks
     assert "more than 25% of the visual tokens are flagged as L-sinks" in err

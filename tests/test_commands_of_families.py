@@ -126,7 +126,7 @@ def test_sinks_are_tokens_one_of_whose_patches_is_one(folder, capfd):
             areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1).sum()  # of the tiles, and of the whole image where it is one more
             assert np.isclose(areas, 1 + (layout.tiles > 1), atol=1e-4)
         flagged += len(entry["v_sinks"]) / count
-        assert (folder / f"sinks/{file.stem}.png").is_file()
+        assert (folder / f"sinks/marked/{file.stem}.png").is_file()
     assert 0 < flagged < 2
     assert np.isclose(found["criteria"]["vit"]["dim_abs"]["share"], flagged / 2, atol=1e-4)
     assert found["criteria"]["vit"]["norm"]["verdict"] == "flags none"

@@ -49,11 +49,12 @@ from lsg_jax.data.drawing import Box, draw
 from lsg_jax.data.scene_questions import SceneQuestion, Split
 from lsg_jax.data.scene_targets import TARGETS, questions_with_target, target_box
 from lsg_jax.errors import ConfigError
+from lsg_jax.look.compute import reading
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, relative_to, without_sinks
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import received_attention
-from lsg_jax.sinks.criteria import Reading, group_visual_tokens, side_by_side
+from lsg_jax.sinks.criteria import Reading, group_visual_tokens
 from lsg_jax.types import Batch, LayerView
 from lsg_jax.vlm import VLM
 
@@ -123,7 +124,7 @@ def pointing_study(vlm: VLM, settings: PointingSettings, *, progress: Progress =
     Args:
         progress: counts questions.
     """
-    reading = _reading(vlm, "llm")
+    llm = reading(vlm.config.sinks, "llm")
     splits = (settings.split, CHOSEN_ON[settings.split])
     total, done = len(splits) * len(settings.kinds) * settings.questions, 0
     found: dict[str, dict[str, Measured]] = {split: {} for split in splits}
@@ -133,7 +134,7 @@ def pointing_study(vlm: VLM, settings: PointingSettings, *, progress: Progress =
             parts = []
             for start in range(0, len(asked), settings.batch_size):
                 some = [scene_target(question) for question in asked[start : start + settings.batch_size]]
-                parts.append(measure(vlm, some, settings.all_maps, reading))
+                parts.append(measure(vlm, some, settings.all_maps, llm))
                 done += len(some)
                 progress(done, total, "questions")
             found[split][kind] = pooled(parts)
@@ -151,7 +152,7 @@ def scene_target(question: SceneQuestion) -> TargetQuestion:
 
 def measure(vlm: VLM, asked: Sequence[TargetQuestion], maps: Sequence[str], llm: Reading | None = None) -> Measured:
     """Runs a batch of questions, and measures each map on each target."""
-    llm = llm or _reading(vlm, "llm")
+    llm = llm or reading(vlm.config.sinks, "llm")
     rows = _attention(vlm, asked, [each.prompt for each in asked], llm)
     neutral = _attention(vlm, asked, [NEUTRAL_PROMPT] * len(asked), llm) if "relative" in maps else [None] * len(asked)
     each = []
@@ -254,16 +255,11 @@ def _observe(params: dict, batch: Batch, graphdef: Any, llm: Reading) -> dict[st
     return {**seen, "visual": visual.mask, "v_sink": visual.v_sink, "order": order}
 
 
-def _reading(vlm: VLM, stage: Any) -> Reading:
-    """The criterion in force."""
-    return next(reading for reading in side_by_side(vlm.config.sinks, stage) if reading.in_force)
-
-
 def _result(
     vlm: VLM, settings: PointingSettings, found: Mapping[str, Measured], choosing: Mapping[str, Measured]
 ) -> dict[str, Any]:
     maps = settings.all_maps
-    unknown = {stage: _reading(vlm, stage).unknown for stage in ("vit", "llm")}
+    unknown = {"vit": reading(vlm.config.sinks, "vit").unknown, "llm": reading(vlm.config.sinks, "llm").unknown}
     rows: dict[str, list[dict[str, Any]]] = {"rows": [], "changes": [], "best": [], "attention": []}
     for kind, own in found.items():
         named = lambda some, kind=kind: [{"kind": kind, **row} for row in some]

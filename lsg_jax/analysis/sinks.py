@@ -9,6 +9,7 @@ value is NaN. `find_sinks` returns, and sinks.json holds:
                 applied, or null; `share`: of the visual tokens that it flags, in the layer with most; `verdict`: `applies`,
                 `flags none`, `flags too many` or `unknown`
     images      {name: {
+        file        only where files were written: `file`.png is this image in each subfolder (`report.sink_files`)
         size        [width, height] of the original image, in pixels
         boxes       [P][4]: x0, y0, x1, y1 of each visual token, in units of the original image's width and height; outside
                     [0, 1] is padding

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from lsg_jax.cli.options import Command, gate_options, load_model, template_option
@@ -27,7 +29,6 @@ def add(command: Command) -> None:
 
 
 def _explore(options: argparse.Namespace) -> None:
-    from lsg_jax.cli.compile_cache import use_compile_cache
     from lsg_jax.errors import InputError
     from lsg_jax.look.asking import Asker
     from lsg_jax.look.server import ADDRESS, Explorer, bind, make_app, serve
@@ -35,14 +36,19 @@ def _explore(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
     with bind(options.port) as listening:
-        use_compile_cache()
         asker = Asker(load_model(options), max_new_tokens=options.max_new_tokens)
         gates = Path(options.gates).name if options.gates else ""
-        app = make_app(Explorer(asker, name=options.model.resolve().name, gates=gates))
+        explorer = Explorer(asker, name=options.model.resolve().name, gates=gates)
         url = f"http://{ADDRESS}:{listening.getsockname()[1]}/"
         print(url, flush=True)
         if options.open:
             import webbrowser
 
             webbrowser.open(url)
-        serve(app, listening)
+        serve(make_app(explorer), listening)
+        if explorer.worker.busy:
+            # XLA cannot be interrupted, and a thread that is still in it when Python ends aborts the process:
+            # so the process ends here, without Python's own end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)

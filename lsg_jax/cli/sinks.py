@@ -31,7 +31,7 @@ def add(command: Command) -> None:
     sub.add_argument("model", type=Path, metavar="MODEL")
     text = "image files, or folders, which are searched with their subfolders"
     sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help=text)
-    text = "use N images of each folder, evenly spaced by name (32)"
+    text = "use N images of each folder that can be read, evenly spaced by name (32)"
     sub.add_argument("--limit", type=int, default=32, metavar="N", help=text)
     out_option(sub, folder=True, help="write sinks.json, each image with its sinks and its maps, and figures")
     text = "decoder layer of the maps; by default the one in which sinks draw most"
@@ -54,7 +54,9 @@ def add(command: Command) -> None:
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, searched with its subfolders")
     out_option(sub, folder=False, help="write the TOML to this file as well")
-    sub.add_argument("--limit", type=int, default=256, metavar="N", help="use N images, evenly spaced by name (256)")
+    sub.add_argument(
+        "--limit", type=int, default=256, metavar="N", help="use N images that can be read, evenly spaced by name (256)"
+    )
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     template_option(sub)
     sub.add_argument("--json", action="store_true", help="print the evidence as JSON instead of the TOML")
@@ -62,9 +64,11 @@ def add(command: Command) -> None:
 
 def _sinks(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.sinks import find_sinks
-    from lsg_jax.report.sink_files import check_layer, write_sinks
+    from lsg_jax.report.sink_files import check_folder, check_layer, write_sinks
 
     images = {str(path): path for path in _named_images(options.images, options.limit)}
+    if options.out is not None:
+        check_folder(options.out, images.values())  # before the model runs
     vlm = load_model(options)
     check_layer(options.layer, vlm.config.text.num_layers)
     with progress_bar("sinks") as progress:
@@ -75,7 +79,7 @@ def _sinks(options: argparse.Namespace) -> None:
         for warning in entry["warnings"]:
             logger.warning("%s: %s", path, warning)
     if options.out is not None:
-        write_sinks(found, images, options.out, layer=options.layer)
+        found = write_sinks(found, images, options.out, layer=options.layer)
     print(json.dumps(found, allow_nan=False))
 
 
@@ -95,23 +99,11 @@ def _named_images(paths: Sequence[Path], limit: int) -> list[Path]:
             open_image(path)  # before anything is computed
             chosen[path] = None
             continue
-        readable = list(filter(_readable, _images_below(path, limit)))
-        if not readable:
-            raise InputError(f"--images {path}: no image in it can be read")
+        readable, skipped = _images_below(path, limit)
+        for each in skipped:
+            logger.warning("skipped: %s", each)
         chosen |= dict.fromkeys(readable)
     return list(chosen)
-
-
-def _readable(path: Path) -> bool:
-    """Whether a file of a folder is an image; if not, a line says so."""
-    from lsg_jax.data.images import open_image
-
-    try:
-        open_image(path)
-    except InputError as error:
-        logger.warning("skipped: %s", error)
-        return False
-    return True
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -119,14 +111,15 @@ def _calibrate(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.calibrate import as_toml, calibrate
     from lsg_jax.files import write_atomic
 
-    images = _images_below(options.images, options.limit)
+    images, skipped = _images_below(options.images, options.limit)
     if options.out is not None and not options.out.parent.is_dir():
         raise InputError(f"--out {options.out}: there is no folder {options.out.parent}")
     vlm = lsg_jax.load(options.model, template=options.template)
     with progress_bar("calibrate") as progress:
         result = calibrate(vlm, images, options.prompt, progress=progress)
-    for skipped in result["skipped"]:
-        logger.warning("skipped: %s", skipped)
+    result["skipped"] = [*skipped, *result["skipped"]]
+    for each in result["skipped"]:
+        logger.warning("skipped: %s", each)
     for warning in result["warnings"]:
         logger.warning("%s", warning)
     text = as_toml(result)
@@ -135,8 +128,14 @@ def _calibrate(options: argparse.Namespace) -> None:
     print(json.dumps(result, allow_nan=False) if options.json else text, end="\n" if options.json else "")
 
 
-def _images_below(folder: Path, limit: int) -> list[Path]:
-    """Image files in a folder and its subfolders, sorted by name; at most `limit` of them, evenly spaced."""
+def _images_below(folder: Path, limit: int) -> tuple[list[Path], list[str]]:
+    """Images in a folder and its subfolders, sorted by name: at most `limit`, evenly spaced.
+
+    Returns:
+        The images, and errors of those that cannot be read; in the place of such a one stands the next that can.
+    """
+    from lsg_jax.data.images import open_image
+
     if limit < 1:
         raise InputError(f"--limit is {limit}, it must be at least 1")
     if not folder.is_dir():
@@ -144,4 +143,20 @@ def _images_below(folder: Path, limit: int) -> list[Path]:
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
         raise InputError(f"--images {folder}: no image in it (known endings: {' '.join(IMAGE_SUFFIXES)})")
-    return [found[index * len(found) // limit] for index in range(limit)] if len(found) > limit else found
+    skipped: dict[Path, str] = {}
+    chosen: set[Path] = set()
+    for index in range(count := min(limit, len(found))):
+        start = index * len(found) // count
+        for path in (found[(start + step) % len(found)] for step in range(len(found))):
+            if path in chosen or path in skipped:
+                continue
+            try:
+                open_image(path)
+            except InputError as error:
+                skipped[path] = str(error)
+                continue
+            chosen.add(path)
+            break
+    if not chosen:
+        raise InputError(f"--images {folder}: no image in it can be read, the first: {next(iter(skipped.values()))}")
+    return sorted(chosen), list(skipped.values())

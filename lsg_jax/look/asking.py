@@ -132,6 +132,11 @@ class Worker:
             raise InputError("too many questions are waiting: ask again when they are answered") from None
         return future
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return self._jobs.unfinished_tasks > 0
+
     def _run(self) -> None:
         while True:
             future, job = self._jobs.get()
@@ -140,4 +145,5 @@ class Worker:
                     future.set_result(job())
                 except BaseException as error:
                     future.set_exception(error)
+            self._jobs.task_done()
             del future, job  # else the last answer would be kept while the next is waited for

@@ -6,7 +6,8 @@ const form = document.querySelector(".question");
 const part = (selector) => document.querySelector(selector);
 const NOTHING = "";
 const PAUSE = 200; // ms after the last move of a slider
-const asked = { pictures: [], prompt: "", ids: [], looks: [], titles: [] };
+let asked = null; // the question whose answers are shown: {pictures, prompt, looks, made}; made: of which side a look is
+const gone = []; // names of answers that are no longer shown
 const coefficients = Array.from({ length: model.layers }, () => [1, 1]);
 const chosen = []; // pictures: {id, src, width, height}
 
@@ -42,18 +43,20 @@ function element(tag, settings = {}, ...children) {
 }
 
 function complain(error) {
-  if (error?.name !== "AbortError") part(".error").textContent = error ? error.message : "";
+  if (error?.name !== "AbortError") part(".error").replaceChildren(...withCode(error ? error.message : ""));
 }
 
 // Pictures.
 
 async function addFiles(files) {
+  const problems = [];
   complain(null);
   for (const file of files) {
     try {
-      await addPicture(file, file.name || "the image");
+      await addPicture(file);
     } catch (error) {
-      complain(new Error(`${file.name || "The image"}: ${error.message.replace(/^image: /, "")}`));
+      problems.push(`${file.name || "The image"}: ${error.message.replace(/^image: /, "")}`);
+      complain(new Error(problems.join("\n")));
     }
   }
   part("#file").value = "";
@@ -61,7 +64,7 @@ async function addFiles(files) {
 
 async function addPicture(body) {
   if (body.size > model.maxBytes) throw new Error(`more than ${model.maxBytes >> 20} MiB: this is too large`);
-  if (chosen.length >= model.maxPictures) throw new Error(`there are ${model.maxPictures} pictures already: remove one first`);
+  if (chosen.length >= model.maxPictures) throw new Error(`${model.maxPictures} pictures are the most: remove one first`);
   chosen.push(await (await call("/pictures", { method: "POST", body })).json());
   showChosen();
 }
@@ -119,39 +122,89 @@ const shown = () => [form.elements.left.value, form.elements.right.value].filter
 
 const sideOf = (method) => ({ method, ...(method === "coefficients" ? { coefficients } : {}) });
 
-let running = null, clock = null;
+let running = null, clock = null, again = false; // again: what is shown was chosen anew while a question ran
 
-/** Asks the question as it stands, of all sides. */
+/** Asks the question as it stands, of all sides. The answers before stay until the first answer is here. */
 function ask() {
+  const prompt = form.elements.prompt.value, { length } = [...prompt.trim()];
+  complain(null);
   if (!chosen.length) return complain(new Error("Add an image first."));
-  if (!form.elements.prompt.value.trim()) return complain(new Error("Write a question first."));
-  Object.assign(asked, { pictures: [...chosen], prompt: form.elements.prompt.value, looks: [], ids: [], titles: [] });
-  return askSides(shown().map((_, index) => index));
+  if (!length) return complain(new Error("Write a question first."));
+  if (length > model.maxPrompt) {
+    const most = model.maxPrompt.toLocaleString("en");
+    return complain(new Error(`The question has ${length.toLocaleString("en")} characters: ${most} is the most.`));
+  }
+  running?.abort();
+  again = false;
+  return askSides({ pictures: [...chosen], prompt, looks: [], made: [] }, shown().map((_, index) => index));
 }
 
-/** Asks the last question again, of some sides. */
-async function askSides(indices) {
-  running?.abort();
-  const own = (running = new AbortController()), methods = shown();
-  complain(null);
+/** Brings the answers to the methods that are chosen now: asks the question that is shown again, of the sides that differ. */
+function refresh() {
+  if (running) {
+    again = true;
+    return;
+  }
+  again = false;
+  if (!asked) return;
+  const methods = shown();
+  if (asked.looks.length > methods.length) {
+    leave(asked.looks.splice(methods.length));
+    asked.made.length = methods.length;
+    view.show({ pictures: asked.pictures, looks: asked.looks.filter(Boolean) });
+  }
+  const differing = [...methods.keys()].filter((index) => asked.made[index] !== JSON.stringify(sideOf(methods[index])));
+  if (differing.length) askSides(asked, differing);
+}
+
+/** Asks a question of some sides, and shows the answers. */
+async function askSides(question, indices) {
+  const own = (running = new AbortController()), sides = indices.map((index) => sideOf(shown()[index]));
+  const made = sides.map((side) => JSON.stringify(side)), named = [...gone];
   const body = {
-    pictures: asked.pictures.map(({ id }) => id), prompt: asked.prompt, sides: indices.map((index) => sideOf(methods[index])),
+    pictures: question.pictures.map(({ id }) => id), prompt: question.prompt, sides, gone: named,
+    shown: (asked?.looks ?? []).filter(Boolean).map(({ id }) => id),
   };
   start = null;
   say("waiting");
   try {
     const answer = await post("/ask", body, own.signal);
+    gone.splice(0, gone.length, ...gone.filter((id) => !named.includes(id)));
     for await (const event of lines(answer.body)) {
+      if (own !== running) return;
       if (event.error) throw new Error(event.error);
       if (event.state) say(event.state);
-      if (event.look) take(indices[event.side], event, methods.length);
+      if (event.look) take(question, indices[event.side], event, made[event.side]);
     }
-    say("");
   } catch (error) {
     if (own !== running) return; // a later question is running
-    say("");
     complain(error);
   }
+  running = null;
+  say("");
+  if (again) refresh();
+}
+
+/** The server need not hold these any longer. */
+function leave(looks) {
+  gone.push(...looks.filter(Boolean).map(({ id }) => id));
+}
+
+function take(question, side, { id, look }, made) {
+  if (side >= shown().length) return gone.push(id); // the side has been closed meanwhile
+  const fresh = question !== asked;
+  if (fresh) leave(asked?.looks ?? []);
+  else leave([question.looks[side]]);
+  asked = question;
+  asked.looks[side] = Object.assign(new Look(look), { id });
+  asked.made[side] = made;
+  part(".empty").hidden = true;
+  part(".save").disabled = false;
+  part(".asked").hidden = false;
+  part(".asked").textContent = asked.prompt;
+  const drawn = view.show({ pictures: asked.pictures, looks: asked.looks.filter(Boolean) });
+  if (fresh && matchMedia("(max-width: 56rem)").matches) part(".result").scrollIntoView(); // it is below the question there
+  return drawn;
 }
 
 async function* lines(stream) {
@@ -163,20 +216,6 @@ async function* lines(stream) {
     for (const line of parts) yield JSON.parse(line);
     if (done) return;
   }
-}
-
-function take(side, { id, look }, count) {
-  const fresh = !asked.looks.length;
-  asked.looks[side] = Object.assign(new Look(look), { id });
-  asked.ids[side] = id;
-  asked.titles[side] = look.title;
-  for (const list of [asked.looks, asked.ids, asked.titles]) list.length = Math.min(list.length, count);
-  const looks = asked.looks.filter(Boolean);
-  part(".empty").hidden = true;
-  part(".save").disabled = false;
-  const drawn = view.show({ pictures: asked.pictures, looks });
-  if (fresh && matchMedia("(max-width: 56rem)").matches) part(".result").scrollIntoView(); // it is below the question there
-  return drawn;
 }
 
 const STATES = {
@@ -219,23 +258,20 @@ form.elements.right.value = "gates" in model.methods ? "gates" : NOTHING;
 part(".methods").hidden = Object.keys(model.methods).length < 2;
 part(".coefficients").hidden = !("coefficients" in model.methods);
 
-function compare() {
-  if (!asked.looks.length) return;
-  const methods = shown();
-  if (asked.looks.length > methods.length) {
-    for (const list of [asked.looks, asked.ids, asked.titles]) list.length = methods.length;
-  }
-  askSides(methods.map((_, index) => index));
+for (const name of ["left", "right"]) {
+  form.elements[name].addEventListener("change", () => {
+    complain(null);
+    refresh();
+  });
 }
-for (const name of ["left", "right"]) form.elements[name].addEventListener("change", compare);
 
 let pause = null;
 function changed() {
   showCoefficients();
-  const sides = () => shown().flatMap((method, index) => (method === "coefficients" ? [index] : []));
-  if (!sides().length) form.elements.right.value = "coefficients";
+  complain(null);
+  if (!shown().includes("coefficients")) form.elements.right.value = "coefficients";
   clearTimeout(pause);
-  pause = setTimeout(() => asked.looks.length && askSides(sides()), PAUSE);
+  pause = setTimeout(refresh, PAUSE);
 }
 
 const sliders = []; // [layer or null for all, group, input, output]
@@ -279,7 +315,8 @@ part(".save").addEventListener("click", async () => {
   try {
     const { token, layer, head, map, opacity, v, l, chart } = view.state;
     const state = { token, layer, head, map, opacity, v, l, chart };
-    const saved = { looks: asked.ids.filter(Boolean), titles: asked.titles.filter(Boolean), state };
+    const looks = asked.looks.filter(Boolean);
+    const saved = { looks: looks.map(({ id }) => id), titles: looks.map(({ title }) => title), state };
     const page = await (await post("/save", saved)).blob();
     const link = element("a", { href: URL.createObjectURL(page), download: "look.html" });
     link.click();

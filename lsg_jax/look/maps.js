@@ -13,6 +13,10 @@ const limit = (value, low, high) => Math.min(Math.max(value, low), high);
 const percent = (value) => `${value === 0 ? 0 : Number((100 * value).toPrecision(value < 0.1 ? 2 : 3))} %`;
 const number = (value) => String(Number(value.toPrecision(3)));
 
+/** Nodes of a text, with what stands in backticks as code. */
+const withCode = (text) => text.split("`").map((part, index) =>
+  index % 2 ? Object.assign(document.createElement("code"), { textContent: part }) : part);
+
 function largest(values) {
   let most = 0;
   for (const value of values) if (value > most) most = value;

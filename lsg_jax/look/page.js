@@ -49,7 +49,7 @@ class Looks {
     this.root.querySelector(".warnings").replaceChildren(...lines.map((line) => {
       const note = document.createElement("p");
       note.className = "note";
-      note.textContent = line;
+      note.append(...withCode(line));
       return note;
     }));
   }
@@ -85,6 +85,7 @@ class Looks {
     const { state, root, looks: [first] } = this, { map, layer, head, opacity, v, l, chart } = this.fields;
     for (const radio of map) radio.closest("label").hidden = !(radio.value in first.maps);
     map.value = state.map;
+    root.querySelector(".over-neutral").hidden = state.map !== "relative";
     chart.value = state.chart;
     layer.max = first.layers - 1;
     head.max = first.heads - 1;
@@ -109,7 +110,7 @@ class Looks {
     const maps = Object.keys(told).filter((name) => name in first.maps);
     const action = {
       ArrowLeft: move("token", -1, 0, tokens - 1), ArrowRight: move("token", 1, 0, tokens - 1),
-      ArrowUp: move("layer", -1, 0, first.layers - 1), ArrowDown: move("layer", 1, 0, first.layers - 1),
+      ",": move("layer", -1, 0, first.layers - 1), ".": move("layer", 1, 0, first.layers - 1), // up and down scroll the page
       "[": this.single && move("head", -1, ALL, first.heads - 1), "]": this.single && move("head", 1, ALL, first.heads - 1),
       m: () => this.set({ map: maps[(maps.indexOf(state.map) + 1) % maps.length] }),
       v: () => this.set({ v: !state.v }), l: () => this.set({ l: !state.l }),

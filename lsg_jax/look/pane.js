@@ -11,6 +11,18 @@ const told = {
   relative: (value) => `${number(value)} times the neutral prompt's`,
 };
 
+/** What the brightest places of the pictures are. Colours show value per area, so they are told by what an even spread has. */
+function brightest(maps, map) {
+  const texts = maps.map((drawn) => {
+    const mean = drawn.reduce((sum, value) => sum + value, 0) / drawn.length;
+    return mean > 0 ? `${number(largest(drawn) / mean)} ×` : "nothing";
+  });
+  const unit = map === "relative" ? "the map's mean" : "an even spread";
+  if (texts.length === 1) return texts[0] === "nothing" ? texts[0] : `brightest place: ${texts[0]} ${unit}`;
+  const each = texts.map((text, which) => `${text} in picture ${which + 1}`).join(", ");
+  return `each picture has its own scale; brightest place: ${each} (1 × is ${unit})`;
+}
+
 /** One look on the page. */
 class Pane {
   constructor(template, view) {
@@ -72,6 +84,7 @@ class Pane {
     if (!look?.tokens.length) return this.drawEmpty();
     const token = Math.min(view.state.token, look.tokens.length - 1);
     this.find(".tokens").childNodes.forEach((button, index) => button.setAttribute("aria-pressed", String(index === token)));
+    for (const part of [".scale", ".numbers"]) this.find(part).hidden = false;
     this.drawChart(token);
     let values;
     try {
@@ -82,19 +95,17 @@ class Pane {
     }
     if (look !== this.look || ["map", "layer", "head"].some((name) => view.state[name] !== { map, layer, head }[name])) return;
     this.values = values;
-    const most = largest(values);
-    this.find(".most").textContent = `brightest token: ${map === "relative" ? `× ${number(most)}` : percent(most)}`;
     const maps = this.canvases.map(({ canvas }, which) =>
       onPicture(values, look.box, look.image, which, canvas.width, canvas.height));
-    const peak = Math.max(0, ...maps.map(largest));
-    this.canvases.forEach((each, which) => this.paint(each, maps[which], peak, which));
+    this.find(".most").textContent = brightest(maps, map);
+    this.canvases.forEach((each, which) => this.paint(each, maps[which], largest(maps[which]), which));
     if (view.pointed < look.count) this.tell(view.pointed);
   }
 
   drawEmpty() {
     this.values = null;
     this.canvases.forEach(({ context, original }) => context.putImageData(original, 0, 0));
-    this.chart.hidden = true;
+    for (const part of [".scale", ".numbers"]) this.find(part).hidden = true;
   }
 
   paint({ canvas, context, original }, drawn, peak, which) {
@@ -170,7 +181,6 @@ class Pane {
     const size = [left + cell * look.heads + 2, top + cell * look.layers + 2];
     [chart.width, chart.height] = size.map((side) => side * ratio);
     [chart.style.width, chart.style.height] = size.map((side) => `${side}px`);
-    chart.hidden = false;
     const context = chart.getContext("2d"), style = getComputedStyle(this.root);
     context.scale(ratio, ratio);
     const share = (l, n) => look.share(kind, token, l, n);
@@ -195,8 +205,9 @@ class Pane {
     for (const l of new Set([0, layer, look.layers - 1])) {
       if (l === layer || Math.abs(l - layer) * cell >= 12) context.fillText(l, left - 6, top + cell * (l + 0.5));
     }
+    context.fillText("layer", left - 6, 6);
     context.textAlign = "left";
-    context.fillText("heads", left, 6);
+    context.fillText("head", left, 6);
     const of = head === ALL ? Array.from({ length: look.heads }, (_, n) => share(layer, n)) : [share(layer, head)];
     const mean = of.reduce((sum, value) => sum + value, 0) / of.length, what = { visual: "the image", sinks: "sinks" }[kind];
     const where = `layer ${layer}, ${head === ALL ? "mean over heads" : `head ${head}`}`;
@@ -204,7 +215,7 @@ class Pane {
     chart.setAttribute("aria-label", `Share of attention on ${what} by layer and head; ${where}: ${percent(mean)}`);
   }
 
-  static margins = [26, 14];
+  static margins = [38, 14];
 
   at(event) {
     const place = this.chart.getBoundingClientRect(), [left, top] = Pane.margins, { look, cell } = this;

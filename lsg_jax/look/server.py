@@ -9,6 +9,7 @@ import logging
 import math
 import secrets
 import socket
+import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -36,9 +37,11 @@ logger = logging.getLogger(__name__)
 
 ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 64 << 20
-KEPT_PICTURES, KEPT_LOOKS = 16, 4  # a look of a 7B model may take some hundred MB
+KEPT_PICTURES, KEPT_LOOKS = 16, 64
+LOOK_BYTES = 2 << 30  # of all looks that are kept: one of a 7B model may take some hundred MB
 MAX_PICTURES, MAX_SIDES, MAX_PROMPT = 8, 2, 20_000
 WAITING = 16
+ASK_AGAIN = "ask again"
 STATE = {"token": 0.0, "layer": 0.0, "head": -1.0, "opacity": 0.0}  # smallest values of what a saved page may start with
 
 
@@ -57,12 +60,21 @@ class Kept(OrderedDict[str, Any]):
             self.popitem(last=False)
         return name
 
-    def get_one(self, name: Any, what: str) -> Any:
-        """The thing of this name. InputError if it is not kept, or no longer."""
+    def get_one(self, name: Any, what: str, again: str) -> Any:
+        """The thing of this name. InputError, which says what to do, `again`, if it is not kept, or no longer."""
         if not isinstance(name, str) or name not in self:
-            raise InputError(f"this {what} is no longer held")
+            raise InputError(f"this {what} is no longer held: {again}")
         self.move_to_end(name)
         return self[name]
+
+    def use(self, shown: Any, gone: Any) -> None:
+        """Counts the things named in `shown` as the newest, and gives up those in `gone`; lists from a request."""
+        names = lambda given: [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+        for name in names(gone):
+            self.pop(name, None)
+        for name in names(shown):
+            if name in self:
+                self.move_to_end(name)
 
 
 class Explorer:
@@ -72,7 +84,7 @@ class Explorer:
         self.asker, self.name, self.gates = asker, name, gates
         self.worker = Worker(waiting=WAITING)
         self.pictures = Kept(KEPT_PICTURES, lambda picture: picture.width * picture.height, MAX_PIXELS)
-        self.looks = Kept(KEPT_LOOKS)
+        self.looks = Kept(KEPT_LOOKS, look_bytes, LOOK_BYTES)
         self.uploading = asyncio.Lock()  # one upload at a time bounds the memory of bodies and decoders
 
     async def page(self, request: Request) -> Response:
@@ -83,6 +95,7 @@ class Explorer:
             "examples": [{"prompt": example.prompt} for example in examples()],
             "maxPictures": MAX_PICTURES,
             "maxBytes": MAX_BODY_BYTES,
+            "maxPrompt": MAX_PROMPT,
         }
         page = templates().get_template("explore.html.j2")
         return HTMLResponse(page.render(name=self.name, gates=self.gates, model=in_script(model)))
@@ -110,27 +123,34 @@ class Explorer:
         return JSONResponse({"id": self.pictures.add(picture), **shown})
 
     async def ask(self, request: Request) -> Response:
-        """Takes {pictures: [id], prompt, sides: [{method, coefficients}]}; streams lines of JSON.
+        """Takes {pictures: [id], prompt, sides: [{method, coefficients}], shown: [id], gone: [id]}; streams lines of JSON.
+
+        The looks in `shown` are those that the page shows meanwhile, and those in `gone` it no longer shows.
 
         {"state": "waiting", "compiling" or "answering", "side": i}, {"side": i, "id": name, "look": look_data}
         or {"error": line}.
         """
         asked = await _json(request)
         pictures, sides = asked.get("pictures"), asked.get("sides")
-        if not isinstance(pictures, list) or not 1 <= len(pictures) <= MAX_PICTURES:
+        if not isinstance(pictures, list) or not pictures:
             raise InputError(f"there is no picture: add one, and at most {MAX_PICTURES}")
+        if len(pictures) > MAX_PICTURES:
+            raise InputError(f"there are {len(pictures)} pictures: {MAX_PICTURES} is the most, remove some")
         prompt = asked.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:
-            raise InputError(f"there is no question: write one, of at most {MAX_PROMPT:,} characters")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError("there is no question: write one")
+        if len(prompt) > MAX_PROMPT:
+            raise InputError(f"the question has {len(prompt):,} characters: {MAX_PROMPT:,} is the most")
         if not isinstance(sides, list) or not 1 <= len(sides) <= MAX_SIDES or not all(isinstance(each, dict) for each in sides):
             raise InputError(f"sides: give 1 to {MAX_SIDES} methods")
-        opened = [self.pictures.get_one(name, "picture") for name in pictures]
+        opened = [self.pictures.get_one(name, "picture", "add it again") for name in pictures]
+        self.looks.use(asked.get("shown"), asked.get("gone"))
         lines = self._answers(opened, prompt.strip(), sides)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     async def _answers(self, pictures: Sequence[Image.Image], prompt: str, sides: Sequence[dict]) -> AsyncIterator[str]:
         """The lines of `ask`. A reader who leaves takes back what has not begun."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None]()
+        loop, events, left = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None](), threading.Event()
 
         def tell(event: dict[str, Any] | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
@@ -138,10 +158,12 @@ class Explorer:
 
         def answer() -> None:
             for index, side in enumerate(sides):
+                if left.is_set():
+                    return
                 report = lambda state, index=index: tell({"state": state, "side": index})
                 look = self.asker.look(side.get("method", ""), side.get("coefficients"), pictures, prompt, report)
                 data = look_data(look, self.asker.titles[side["method"]] if len(self.asker.titles) > 1 else "")
-                tell({"side": index, "id": self.looks.add(look), "look": data})
+                tell({"side": index, "id": look, "look": data})
 
         def finish(future: Future[None]) -> None:
             if not future.cancelled() and (error := future.exception()) is not None:
@@ -157,14 +179,17 @@ class Explorer:
         future.add_done_callback(finish)
         try:
             while (event := await events.get()) is not None:
+                if "look" in event:  # kept now, not by the worker: a look that nobody waits for is none that a page shows
+                    event["id"] = self.looks.add(event["id"])
                 yield _line(event)
         finally:
+            left.set()
             future.cancel()
 
     async def head(self, request: Request) -> Response:
         """The maps of one token, layer and head of a look that the page holds means of only."""
         query = request.query_params
-        look: Look = self.looks.get_one(query.get("look"), "answer")
+        look: Look = self.looks.get_one(query.get("look"), "answer", ASK_AGAIN)
         try:
             token, layer, head = (int(query[name]) for name in ("token", "layer", "head"))
         except (KeyError, ValueError):
@@ -177,7 +202,7 @@ class Explorer:
         names = asked.get("looks")
         if not isinstance(names, list) or not 1 <= len(names) <= MAX_SIDES:
             raise InputError(f"looks: name 1 to {MAX_SIDES} answers")
-        looks, titles = [self.looks.get_one(name, "answer") for name in names], asked.get("titles")
+        looks, titles = [self.looks.get_one(name, "answer", ASK_AGAIN) for name in names], asked.get("titles")
         titles = [str(title) for title in titles[: len(looks)]] if isinstance(titles, list) else []
         page = await run_in_threadpool(partial(page_html, *looks, titles=titles, state=saved_state(asked.get("state"))))
         return HTMLResponse(page, headers={"content-disposition": 'attachment; filename="look.html"'})
@@ -246,6 +271,12 @@ def saved_state(state: Any) -> dict[str, Any]:
     kept |= {name: given[name] for name in ("v", "l") if isinstance(given.get(name), bool)}
     known = {"map": ("raw", "no_sinks", "relative"), "chart": ("visual", "sinks")}
     return kept | {name: given[name] for name, values in known.items() if given.get(name) in values}
+
+
+def look_bytes(look: Look) -> int:
+    """Bytes of memory that a look holds: its maps and its pictures."""
+    arrays = [*look.maps.values(), look.l_value, *([] if look.neutral is None else [look.neutral])]
+    return sum(each.nbytes for each in arrays) + sum(3 * width * height for width, height in look.sizes)
 
 
 def _opened(data: bytes) -> tuple[Image.Image, dict[str, Any]]:

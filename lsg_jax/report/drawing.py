@@ -142,6 +142,7 @@ def painted(
     *,
     then: Callable[[Any], object] = lambda figure: None,
     dots_per_inch: int = DOTS_PER_INCH,
+    metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """A figure as PNG.
 
@@ -149,6 +150,7 @@ def painted(
         size: width and height in inches.
         paint: draws onto a matplotlib Figure of that size.
         then: what else to do with the finished figure, under the same settings.
+        metadata: texts that the file states, such as Software.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -160,7 +162,7 @@ def painted(
         matplotlib.rcParams.update(SETTINGS)
         figure = Figure(figsize=size, dpi=dots_per_inch, layout="constrained")
         paint(figure)
-        FigureCanvasAgg(figure).print_png(png)
+        FigureCanvasAgg(figure).print_png(png, metadata=metadata)
         figure.set_layout_engine("none")  # the layout is done; a second pass would double the time
         then(figure)
     return png.getvalue()

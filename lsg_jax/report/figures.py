@@ -117,6 +117,9 @@ def draw_sinks_by_layer(rows: Sequence[Row], stem: Path) -> list[Path]:
         for axes, part in zip(panels, parts, strict=True):
             for group in part:
                 draw_line(axes, look_of(group), *_series(rows, group, "mean", "std"))
+            if not any(row["mean"] for row in rows if row["group"] in part):  # else the axis would reach below 0
+                axes.set_ylim(-0.05, 1)
+                axes.set_yticks([0, 1])
             axes.grid(axis="y")
             layer_axis(axes, distinct(rows, "layer"))
             axes.label_outer()

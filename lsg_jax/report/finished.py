@@ -29,6 +29,9 @@ def read_sections(paths: Sequence[Path]) -> list[Section]:
     found: dict[Path, Path] = {}
     for path in paths:
         files = list(_files(path))
+        if not files and (looks := sorted(path.rglob("look.json"))):
+            page = looks[0].with_name("look.html")
+            raise InputError(f"{path}: nothing to report on: `lsg look` writes a page of its own; open {page}")
         if not files:
             raise InputError(f"{path}: nothing to report on: expected a folder with {', '.join(KINDS)}, or one that holds such")
         for file in files:

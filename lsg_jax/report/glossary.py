@@ -77,7 +77,8 @@ TERMS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 _TERM_OF = {form.lower(): term for term, (_, forms) in TERMS.items() for form in (term, *forms)}
 _FORM = re.compile(
-    r"(?<![\w-])(" + "|".join(map(re.escape, sorted(_TERM_OF, key=len, reverse=True))) + r")(?![\w-])", re.IGNORECASE
+    r"`([^`\n]+)`|(?<![\w-])(" + "|".join(map(re.escape, sorted(_TERM_OF, key=len, reverse=True))) + r")(?![\w-])",
+    re.IGNORECASE,
 )
 
 
@@ -87,17 +88,22 @@ def id_of(term: str) -> str:
 
 
 def explained(text: str) -> Markup:
-    """Text as HTML; the first use of each term is a button that opens its explanation, by mouse, touch and keyboard."""
+    """Text as HTML: what is between backticks becomes code.
+
+    The first use of each term is a button that opens its explanation, by mouse, touch and keyboard.
+    """
     seen: set[str] = set()
 
-    def button(match: re.Match[str]) -> str:
+    def element(match: re.Match[str]) -> str:
+        if match[1]:
+            return f"<code>{match[1]}</code>"
         term = _TERM_OF[match[0].lower()]
         if term in seen:
             return match[0]
         seen.add(term)
         return f'<button type="button" class="term" popovertarget="{id_of(term)}">{match[0]}</button>'
 
-    return Markup(_FORM.sub(button, str(escape(text))))
+    return Markup(_FORM.sub(element, str(escape(text))))
 
 
 def as_markdown() -> str:

@@ -76,7 +76,8 @@ def pointing_section(study: Study, *, title: str) -> Section:
         lines.append([row["kind"], what, where, interval_text(*hit, sign=""), shown])
     heading = f"Hit rate in percent, layer and head chosen on the split {study['chosen_on']}; change: against all attention"
     parts.append(Table(heading, ["kind", "map", "chosen", "hit rate", "change"], lines))
-    return Section(title, parts, gist=f"{len(study['kinds'])} kinds of question", settings=used_settings(study))
+    kinds = len(study["kinds"].keys() - {"all"})  # which pools the others
+    return Section(title, parts, gist=f"{kinds} kind{'' if kinds == 1 else 's'} of question", settings=used_settings(study))
 
 
 def sweep_section(study: Study, *, title: str) -> Section:

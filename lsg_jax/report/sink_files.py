@@ -1,24 +1,37 @@
-"""Writes the result folder of `lsg sinks`: sinks.json, each image with its sinks and its maps, and two figures."""
+"""Writes the result folder of `lsg sinks`.
+
+sinks.json, figures     in the folder itself
+marked/, images/, maps/     each image with its sinks marked, as it is, and where its answer looks: `file`.png in all three
+"""
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lsg_jax.data.images import open_image, to_rgb
 from lsg_jax.errors import InputError
-from lsg_jax.files import write_atomic, write_json
+from lsg_jax.files import check_only, write_atomic, write_json
 from lsg_jax.report.drawing import painted
 from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
 from lsg_jax.report.maps import TITLES, AnswerMaps, answer_maps, bar_colours, telling_layer
 from lsg_jax.report.overlay import L_SINK, V_SINK, draw_map, draw_sinks, l_sinks
 
-PLAIN, MAPS = "images", "maps"
-"""Subfolders: the images as they are, for the report, and their maps."""
+MARKED, PLAIN, MAPS = "marked", "images", "maps"
+"""Subfolders: the images with their sinks marked, as they are, for the report, and their maps."""
+
+FIGURES = ("sinks_by_layer", "attention_shares")
+KNOWN = frozenset(
+    {"sinks.json", MARKED, PLAIN, MAPS, *(f"{name}.{suffix}" for name in FIGURES for suffix in ("csv", "svg", "png"))}
+)
+WRITER = "lsg sinks"
+"""What pictures in the subfolders state as their software: only such are replaced or removed."""
 
 PLAIN_SIDE, MAP_SIDE = 448, 384  # pixels
 MAP_DOTS_PER_INCH = 100  # photographs would make larger files
@@ -41,36 +54,91 @@ def check_layer(layer: int | None, layers: int) -> None:
         raise InputError(f"--layer {layer}: the model has layers 0 to {layers - 1}")
 
 
+def check_folder(out: Path, images: Iterable[object]) -> None:
+    """Refuses an output folder in which the user's own files could be overwritten.
+
+    Args:
+        images: those that are looked at; the ones that are no paths are passed over.
+
+    Raises:
+        InputError: one of the images lies in the folder, or it holds files that `write_sinks` did not write.
+    """
+    for image in images:
+        if isinstance(image, (str, Path)) and Path(image).resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out}: holds {image}, one of the images; choose another output")
+    check_only(out, KNOWN, f"folder of {WRITER}")
+    for folder in (out / MARKED, out / PLAIN, out / MAPS):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file, and a folder is written; choose another output")
+        if strange := [path for path in _within(folder) if not _written(path)]:
+            raise InputError(f"{folder}: holds {strange[0].name}, which {WRITER} did not write; choose another output")
+
+
+def _within(folder: Path) -> list[Path]:
+    """What a subfolder holds, without hidden files of the system."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if path.suffix == ".png" or not path.name.startswith(".")]
+
+
+def _written(path: Path) -> bool:
+    """Whether a file is a picture of `write_sinks`: PNG states the software before the pixels."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return b"Software\0" + WRITER.encode() in file.read(1024)
+
+
 def write_sinks(
     found: dict[str, Any],
     images: Mapping[str, Image.Image | bytes | str | Path],
     out: Path,
     *,
     layer: int | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Writes a result of `analysis.sinks.find_sinks` on `images` into the folder `out`; sinks.json comes last.
 
     Args:
         layer: of the maps; None for the one in which sinks draw most of the attention.
+
+    Returns:
+        What sinks.json holds: `found`, and with each image its `file`.
+
+    Raises:
+        InputError: the folder holds files of another kind, or one of the images.
     """
-    for folder in (out, out / PLAIN, out / MAPS):
+    check_folder(out, images.values())
+    (out / "sinks.json").unlink(missing_ok=True)  # an interrupted command leaves no numbers beside other pictures
+    for folder in (out / MARKED, out / PLAIN, out / MAPS):
         folder.mkdir(parents=True, exist_ok=True)
+        for left in _within(folder):  # of an earlier run
+            left.unlink()
+    stems = file_stems(found["images"])
+    found = {**found, "images": {name: {"file": stems[name], **entry} for name, entry in found["images"].items()}}
     maps = {name: of for name, entry in found["images"].items() if (of := answer_maps(entry)) is not None}
     if layer is None and maps:
         layer = telling_layer(list(maps.values()))
-    for name, stem in file_stems(found["images"]).items():
+    for name, stem in stems.items():
         image, entry = images[name], found["images"][name]
         opened = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
         marked = draw_sinks(opened, entry)
-        marked.save(out / f"{stem}.png")
+        write_atomic(out / MARKED / f"{stem}.png", _png(marked))
         opened.thumbnail((PLAIN_SIDE, PLAIN_SIDE), Image.Resampling.LANCZOS)
-        opened.save(out / PLAIN / f"{stem}.png")
+        write_atomic(out / PLAIN / f"{stem}.png", _png(opened))
         if name in maps and layer is not None:
             drawn = draw_maps(opened, marked, maps[name], layer, found["prompt"], entry)
             write_atomic(out / MAPS / f"{stem}.png", drawn)
-    draw_sinks_by_layer(found["counts"], out / "sinks_by_layer")
-    draw_attention_shares(found["attention"], out / "attention_shares")
+    for name, draw, rows in zip(FIGURES, (draw_sinks_by_layer, draw_attention_shares), ("counts", "attention"), strict=True):
+        draw(found[rows], out / name)
     write_json(out / "sinks.json", found, sort_keys=False)
+    return found
+
+
+def _png(image: Image.Image) -> bytes:
+    """PNG that states its writer."""
+    out, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", WRITER)
+    image.save(out, "png", pnginfo=info)
+    return out.getvalue()
 
 
 def draw_maps(
@@ -100,7 +168,7 @@ def draw_maps(
         figure.supxlabel("\n".join(textwrap.wrap(maps.words(layer), 122)), x=0.01, ha="left", fontsize=8)
 
     tall = min(max(size[1] / size[0], 0.4), 1.6)
-    return painted((7.2, 2.3 * tall + 1.25), paint, dots_per_inch=MAP_DOTS_PER_INCH)
+    return painted((7.2, 2.3 * tall + 1.25), paint, dots_per_inch=MAP_DOTS_PER_INCH, metadata={"Software": WRITER})
 
 
 def _frame(label: str, colour: tuple[int, int, int]) -> Any:

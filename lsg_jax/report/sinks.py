@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lsg_jax.report.parts import (
 )
 from lsg_jax.report.pictures import data_url
 from lsg_jax.report.sections import Study, used_settings, warnings_of
-from lsg_jax.report.sink_files import PLAIN, file_stems
+from lsg_jax.report.sink_files import MARKED, PLAIN, file_stems
 
 MAX_OVERLAYS = 12
 MAX_PLACES = 8  # of V-sinks in an image's description
@@ -49,34 +49,42 @@ def sinks_section(study: Study, folder: Path, *, title: str) -> Section:
         caption = "Visual tokens of each group at each layer: mean and standard deviation over images."
         parts.append(drawing(draw_sinks_by_layer, study["counts"], "sinks_by_layer", caption))
     if study["attention"]:
-        caption = "Whose keys the attention falls on at each layer, mean over heads and images. "
-        caption += "Here the answer's tokens ask; the maps are of the positions before them, which predict them."
+        caption = "Whose keys the attention falls on at each layer, mean over heads and images."
+        if any(row["queries"] == "answer" for row in study["attention"]):
+            caption += " Under “answer” the answer's tokens ask; the maps are of the positions before them, which predict them."
         parts.append(drawing(draw_attention_shares, study["attention"], "attention_shares", caption))
     parts += warnings_of(study)
     doubts = [f"{name}: {warning}" for name, entry in study["images"].items() for warning in entry["warnings"]]
     if doubts:
         parts.append(Details(f"Warnings about single images: {len(doubts)}", [Paragraph(text) for text in doubts]))
     found = _summary(study["images"], list(maps.values()))
-    gist = f"{len(study['images'])} images"
+    gist = _count(len(study["images"]), "image")
     return Section(title, parts, gist=gist, group="sinks", found=found, settings=used_settings(study))
 
 
 def _summary(images: Mapping[str, Any], maps: list[AnswerMaps]) -> list[str]:
     """One sentence: how many V-sinks there are, and how much of the attention on the image they and the L-sinks draw."""
-    of = f"{len(images)} image{'' if len(images) == 1 else 's'}"
+    of = "image" if len(images) == 1 else f"{len(images)} images"
     known = [entry for entry in images.values() if entry["v_sinks"] is not None]
     if not known:
         return [f"Which tokens of the {of} are V-sinks is not known for this model; lsg calibrate proposes dimensions."]
     tokens = np.mean([len(_boxes(entry)) for entry in known])
-    sentence = f"The {of} have {np.mean([len(entry['v_sinks']) for entry in known]):.1f} V-sinks each, of {tokens:.0f} tokens"
+    if len(images) == 1:
+        sentence, over = f"The image has {_count(len(known[0]['v_sinks']), 'V-sink')}, of {tokens:.0f} tokens", ""
+    else:
+        each = np.mean([len(entry["v_sinks"]) for entry in known])
+        sentence, over = f"The {of} have {each:.1f} V-sinks each, of {tokens:.0f} tokens", ", on average"
     if not maps:
-        return [f"{sentence}, on average."]
+        return [f"{sentence}{over}."]
     layer = telling_layer(maps)
     on_image, on_sinks = (100 * np.mean([getattr(each, name)[layer] for each in maps]) for name in ("on_image", "on_sinks"))
     count = np.mean([each.sinks[layer] / len(each.box) for each in maps])
-    draw = f"on average. In layer {layer}, where sinks draw most of the answers' attention, they"
+    if not any(each.sinks.any() for each in maps):
+        where = f"In layer {layer}, where the answers look most at the image"
+        return [f"{sentence}{over}. {where}, {on_image:.0f} % of all attention falls on it."]
     return [
-        f"{sentence}, {draw} get {on_sinks:.0f} % of what falls on the image, and are {100 * count:.0f} % of its tokens. "
+        f"{sentence}{over}. In layer {layer}, where sinks draw most of the answers' attention, they get {on_sinks:.0f} % of "
+        f"what falls on the image, and are {100 * count:.0f} % of its tokens. "
         f"{on_image:.0f} % of all attention falls on the image there."
     ]
 
@@ -87,22 +95,25 @@ def _looked_at(images: Mapping[str, Any], maps: Mapping[str, AnswerMaps], folder
     layer = telling_layer(list(maps.values())) if len(layers) == 1 else 0
     mapped: list[MappedImage] = []
     marked: list[Picture] = []
+    shown: list[Mapping[str, Any]] = []
     for name, stem in file_stems(images).items():
         entry = images[name]
+        stem = Path(entry.get("file", stem)).name
         if len(mapped) + len(marked) == MAX_OVERLAYS:
             break
-        framed, plain = _picture(name, entry, folder / f"{stem}.png"), None
+        framed, plain = _picture(name, entry, folder / MARKED / f"{stem}.png"), None
+        framed = framed or _picture(name, entry, folder / f"{stem}.png")  # where older versions wrote it
         if name in maps and len(layers) == 1:
             plain = _picture(name, entry, folder / PLAIN / f"{stem}.png")
+        if plain is not None or framed is not None:
+            shown.append(entry)
         if plain is not None:
             mapped.append(_mapped(name, entry, maps[name], framed, plain))
         elif framed is not None:
             marked.append(framed)
     if not mapped and not marked:
         return []
-    legend = "Large orange frames: V-sinks, decided before the projector."
-    if any(map(l_sinks, images.values())):
-        legend += " Small blue frames: L-sinks in some layer."
+    legend = _legend(shown)
     if len(mapped) + len(marked) < len(images):
         legend += f" {len(mapped) + len(marked)} of {len(images)} images."
     if not mapped:
@@ -115,6 +126,16 @@ def _looked_at(images: Mapping[str, Any], maps: Mapping[str, AnswerMaps], folder
     parts: list[Part] = [Heading("Where the answers look"), Paragraph(legend), Paragraph(reading)]
     parts += [Maps(layer, layers.pop(), css_bar(), mapped)]
     return [*parts, Gallery(marked)] if marked else parts
+
+
+def _legend(shown: Sequence[Mapping[str, Any]]) -> str:
+    """What the frames in the pictures mean, of those that there are."""
+    legend = []
+    if any(entry["v_sinks"] for entry in shown):
+        legend.append("Large orange frames: V-sinks, decided before the projector.")
+    if any(map(l_sinks, shown)):
+        legend.append("Small blue frames: L-sinks in some layer.")
+    return " ".join(legend) or "No token is marked as a sink."
 
 
 def _picture(name: str, entry: Mapping[str, Any], path: Path) -> Picture | None:
@@ -136,13 +157,16 @@ def _mapped(name: str, entry: Mapping[str, Any], maps: AnswerMaps, marked: Pictu
     return MappedImage(caption, marked, plain.source, drawn, words)
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def _found(entry: Mapping[str, Any]) -> str:
-    count = lambda number, what: f"{number} {what}" + ("" if number == 1 else "s")
-    v_sinks = "V-sinks unknown" if entry["v_sinks"] is None else count(len(entry["v_sinks"]), "V-sink")
+    v_sinks = "V-sinks unknown" if entry["v_sinks"] is None else _count(len(entry["v_sinks"]), "V-sink")
     if hidden := sum(in_padding(_boxes(entry)[patch]) for patch in entry["v_sinks"] or []):
         v_sinks += f" ({hidden} in the padding)"
     found = l_sinks(entry)
-    return f"{v_sinks}, {count(len(found), 'L-sink')}" if found else v_sinks
+    return f"{v_sinks}, {_count(len(found), 'L-sink')}" if found else v_sinks
 
 
 def _boxes(entry: Mapping[str, Any]) -> list[Box]:

@@ -16,6 +16,7 @@ from explored import HEADS, HOSTILE, LAYERS, TELLING, MadeAsker, made_look
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
+from lsg_jax.errors import InputError
 from lsg_jax.look.page import notebook_html, page_html
 from lsg_jax.look.server import Explorer, bind, make_app
 
@@ -78,6 +79,14 @@ def idle(page):
     expect(page.locator(".status")).to_be_empty()
 
 
+def save(page):
+    """The saved page, as a download."""
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save").click()
+    expect(page.locator(".error")).to_be_empty()
+    return download.value
+
+
 def pixels(page):
     """The picture as it is drawn, uint8 [height, width, 4]."""
     page.wait_for_timeout(50)
@@ -100,7 +109,9 @@ def test_ask_and_choose(page, served):
     expect(tokens.nth(2)).to_have_attribute("aria-pressed", "true")
     assert (pixels(page) != before).any()
     page.get_by_label("Without sinks").check()
-    assert "0 %" not in page.locator(".most").text_content()
+    expect(page.locator(".over-neutral")).to_be_hidden()
+    page.get_by_label("Over neutral").check()
+    expect(page.locator(".over-neutral")).to_be_visible()
 
 
 def test_by_keyboard(page, served):
@@ -109,9 +120,9 @@ def test_by_keyboard(page, served):
     layer, head = page.locator("[name=layer] + output"), page.locator("[name=head] + output")
     expect(layer).to_have_text(f"{TELLING} of {LAYERS - 1}")
     for _ in range(LAYERS):
-        page.keyboard.press("ArrowDown")
+        page.keyboard.press(".")
     expect(layer).to_have_text(f"{LAYERS - 1} of {LAYERS - 1}")
-    page.keyboard.press("ArrowUp")
+    page.keyboard.press(",")
     page.keyboard.press("]")
     expect(layer).to_have_text(f"{LAYERS - 2} of {LAYERS - 1}")
     expect(head).to_have_text(f"0 of {HEADS - 1}")
@@ -125,7 +136,13 @@ def test_by_keyboard(page, served):
     page.locator(".pictures canvas").focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator(".readout")).to_contain_text("Visual token 0, a V-sink")
-    page.locator("textarea").fill("vml[]")  # a question is no command
+    page.set_viewport_size({"width": 1280, "height": 300})
+    page.locator(".tokens button").first.focus()
+    before = page.evaluate("scrollY")
+    page.keyboard.press("ArrowDown")  # scrolls
+    page.wait_for_function("before => scrollY > before", arg=before)
+    expect(layer).to_have_text(f"0 of {LAYERS - 1}")
+    page.locator("textarea").fill("vml[].,")  # a question is no command
     expect(page.locator("[value=no_sinks]")).to_be_checked()
 
 
@@ -156,13 +173,13 @@ def test_marks_and_numbers(page, served):
 def test_chart(page, served):
     ask(page, served[0])
     chart = page.locator(".chart canvas")
-    chart.click(position={"x": 26 + 24 * 2 + 10, "y": 14 + 24 * 1 + 10})
+    chart.click(position={"x": 38 + 24 * 2 + 10, "y": 14 + 24 * 1 + 10})
     expect(page.locator("[name=layer] + output")).to_have_text(f"1 of {LAYERS - 1}")
     expect(page.locator("[name=head] + output")).to_have_text(f"2 of {HEADS - 1}")
     expect(page.locator(".chart-text")).to_contain_text("layer 1, head 2:")
     page.get_by_label("its sinks").check()
     expect(page.locator(".chart-text")).to_have_text(re.compile(r"layer 1, head 2: 40 % on sinks"))
-    chart.click(position={"x": 26 + 24 * 2 + 10, "y": 14 + 24 * 1 + 10})  # again: all heads
+    chart.click(position={"x": 38 + 24 * 2 + 10, "y": 14 + 24 * 1 + 10})  # again: all heads
     expect(page.locator("[name=head] + output")).to_have_text("all")
 
 
@@ -178,14 +195,67 @@ def test_sliders_answer_again_beside_the_base_model(page, served):
     idle(page)
     assert [entry[:2] for entry in asker.asked] == [("coefficients", [[0.85, 1]] * LAYERS)]  # once, after the last move
     expect(page.locator("h2")).to_have_text(["Base", "Coefficients"])
-    expect(page.locator(".most").nth(1)).to_have_text("brightest token: 34 %")
+    for pane, factor in enumerate((1, 0.85)):
+        drawn = (look := made_look([PICTURE], factor=factor)).on_picture(look.values("raw", 1, TELLING))
+        text = page.locator(".most").nth(pane).text_content()
+        times = float(re.fullmatch(r"brightest place: ([\d.]+) . an even spread", text)[1])
+        assert times == pytest.approx(drawn.max() / drawn.mean(), rel=0.01)
     page.get_by_label("Layer 2, other visual tokens").focus()
     page.keyboard.press("End")
     page.wait_for_timeout(400)
     idle(page)
     assert asker.asked[-1][1][2] == [0.85, 2] and len(asker.asked) == 2
+    with page.expect_request(re.compile("/ask")) as request:
+        for position in ("Home", "End", "Home", "End", "Home"):
+            page.keyboard.press(position)
+            page.wait_for_timeout(300)
+            idle(page)
+    assert len(request.value.post_data_json["gone"]) == 1 and len(request.value.post_data_json["shown"]) == 2
+    save(page)  # what is shown is held, however many answers it replaced
     page.locator("[name=right]").select_option("Nothing")
     expect(page.locator(".pane")).to_have_count(1)
+    save(page)
+    assert len(asker.asked) == 7  # closing a side asks nothing
+
+
+def test_what_is_chosen_while_a_question_compiles_is_done_after_it(page, served):
+    url, asker = served
+    page.goto(url)
+    asker.waits, asker.asked[:] = threading.Event(), []
+    try:
+        page.locator(".examples button").first.click()
+        expect(page.locator(".status")).to_contain_text("Compiling a program")
+        page.get_by_text("Scale keys by layer").click()
+        page.get_by_label("All layers, V-sinks").press("ArrowLeft")
+        page.wait_for_timeout(300)
+        page.locator("[name=left]").select_option("Coefficients")
+        page.locator("[name=left]").select_option("Base")
+    finally:
+        asker.waits.set()
+    expect(page.locator("h2")).to_have_text(["Base", "Coefficients"])
+    idle(page)
+    assert [entry[0] for entry in asker.asked] == ["base", "coefficients"]
+    asker.waits = None
+
+
+def test_the_old_answer_lives_on_after_a_failed_question(page, served):
+    url, asker = served
+    ask(page, url)
+    question = page.locator(".asked").text_content()
+    asker.fails = InputError("the prompt is too long; see `lsg`")
+    page.locator("textarea").fill("Another?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".error")).to_have_text("the prompt is too long; see lsg")
+    asker.fails = None
+    expect(page.locator(".asked")).to_have_text(question)
+    save(page)
+    page.locator("[name=right]").select_option("Coefficients")
+    expect(page.locator(".pane")).to_have_count(2)
+    assert asker.asked[-1][3] == question
+    expect(page.locator(".asked")).to_have_text(question)
+    page.locator("textarea").press("Enter")
+    expect(page.locator(".asked")).to_have_text("Another?")
+    idle(page)
 
 
 def test_saved_page_needs_no_server(page, served, tmp_path):
@@ -194,10 +264,9 @@ def test_saved_page_needs_no_server(page, served, tmp_path):
     page.locator("[name=layer]").focus()
     page.keyboard.press("End")
     drawn = pixels(page)
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Save").click()
-    path = tmp_path / download.value.suggested_filename
-    download.value.save_as(path)
+    download = save(page)
+    path = tmp_path / download.suggested_filename
+    download.save_as(path)
     page.goto(path.as_uri())
     expect(page.locator(".answer")).to_have_text(HOSTILE)
     expect(page.locator("[value=no_sinks]")).to_be_checked()
@@ -235,6 +304,7 @@ def test_single_heads_are_in_the_page_or_not(page, tmp_path, monkeypatch, heads)
     page.goto((tmp_path / "look.html").as_uri())
     expect(page.locator(".pane")).to_have_count(2)
     expect(page.locator(".pictures canvas")).to_have_count(4)
+    expect(page.locator(".most").first).to_have_text(re.compile("own scale.*in picture 1, .* in picture 2 "))
     page.keyboard.press("]")
     expect(page.locator("[name=head] + output")).to_have_text(f"0 of {HEADS - 1}" if heads else "all")
     expect(page.get_by_text("means over heads only")).to_have_count(0 if heads else 1)
@@ -256,6 +326,7 @@ def test_empty_answer_and_notebook(page, tmp_path):
     page.goto((tmp_path / "notebook.html").as_uri())
     frames = [page.frame_locator("iframe").nth(index) for index in (0, 1)]
     expect(frames[0].locator(".answer")).to_have_text("The answer is empty: the model ended at once.")
+    expect(frames[0].locator(".scale, .numbers").filter(visible=True)).to_have_count(0)
     expect(frames[1].locator(".answer")).to_have_text(HOSTILE)
     expect(frames[1].locator(".pictures canvas")).to_have_count(1)
 
@@ -269,9 +340,21 @@ def test_refused_images_and_failures(page, served):
     page.locator("#file").set_input_files([{"name": "a.png", "mimeType": "image/png", "buffer": b"<!doctype html>"}])
     expect(error).to_have_text("a.png: an HTML page, not an image; the download failed")
     assert len(page.problems) == 1 and "400" in page.problems.pop()  # the browser's own line
+    broken = [{"name": name, "mimeType": "image/png", "buffer": b"<!doctype html>"} for name in ("a.png", "b.png")]
+    page.locator("#file").set_input_files(broken)
+    expect(error).to_have_text(re.compile("^a.png: an HTML page.*\nb.png: an HTML page"))
+    del page.problems[:2]
+    pictures = [{"name": f"{n}.bmp", "mimeType": "image/bmp", "buffer": file_of("BMP")} for n in range(9)]
+    page.locator("#file").set_input_files(pictures)
+    expect(error).to_have_text("8.bmp: 8 pictures are the most: remove one first")
+    for _ in range(8):
+        page.get_by_label("Remove picture 1").click()
     page.locator("#file").set_input_files([{"name": "b.bmp", "mimeType": "image/bmp", "buffer": file_of("BMP")}])
     expect(page.locator(".chosen img")).to_have_count(1)
     expect(error).to_be_empty()
+    page.locator("textarea").fill("a" * 20_001)
+    page.keyboard.press("Enter")
+    expect(error).to_have_text("The question has 20,001 characters: 20,000 is the most.")
     page.locator("textarea").fill("What?")
     asker.fails = RuntimeError("x")
     page.keyboard.press("Enter")

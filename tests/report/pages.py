@@ -110,8 +110,8 @@ def write_sinks(folder):
     study = {"format": "lsg-sinks-2", "counts": study_rows.counts(), "attention": study_rows.attention()}
     images = {f"photos/{HOSTILE[:5]}.jpg": entry, "a/x.jpg": entry | {"answer": "", "answer_attention": None}}
     write(folder / "sinks.json", study | {"images": images, "prompt": "What is <image>?", "warnings": [HOSTILE]})
-    (folder / "images").mkdir()
-    for name in ("evil .png", "images/evil .png", "x.png", "images/x.png"):
+    for name in ("marked/evil .png", "images/evil .png", "marked/x.png", "images/x.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (90, 60, 30)).save(folder / name)
 
 
