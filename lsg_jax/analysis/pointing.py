@@ -49,7 +49,7 @@ from lsg_jax.data.drawing import Box, draw
 from lsg_jax.data.scene_questions import SceneQuestion, Split
 from lsg_jax.data.scene_targets import TARGETS, questions_with_target, target_box
 from lsg_jax.errors import ConfigError
-from lsg_jax.look.compute import reading
+from lsg_jax.look.compute import boxes, reading
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, relative_to, without_sinks
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
@@ -214,10 +214,7 @@ def _attention(vlm: VLM, asked: Sequence[TargetQuestion], prompts: Sequence[str]
     rows = []
     for row, each in enumerate(asked):
         places = np.flatnonzero(np.asarray(batch.source)[row, :, 0] >= 0)
-        (layout,) = vlm.processor.layouts([each.picture.size])
-        box = layout.box[layout.source[:, 0] >= 0]
-        if seen["order"] is not None:
-            box = box[seen["order"][row, : len(box)]]
+        box, _ = boxes(vlm, [each.picture], None if seen["order"] is None else seen["order"][row])
         shown = seen["visual"][row, places]
         places = places[shown]
         sinks = seen["v_sink"][row, places] | seen["l_sink"][:, row, places]

@@ -37,19 +37,7 @@ def look(
     layers: Sequence[int] = (),
 ) -> Look:
     """`VLM.look` has the description."""
-    if not isinstance(prompt, str):
-        raise InputError(f"the prompt is of type {type(prompt).__name__}; give a text")
-    if isinstance(maps, str) or not isinstance(layers, (list, tuple, range)):
-        raise InputError('maps and layers: give lists, such as maps=["raw"] and layers=[3]')
-    for name, value in (("max_new_tokens", max_new_tokens), *(("a layer", layer) for layer in layers)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"{name} is {value!r}; give a whole number")
-    if unknown := [name for name in maps if name not in MAPS]:
-        raise InputError(f"there is no map {unknown[0]}: choose among {', '.join(MAPS)}")
-    if wrong := [layer for layer in layers if not 0 <= layer < vlm.config.text.num_layers]:
-        raise InputError(f"layer {wrong[0]} is not in [0, {vlm.config.text.num_layers - 1}]")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; there is a map for each token of an answer: ask for 1 or more")
+    _check(vlm, prompt, max_new_tokens, maps, layers)
     pictures = opened_images(images)
     if not pictures:
         raise InputError("there is no image to look at")
@@ -88,6 +76,23 @@ def look(
         attention={layer: seen["attention"][index][:, valid][..., valid] for index, layer in enumerate(layers)},
         warnings=_warnings(criteria, v_sink, l_sink, maps),
     )
+
+
+def _check(vlm: VLM, prompt: Any, max_new_tokens: Any, maps: Any, layers: Any) -> None:
+    """Raises InputError for arguments of `look` that nothing can be made of."""
+    if not isinstance(prompt, str):
+        raise InputError(f"the prompt is of type {type(prompt).__name__}; give a text")
+    if isinstance(maps, str) or not isinstance(layers, (list, tuple, range)):
+        raise InputError('maps and layers: give lists, such as maps=["raw"] and layers=[3]')
+    for name, value in (("max_new_tokens", max_new_tokens), *(("a layer", layer) for layer in layers)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"{name} is {value!r}; give a whole number")
+    if unknown := [name for name in maps if name not in MAPS]:
+        raise InputError(f"there is no map {unknown[0]}: choose among {', '.join(MAPS)}")
+    if wrong := [layer for layer in layers if not 0 <= layer < vlm.config.text.num_layers]:
+        raise InputError(f"layer {wrong[0]} is not in [0, {vlm.config.text.num_layers - 1}]")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; there is a map for each token of an answer: ask for 1 or more")
 
 
 def pieces(vlm: VLM, answer: np.ndarray) -> list[str]:
@@ -222,23 +227,27 @@ def observe(
 
     wanted = True if received_matters else rows
     seen = model(batch, sequence=sequence, observe=observe_layer, observe_attention=wanted).observed
-    v_value = jnp.full(places.shape, jnp.nan)
-    if vit.criterion != "attention" and not vit.unknown:
-        nothing = jnp.zeros(encoded.features.shape[:2])
-        value = sink_value(vit.criterion, encoded.features, dims=vit.dims, received=nothing, among=nothing)
-        v_value = largest_behind(value[0], patches_behind(batch.source, places, value.shape[1], model.config))
     order = model.connect(encoded.features, encoded.v_sink, batch, model.language_model.embed(batch.input_ids)).order
     result = {
         **seen,
         "v_sink": visual.v_sink[0, places],
         "visual": visual.mask[0, places],
-        "v_value": v_value,
+        "v_value": _v_value(model, encoded.features, batch, places, vit),
         "order": None if order is None else order[0],
     }
     if layers:
         result["hidden"] = seen["hidden"][jnp.array(layers)].astype(jnp.float32)
         result["attention"] = _whole_attention(model, batch, sequence, seen["hidden"], layers)
     return result
+
+
+def _v_value(model: Any, features: jax.Array, batch: Batch, places: jax.Array, vit: Reading) -> jax.Array:
+    """float32 [V], what the criterion of V-sinks compares, the largest of the patches behind each token; NaN if not known."""
+    if vit.criterion == "attention" or vit.unknown:
+        return jnp.full(places.shape, jnp.nan)
+    nothing = jnp.zeros(features.shape[:2])
+    value = sink_value(vit.criterion, features, dims=vit.dims, received=nothing, among=nothing)
+    return largest_behind(value[0], patches_behind(batch.source, places, value.shape[1], model.config))
 
 
 def _whole_attention(model: Any, batch: Batch, sequence: Any, hidden: jax.Array, layers: Layers) -> jax.Array:
