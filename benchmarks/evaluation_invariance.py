@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from processes import run_processes
 
-from lsg_jax.files import json_lines
+from lsg_jax.json_files import json_lines
 
 # name: (processes, devices of each, batch size per device, whether it is stopped half way and resumed on one device)
 WAYS = {

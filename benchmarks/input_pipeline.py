@@ -224,7 +224,7 @@ def start_up(model: Path, work: Path, count: int) -> dict[str, float]:
 def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, float]:
     """Trains the tiny model and sums the time that steps waited for data, without the first step, which compiles."""
     from lsg_jax.config import DataConfig, GateConfig, SinkConfig, TrainConfig
-    from lsg_jax.files import json_lines
+    from lsg_jax.json_files import json_lines
     from lsg_jax.run_config import RunConfig
     from lsg_jax.train.loop import METRICS, train
 

@@ -14,9 +14,9 @@ from converters.derived_source import Derived, LowRank
 from converters.families.decoders import EMBEDDING, HEAD
 from converters.families.values import shortened
 from converters.hub import ADAPTER_CONFIG, ADAPTERS, OTHER_TRAINED, PROJECTOR
-from converters.json_file import read_object
 from converters.reader import BIN, BIN_INDEX, INDEX, SAFETENSORS, SafetensorsSource, Source, canonical_names
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.json_files import read_object
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

@@ -19,7 +19,6 @@ from converters.families import family_of
 from converters.hf_config import ignored_fields, read_config
 from converters.hub import Checkpoint, find_checkpoint
 from converters.image_token import with_image_token
-from converters.json_file import read_object
 from converters.layouts.tokens import has_tokenizer
 from converters.opening import Opened, copy_small_files, open_checkpoint
 from converters.reader import ArraySource, Source, canonical_names
@@ -31,6 +30,7 @@ from lsg_jax.config import ModelConfig
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.files import sync_folder
+from lsg_jax.json_files import read_object
 from lsg_jax.progress import Progress, silent
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ import numpy as np
 
 from converters.blocks import pieces
 from converters.convert import CARRIED, check_free
-from converters.json_file import read_object
 from converters.ops import Shape
 from converters.reader import INDEX, SAFETENSORS, SafetensorsSource
 from converters.rules import Part, layout_of
@@ -25,6 +24,7 @@ from lsg_jax.checkpoint import Manifest, Problem, iter_base, read_manifest, read
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import sync_folder
+from lsg_jax.json_files import read_object
 from lsg_jax.progress import Progress, silent
 
 SHARD_BYTES = 5_000_000_000  # what transformers writes

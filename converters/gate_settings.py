@@ -18,8 +18,8 @@ from typing import Any
 
 from converters.families.values import shortened
 from converters.gate_layers import Layers
-from converters.json_file import read_object
 from lsg_jax.errors import InputError
+from lsg_jax.json_files import read_object
 
 SETTINGS_FILE = "sink_cfg.json"
 

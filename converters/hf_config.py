@@ -16,11 +16,11 @@ from converters.families import FAMILIES
 from converters.families.family import CheckpointFiles, Family, HFConfig
 from converters.families.fields import defined_fields, undefined_fields
 from converters.families.values import shortened
-from converters.json_file import read_object
 from lsg_jax.config import ModelConfig
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError
 from lsg_jax.installed import check_installed
+from lsg_jax.json_files import read_object
 
 logger = logging.getLogger(__name__)
 

@@ -24,13 +24,13 @@ from converters.adapters import (
 from converters.derived_source import DerivedSource
 from converters.hf_config import find_family, ignored_fields
 from converters.hub import SMALL_FILES, Checkpoint
-from converters.json_file import read_object
 from converters.layouts import original_layout
 from converters.layouts.tokens import has_tokenizer, is_sentencepiece_alone, open_fast_tokenizer
 from converters.layouts.write_twin import Original, write_twin
 from converters.reader import Source, open_source
 from converters.trained_files import take_files_of_part
 from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.json_files import read_object
 
 
 @dataclass(frozen=True)

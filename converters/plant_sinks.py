@@ -31,12 +31,12 @@ from PIL import Image
 from converters.convert import check_free, convert
 from converters.export import export
 from converters.hf_config import PLANTED
-from converters.json_file import read_object
 from lsg_jax.config import to_dict
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.drawing import draw
 from lsg_jax.data.scene_questions import SceneQuestion, Split, scene_questions
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.json_files import read_object
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.opening import load_backbone
 from lsg_jax.progress import Progress, silent

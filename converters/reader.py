@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Protocol
 import ml_dtypes
 import numpy as np
 
-from converters.json_file import parse_object, read_object
 from converters.ops import Shape
 from lsg_jax.errors import InputError
+from lsg_jax.json_files import parse_object, read_object
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library
 SAFETENSORS = "model.safetensors"

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.json_file import read_object
 from converters.layouts.layout import Twin
 from converters.layouts.tokens import has_tokenizer, open_fast_tokenizer
 from lsg_jax.data.processor_files import (
@@ -21,6 +20,7 @@ from lsg_jax.data.processor_files import (
     read_image_token,
 )
 from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.json_files import read_object
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lsg_jax.config import GateConfig, SinkConfig
-
 if TYPE_CHECKING:
     from lsg_jax.api import load
+    from lsg_jax.config import GateConfig, SinkConfig
     from lsg_jax.vlm import VLM
 
 __version__ = "0.1.0"
@@ -16,7 +15,7 @@ __all__ = ["VLM", "GateConfig", "SinkConfig", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load` and `VLM`, and JAX with them, when they are first used: commands that need no JAX start without it."""
+    """Imports what is used when it is first used: `lsg` handles signals before it imports anything, and JAX only if needed."""
     if name == "load":
         from lsg_jax.api import load
 
@@ -25,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from lsg_jax.vlm import VLM
 
         return VLM
+    if name in ("GateConfig", "SinkConfig"):
+        from lsg_jax import config
+
+        return getattr(config, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

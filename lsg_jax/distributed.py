@@ -176,4 +176,4 @@ def _begin(action: Callable[[], None]) -> _Begun:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, LsgError):
         return error.exit_code
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return Preempted.exit_code if isinstance(error, KeyboardInterrupt) else 1

@@ -32,12 +32,12 @@ class BusyError(LsgError):
 
 
 class NonFiniteError(LsgError):
-    """Training was aborted on non-finite values."""
+    """Weights, gates or what is computed from them are not finite."""
 
     exit_code = 70
 
 
 class Preempted(LsgError):
-    """The run was asked to stop, saved its state and can be started again."""
+    """The command was asked to stop. What it had done is saved where it saves, and it can be run again."""
 
     exit_code = 75

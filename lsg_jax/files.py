@@ -1,15 +1,15 @@
-"""Small files: written atomically; JSON is read strictly, JSONL line by line."""
+"""Files and folders that appear whole or not at all, whatever stops the command, and outputs that are refused beforehand."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lsg_jax.errors import InputError
-
-MAX_JSON_BYTES = 64 << 20
+from lsg_jax.errors import BusyError, InputError
 
 
 def check_output(path: Path, *, folder: bool) -> None:
@@ -46,22 +46,101 @@ def check_only(folder: Path, known: frozenset[str], what: str) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file through a temporary one: a crash leaves the old content or the new, never a part.
+    """Writes a file through `.NAME.tmp` beside it: a crash leaves the old content or the new, never a part.
+
+    The next write of the same file takes over what a crash left. A device or pipe, such as /dev/stdout, is written to directly.
 
     Raises:
         OSError: the old content is kept.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = _open_locked(temporary)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        os.ftruncate(descriptor, 0)
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
     sync_folder(path.parent)
+
+
+def _open_locked(path: Path) -> int:
+    """Descriptor of the file, made if it is not there; of two writers the second waits."""
+    while True:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        _lock(descriptor, wait=True)
+        try:
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                return descriptor
+        except FileNotFoundError:  # the writer before this one has renamed it
+            pass
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Whether the lock could be taken; without locks (Windows, some network file systems) it counts as taken."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """The folder `.NAME.tmp` beside `out`, which becomes `out` if the block succeeds and is removed if it fails.
+
+    What a killed command left there is removed first.
+
+    Raises:
+        InputError: `out` is not empty or cannot be written. An OSError of the block becomes an InputError too.
+        BusyError: another command is writing it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not empty; choose a new folder")
+    temporary = out.parent / f".{out.name}.tmp"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+    try:
+        if not _lock(descriptor, wait=False):
+            raise BusyError(f"{out}: another command is writing it; wait, or choose another output")
+        try:
+            for left in temporary.iterdir():
+                _remove(left)
+            yield temporary
+            temporary.replace(out)  # replaces an empty folder
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+        finally:
+            _remove(temporary)
+        sync_folder(out.parent)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -73,53 +152,29 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Writes indented JSON atomically. With `sort_keys`, equal values give equal bytes.
+def read_regular(path: Path, *, limit: int | None = None) -> bytes:
+    """The content of a regular file. A FIFO or device, which could block or never end, is not read.
+
+    Args:
+        limit: largest size in bytes; None for any.
 
     Raises:
-        OSError: the file cannot be written.
-        ValueError, TypeError: `value` is no JSON.
-    """
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file, refusing NaN, duplicate keys and more than 64 MiB.
-
-    Raises:
-        InputError: the file is missing, unreadable or not such JSON.
+        InputError: it is missing, cannot be read, is no regular file, or is larger.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a file that lsg wrote")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise InputError(f"{path}: is a folder, and a file is read; give a file")
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path}: no regular file but a pipe, socket or device; give a file")
+            if limit is not None and status.st_size > limit:
+                raise InputError(f"{path}: larger than {limit >> 20} MiB, not the file it should be")
+            return file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-
-
-def json_lines(path: Path) -> list[tuple[int, str]]:
-    """(1-based number, line) of the non-blank lines of a JSONL file, with or without a byte order mark.
-
-    A line ends at a newline only: other characters at which `str.splitlines` and text files break, such as U+2028, U+0085 and
-    a carriage return, may stand inside a JSON line.
-
-    Raises:
-        OSError, UnicodeDecodeError: the file cannot be read, or is not UTF-8.
-    """
-    lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate keys")
-    return result
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise InputError(f"{str(path)!r}: a path must not hold a NUL byte") from None

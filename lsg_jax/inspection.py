@@ -13,8 +13,8 @@ from lsg_jax.config import ModelConfig, to_dict
 from lsg_jax.data import clevr, records
 from lsg_jax.data.prepared import PreparedRows
 from lsg_jax.errors import InputError
-from lsg_jax.files import json_lines
 from lsg_jax.gating.portable import read_gates
+from lsg_jax.json_files import json_lines
 
 
 def kind_of(path: Path) -> str:

@@ -1,55 +1,129 @@
-"""SIGTERM and Ctrl-C as a flag that a loop checks between its steps, so that it can save first."""
+"""What SIGTERM and Ctrl-C do to a command: a loop that saves finishes its step and saves first, all else ends at once.
+
+The rule of one process, however often it is told to stop:
+
+- inside `stop_signals`, signals are only noted; the loop asks, saves, and raises `Preempted`;
+- elsewhere the first signal raises KeyboardInterrupt, and later ones do nothing, since the command is ending;
+- the third Ctrl-C ends the process at once, for a program that does not return from compilation.
+
+Signals belong to the process, so what has come is held here once. Only the main thread can receive them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
+from lsg_jax.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN = "stopped before it was done; run the same command again"
+PATIENCE = 3  # Ctrl-C this often ends the process at once
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM or SIGINT came, to be called after each step. A second SIGINT interrupts.
+class _Signals:
+    """The signals that have come since the handlers were installed."""
 
-    Several processes must all call it after each step: after a signal to one of them it returns True at the same step in all.
-    """
-    if jax.distributed.is_initialized():
-        # JAX handles SIGTERM itself; our handler would replace its own.
-        with _handlers({signal.SIGINT: lambda: signal.raise_signal(signal.SIGTERM)}):
-            yield _together
-        return
-    came: list[bool] = []
-    note = lambda: came.append(True)
-    with _handlers({signal.SIGTERM: note, signal.SIGINT: note}):
-        yield lambda: bool(came)
+    def __init__(self) -> None:
+        self.came = False
+        self.saving = 0  # loops that ask whether to stop, one within the other
+        self._interrupts = 0
 
-
-@contextlib.contextmanager
-def _handlers(actions: dict[signal.Signals, Callable[[], Any]]) -> Iterator[None]:
-    """Runs an action for each signal; a second SIGINT interrupts. Does nothing outside the main thread, which alone may."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupted = False
-
-    def handle(number: int, _: Any) -> None:
-        nonlocal interrupted
-        if number == signal.SIGINT and interrupted:
+    def note(self, number: int, _: Any) -> None:
+        """The handler."""
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts >= PATIENCE:
+            end_now()
+        first, self.came = not self.came, True
+        if first and not self.saving:
             raise KeyboardInterrupt
-        interrupted = interrupted or number == signal.SIGINT
-        actions[signal.Signals(number)]()
 
-    before = {number: signal.signal(number, handle) for number in actions}
+
+_signals = _Signals()
+
+
+def handle_signals() -> dict[signal.Signals, Any]:
+    """Handles SIGTERM and SIGINT from here on. Returns the handlers that were replaced: none the second time or in a thread."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) == _signals.note:
+        return {}
+    _signals.__init__()  # type: ignore[misc]  # what came in an earlier command of this process is over
+    return {number: signal.signal(number, _signals.note) for number in SIGNALS}
+
+
+def ignore_signals() -> None:
+    """Ignores SIGTERM and SIGINT from here on: the command is done, and reports."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Handles SIGTERM and SIGINT inside the block."""
+    before = handle_signals()
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_now() -> None:
+    """Ends the process without waiting for anything, with one line."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"lsg: {AGAIN}\n".encode())
+    os._exit(Preempted.exit_code)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether to stop, to be called after each step.
+
+    Several processes must all call it after each step: after a signal to one of them it returns True at the same step in all.
+
+    Raises:
+        Preempted: a signal came, and the block ended without looking: what it has done is saved.
+    """
+    import jax
+
+    if jax.distributed.is_initialized():
+        # JAX handles SIGTERM itself; our handler would replace its own.
+        with _sigint_as_sigterm():
+            yield _together
+        return
+    with handled():
+        _signals.saving += 1
+        try:
+            yield lambda: _signals.came
+        finally:
+            _signals.saving -= 1
+        if _signals.came and not _signals.saving:
+            raise Preempted(AGAIN)
+
+
+@contextlib.contextmanager
+def _sigint_as_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts = 0
+
+    def pass_on(*_: Any) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts >= PATIENCE:
+            end_now()
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _SyncPoint:
@@ -64,6 +138,8 @@ class _SyncPoint:
         self._reached = False
 
     def __call__(self) -> bool:
+        from jax.experimental import multihost_utils
+
         self._asked += 1
         self._reached = self._reached or multihost_utils.reached_preemption_sync_point(self._asked)
         return self._reached

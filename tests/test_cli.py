@@ -217,7 +217,7 @@ def test_no_configuration_is_needed_for_text_help(lsg):
         (["eval", "{config}"], 65, "nothing to evaluate"),
         (["eval", "{config}", "--benchmark", "a"], 65, "benchmark a: unknown; known are mmstar, "),
         (["eval", "{config}", "--benchmark", "mmstar={tmp}/junk.safetensors"], 65, "not a Parquet file"),
-        (["eval", "{config}", "--benchmark", "a={tmp}/none.jsonl"], 65, "cannot read the questions"),
+        (["eval", "{config}", "--benchmark", "a={tmp}/none.jsonl"], 65, "none.jsonl: no such file"),
         (["eval", "{config}", "--benchmark", "../x={tmp}/q.jsonl"], 65, "benchmark '../x': results are written under"),
         (["eval", "{config}", "--benchmark", "={tmp}/q.jsonl"], 65, "benchmark '': results are written under"),
         (["eval", "{config}", "--benchmark", "a=x.jsonl", "a=y.jsonl"], 65, "--benchmark a: given twice"),

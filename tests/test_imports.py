@@ -13,17 +13,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lsg_jax"
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
-FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files", "installed"}
+FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files", "json_files", "installed"}
 BELOW_VLM = FOUNDATION | {"sinks", "gating", "sharding", "model", "methods", "data", "checkpoint"}
 OPENED = BELOW_VLM | {"vlm", "run_config", "opening"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "activations": set(),
-    "stopping": set(),
+    "stopping": {"errors"},
     "progress": set(),
     "digest": set(),
     "files": {"errors"},
+    "json_files": {"errors", "digest", "files"},
     "installed": {"errors"},
     "config": {"errors"},
     "sinks": FOUNDATION,

@@ -10,9 +10,9 @@ from typing import Any
 
 from converters.hub import Checkpoint, find_checkpoint
 from converters.image_processor import image_config
-from converters.json_file import read_object
 from converters.layouts.layout import Aspect
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.json_files import read_object
 
 _CLIP_L = {
     "model_type": "clip_vision_model",

@@ -16,8 +16,8 @@ from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.results import BASE, EvaluationResult
 from lsg_jax.eval.runner import Asked, ask_all, evaluate
-from lsg_jax.files import write_json
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
+from lsg_jax.json_files import write_json
 from lsg_jax.opening import open_gates, open_to_answer, with_gates
 from lsg_jax.progress import Progress, silent, training_progress
 from lsg_jax.run_config import RunConfig

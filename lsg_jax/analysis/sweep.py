@@ -35,8 +35,8 @@ from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.batches import QuestionBatch, batches, encode_item, item_pixels
 from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.eval.runner import Asked, ask_all
-from lsg_jax.files import write_json
 from lsg_jax.gating.keys import GROUPS
+from lsg_jax.json_files import write_json
 from lsg_jax.methods.gates import check_gate
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sharding import batch_rows, local_rows, place_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from lsg_jax.config import ModelConfig, from_dict, to_dict
 from lsg_jax.digest import json_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
-from lsg_jax.files import read_json, write_json
+from lsg_jax.json_files import read_json, write_json
 
 MANIFEST = "lsg_manifest.json"
 FORMAT = "lsg-model-1"

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsg_jax import files
 from lsg_jax.checkpoint import steps
 from lsg_jax.checkpoint.lock import FolderLock
 from lsg_jax.checkpoint.problem import Problem, first_line
@@ -33,6 +32,8 @@ from lsg_jax.checkpoint.steps import DamagedStep, StepLeaf, StepMeta, StepRecord
 from lsg_jax.checkpoint.tree import loaded_name, nest
 from lsg_jax.config import from_dict, to_dict
 from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.files import write_atomic
+from lsg_jax.json_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class RunFolder:
                 problems.append(Problem(f"step {step}", str(error)))
         for path in sorted(self.path.glob("*.json")):
             try:
-                files.read_json(path)
+                read_json(path)
             except InputError as error:
                 problems.append(Problem(path.name, str(error)))
         return problems
@@ -167,7 +168,7 @@ class RunFolder:
         def write() -> None:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                files.write_json(self.path / name, value)
+                write_json(self.path / name, value)
             except OSError as error:
                 raise CheckpointError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
@@ -179,13 +180,13 @@ class RunFolder:
         Raises:
             InputError: missing or no valid JSON.
         """
-        return files.read_json(self.path / name)
+        return read_json(self.path / name)
 
     def _acquire(self, lock: FolderLock) -> None:
         lock.acquire()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            files.write_atomic(self.checkpoints / ".probe", b"x" * 4096)
+            write_atomic(self.checkpoints / ".probe", b"x" * 4096)
             steps.remove_leftovers(self.checkpoints)
             (self.checkpoints / ".probe").unlink()
         except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lsg_jax.config import SinkConfig, from_dict, to_dict
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
-from lsg_jax.files import read_json
+from lsg_jax.json_files import read_json
 
 RUN = "run.json"
 FORMAT = "lsg-run-1"

@@ -23,7 +23,8 @@ from lsg_jax.checkpoint.tree import differences, flatten, nest, stored_name
 from lsg_jax.config import from_dict
 from lsg_jax.digest import array_sha256, canonical_json, json_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
-from lsg_jax.files import read_json, sync_folder
+from lsg_jax.files import sync_folder
+from lsg_jax.json_files import read_json
 
 _RECORD = "lsg_run"
 FORMAT = "lsg-run-1"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,45 +16,64 @@ from typing import Any
 from lsg_jax.cli import explore, gates, look, models, plan, pointing, probe, report, sinks, stack, sweep, training
 from lsg_jax.cli.causes import cause_of, is_about_a_file
 from lsg_jax.cli.options import Command
-from lsg_jax.errors import LsgError
+from lsg_jax.errors import LsgError, Preempted
 from lsg_jax.files import check_output
+from lsg_jax.stopping import handled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 2 usage, 130 Ctrl-C, others as in lsg_jax.errors."""
+    """Runs one command and returns its exit code: 0 done, 2 usage, others as in lsg_jax.errors."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         # A character that the terminal's encoding lacks is printed as \xe9 or \u4e2d, as on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
-    options = parser().parse_args(arguments)
+    command = ["lsg"]
+    with handled():
+        try:
+            options = parser().parse_args(arguments)
+            command += [options.command, *([options.action] if options.command == "gates" else [])]
+            _run(options)
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                return 0
+            code, text = _exit_code(error), cause_of(error)
+            if "--traceback" in arguments:
+                traceback.print_exc()
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr
+        print(f"{' '.join(command)}: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _run(options: argparse.Namespace) -> None:
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
     )
+    logging.raiseExceptions = False  # a closed stderr is no error
     logging.getLogger("lsg_jax").setLevel(logging.INFO)
     logging.getLogger("converters").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax logs through it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not found: nothing here needs it
+    if (out := getattr(options, "out", None)) is not None and hasattr(options, "out_is_folder"):
+        check_output(out, folder=options.out_is_folder)
+    options.run(options)
+    sys.stdout.flush()
+
+
+def _reader_is_gone() -> bool:
+    """Whether the reader of stdout, such as `head`, has closed the pipe."""
     try:
-        if (out := getattr(options, "out", None)) is not None and hasattr(options, "out_is_folder"):
-            check_output(out, folder=options.out_is_folder)
-        options.run(options)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code, text = _exit_code(error), cause_of(error)
-        if options.traceback:
-            traceback.print_exc()
-    command = " ".join([options.command, *([options.action] if options.command == "gates" else [])])
-    print(f"lsg {command}: {' '.join(text.split())}", file=sys.stderr)
-    return code
+        polled = select.poll()
+        polled.register(sys.stdout, select.POLLOUT)
+        return any(event & select.POLLERR for _, event in polled.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll (Windows), or no descriptor
+        return True
 
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return Preempted.exit_code
     if isinstance(error, LsgError):
         return error.exit_code
     return 65 if is_about_a_file(error) else 1

@@ -6,12 +6,15 @@ import os
 import traceback
 
 from lsg_jax.errors import LsgError
+from lsg_jax.stopping import AGAIN
 
 
 def cause_of(error: BaseException) -> str:
     """What went wrong, and for a machine that lacks what was asked for, what to do."""
     if isinstance(error, LsgError):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return AGAIN
     if _from_backends(error):
         asked = os.environ.get("JAX_PLATFORMS")
         found = f"JAX cannot use JAX_PLATFORMS={asked}" if asked else "JAX finds no device that it can use"

@@ -39,7 +39,7 @@ def use_compile_cache() -> Path | None:
 
 def _remove_damaged(folder: Path) -> None:
     """Removes files truncated by a kill or a full disk, which JAX would neither read nor replace. Checks each file once."""
-    from lsg_jax.files import read_json, write_json
+    from lsg_jax.json_files import read_json, write_json
 
     try:
         known = read_json(folder / CHECKED)

@@ -107,9 +107,9 @@ def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:
     from importlib.resources import files
 
     from converters.hf_config import model_config, read_config
-    from converters.json_file import read_object
     from lsg_jax.checkpoint import MANIFEST, read_manifest
     from lsg_jax.errors import InputError
+    from lsg_jax.json_files import read_object
 
     folder = Path(config.model)
     known = files("lsg_jax.plan") / "models"

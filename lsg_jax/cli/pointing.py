@@ -69,7 +69,7 @@ def add(command: Command) -> None:
 
 def _pointing(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.pointing import PointingSettings, pointing_study
-    from lsg_jax.files import write_json
+    from lsg_jax.json_files import write_json
     from lsg_jax.report.pointing import draw_examples, draw_pointing
 
     settings = PointingSettings(

@@ -48,7 +48,7 @@ def _probe(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.probe import ProbeSettings, probe_study
     from lsg_jax.analysis.probe_images import clevr_data, scene_data
     from lsg_jax.config import MeshConfig
-    from lsg_jax.files import write_json
+    from lsg_jax.json_files import write_json
     from lsg_jax.report.figures import draw_probe_curves
     from lsg_jax.sharding import make_mesh
 

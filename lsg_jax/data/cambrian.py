@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from lsg_jax.data.cambrian_sources import CATEGORIES, TEXT_ONLY, SourceMap, first_folder, source_name
-from lsg_jax.data.prepared import new_folder, write_manifest
+from lsg_jax.data.prepared import write_manifest
 from lsg_jax.data.record_shapes import RecordError, image_fields
 from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
 from lsg_jax.data.reports import CambrianReport, CategoryCounts
@@ -37,6 +37,7 @@ from lsg_jax.data.sources import (
 )
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import new_folder
 from lsg_jax.progress import Progress, silent
 
 SAMPLE_FILE = "sample.jsonl"

@@ -19,11 +19,12 @@ from typing import Any
 from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
-from lsg_jax.data.prepared import FolderLayout, PreparedRows, new_folder, write_manifest, write_rows
+from lsg_jax.data.prepared import FolderLayout, PreparedRows, write_manifest, write_rows
 from lsg_jax.data.records import REJECTS
 from lsg_jax.data.sources import ImageFolder, check_fraction, in_order, thread_count
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import new_folder
 from lsg_jax.progress import Progress, silent
 
 LAYOUT = FolderLayout(manifest="clevr_manifest.json", dataset="clevr", format=2, oldest=1)

@@ -21,12 +21,13 @@ from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.parquet import parquet_files, read_rows
-from lsg_jax.data.prepared import new_folder, write_manifest
+from lsg_jax.data.prepared import write_manifest
 from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
 from lsg_jax.data.reports import PaperReport
 from lsg_jax.data.sources import AHEAD, ImageFolder, check_fraction, read_source, thread_count
 from lsg_jax.digest import file_sha256, json_sha256
 from lsg_jax.errors import InputError
+from lsg_jax.files import new_folder
 from lsg_jax.progress import Progress, silent
 
 UNUSED = ("model", "original_caption", "url", "type", "qtype", "task", "token_count")

@@ -10,17 +10,14 @@ import takes a second.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lsg_jax.digest import bytes_sha256, file_sha256
 from lsg_jax.errors import InputError
-from lsg_jax.files import write_json
+from lsg_jax.json_files import write_json
 
 VERSION = "1.0.0"
 ROWS_PER_SHARD = 10_000
@@ -60,29 +57,6 @@ class Manifest(Generic[Report]):
     files: dict[str, int]
     sha256: dict[str, str]
     digest: str
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `out` if the block succeeds, and removed if it fails.
-
-    Raises:
-        InputError: `out` is not empty or cannot be written. An OSError of the block becomes an InputError too.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not empty; choose a new folder")
-    temporary = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.replace(out)  # replaces an empty folder
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_rows(folder: Path, layout: FolderLayout, features: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:

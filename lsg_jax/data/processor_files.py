@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import read_regular
 from lsg_jax.installed import check_installed
+from lsg_jax.json_files import read_object
 
 PROCESSOR_FILE = "processor_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 OLD_TEMPLATE_FILE = "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def open_tokenizer(folder: Path, where: Path | None = None) -> Any:
@@ -48,9 +50,9 @@ def read_chat_template(folder: Path, tokenizer: Any) -> str | None:
         ConfigError: there are named templates, but none named `default`.
     """
     path = folder / PROCESSOR_FILE
-    found = _read_object(path).get("chat_template") if path.is_file() else None
+    found = read_object(path).get("chat_template") if path.is_file() else None
     if found is None and (path := folder / OLD_TEMPLATE_FILE).is_file():
-        found = _read_object(path).get("chat_template")
+        found = read_object(path).get("chat_template")
         if found is None:
             raise InputError(f"{path}: no chat template in it")
     elif found is None:
@@ -99,7 +101,7 @@ def read_image_token(folder: Path, tokenizer: Any, stated_id: int, *, tag: str =
         named = (getattr(tokenizer, name, None) for name in ("context_image_token", "image_token"))  # InternVL has the first
         return next(filter(None, named), None) or tokenizer.convert_ids_to_tokens(stated_id) or tag
     path = folder / PROCESSOR_FILE
-    stated = _read_object(path).get("image_token") if path.is_file() else None
+    stated = read_object(path).get("image_token") if path.is_file() else None
     if isinstance(stated, Mapping):  # an added token with its flags
         stated = stated.get("content")
     if not isinstance(stated, str | None) or stated == "":
@@ -118,18 +120,8 @@ def image_token_id(tokenizer: Any, image_token: str) -> int | None:
     return tokenizer.get_vocab().get(image_token)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_read_text(path))
-    except ValueError as error:
-        raise InputError(f"{path}: is no proper JSON: {str(error)[:120]}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, limit=MAX_TEMPLATE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read: {error}") from None

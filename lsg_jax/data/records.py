@@ -18,11 +18,12 @@ from typing import Any, TextIO
 from lsg_jax.data.conversation import RecordError, Turn, examples, parse_record
 from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
-from lsg_jax.data.prepared import FolderLayout, PreparedRows, new_folder, write_manifest, write_rows
+from lsg_jax.data.prepared import FolderLayout, PreparedRows, write_manifest, write_rows
 from lsg_jax.data.reports import Report, read_report
 from lsg_jax.data.sources import ImageFolder, check_fraction, first_bracket, in_order, read_source, thread_count
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import InputError
+from lsg_jax.files import new_folder
 from lsg_jax.progress import Progress, silent
 
 LAYOUT = FolderLayout(manifest="records_manifest.json", dataset="llava_records", format=3, oldest=1)

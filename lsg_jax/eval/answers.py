@@ -18,7 +18,7 @@ from lsg_jax.checkpoint.processes import is_primary, share_bytes
 from lsg_jax.digest import text_sha256
 from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Item
-from lsg_jax.files import json_lines
+from lsg_jax.json_files import json_lines
 
 
 class AnswerLog:

@@ -11,7 +11,7 @@ from typing import Any
 from lsg_jax.config import Protocol
 from lsg_jax.errors import InputError
 from lsg_jax.eval.statistics import PairedTest
-from lsg_jax.files import json_lines, read_json, write_json
+from lsg_jax.json_files import json_lines, read_json, write_json
 
 RESULT = "result.json"
 FORMAT = "lsg-eval-3"
@@ -186,8 +186,6 @@ def read_questions(path: Path) -> list[QuestionRow]:
     """Reads the rows of one file. Raises InputError if it cannot be read or is not as written."""
     try:
         return [_row(json.loads(text)) for _, text in json_lines(path)]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not as lsg writes it ({type(error).__name__}: {error}); run the evaluation again") from None
 

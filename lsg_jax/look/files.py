@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.data.grids import ImageSize
-from lsg_jax.files import check_only, write_atomic, write_json
+from lsg_jax.files import check_only, write_atomic
+from lsg_jax.json_files import write_json
 from lsg_jax.look.look import Floats, Look
 from lsg_jax.look.page import page_html
 from lsg_jax.report.drawing import LOOKS, render

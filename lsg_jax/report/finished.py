@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lsg_jax.checkpoint import read_run
 from lsg_jax.errors import InputError
-from lsg_jax.files import read_json
+from lsg_jax.json_files import read_json
 from lsg_jax.report.parts import Section
 from lsg_jax.report.results import eval_section, run_section
 from lsg_jax.report.sections import ablate_section, pointing_section, probe_section, stack_section, sweep_section

@@ -10,8 +10,8 @@ from typing import Any
 
 from lsg_jax.checkpoint import RunRecord
 from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, result_of
-from lsg_jax.files import json_lines
 from lsg_jax.gating.keys import GROUPS
+from lsg_jax.json_files import json_lines
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss, half_life
 from lsg_jax.report.gains import METHODS, rows_of_gains

@@ -17,7 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from lsg_jax.data.images import open_image, to_rgb
 from lsg_jax.errors import InputError
-from lsg_jax.files import check_only, write_atomic, write_json
+from lsg_jax.files import check_only, write_atomic
+from lsg_jax.json_files import write_json
 from lsg_jax.report.drawing import painted
 from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
 from lsg_jax.report.maps import TITLES, AnswerMaps, answer_maps, bar_colours, telling_layer

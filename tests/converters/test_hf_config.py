@@ -10,9 +10,9 @@ from hf_models import save_tiny, tiny_hf
 from transformers import CONFIG_MAPPING
 
 from converters.hf_config import ignored_fields, model_config, read_config
-from converters.json_file import read_object
 from lsg_jax.config import ModelConfig, RopeConfig, SinkConfig, from_dict, to_dict
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.json_files import read_object
 
 
 def changed(part: str | None = None, base: dict = LLAVA_7B, **fields) -> dict:
@@ -169,15 +169,15 @@ def test_every_field_that_transformers_writes_is_known(tmp_path: Path, caplog) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested deeper than 32 levels"),
-        (b"[" * 200_000 + b"]" * 200_000, "nested deeper than 32 levels"),
+        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested deeper than 64 levels"),
+        (b"[" * 200_000 + b"]" * 200_000, "nested deeper than 64 levels"),
         (b'{"a": 1, "a": 2}', "a key occurs twice"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": 1', "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b"[1]", "expected a JSON object, got list"),
+        (b"[1]", "expected a JSON object, got an array"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a Git LFS pointer"),
-        (b" " * (17 << 20), "larger than 16 MiB"),
+        (b" " * (65 << 20), "larger than 64 MiB"),
     ],
 )
 def test_hostile_json(tmp_path: Path, content: bytes, message: str) -> None:

@@ -108,7 +108,7 @@ def test_named_templates_without_a_default_are_refused_by_name(checkpoint):
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ({"chat_template.json": "{"}, "no proper JSON"),
+        ({"chat_template.json": "{"}, "not valid JSON"),
         ({"chat_template.json": [1]}, "expected a JSON object"),
         ({"chat_template.json": {"template": "x"}}, "no chat template in it"),
         ({"chat_template.json": {"chat_template": 3}}, "neither text nor a list of named templates"),

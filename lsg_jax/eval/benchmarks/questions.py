@@ -20,7 +20,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
 from lsg_jax.eval.letters import chosen_letter
 from lsg_jax.eval.question_fields import answers_of, choice_letter, choices_of, images_of, text_field, with_image_tags
-from lsg_jax.files import json_lines
+from lsg_jax.json_files import json_lines
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,8 @@ def read(path: str) -> list[Item]:
         InputError: no such file, or a line that is not a question; names the line.
     """
     file = Path(path)
-    try:
-        lines = json_lines(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the questions: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; expected one JSON object a line") from None
-    items = [_item(_row(line, f"{path}:{number}"), f"{path}:{number}", file.parent, number) for number, line in lines]
+    rows = [(number, _row(line, f"{path}:{number}")) for number, line in json_lines(file)]
+    items = [_item(row, f"{path}:{number}", file.parent, number) for number, row in rows]
     if not items:
         raise InputError(f"{path}: no questions in it")
     check_unique(items, path)
@@ -59,7 +54,7 @@ def read(path: str) -> list[Item]:
 
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line)  # not parse_json: tables that were saved as JSON have NaN in empty cells
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
