@@ -57,7 +57,7 @@ def main() -> int:
         ) as process:
             try:
                 assert process.stdout is not None
-                measured = measure(Page(process.stdout.readline().strip().rstrip("/")), process.pid, args.questions)
+                measured = measure(Page(process.stdout.readline().strip()), process.pid, args.questions)
             finally:
                 process.terminate()
     passed = {name: measured[name] for name, bound in BOUNDS.items() if measured[name] > bound}
@@ -75,16 +75,17 @@ class Page:
     """Asks as the page does."""
 
     def __init__(self, url: str):
-        self.url = url
+        self.url, _, token = url.partition("/?token=")
+        self.headers = {"Origin": self.url, "Cookie": f"lsg_explore_{self.url.rpartition(':')[2]}={token}"}
         self.shown: list[str] = []  # names of the answer that the page shows, and of those it has replaced
         self.gone: list[str] = []
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path) as answer:
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=self.headers)) as answer:
             return answer.read()
 
     def post(self, path: str, data: bytes) -> bytes:
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, {"Origin": self.url})) as answer:
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, self.headers)) as answer:
             return answer.read()
 
     def ask(self, index: int, side: dict[str, Any]) -> tuple[float, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -39,13 +40,14 @@ def _explore(options: argparse.Namespace) -> None:
         asker = Asker(load_model(options), max_new_tokens=options.max_new_tokens)
         gates = Path(options.gates).name if options.gates else ""
         explorer = Explorer(asker, name=options.model.resolve().name, gates=gates)
-        url = f"http://{ADDRESS}:{listening.getsockname()[1]}/"
+        token = secrets.token_urlsafe(16)
+        url = f"http://{ADDRESS}:{listening.getsockname()[1]}/?token={token}"
         print(url, flush=True)
         if options.open:
             import webbrowser
 
             webbrowser.open(url)
-        serve(make_app(explorer), listening)
+        serve(make_app(explorer, token), listening)
         if explorer.worker.busy:
             # XLA cannot be interrupted, and a thread that is still in it when Python ends aborts the process:
             # so the process ends here, without Python's own end.

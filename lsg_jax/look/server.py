@@ -208,8 +208,8 @@ class Explorer:
         return HTMLResponse(page, headers={"content-disposition": 'attachment; filename="look.html"'})
 
 
-def make_app(explorer: Explorer) -> Starlette:
-    """The ASGI application."""
+def make_app(explorer: Explorer, token: str) -> Starlette:
+    """The ASGI application, for those who have the token."""
     routes = [
         Route("/", explorer.page),
         Route("/explore.js", explorer.script),
@@ -221,7 +221,7 @@ def make_app(explorer: Explorer) -> Starlette:
         Route("/save", explorer.save, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {InputError: _refused, ConfigError: _refused, Exception: _failed}
-    return Starlette(routes=routes, middleware=[Middleware(OwnPageOnly)], exception_handlers=handlers)
+    return Starlette(routes=routes, middleware=[Middleware(OwnPageOnly, token=token)], exception_handlers=handlers)
 
 
 def bind(port: int) -> socket.socket:

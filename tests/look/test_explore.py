@@ -30,7 +30,7 @@ from lsg_jax.look.look import NEUTRAL_PROMPT
 from lsg_jax.look.server import Explorer, bind, make_app
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 
-URL = "http://127.0.0.1:8411"
+URL, TOKEN = "http://127.0.0.1:8411", "secret"
 OURS = {"origin": URL}
 QUESTION = {"prompt": "What?", "sides": [{"method": "base"}]}
 
@@ -47,7 +47,9 @@ def explorer(asker):
 
 @pytest.fixture
 def client(explorer):
-    return TestClient(make_app(explorer), base_url=URL, headers=OURS, raise_server_exceptions=False)
+    client = TestClient(make_app(explorer, TOKEN), base_url=URL, headers=OURS, raise_server_exceptions=False)
+    assert client.get("/", params={"token": TOKEN}).status_code == 200  # the cookie is kept
+    return client
 
 
 def upload(client, data=None):
@@ -108,6 +110,21 @@ def test_other_sites_are_refused(client, asker, headers):
         for path in ("/explore.js", "/examples/0.png", "/head"):
             assert client.get(path, headers=headers).status_code == 403
     assert not asker.asked
+
+
+def test_only_who_has_the_printed_address_is_answered(explorer, asker):
+    """Any user of the machine can reach the port."""
+    stranger = TestClient(make_app(explorer, TOKEN), base_url=URL, headers=OURS)
+    for cookie in (None, "", TOKEN[:-1], "é", 'x="', f"{TOKEN}; Path=/"):
+        headers = {} if cookie is None else {"cookie": f"lsg_explore_8411={cookie}".encode()}
+        expected = 200 if cookie == f"{TOKEN}; Path=/" else 403
+        for path in ("/", "/?token=", "/?token=secre", "/explore.js", "/head", "/examples/0.png"):
+            answer = stranger.get(path, headers=headers)
+            assert answer.status_code in (expected, 400 if path == "/head" and expected == 200 else expected)
+            assert answer.status_code != 403 or ("printed" in answer.text and TOKEN not in answer.text)
+    assert stranger.post("/pictures", content=file_of("PNG")).status_code == 403 and not asker.asked
+    moved = stranger.get("/", params={"token": TOKEN}, follow_redirects=False)
+    assert moved.headers["location"] == "/" and {"HttpOnly", "SameSite=lax"} <= set(moved.headers["set-cookie"].split("; "))
 
 
 def test_the_page_may_be_linked_to_and_loads_nothing_from_elsewhere(client):
@@ -283,11 +300,12 @@ def test_the_command(tiny_model):
     )  # fmt: skip
     try:
         url = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url), process.stderr.read()
-        with urllib.request.urlopen(url, timeout=30) as page:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{22}", url), process.stderr.read()
+        opener, address = urllib.request.build_opener(urllib.request.HTTPCookieProcessor()), url.partition("?")[0]
+        with opener.open(url, timeout=30) as page:
             assert str(tiny_model.name) in (text := page.read().decode()) and str(tiny_model.parent) not in text
-        post = lambda path, data: urllib.request.urlopen(
-            urllib.request.Request(url + path, data, {"Origin": url[:-1]}), timeout=30
+        post = lambda path, data: opener.open(
+            urllib.request.Request(address + path, data, {"Origin": address[:-1]}), timeout=30
         )
         picture = json.load(post("pictures", file_of("PNG")))["id"]
         with post("ask", json.dumps(QUESTION | {"pictures": [picture]}).encode()) as answer:

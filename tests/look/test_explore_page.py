@@ -41,11 +41,11 @@ def browser():
 def served():
     """The address of a running server, and the stand-in that answers."""
     asker, listening = MadeAsker(), bind(0)
-    app = make_app(Explorer(asker, name="tiny <model>"))
+    app = make_app(Explorer(asker, name="tiny <model>"), "secret")
     running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}/", asker
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/?token=secret", asker
     running.should_exit = True
     thread.join()
 
