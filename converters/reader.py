@@ -173,6 +173,8 @@ class SafetensorsSource:
 def open_binary(path: Path) -> BinaryIO:
     """Opens a file for unbuffered reading. Raises InputError if that fails."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: no regular file but a folder, pipe, socket or device; give a checkpoint's own files")
         return open(path, "rb", buffering=0)  # type: ignore[return-value]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; is the download complete?") from None

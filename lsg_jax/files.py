@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from lsg_jax.errors import BusyError, InputError
 
@@ -43,6 +45,17 @@ def check_only(folder: Path, known: frozenset[str], what: str) -> None:
     if others:
         listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise InputError(f"{folder}: holds {listed} and is no {what}; choose another output")
+
+
+def check_inside(names: Iterable[str], where: object) -> None:
+    """Refuses names of files that lead out of the folder they are to be in.
+
+    Raises:
+        InputError: one is absolute, empty, or holds `..` or a NUL byte; `where` says which file names it.
+    """
+    for name in names:
+        if not name or "\0" in name or name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
+            raise InputError(f"{where}: names a file outside of its folder: {name[:80]!r}")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -161,20 +174,40 @@ def read_regular(path: Path, *, limit: int | None = None) -> bytes:
     Raises:
         InputError: it is missing, cannot be read, is no regular file, or is larger.
     """
+    with open_regular(path) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            raise InputError(f"{path}: larger than {limit >> 20} MiB, not the file it should be")
+        return file.read()
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file of that name; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading; see `read_regular`. An OSError of the block becomes an InputError too."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(descriptor)
+            if stat.S_ISDIR(mode):
                 raise InputError(f"{path}: is a folder, and a file is read; give a file")
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: no regular file but a pipe, socket or device; give a file")
-            if limit is not None and status.st_size > limit:
-                raise InputError(f"{path}: larger than {limit >> 20} MiB, not the file it should be")
-            return file.read()
+            raise InputError(f"{path}: no regular file but a pipe, socket or device; give a file")
+        with open(descriptor, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise InputError(f"{path}: no regular file but a pipe, socket or device; give a file") from None
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:
-        raise InputError(f"{str(path)!r}: a path must not hold a NUL byte") from None
+    except ValueError as error:
+        if "\0" not in str(path) and not isinstance(error, UnicodeEncodeError):
+            raise
+        raise InputError(f"{str(path)[:200]!r}: no file can have this name") from None

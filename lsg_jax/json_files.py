@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from lsg_jax.files import read_regular, write_atomic
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 64
+MAX_DIGITS = 4300
+"""Of an integer; Python's own limit, which the time that it takes grows beyond."""
+
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+"""A text, whose brackets do not count, or a bracket."""
+
 
 FILE_CHECK = "self_sha256"
 """Key of a file's checksum: sha256 of the canonical JSON of the rest."""
@@ -37,13 +44,78 @@ def parse_json(text: str | bytes) -> Any:
         )
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    if _too_deep(value):
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _too_deep(value: Any) -> bool:
     level, depth = [value], 0
     while level := [node for node in level if isinstance(node, (dict, list))]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+            return True
         level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-    return value
+    return False
+
+
+def parse_tabular(text: str, start: int = 0) -> tuple[Any, int]:
+    """The value of JSON that starts at `start`, as tables are saved: NaN and Infinity may stand in empty cells; and its end.
+
+    Raises:
+        json.JSONDecodeError: not JSON.
+        FlawedJson: JSON that no reader can be sure of, see `parse_json`.
+    """
+    flaws: list[str] = []
+
+    def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            flaws.append("a key occurs twice in one object")
+        return made
+
+    def of_integer(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            flaws.append(f"an integer of {len(digits):,} digits")
+            return 0
+        return int(digits)
+
+    def of_float(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            flaws.append(f"{digits[:40]} is beyond float64")
+        return value
+
+    decoder = json.JSONDecoder(object_pairs_hook=of_pairs, parse_int=of_integer, parse_float=of_float)
+    try:
+        value, end = decoder.raw_decode(text, start)
+    except RecursionError:
+        end = _end_of(text, start)
+        raise FlawedJson(f"nested deeper than {MAX_DEPTH} levels", end) from None
+    brackets = text.count("[", start, end) + text.count("{", start, end)
+    if brackets > MAX_DEPTH and _too_deep(value):
+        flaws.append(f"nested deeper than {MAX_DEPTH} levels")
+    if flaws:
+        raise FlawedJson(flaws[0], end)
+    return value, end
+
+
+class FlawedJson(ValueError):
+    """A JSON value that would be read as something else than it says, or not at all. It ends before the character `end`."""
+
+    def __init__(self, flaw: str, end: int):
+        super().__init__(flaw)
+        self.end = end
+
+
+def _end_of(text: str, start: int) -> int:
+    """Where the object or array that starts at `start` ends, by its brackets alone."""
+    depth = 0
+    for token in _BRACKETS.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if depth <= 0:
+            return token.end()
+    return len(text)
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:

@@ -21,7 +21,9 @@ from lsg_jax.config import (
     to_dict,
 )
 from lsg_jax.config.ranges import Range, Table
-from lsg_jax.errors import ConfigError
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import read_regular
+from lsg_jax.json_files import MAX_BYTES
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.registry import METHODS
 
@@ -100,11 +102,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        tree = tomllib.loads(read_regular(path, limit=MAX_BYTES).decode("utf-8"))
+    except InputError as error:
+        raise ConfigError(str(error) if path.exists() else f"{path}: no such configuration file") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, or a number of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:

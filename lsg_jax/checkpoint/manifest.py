@@ -9,6 +9,7 @@ from pathlib import Path
 from lsg_jax.config import ModelConfig, from_dict, to_dict
 from lsg_jax.digest import json_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
+from lsg_jax.files import check_inside
 from lsg_jax.json_files import read_json, write_json
 
 MANIFEST = "lsg_manifest.json"
@@ -130,6 +131,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         manifest = from_dict(Manifest, content, where=str(path))
     except ConfigError as error:
+        raise CheckpointError(f"{error}; {_AGAIN}") from None
+    try:
+        check_inside((*manifest.hf, *manifest.files), path)
+    except InputError as error:
         raise CheckpointError(f"{error}; {_AGAIN}") from None
     if manifest.digest != digest:
         raise CheckpointError(f"{path}: its digest does not fit its leaves; {_AGAIN}")

@@ -16,6 +16,7 @@ from typing import Any
 from lsg_jax.cli import explore, gates, look, models, plan, pointing, probe, report, sinks, stack, sweep, training
 from lsg_jax.cli.causes import cause_of, is_about_a_file
 from lsg_jax.cli.options import Command
+from lsg_jax.cli.printable import PrintableFormatter, printable, printable_stdout
 from lsg_jax.errors import LsgError, Preempted
 from lsg_jax.files import check_output
 from lsg_jax.stopping import handled
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             options = parser().parse_args(arguments)
             command += [options.command, *([options.action] if options.command == "gates" else [])]
-            _run(options)
+            with printable_stdout():
+                _run(options)
             return 0
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError) and _reader_is_gone():
@@ -41,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "--traceback" in arguments:
                 traceback.print_exc()
     with contextlib.suppress(OSError, ValueError):  # a closed stderr
-        print(f"{' '.join(command)}: {' '.join(text.split())}", file=sys.stderr)
+        print(printable(f"{' '.join(command)}: {' '.join(text.split())}"), file=sys.stderr)
     return code
 
 
 def _run(options: argparse.Namespace) -> None:
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
-    )
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, handlers=[lines], force=True)
     logging.raiseExceptions = False  # a closed stderr is no error
     logging.getLogger("lsg_jax").setLevel(logging.INFO)
     logging.getLogger("converters").setLevel(logging.INFO)

@@ -89,14 +89,14 @@ def _named_images(paths: Sequence[Path], limit: int) -> list[Path]:
     Raises:
         InputError: a file is named twice, a folder holds no image that can be read, or `limit` is below 1.
     """
-    from lsg_jax.data.images import open_image
+    from lsg_jax.data.images import check_image
 
     chosen: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
             if path in chosen:
                 raise InputError(f"--images: {path} is named twice")
-            open_image(path)  # before anything is computed
+            check_image(path)  # before anything is computed
             chosen[path] = None
             continue
         readable, skipped = _images_below(path, limit)
@@ -134,7 +134,7 @@ def _images_below(folder: Path, limit: int) -> tuple[list[Path], list[str]]:
     Returns:
         The images, and errors of those that cannot be read; in the place of such a one stands the next that can.
     """
-    from lsg_jax.data.images import open_image
+    from lsg_jax.data.images import check_image
 
     if limit < 1:
         raise InputError(f"--limit is {limit}, it must be at least 1")
@@ -151,7 +151,7 @@ def _images_below(folder: Path, limit: int) -> tuple[list[Path], list[str]]:
             if path in chosen or path in skipped:
                 continue
             try:
-                open_image(path)
+                check_image(path)
             except InputError as error:
                 skipped[path] = str(error)
                 continue

@@ -46,6 +46,8 @@ def add(command: Command) -> None:
         "--max-bad-fraction", type=float, default=0.01, metavar="X", help="fail above this share of rejected records"
     )
     sub.add_argument("--threads", type=int, metavar="N", help="threads that read images; default: one a core")
+    text = "read images that links in the image folder lead to elsewhere; otherwise they are rejected"
+    sub.add_argument("--follow-links", action="store_true", help=text)
 
     _add_runs(command)
 
@@ -109,7 +111,7 @@ def _prepare(options: argparse.Namespace) -> None:
     for name in settings:
         if name not in own[options.format]:
             raise ConfigError(f"--{name.replace('_', '-')} does not go with --format {options.format}")
-    settings |= {"max_bad_fraction": options.max_bad_fraction, "threads": options.threads}
+    settings |= {"max_bad_fraction": options.max_bad_fraction, "threads": options.threads, "follow_links": options.follow_links}
     if options.format != "clevr":
         settings.setdefault("images", options.source if options.source.is_dir() else options.source.parent)
     prepare: dict[str, Callable[..., Any]] = {

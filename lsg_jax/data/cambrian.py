@@ -24,7 +24,7 @@ from typing import Any, Literal, TextIO
 from lsg_jax.data.cambrian_sources import CATEGORIES, TEXT_ONLY, SourceMap, first_folder, source_name
 from lsg_jax.data.prepared import write_manifest
 from lsg_jax.data.record_shapes import RecordError, image_fields
-from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
+from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, listed_id, write_records
 from lsg_jax.data.reports import CambrianReport, CategoryCounts
 from lsg_jax.data.sources import (
     ImageFolder,
@@ -69,7 +69,7 @@ class _Pass:
             for number, line in numbered_lines(io.BufferedReader(hashed, 1 << 20)):
                 self.lines += 1
                 record = parse_line(number, line)
-                if isinstance(record, dict):
+                if isinstance(record, dict) and isinstance(line, bytes):
                     self._add(number, line, record)
                 else:
                     if not isinstance(record, RecordError):
@@ -145,6 +145,7 @@ def prepare_cambrian(
     source_map: str | Path | None = None,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
+    follow_links: bool = False,
     progress: Progress = silent,
 ) -> CambrianReport:
     """Draws `sample` records in equal shares of the six categories and writes them as `prepare_llava` does.
@@ -157,7 +158,7 @@ def prepare_cambrian(
         sample: rows in all. If six does not divide it, the first categories get one more.
         source_map: TOML that adds to the table of sources; see `SourceMap.extended`.
         max_bad_fraction: largest share of drawn records that are rejected, and of lines that are unreadable.
-        threads: as in `prepare_llava`.
+        threads, follow_links: as in `prepare_llava`.
         progress: counts lines, then rows.
 
     Raises:
@@ -170,7 +171,7 @@ def prepare_cambrian(
     table = SourceMap.built_in() if source_map is None else SourceMap.built_in().extended(Path(source_map))
     if first_bracket(source) == b"[" or is_one_object(source):
         raise InputError(f"{source}: one JSON array or object, which cannot be read line by line; use JSONL, one record a line")
-    image_folder, threads = ImageFolder(Path(images)), thread_count(threads)
+    image_folder, threads = ImageFolder(Path(images), follow_links=follow_links), thread_count(threads)
     report = CambrianReport(source.name, seed=seed, sample=sample, source_map_sha256=table.sha256)
     with new_folder(Path(out)) as folder, (folder / REJECTS).open("w", encoding="utf-8") as rejects:
         validation = Validation(report, image_folder, rejects, threads)
@@ -248,7 +249,13 @@ def _draw(
                 name, _ = drawn[checked.line]
                 counts.checked += 1
                 row = None if checked.row is None else report.rows - 1
-                entry = {"line": checked.line, "id": checked.record_id, "category": category, "source": name, "row": row}
+                entry = {
+                    "line": checked.line,
+                    "id": listed_id(checked.record_id),
+                    "category": category,
+                    "source": name,
+                    "row": row,
+                }
                 listing.write(json.dumps(entry) + "\n")
                 if checked.row is None:
                     counts.rejected.append(checked.line)

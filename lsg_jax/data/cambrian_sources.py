@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.digest import text_sha256
-from lsg_jax.errors import ConfigError
+from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import read_regular
+from lsg_jax.json_files import MAX_BYTES
 
 CATEGORIES = ("ocr", "general", "counting", "code", "math", "science")
 """In the order in which shares are allotted and rows are written."""
@@ -83,10 +85,10 @@ class SourceMap:
                 existing one.
         """
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            tables = tomllib.loads(read_regular(path, limit=MAX_BYTES).decode("utf-8"))
+        except InputError as error:
+            raise ConfigError(str(error)) from None
+        except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, or a number of thousands of digits
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
         categories = dict(self._categories)
         for category, sources in tables.items():

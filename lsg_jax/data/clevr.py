@@ -24,7 +24,7 @@ from lsg_jax.data.records import REJECTS
 from lsg_jax.data.sources import ImageFolder, check_fraction, in_order, thread_count
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.files import new_folder
+from lsg_jax.files import new_folder, read_regular
 from lsg_jax.progress import Progress, silent
 
 LAYOUT = FolderLayout(manifest="clevr_manifest.json", dataset="clevr", format=2, oldest=1)
@@ -139,6 +139,7 @@ def prepare_clevr(
     limit: int | None = None,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
+    follow_links: bool = False,
     progress: Progress = silent,
 ) -> ClevrReport:
     """Writes the scenes of a split whose images decode into the new folder `out`.
@@ -146,7 +147,7 @@ def prepare_clevr(
     Args:
         source: the published folder, which holds `images` and `scenes`.
         limit: number of scenes to read, from the first (they are in no particular order).
-        max_bad_fraction, threads: as in `prepare_llava`.
+        max_bad_fraction, threads, follow_links: as in `prepare_llava`.
         progress: counts scenes.
 
     Raises:
@@ -158,14 +159,15 @@ def prepare_clevr(
         raise ConfigError(f"a limit of {limit} scenes: must be at least 1")
     check_fraction(max_bad_fraction)
     threads, path = thread_count(threads), _scenes_file(source, split)
-    scenes, images = _read_scenes(path)[:limit], ImageFolder(source / "images" / split)
+    scenes, images = _read_scenes(path)[:limit], ImageFolder(source / "images" / split, follow_links=follow_links)
     report = ClevrReport(split, file_sha256(path))
     report.counts = {name: {str(label): 0 for label in labels} for name, labels in ATTRIBUTES.items()}
     with new_folder(Path(out)) as folder:
         rejects: list[dict[str, Any]] = []
 
         def rows() -> Iterator[dict[str, Any]]:
-            for name, row in in_order(lambda scene: _row(scene, images), scenes, threads):
+            size = lambda found: len(found[1].image) if isinstance(found[1], ClevrRow) else 0
+            for name, row in in_order(lambda scene: _row(scene, images), scenes, threads, held=size):
                 report.records += 1
                 if isinstance(row, RecordError):
                     rejects.append({"line": report.records, "id": name, "reason": row.reason, "message": str(row)})
@@ -201,9 +203,7 @@ def _scenes_file(source: Path, split: str) -> Path:
 
 def _read_scenes(path: Path) -> list[Any]:
     try:
-        scenes = json.loads(path.read_bytes())["scenes"]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        scenes = json.loads(read_regular(path))["scenes"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not CLEVR scenes, or damaged: {type(error).__name__}: {str(error)[:120]}") from None
     if not isinstance(scenes, list) or not scenes:

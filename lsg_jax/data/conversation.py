@@ -53,6 +53,8 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
     record_id = default_id if record.get("id") is None else record["id"]
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
         raise RecordError("bad_id", f"id is neither text nor an integer: {str(record_id)[:80]!r}")
+    if not _encodable(str(record_id)):
+        raise RecordError("bad_id", "id contains half of a surrogate pair")
     images = image_fields(record)
     key_notes = check_keys(record, has_image=bool(images))
     turns, turn_notes = _alternating(read_messages(record))
@@ -66,6 +68,14 @@ def parse_record(record: Any, *, default_id: str = "") -> Conversation:
         raise RecordError("nothing_supervised", "no question is followed by an answer")
     notes = dict.fromkeys((*key_notes, *turn_notes, *tag_notes))  # each once
     return Conversation(str(record_id), tuple(images), tuple(turns), tuple(notes))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _alternating(messages: list[Message]) -> tuple[list[Turn], list[str]]:

@@ -6,6 +6,7 @@ SmolVLM, Qwen2-VL). EXIF orientation is ignored, as there.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig, ModelConfig
+from lsg_jax.data.decoding import DECODING, MAX_FILE, check_cost, check_decodable, rgb_cost
 from lsg_jax.data.grids import ImageSize, best_grid, split_sizes
 from lsg_jax.data.layout import best_canvas, image_of, resized_to_cover, resized_to_fit
 from lsg_jax.data.native import native_size
 from lsg_jax.errors import InputError
+from lsg_jax.files import read_regular
 
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 """Largest image that is decoded or made in between (the limit of PIL's decompression bomb warning)."""
@@ -29,6 +32,7 @@ MAX_SIDE, MAX_ASPECT = 65_535, 500
 # A closed list: some of PIL's other readers run programs (EPS) or are rarely exercised.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
+Read = TypeVar("Read")
 Result = TypeVar("Result")
 _TRANSPOSE = Image.Transpose.TRANSPOSE
 
@@ -41,46 +45,98 @@ def open_image(source: bytes | str | Path) -> Image.Image:
     Raises:
         InputError: in one line, what the file is: missing, empty, HTML, a Git LFS pointer, truncated, too large, ...
     """
-    return _read(source, _load)
+    return use_image(source, lambda image: image)
+
+
+def use_image(source: bytes | str | Path, use: Callable[[Image.Image], Result]) -> Result:
+    """`use` of the image that `open_image` gives. Until it returns, its memory counts among that of all threads.
+
+    `use` must not open another image. Raises InputError as `open_image` does.
+    """
+
+    def load(image: Image.Image) -> Image.Image:
+        image.load()
+        return to_rgb(image)
+
+    return _read(source, load, use, rgb_cost)
+
+
+def check_image(source: bytes | str | Path) -> ImageSize:
+    """(width, height) in pixels of an image that can be decoded. Takes less memory than `open_image`; the same errors."""
+
+    def load(image: Image.Image) -> ImageSize:
+        size = image.size
+        image.draft(image.mode, (1, 1))  # of JPEG, all is read and an eighth of the sides computed
+        image.load()
+        return size
+
+    return _read(source, load, lambda size: size, check_cost)
 
 
 def image_size(source: bytes | str | Path) -> ImageSize:
-    """(width, height) in pixels from an image's header. Nothing is decoded, so a truncated image passes; see `open_image`."""
-    return _read(source, lambda image: image.size)
+    """(width, height) in pixels from an image's header. Nothing is decoded, so a truncated image passes; see `check_image`."""
+    return _read(source, lambda image: image.size, lambda size: size, None)
 
 
-def _load(image: Image.Image) -> Image.Image:
-    image.load()
-    return to_rgb(image)
+def _read(
+    source: bytes | str | Path,
+    read: Callable[[Image.Image], Read],
+    use: Callable[[Read], Result],
+    cost: Callable[[Image.Image], int] | None,
+) -> Result:
+    """`use` of what `read` makes of an opened image whose size is within the limits.
 
-
-def _read(source: bytes | str | Path, read: Callable[[Image.Image], Result]) -> Result:
-    """`read` of an opened image whose size is within the limits."""
+    Args:
+        cost: bytes that this takes; None for nothing to speak of.
+    """
     name = "image" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes):
+    data = source if isinstance(source, bytes) else read_regular(Path(source), limit=MAX_FILE)
+    with contextlib.ExitStack() as held:
         try:
-            source = Path(source).read_bytes()
-        except FileNotFoundError:
-            raise InputError(f"{name}: no such file") from None
-        except OSError as error:
-            raise InputError(f"{name}: cannot be read: {error.strerror or error}") from None
-    if problem := _not_an_image(source):
-        raise InputError(f"{name}: {problem}")
+            return _decode(data, read, use, cost, held)
+        except InputError as error:
+            problem = str(error)
+    # Raised here, the error holds none of the frames in which the image is, which would keep it in memory.
+    raise InputError(f"{name}: {problem}")
+
+
+def _decode(
+    data: bytes,
+    read: Callable[[Image.Image], Read],
+    use: Callable[[Read], Result],
+    cost: Callable[[Image.Image], int] | None,
+    held: contextlib.ExitStack,
+) -> Result:
+    """As `_read`; what is held of the budget is put into `held`, to be freed after the image."""
+    if len(data) > MAX_FILE:
+        raise InputError(f"larger than {MAX_FILE >> 20} MiB; save it as JPEG or PNG")
+    if problem := _not_an_image(data):
+        raise InputError(problem)
     try:
-        with Image.open(io.BytesIO(source), formats=_known_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            size = image.size
-            if max(size) <= MAX_SIDE and max(size) <= MAX_ASPECT * min(size):
-                return read(image)
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
+            _check_size(image)
+            if cost is not None:
+                check_decodable(image)
+                held.enter_context(DECODING.take(cost(image) + len(data)))
+            found = read(image)
+    except InputError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{name}: image bomb: more than {MAX_PIXELS:,} pixels") from None
+        raise InputError(f"image bomb: more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
-        raise InputError(f"{name}: not an image of a known format (starts with {source[:12]!r})") from None
+        raise InputError(f"not an image of a known format (starts with {data[:12]!r})") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        raise InputError(f"{name}: broken image file: {str(error) or type(error).__name__}") from None
-    limits = f"sides of up to {MAX_SIDE} and an aspect of up to {MAX_ASPECT}:1 are read"
-    raise InputError(f"{name}: {size[0]} x {size[1]} pixels is too extreme: {limits}")
+        raise InputError(f"broken image file: {str(error) or type(error).__name__}") from None
+    return use(found)
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    size = image.size
+    if max(size) > MAX_SIDE or max(size) > MAX_ASPECT * min(size):
+        limits = f"sides of up to {MAX_SIDE} and an aspect of up to {MAX_ASPECT}:1 are read"
+        raise InputError(f"{size[0]} x {size[1]} pixels is too extreme: {limits}")
 
 
 def _not_an_image(data: bytes) -> str | None:
@@ -103,11 +159,19 @@ def _known_formats() -> list[str]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB; see `open_image`."""
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = values >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        image = _grey(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits -> 8 bits, some rows at a time. 32 bits that hold no more than 255 are kept as they are."""
+    shift = 8 if image.mode != "I" or image.getextrema()[1] > 255 else 0  # type: ignore[operator]
+    grey = Image.new("L", image.size)
+    rows = max((1 << 20) // max(image.width, 1), 1)
+    for top in range(0, image.height, rows):
+        band = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        grey.paste(Image.fromarray((band >> shift).clip(0, 255).astype(np.uint8)), (0, top))
+    return grey
 
 
 def prepare_tiles(image: Image.Image, config: ImageConfig, *, alone: bool = True) -> np.ndarray:

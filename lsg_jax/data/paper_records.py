@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,13 +17,12 @@ from typing import Any, TextIO
 from lsg_jax.data.cambrian import SAMPLE_FILE
 from lsg_jax.data.cambrian_sources import CATEGORIES
 from lsg_jax.data.conversation import RecordError
-from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.parquet import parquet_files, read_rows
 from lsg_jax.data.prepared import write_manifest
-from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, write_records
+from lsg_jax.data.records import LAYOUT, REJECTS, Record, Validation, listed_id, write_records
 from lsg_jax.data.reports import PaperReport
-from lsg_jax.data.sources import AHEAD, ImageFolder, check_fraction, read_source, thread_count
+from lsg_jax.data.sources import ImageFolder, check_fraction, checked_size, read_source, thread_count
 from lsg_jax.digest import file_sha256, json_sha256
 from lsg_jax.errors import InputError
 from lsg_jax.files import new_folder
@@ -41,6 +39,7 @@ def prepare_paper(
     *,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
+    follow_links: bool = False,
     progress: Progress = silent,
 ) -> PaperReport:
     """Validates all rows and writes the usable ones in their order, as `prepare_llava` does.
@@ -50,7 +49,7 @@ def prepare_paper(
     Args:
         source: a JSON, JSONL or Parquet file, or a folder with Parquet files or with one of the others.
         images: root folder of image paths; images that come with their rows need none.
-        max_bad_fraction, threads, progress: as in `prepare_llava`.
+        max_bad_fraction, threads, follow_links, progress: as in `prepare_llava`.
 
     Raises:
         InputError: as in `prepare_llava`, or the folder leaves open which file to read.
@@ -59,7 +58,7 @@ def prepare_paper(
     check_fraction(max_bad_fraction)
     files = _record_files(source)
     threads = thread_count(threads)
-    held = RowImages(Path(images), AHEAD * threads + 1)
+    held = RowImages(Path(images), follow_links=follow_links)
     report = PaperReport(source.name)
     with new_folder(Path(out)) as folder, (folder / REJECTS).open("w", encoding="utf-8") as rejects:
         validation = Validation(report, held, rejects, threads)
@@ -78,28 +77,34 @@ def prepare_paper(
 
 
 class RowImages(ImageFolder):
-    """Images that come with their rows, beside those of a folder. Holds the images of the last `count` rows."""
+    """Images that come with their rows, each of which is read once, beside those of a folder."""
 
-    def __init__(self, root: Path, count: int):
-        super().__init__(root)
-        self._count = count
-        self._held: OrderedDict[str, bytes] = OrderedDict()
+    def __init__(self, root: Path, *, follow_links: bool = False):
+        super().__init__(root, follow_links=follow_links)
+        self._held: dict[str, bytes] = {}
 
-    def hold(self, name: str, data: bytes) -> None:
-        """Keeps an image under a name for `read`, and drops the oldest one beyond `count`."""
-        self._held[name] = data
-        if len(self._held) > self._count:
-            self._held.popitem(last=False)
+    @property
+    def pending(self) -> int:
+        """Bytes of the images that are held."""
+        return sum(map(len, tuple(self._held.values())))
 
-    def read(self, relative: str) -> tuple[bytes, ImageSize]:
+    def hold(self, number: int, data: bytes) -> str:
+        """Keeps the image of a row until it is read or dropped; returns its name for `read`."""
+        self._held[name := _name(number)] = data
+        return name
+
+    def drop(self, number: int) -> None:
+        """Forgets the image of a row, if it was not read."""
+        self._held.pop(_name(number), None)
+
+    def read(self, path: str) -> tuple[bytes, ImageSize]:
         """As `ImageFolder.read`, for a name that is held or a path."""
-        data = self._held.get(relative)
-        if data is None:
-            return super().read(relative)
-        try:
-            return data, open_image(data).size
-        except InputError as error:
-            raise RecordError("broken_image", f"{relative}: {str(error).removeprefix('image: ')}") from None
+        data = self._held.pop(path, None)
+        return super().read(path) if data is None else (data, checked_size(data, path))
+
+
+def _name(number: int) -> str:
+    return f"image of row {number}"
 
 
 def _record_files(source: Path) -> list[Path]:
@@ -128,9 +133,10 @@ def _rows(files: list[Path], held: RowImages, validation: Validation, listing: T
             yield number, _plain(row, number, held)
 
     for checked in validation.check(records()):
+        held.drop(checked.line)
         category, name = labels.pop(checked.line)
         row = None if checked.row is None else report.rows - 1
-        entry = {"line": checked.line, "id": checked.record_id, "category": category, "source": name, "row": row}
+        entry = {"line": checked.line, "id": listed_id(checked.record_id), "category": category, "source": name, "row": row}
         listing.write(json.dumps(entry) + "\n")
         progress(report.records, None, "records")
         if checked.row is not None:
@@ -170,9 +176,7 @@ def _plain(row: Any, number: int, held: RowImages) -> Any:
     try:
         image = _image(row.get("image"))
         if isinstance(image, bytes):
-            name = f"image of row {number}"
-            held.hold(name, image)
-            image = name
+            image = held.hold(number, image)
         kept = {name: value for name, value in row.items() if name not in UNUSED}
         return kept | {"image": image, "conversations": _turns(row)}
     except RecordError as error:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from lsg_jax.digest import bytes_sha256, file_sha256
 from lsg_jax.errors import InputError
+from lsg_jax.files import check_inside, read_regular
 from lsg_jax.json_files import write_json
 
 VERSION = "1.0.0"
@@ -148,20 +149,21 @@ class PreparedRows(Generic[Row, Report]):
         """The manifest and its number of rows. Checks the format, and that all files have their size."""
         path, layout = self._path, self.layout
         try:
-            text = (path / layout.manifest).read_bytes()
+            text = read_regular(path / layout.manifest)
             content = json.loads(text)
             version, files, sha256, rows = content.pop("format"), content.pop("files"), content.pop("sha256"), content["rows"]
             if known := version in range(layout.oldest, layout.format + 1):
                 report = self._report(content)
-        except OSError:
+        except InputError:
             raise InputError(f"{path}: no prepared records here ({layout.manifest} is missing); run `lsg prepare`") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path / layout.manifest}: damaged; run `lsg prepare` again") from None
         if not known:
             raise InputError(
                 f"{path}: records of format {version}; this version reads {layout.oldest} to {layout.format}; "
                 "run `lsg prepare` again"
             )
+        check_inside((*files, *sha256), path / layout.manifest)
         for name, size in files.items():
             file = layout.rows(path) / name
             if not file.is_file():

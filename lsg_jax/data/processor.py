@@ -16,7 +16,7 @@ from lsg_jax.data.processor_files import open_tokenizer, read_chat_template, rea
 from lsg_jax.data.rows import Pixels, pad_row, to_batch
 from lsg_jax.data.text_processor import CHAT_TEMPLATE as CHAT_TEMPLATE
 from lsg_jax.data.text_processor import TextProcessor
-from lsg_jax.errors import InputError
+from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.types import Batch
 
 
@@ -41,17 +41,22 @@ class Processor(TextProcessor):
         tokenizer = open_tokenizer(folder)
         source = read_chat_template(folder, tokenizer) if template in (None, CHAT_TEMPLATE) else None
         token = read_image_token(folder, tokenizer, model.image_token_id, tag=model.image.tag)
-        return cls(tokenizer, model, template=template, image_aspect=image_aspect, chat_template=source, image_token=token)
+        try:
+            return cls(tokenizer, model, template=template, image_aspect=image_aspect, chat_template=source, image_token=token)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from None
 
     def pixels(self, image: Image.Image | bytes | str | Path, *, alone: bool = True) -> np.ndarray:
         """An image, its file, or the file's bytes -> uint8 [S, size, size, 3], the tiles of its layout; see `layouts`.
 
         Of a native tower, uint8 [height, width, 3].
         """
-        opened = images.to_rgb(image) if isinstance(image, Image.Image) else images.open_image(image)
-        if self.model.vision.native:
-            return images.prepare_native(opened, self.model)
-        return images.prepare_tiles(opened, self.image, alone=alone)
+        make = lambda opened: (
+            images.prepare_native(opened, self.model)
+            if self.model.vision.native
+            else images.prepare_tiles(opened, self.image, alone=alone)
+        )
+        return make(images.to_rgb(image)) if isinstance(image, Image.Image) else images.use_image(image, make)
 
     def all_pixels(self, shown: Sequence[Image.Image | bytes | str | Path]) -> Pixels | None:
         """The images that one example shows after each other, as `row` takes them; None for none."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from lsg_jax.data.conversation import RecordError, Turn, examples, parse_record
+from lsg_jax.data.decoding import MAX_FILE
 from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.prepared import FolderLayout, PreparedRows, write_manifest, write_rows
@@ -28,6 +30,8 @@ from lsg_jax.progress import Progress, silent
 
 LAYOUT = FolderLayout(manifest="records_manifest.json", dataset="llava_records", format=3, oldest=1)
 REJECTS = "rejects.jsonl"
+MAX_NAMED = 500
+"""Characters of a record's id or of an error in lists of records."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Checked:
     answers: int = 0
 
 
+def listed_id(record_id: Any) -> Any:
+    """A record's id as lists name it: an id that is no text or number, or a long one, by the start of its text."""
+    if isinstance(record_id, (str, int, float)) and len(text := str(record_id)) <= MAX_NAMED:
+        return record_id if not isinstance(record_id, float) or math.isfinite(record_id) else text
+    return None if record_id is None else str(record_id)[:MAX_NAMED]
+
+
 class Validation:
     """Validates records in threads, and counts the results in the order of the records.
 
@@ -77,7 +88,8 @@ class Validation:
 
     def check(self, records: Iterable[tuple[int, Any]]) -> Generator[Checked, None, None]:
         """Validates each (line, record). A record is counted when it is yielded, so records read ahead do not count."""
-        for checked in in_order(self._check, records, self._threads):
+        size = lambda checked: sum(map(len, checked.row.images)) if checked.row else 0
+        for checked in in_order(self._check, records, self._threads, held=size, pending=lambda: self._images.pending):
             self.report.records += 1
             if checked.row is not None:
                 self._count_row(checked, checked.row)
@@ -93,12 +105,22 @@ class Validation:
                 raise record
             conversation = parse_record(record, default_id=f"line {line}")
             row = Record(conversation.record_id, conversation.turns)
-            if read := [self._images.read(path) for path in conversation.images]:
+            if read := self._read_images(conversation.images):
                 images, sizes = zip(*read, strict=True)
                 row = replace(row, images=images, image_sizes=sizes)
         except RecordError as error:
             return Checked(line, record_id, error=error)
         return Checked(line, record_id, row, notes=conversation.notes, answers=len(examples(conversation.turns)))
+
+    def _read_images(self, paths: Sequence[str]) -> list[tuple[bytes, ImageSize]]:
+        read: list[tuple[bytes, ImageSize]] = []
+        for path in paths:
+            read.append(self._images.read(path))
+            if sum(len(data) for data, _ in read) > MAX_FILE:
+                raise RecordError(
+                    "images_too_large", f"{path}: the record's images are larger than {MAX_FILE >> 20} MiB in all"
+                )
+        return read
 
     def _count_row(self, checked: Checked, row: Record) -> None:
         report = self.report
@@ -114,13 +136,15 @@ class Validation:
     def _count_reject(self, checked: Checked, error: RecordError) -> None:
         self.report.rejected += 1
         self.report.rejects[error.reason] = self.report.rejects.get(error.reason, 0) + 1
-        self.first_reject = self.first_reject or f"line {checked.line}: {error.reason}: {error}"
+        self.first_reject = self.first_reject or f"line {checked.line}: {error.reason}: {str(error)[:MAX_NAMED]}"
         self.list_reject(checked.line, checked.record_id, error)
 
     def list_reject(self, line: int, record_id: Any, error: RecordError) -> None:
         """Appends a record to the list of rejects."""
-        entry = {"line": line, "id": record_id, "reason": error.reason, "message": str(error)}
-        self._rejects.write(json.dumps(entry) + "\n")
+        message = " ".join(str(error).split())[:MAX_NAMED]
+        self._rejects.write(
+            json.dumps({"line": line, "id": listed_id(record_id), "reason": error.reason, "message": message}) + "\n"
+        )
 
     def check_share(self, source: Path, max_bad_fraction: float) -> None:
         """Raises InputError if too many of the records so far are bad."""
@@ -146,6 +170,7 @@ def prepare_llava(
     *,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
+    follow_links: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Validates every record, decodes every image, and writes the usable rows into the new folder `out`.
@@ -155,6 +180,7 @@ def prepare_llava(
         images: root folder of the records' image paths.
         max_bad_fraction: share of records in [0, 1] that may be rejected.
         threads: threads that read and decode images; None: one per core. The result does not depend on it.
+        follow_links: read images that links in the folder lead to elsewhere; otherwise they are rejected.
         progress: counts the validated records; their total is unknown.
 
     Raises:
@@ -164,7 +190,8 @@ def prepare_llava(
     source = Path(source)
     check_fraction(max_bad_fraction)
     first_bracket(source)
-    image_folder, threads, report = ImageFolder(Path(images)), thread_count(threads), Report(source.name)
+    image_folder = ImageFolder(Path(images), follow_links=follow_links)
+    threads, report = thread_count(threads), Report(source.name)
     with new_folder(Path(out)) as folder, (folder / REJECTS).open("w", encoding="utf-8") as rejects:
         validation = Validation(report, image_folder, rejects, threads)
 

@@ -9,17 +9,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
-from lsg_jax.data.images import open_image
+from lsg_jax.data.decoding import MAX_FILE
+from lsg_jax.data.images import check_image
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.record_shapes import RecordError, has_turns
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import open_regular, read_regular
+from lsg_jax.json_files import FlawedJson, parse_tabular
 
 BOM = b"\xef\xbb\xbf"
+MAX_LINE = 64 << 20
+JSON_SPACE = " \t\r\n"
+_SPACE = re.compile(f"[{JSON_SPACE}]*")
+
 AHEAD = 4
-"""Items in flight per thread. Bounds memory: an item holds an encoded image."""
+"""Items in flight per thread."""
+
+HELD = 64 << 20
+"""Bytes of encoded images that wait for the ones before them, beside one item a thread."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,31 +38,28 @@ Result = TypeVar("Result")
 def read_source(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields (line or 1-based position, record) of JSONL, of a JSON array, or of an object that holds one array of records.
 
-    The file's name does not matter. A JSONL line that is not JSON yields a `RecordError` (`bad_json`) instead of the record.
+    The file's name does not matter. A record that is not JSON, or that no reader can be sure of (a key that occurs twice, a
+    number that is too large, more than 64 levels, a line of more than 64 MiB), is a `RecordError` (`bad_json`) instead.
 
     Raises:
-        InputError: the file is missing, empty, not UTF-8, a Git LFS pointer, a broken JSON array (with the line), or an object
-            that holds no records.
+        InputError: the file is missing, empty, no regular file, not UTF-8, a Git LFS pointer, a broken JSON array (with the
+            line), or an object that holds no records.
     """
     if first_bracket(path) == b"[":
-        yield from enumerate(_read_whole(path), start=1)
+        text = _read_text(path)
+        yield from enumerate(_elements(text, text.index("["), path), start=1)
     elif is_one_object(path):
-        yield from enumerate(_records_in(_read_whole(path), path), start=1)
+        yield from enumerate(_records_in(_read_text(path), path), start=1)
     else:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in numbered_lines(file):
                 yield number, parse_line(number, line)
 
 
 def first_bracket(path: Path) -> bytes:
     """First character of a file of records: `[` or `{`. Errors as in `read_source`."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file of records")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4096).removeprefix(BOM).lstrip()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with open_regular(path) as file:
+        start = file.read(4096).removeprefix(BOM).lstrip()
     if not start:
         raise InputError(f"{path}: the file is empty")
     if start.startswith(b"version https://git-lfs"):
@@ -64,10 +71,13 @@ def first_bracket(path: Path) -> bytes:
 
 def is_one_object(path: Path) -> bool:
     """Whether a file that starts with `{` is one JSON object: spread over lines, or one line that holds an array of records."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         lines = numbered_lines(file)
         number, line = next(lines)
-        line, following = line.rstrip(), next(lines, None)
+        following = next(lines, None)
+    if isinstance(line, RecordError):
+        return False
+    line = line.rstrip()
     first = parse_line(number, line)
     if isinstance(first, dict):
         return following is None and not has_turns(first) and any(map(_holds_records, first.values()))
@@ -81,8 +91,16 @@ def _holds_records(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(entry, dict) and has_turns(entry) for entry in value)
 
 
-def _records_in(whole: Any, path: Path) -> list[Any]:
+def _records_in(text: str, path: Path) -> list[Any]:
     """The one array of records in an object, or the object itself if it is a record."""
+    try:
+        whole, end = parse_tabular(text, len(text) - len(text.lstrip()))
+    except FlawedJson as flaw:
+        raise InputError(f"{path}: {flaw}; write the records as JSONL, where one that is flawed is left out") from None
+    except json.JSONDecodeError as error:
+        raise _broken(error, "object", path) from None
+    if text[end:].strip():
+        raise _broken(json.JSONDecodeError("Extra data", text, end), "object", path)
     if has_turns(whole):
         return [whole]
     lists = {key: value for key, value in whole.items() if _holds_records(value)}
@@ -92,44 +110,92 @@ def _records_in(whole: Any, path: Path) -> list[Any]:
     return next(iter(lists.values()))
 
 
-def _read_whole(path: Path) -> Any:
+def _elements(text: str, start: int, path: Path) -> Iterator[Any]:
+    """The elements of a JSON array that opens at `start`, one by one; flawed ones as `RecordError`."""
+    at = _SPACE.match(text, start + 1).end()  # type: ignore[union-attr]
+    first = True
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        while text[at : at + 1] != "]":
+            if not first:
+                if text[at : at + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+                at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+            first = False
+            try:
+                element, at = parse_tabular(text, at)
+            except FlawedJson as flaw:
+                element, at = RecordError("bad_json", str(flaw)), flaw.end
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+            yield element
+        if text[at + 1 :].strip():
+            raise json.JSONDecodeError("Extra data", text, at + 1)
     except json.JSONDecodeError as error:
-        what = "array" if first_bracket(path) == b"[" else "object"
-        raise InputError(f"{path}: broken JSON {what} at line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise _broken(error, "array", path) from None
+
+
+def _broken(error: json.JSONDecodeError, what: str, path: Path) -> InputError:
+    return InputError(f"{path}: broken JSON {what} at line {error.lineno}, column {error.colno}: {error.msg}")
+
+
+def _read_text(path: Path) -> str:
+    with open_regular(path) as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise InputError(f"{path}: JSON nested too deeply") from None
 
 
-def numbered_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, line) of the non-blank lines, without a byte order mark."""
-    for number, line in enumerate(lines, start=1):
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | RecordError]]:
+    """(1-based number, line) of the non-blank lines, without a byte order mark; a `RecordError` for one of over 64 MiB."""
+    number = 0
+    while line := file.readline(MAX_LINE):
+        number += 1
         if number == 1:
             line = line.removeprefix(BOM)
-        if not line.isspace():
+        if len(line) >= MAX_LINE and not line.endswith(b"\n"):
+            while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass
+            yield number, RecordError("bad_json", f"line {number} is longer than {MAX_LINE >> 20} MiB")
+        elif not line.isspace():
             yield number, line
 
 
-def parse_line(number: int, line: bytes) -> Any:
+def parse_line(number: int, line: bytes | RecordError) -> Any:
     """The record of a line, or a `RecordError` (`bad_json`)."""
+    if isinstance(line, RecordError):
+        return line
     try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
+        text = line.decode().strip(JSON_SPACE)
+        record, end = parse_tabular(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except FlawedJson as flaw:
+        return RecordError("bad_json", f"line {number}: {flaw}")
+    except ValueError as error:
         return RecordError("bad_json", f"line {number} is not JSON: {str(error)[:120]}")
+    return record
 
 
 class ImageFolder:
-    """Reads images below a root and suggests near matches for missing ones. Folder listings are cached."""
+    """Reads images below a root and suggests near matches for missing ones. Folder listings are cached.
 
-    def __init__(self, root: Path):
+    Args:
+        follow_links: read images that a link in the folder leads to elsewhere.
+    """
+
+    def __init__(self, root: Path, *, follow_links: bool = False):
         if not root.is_dir():
             raise InputError(f"{root}: no such image folder")
         self._root = root
+        self._follow_links = follow_links
         self._prefixes = [os.path.join(folder, "") for folder in (os.path.abspath(root), os.path.realpath(root))]
         self._listings: dict[Path, list[str]] = {}
+
+    @property
+    def pending(self) -> int:
+        """Bytes of images that are held until they are read."""
+        return 0
 
     def relative(self, path: str) -> str:
         """A record's path relative to the image folder, with `/`: given so, absolute, with backslashes, or as `file://`.
@@ -156,17 +222,24 @@ class ImageFolder:
             RecordError: `missing_image`, `image_outside` or `broken_image`.
         """
         parts = Path(self.relative(path)).parts
+        file = self._root.joinpath(*parts)
         try:
-            data = self._root.joinpath(*parts).read_bytes()
-        except (OSError, ValueError):
+            there = file.exists() and not file.is_dir()
+            target = os.path.realpath(file)
+        except (OSError, ValueError):  # a name that no file can have
+            there = False
+        if not there:
             near = self._near(parts)
             hint = f"; did you mean {near}?" if near else ""
-            raise RecordError("missing_image", f"{path}: no such image{hint}") from None
+            raise RecordError("missing_image", f"{path}: no such image{hint}")
+        if not self._follow_links and not target.startswith(self._prefixes[1]):
+            advice = "give --follow-links if that link is yours, or put the image there"
+            raise RecordError("image_outside", f"{path}: a link that leads outside the image folder; {advice}")
         try:
-            size = open_image(data).size
+            data = read_regular(Path(target), limit=MAX_FILE)
         except InputError as error:
-            raise RecordError("broken_image", f"{path}: {str(error).removeprefix('image: ')}") from None
-        return data, size
+            raise RecordError("broken_image", f"{path}: {str(error).removeprefix(f'{target}: ')}") from None
+        return data, checked_size(data, path)
 
     def _near(self, parts: tuple[str, ...]) -> str | None:
         """An existing path that differs in case, or in the file's suffix."""
@@ -187,6 +260,14 @@ class ImageFolder:
         return self._listings[folder]
 
 
+def checked_size(data: bytes, name: str) -> ImageSize:
+    """(width, height) of an encoded image. Raises RecordError `broken_image`, which names it, unless it can be decoded."""
+    try:
+        return check_image(data)
+    except InputError as error:
+        raise RecordError("broken_image", f"{name}: {str(error).removeprefix('image: ')}") from None
+
+
 def thread_count(threads: int | None) -> int:
     """The given number of threads, or one per core. ConfigError if it is below one."""
     if threads is not None and threads < 1:
@@ -194,17 +275,32 @@ def thread_count(threads: int | None) -> int:
     return threads or os.cpu_count() or 1
 
 
-def in_order(call: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def in_order(
+    call: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    *,
+    held: Callable[[Result], int] = lambda result: 0,
+    pending: Callable[[], int] = lambda: 0,
+) -> Iterator[Result]:
     """`call(item)` for each item, computed in threads, yielded in order. At most `AHEAD` items per thread are in flight.
 
     Closing the iterator early stops the threads.
+
+    Args:
+        held, pending: bytes that a result, and the items in flight, hold; beyond `HELD` in all no further item is read.
     """
     in_flight: deque[Future[Result]] = deque()
+
+    def full() -> bool:
+        done = (future.result() for future in in_flight if future.done() and not future.exception())
+        return len(in_flight) == AHEAD * threads or pending() + sum(map(held, done)) > HELD
+
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 in_flight.append(pool.submit(call, item))
-                if len(in_flight) == AHEAD * threads:
+                while in_flight and full():
                     yield in_flight.popleft().result()
             while in_flight:
                 yield in_flight.popleft().result()

@@ -22,6 +22,7 @@ from lsg_jax.data.record_shapes import (
     may_hold_another,
 )
 from lsg_jax.errors import InputError
+from lsg_jax.files import is_file
 
 LETTERS = string.ascii_uppercase
 CHOICE_KEYS = ("choices", "options")
@@ -111,9 +112,9 @@ def images_of(row: dict[str, Any], folder: Path, where: str) -> list[Path]:
         if key not in ("id", "source", *IMAGE_KEYS) and may_hold_another(key, value, paths):
             raise InputError(f"{where}: {key[:80]} may hold another image; list it with the others, or remove the key")
     files = [folder / (unquote(path[7:]) if path.startswith("file://") else path) for path in paths]
-    files = [file if file.is_file() else Path(str(file).replace("\\", "/")) for file in files]
+    files = [file if is_file(file) else Path(str(file).replace("\\", "/")) for file in files]
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise InputError(f"{where}: image {str(file)[:200]} does not exist")
     return files
 

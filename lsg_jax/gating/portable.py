@@ -173,6 +173,8 @@ def is_portable(path: Path) -> bool:
     """Whether a file is one of `write_gates`, by its metadata."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():  # opening a pipe would wait
+        return False
     try:
         with safe_open(path, framework="np") as file:
             return (file.metadata() or {}).get("format") == FORMAT

@@ -169,10 +169,13 @@ def painted(
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Rows as CSV with a header. Unknown values are empty cells; items of a list are separated by spaces."""
+    """Rows as CSV with a header. Unknown values are empty cells; items of a list are separated by spaces.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe in front; numbers stay numbers.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(map(_cell, columns))
     writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
     return out.getvalue()
 
@@ -180,6 +183,8 @@ def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(_cell(item) for item in value)
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
     return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else str(value)
 
 

@@ -132,18 +132,20 @@ def test_a_row_that_names_its_picture_elsewhere_is_not_read_as_text(tmp_path, fo
     """Columns that training does not use are dropped; others are left for `parse_record` to judge."""
     from lsg_jax.data.paper_records import _plain
 
-    plain = _plain({**row(0, None), "images": ["0.jpg"]}, 1, RowImages(folder, 1))
+    plain = _plain({**row(0, None), "images": ["0.jpg"]}, 1, RowImages(folder))
     assert plain["images"] == ["0.jpg"] and not {"model", "url", "task"} & plain.keys()
 
 
-def test_only_the_images_of_the_last_rows_are_held(folder):
-    held = RowImages(folder, 2)
-    for number in range(3):
-        held.hold(f"image of row {number}", JPEGS[number])
-    assert held.read("image of row 1") == (JPEGS[1], (40, 30))
+def test_the_image_of_a_row_is_held_until_it_is_read_or_its_row_rejected(folder):
+    held = RowImages(folder)
+    names = [held.hold(number, JPEGS[number]) for number in range(3)]
+    assert held.pending == sum(map(len, JPEGS[:3]))
+    assert held.read(names[1]) == (JPEGS[1], (40, 30))
     assert held.read("0.jpg") == (JPEGS[0], (40, 30))
+    held.drop(0)
+    assert held.pending == len(JPEGS[2])
     with pytest.raises(Exception, match="no such image"):
-        held.read("image of row 0")
+        held.read(names[0])
 
 
 def test_files_that_hold_no_records_are_refused(tmp_path, folder):

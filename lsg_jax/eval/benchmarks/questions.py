@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.decoding import MAX_FILE
 from lsg_jax.data.prompts import WORD_SUFFIX, multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
 from lsg_jax.eval.letters import chosen_letter
 from lsg_jax.eval.question_fields import answers_of, choice_letter, choices_of, images_of, text_field, with_image_tags
-from lsg_jax.json_files import json_lines
+from lsg_jax.files import read_regular
+from lsg_jax.json_files import FlawedJson, json_lines, parse_tabular
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,7 @@ class ImageFile:
 
     def read(self) -> bytes:
         """The encoded file. Raises InputError that names it."""
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        return read_regular(self.path, limit=MAX_FILE)
 
 
 def read(path: str) -> list[Item]:
@@ -54,8 +53,12 @@ def read(path: str) -> list[Item]:
 
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)  # not parse_json: tables that were saved as JSON have NaN in empty cells
-    except (ValueError, RecursionError) as error:
+        row, end = parse_tabular(line := line.strip(" \t\r\n"))
+        if end < len(line):
+            raise json.JSONDecodeError("Extra data", line, end)
+    except FlawedJson as flaw:
+        raise InputError(f"{where}: {flaw}") from None
+    except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, got {type(row).__name__}")

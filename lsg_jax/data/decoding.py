@@ -1,0 +1,88 @@
+"""What decoding an image takes in memory, and a bound on that of all threads of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from PIL import Image
+
+from lsg_jax.errors import InputError
+
+MAX_FILE = 64 << 20
+"""Bytes of an encoded image, or of all images of one record."""
+
+MAX_DECODING = 512 << 20
+"""Bytes that are decoded into at a time, by all threads together. An image that needs more to be checked is refused."""
+
+# Peak bytes a pixel until the image is decoded, as `benchmarks/decode_memory.py` measures them, with what that comes to in the
+# worst case: JPEG of several scans holds two bytes a coefficient, JPEG 2000 an int32 a value.
+_PER_PIXEL = {"PNG": 4.0, "GIF": 5.0, "BMP": 6.0, "PPM": 12.0, "WEBP": 16.1, "AVIF": 16.1}
+_AS_RGB = 4  # bytes a pixel of an RGB image
+
+
+def check_cost(image: Image.Image) -> int:
+    """Peak bytes while an image that was opened, and not loaded, is decoded to see whether it can be; JPEG at an eighth."""
+    pixels, bands = image.width * image.height, len(image.getbands())
+    if image.format in ("JPEG", "MPO"):
+        return int(2 * bands * pixels)
+    if image.format == "JPEG2000":
+        return int((5 * bands + 5) * pixels)
+    if image.format == "TIFF":
+        return 4 * pixels + _piece_of_tiff(image)
+    return int(_PER_PIXEL.get(image.format or "", 16.1) * pixels)
+
+
+def rgb_cost(image: Image.Image) -> int:
+    """Peak bytes while an image is decoded to RGB and resized; see `check_cost`."""
+    pixels = image.width * image.height
+    of_jpeg = _AS_RGB * pixels if image.format in ("JPEG", "MPO") else 0
+    padded = min(max(image.size) ** 2, Image.MAX_IMAGE_PIXELS or 0)  # to a square
+    return max(check_cost(image) + of_jpeg, (_AS_RGB + 5) * pixels, _AS_RGB * (pixels + padded))
+
+
+def _piece_of_tiff(image: Image.Image) -> int:
+    """Bytes of the largest strip or tile as the header states it; a tile may be larger than the image."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    numbers = lambda tag, default: [n for n in _listed(tags.get(tag, default)) if isinstance(n, int) and n > 0] or [1]
+    bits = sum(numbers(258, 8)) if 258 in tags else 8
+    area = max(numbers(322, 1)) * max(numbers(323, 1))
+    return max(image.width * image.height, area) * max(-(-bits // 8), 1)
+
+
+def _listed(value: object) -> list[object]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def check_decodable(image: Image.Image) -> None:
+    """Raises InputError if an image takes more memory than one may; the message says how many pixels its format may have."""
+    cost, pixels = check_cost(image), image.width * image.height
+    if cost > MAX_DECODING:
+        most = f"a {image.format} image of mode {image.mode} may have {int(MAX_DECODING / cost * pixels):,}"
+        raise InputError(f"{pixels:,} pixels take {cost >> 20} MiB to decode; {most}: shrink it, or save it as PNG")
+
+
+class Budget:
+    """Bytes that threads may use at a time. One that asks for more than there is waits until it is alone."""
+
+    def __init__(self, total: int):
+        self._total, self._used = total, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        """Waits until `count` bytes are free, and holds them during the block. Not to be nested."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + count <= self._total)
+            self._used += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= count
+                self._changed.notify_all()
+
+
+DECODING = Budget(MAX_DECODING)
+"""That of all threads: memory belongs to the process."""
