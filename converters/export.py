@@ -20,8 +20,7 @@ from converters.ops import Shape
 from converters.reader import INDEX, SAFETENSORS, SafetensorsSource
 from converters.rules import Part, layout_of
 from converters.safetensors_writer import SafetensorsWriter
-from lsg_jax.checkpoint import Manifest, Problem, iter_base, read_manifest, read_run, read_step
-from lsg_jax.digest import file_sha256
+from lsg_jax.checkpoint import Manifest, hf_problems, iter_base, read_manifest, read_run, read_step
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import sync_folder
 from lsg_jax.json_files import read_object
@@ -61,7 +60,7 @@ def export(
     work = target.with_name(f"{target.name}.tmp")
     check_free(work)
     try:
-        for problem in hf_problems(model, manifest):
+        for problem in hf_problems(model, manifest, manifest.hf):
             raise CheckpointError(f"{model}: damaged: {problem}; convert the model again")
         work.mkdir(parents=True, exist_ok=True)
         _Export(model, manifest, shard_bytes, trained or {}).write(work, progress)
@@ -84,18 +83,6 @@ def trained_leaves(model_dir: str | Path, run: str | Path) -> dict[str, np.ndarr
         raise InputError(f"{run}: what was trained there is {held}; only a run of method full changes the model itself")
     parts = read_step(run)[1]["trained"]
     return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(parts)}
-
-
-def hf_problems(model_dir: str | Path, manifest: Manifest) -> list[Problem]:
-    """Compares the files in `MODEL/hf` with the digests of the manifest; empty if all agree."""
-    problems = []
-    for name, digest in manifest.hf.items():
-        path = Path(model_dir) / "hf" / name
-        if not path.is_file():
-            problems.append(Problem(f"hf/{name}", "is missing"))
-        elif file_sha256(path) != digest:
-            problems.append(Problem(f"hf/{name}", "does not match its sha256"))
-    return problems
 
 
 class _Export:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.checkpoint import LeafEntry, load_base, read_manifest, read_run, read_step
+from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict
+from lsg_jax.digest import text_sha256
 from lsg_jax.errors import InputError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
 from lsg_jax.methods.gates import Gates
@@ -123,7 +125,9 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
     trained = jax.device_put(trained, placed)
     if opened.parts:
         config = dataclasses.replace(vlm.config, sinks=sinks)
-        return VLM(config, join_trained(vlm.frozen, trained), folder=vlm.folder, mesh=vlm.mesh, template=vlm.template)
+        digest = text_sha256(f"{vlm.digest} {tree_sha256(trained)}")
+        weights = join_trained(vlm.frozen, trained)
+        return VLM(config, weights, folder=vlm.folder, digest=digest, mesh=vlm.mesh, template=vlm.template)
     return vlm.with_method(opened, trained, sinks=sinks)
 
 

@@ -339,7 +339,7 @@ with run.lock():
         except CheckpointError as error:
             print(error)
     try:
-        run.write_json("run.json", "x" * 100_000)
+        run.write_json("run.json", {"a": "x" * 100_000})
     except CheckpointError as error:
         print(error)
     run.save(3, state(10))

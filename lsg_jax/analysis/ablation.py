@@ -17,7 +17,7 @@ from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.results import BASE
 from lsg_jax.eval.runner import ask_all, evaluate
-from lsg_jax.json_files import write_json
+from lsg_jax.json_files import write_sealed
 from lsg_jax.methods.gates import Gates
 from lsg_jax.opening import open_to_answer, open_trained
 from lsg_jax.progress import Progress, silent, training_progress
@@ -130,7 +130,7 @@ def ablation_study(config: RunConfig, wanted: Sequence[str], out: Path, *, progr
         "versions": result.versions,
         "devices": result.devices,
     }
-    on_primary(lambda: write_json(out / RESULT, study, sort_keys=False))
+    on_primary(lambda: write_sealed(out / RESULT, study))
     return study
 
 

@@ -49,6 +49,7 @@ from lsg_jax.data.drawing import Box, draw
 from lsg_jax.data.scene_questions import SceneQuestion, Split
 from lsg_jax.data.scene_targets import TARGETS, questions_with_target, target_box
 from lsg_jax.errors import ConfigError
+from lsg_jax.eval.identity import digests_of
 from lsg_jax.look.compute import boxes, reading
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, relative_to, without_sinks
 from lsg_jax.methods.method_model import assemble
@@ -270,7 +271,7 @@ def _result(
     return {
         "format": FORMAT,
         "model": str(vlm.folder),
-        "backbone": vlm.digest,
+        **digests_of(vlm),
         "gated_layers": list(vlm.gate.layers) if vlm.gate else [],
         "template": vlm.processor.template,
         "sinks": to_dict(vlm.config.sinks),

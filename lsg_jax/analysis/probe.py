@@ -39,6 +39,7 @@ from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.rows import Pixels
 from lsg_jax.data.sources import in_order, thread_count
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.identity import digests_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress
@@ -324,7 +325,7 @@ def probe_study(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Pat
     return {
         "format": FORMAT,
         "model": str(vlm.folder),
-        "backbone": vlm.digest,
+        **digests_of(vlm),
         "gated_layers": [] if vlm.gate is None else list(vlm.gate.layers),
         "sinks": to_dict(vlm.config.sinks),
         "data": data.name,

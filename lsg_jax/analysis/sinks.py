@@ -52,6 +52,7 @@ from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.record_shapes import RecordError
 from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.identity import digests_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.look.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.methods.method_model import assemble
@@ -108,7 +109,7 @@ def find_sinks(
     return {
         "format": FORMAT,
         "model": str(vlm.folder),
-        "backbone": vlm.digest,
+        **digests_of(vlm),
         "gated_layers": list(vlm.gate.layers) if vlm.gate else [],
         "prompt": prompt,
         "template": vlm.processor.template,

@@ -17,7 +17,7 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.results import BASE, EvaluationResult
 from lsg_jax.eval.runner import Asked, ask_all, evaluate
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
-from lsg_jax.json_files import write_json
+from lsg_jax.json_files import write_sealed
 from lsg_jax.opening import open_gates, open_to_answer, with_gates
 from lsg_jax.progress import Progress, silent, training_progress
 from lsg_jax.run_config import RunConfig
@@ -166,7 +166,7 @@ def stack_study(
         "versions": result.versions,
         "devices": result.devices,
     }
-    on_primary(lambda: write_json(out / RESULT, written, sort_keys=False))
+    on_primary(lambda: write_sealed(out / RESULT, written))
     return written
 
 

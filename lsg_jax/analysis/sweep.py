@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,10 @@ from lsg_jax.eval.answering import Answer, near_tie_of
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.batches import QuestionBatch, batches, encode_item, item_pixels
 from lsg_jax.eval.best_cells import best_cells
+from lsg_jax.eval.identity import digests_of, meaning_of, surroundings
 from lsg_jax.eval.runner import Asked, ask_all
 from lsg_jax.gating.keys import GROUPS
-from lsg_jax.json_files import write_json
+from lsg_jax.json_files import write_sealed
 from lsg_jax.methods.gates import check_gate
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
@@ -157,11 +157,12 @@ def sweep(
             "partial": test.partial,
             "score": test.score,
             "prompts_sha256": text_sha256("\0".join(test.prompts)),
+            "questions_sha256": test.questions_sha256(),
             "max_new_tokens": test.max_new_tokens,
             "work": work(answers, settings, num_layers),
         }
     result["best"] = best_cells(result["rows"])
-    on_primary(lambda: write_json(out / RESULT, result, sort_keys=False))
+    on_primary(lambda: write_sealed(out / RESULT, result))
     return result
 
 
@@ -170,13 +171,13 @@ def _header(vlm: VLM, settings: SweepConfig, config: EvalConfig) -> dict[str, An
     return {
         "format": "lsg-sweep-1",
         "model": vlm.folder.name if vlm.folder else None,
-        "backbone": vlm.digest,
+        **digests_of(vlm),
         "sinks": to_dict(vlm.config.sinks),
         **to_dict(settings),
         "groups": list(GROUPS[settings.grouping]),
         "settings": {k: v for k, v in to_dict(config).items() if k not in ("benchmarks", "batch_size")}
         | {"decoding": "greedy"},
-        "versions": {name: version(name) for name in ("lsg_jax", "jax")},
+        "versions": surroundings()["versions"],
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "benchmarks": {},
         "base": [],
@@ -303,16 +304,7 @@ class _Answering:
 
     def _log(self, layer: int) -> AnswerLog:
         test, config = self.test, self.config
-        meaning = {
-            "backbone": self.vlm.digest,
-            "dtype": str(jax.tree.leaves(self.vlm.frozen)[0].dtype),
-            "files": sorted(test.files.values()),
-            "max_new_tokens": test.max_new_tokens,
-            "max_length": config.max_length,
-            "image_aspect": config.image_aspect,
-            "template": config.template,
-            "max_pixels": self.vlm.config.image.max_pixels,  # not part of the backbone's digest
-        }
+        meaning = meaning_of(self.vlm, config, max_new_tokens=test.max_new_tokens)
         if layer != NO_LAYER:
             cells = {"grouping": self.settings.grouping, "coefficients": self.settings.coefficients}
             meaning |= cells | {"sinks": to_dict(self.vlm.config.sinks)}

@@ -4,17 +4,19 @@ Only this package imports Orbax and TensorStore. It adds what they lack: every l
 read; a difference in name, shape or dtype is an error, never a cast; a step is deleted only after a newer one was read back.
 """
 
-from lsg_jax.checkpoint.base import iter_base, load_base, verify_base
+from lsg_jax.checkpoint.base import hf_problems, iter_base, load_base, verify_base
 from lsg_jax.checkpoint.lock import FolderLock
 from lsg_jax.checkpoint.manifest import MANIFEST, LeafEntry, Manifest, ModelSource, read_manifest, write_manifest
 from lsg_jax.checkpoint.problem import Problem
 from lsg_jax.checkpoint.run import Restored, RunFolder, read_step
 from lsg_jax.checkpoint.run_record import Computation, RunRecord, read_run
+from lsg_jax.checkpoint.step_log import METRICS, read_steps
 from lsg_jax.checkpoint.steps import StepMeta
 from lsg_jax.checkpoint.writer import BaseWriter, LeafSpec
 
 __all__ = [
     "MANIFEST",
+    "METRICS",
     "BaseWriter",
     "Computation",
     "FolderLock",
@@ -27,11 +29,13 @@ __all__ = [
     "RunFolder",
     "RunRecord",
     "StepMeta",
+    "hf_problems",
     "iter_base",
     "load_base",
     "read_manifest",
     "read_run",
     "read_step",
+    "read_steps",
     "verify_base",
     "write_manifest",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from lsg_jax.checkpoint.tree import differences, flatten, nest
 from lsg_jax.checkpoint.writer import LeafSpec, chunk_problem, leaf_folder, open_store
 from lsg_jax.digest import array_sha256, file_sha256
 from lsg_jax.errors import CheckpointError
+
+_FOREIGN = "does not belong to the model"
 
 
 def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: bool = True) -> dict[str, Any]:
@@ -48,8 +50,9 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
     wanted = flatten(abstract)
     target = None if dtype is None else np.dtype(dtype)
     manifest, specs = on_all(lambda: _open_checked(folder, wanted, target))
-    for rank, digest in enumerate(gather_texts(manifest.digest)):
-        if digest != manifest.digest:
+    identity = f"{manifest.digest} {manifest.preparation}"
+    for rank, digest in enumerate(gather_texts(identity)):
+        if digest != identity:
             raise CheckpointError(f"{folder}: process {rank} has another model there; copy the same folder to all hosts")
     result = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -69,7 +72,8 @@ def _open_checked(folder: Path, wanted: dict[str, Any], target: np.dtype | None)
         _signature(specs), {n: (x.shape, _wanted_dtype(x, specs.get(n), target)) for n, x in wanted.items()}
     ):
         raise CheckpointError(f"{folder}: does not hold the expected model: {found}")
-    for problem in [*_file_problems(folder, manifest), *_chunk_problems(folder, specs)]:
+    small = hf_problems(folder, manifest, manifest.text_files)
+    for problem in [*_file_problems(folder, manifest), *_chunk_problems(folder, specs), *small]:
         raise _damage(folder, str(problem))
     return manifest, specs
 
@@ -113,7 +117,27 @@ def verify_base(folder: str | Path) -> list[Problem]:
     known = {leaf_folder(name) for name in specs} | set(manifest.files)
     present = [*base.glob("*"), *base.glob("state/*")] if base.is_dir() else []
     extra = {str(p.relative_to(base)) for p in present} - known - {"state"}
-    return problems + [Problem(f"base/{path}", "does not belong to the model") for path in sorted(extra)]
+    problems += [Problem(f"base/{path}", _FOREIGN) for path in sorted(extra)]
+    return problems + hf_problems(folder, manifest, manifest.hf)
+
+
+def hf_problems(folder: Path, manifest: Manifest, files: Mapping[str, str]) -> list[Problem]:
+    """Compares files below `MODEL/hf` with their digests, and finds those that were added; empty if all agree.
+
+    Args:
+        files: the entries of `manifest.hf` to compare.
+    """
+    problems = []
+    for name, digest in files.items():
+        path = folder / "hf" / name
+        if not path.is_file():
+            problems.append(Problem(f"hf/{name}", "is missing"))
+        elif file_sha256(path) != digest:
+            problems.append(Problem(f"hf/{name}", "does not match its sha256"))
+    # an added file counts: a chat template, for example, comes before others
+    there = (path.relative_to(folder / "hf") for path in sorted((folder / "hf").rglob("*")) if path.is_file())
+    names = [path.as_posix() for path in there if not path.name.startswith(".")] if manifest.hf else []
+    return problems + [Problem(f"hf/{name}", _FOREIGN) for name in names if name not in manifest.hf]
 
 
 def leaf_specs(manifest: Manifest) -> dict[str, LeafSpec]:

@@ -10,7 +10,7 @@ from lsg_jax.config import ModelConfig, from_dict, to_dict
 from lsg_jax.digest import json_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.files import check_inside
-from lsg_jax.json_files import read_json, write_json
+from lsg_jax.json_files import read_json, write_sealed
 
 MANIFEST = "lsg_manifest.json"
 FORMAT = "lsg-model-1"
@@ -83,6 +83,17 @@ class Manifest:
         """Identity of the backbone: sha256 over `leaves`."""
         return json_sha256(to_dict(self)["leaves"])
 
+    @property
+    def preparation(self) -> str:
+        """Digest of what numbers depend on besides weights and sinks: the configuration, and the files of `text_files`."""
+        config = {name: value for name, value in to_dict(self.config).items() if name not in ("sinks", "sink_sources")}
+        return json_sha256([config, self.text_files])
+
+    @property
+    def text_files(self) -> dict[str, str]:
+        """The part of `hf` that prompts and pixels depend on: all but weights that `export` gives back."""
+        return {name: digest for name, digest in self.hf.items() if not name.endswith(".safetensors")}
+
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Writes `lsg_manifest.json`, the marker of a complete model folder, and drops the journal of the conversion.
@@ -96,7 +107,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     path = Path(folder) / MANIFEST
     content = {**to_dict(manifest), "format": FORMAT, "digest": manifest.digest}
     try:
-        write_json(path, {**content, "self_sha256": json_sha256(content)})
+        write_sealed(path, content, sort_keys=True)
         path.with_name(JOURNAL).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from lsg_jax.digest import arrays_sha256
 from lsg_jax.errors import CheckpointError, LsgError
 
 T = TypeVar("T")
@@ -27,6 +28,11 @@ def host_array(leaf: jax.Array | np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def tree_sha256(tree: Any) -> str:
+    """sha256 of the names, shapes and bytes of a tree of arrays; a collective where they are sharded across processes."""
+    return arrays_sha256((jax.tree_util.keystr(path), host_array(leaf)) for path, leaf in jax.tree.leaves_with_path(tree))
 
 
 def share_bytes(data: bytes) -> bytes:

@@ -33,7 +33,7 @@ from lsg_jax.checkpoint.tree import loaded_name, nest
 from lsg_jax.config import from_dict, to_dict
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import write_atomic
-from lsg_jax.json_files import read_json, write_json
+from lsg_jax.json_files import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +153,13 @@ class RunFolder:
                 problems.append(Problem(f"step {step}", str(error)))
         for path in sorted(self.path.glob("*.json")):
             try:
-                read_json(path)
+                read_sealed(path)
             except InputError as error:
                 problems.append(Problem(path.name, str(error)))
         return problems
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes `RUN/<name>` atomically, on process 0.
+        """Writes an object to `RUN/<name>` with its checksum, atomically, on process 0.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -168,7 +168,7 @@ class RunFolder:
         def write() -> None:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_json(self.path / name, value)
+                write_sealed(self.path / name, value, sort_keys=True)
             except OSError as error:
                 raise CheckpointError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
@@ -178,9 +178,9 @@ class RunFolder:
         """Reads `RUN/<name>` strictly. Call it on process 0.
 
         Raises:
-            InputError: missing or no valid JSON.
+            InputError: missing, no valid JSON, or changed.
         """
-        return read_json(self.path / name)
+        return read_sealed(self.path / name)
 
     def _acquire(self, lock: FolderLock) -> None:
         lock.acquire()

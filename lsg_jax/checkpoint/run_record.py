@@ -8,7 +8,7 @@ from typing import Any
 
 from lsg_jax.config import SinkConfig, from_dict, to_dict
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
-from lsg_jax.json_files import read_json
+from lsg_jax.json_files import read_sealed
 
 RUN = "run.json"
 FORMAT = "lsg-run-1"
@@ -24,6 +24,8 @@ class Computation:
         backbone: digest of the model.
         data: digest of the records.
         total_steps: the step at which the run is complete.
+        model_files: `Manifest.preparation` of the model: configuration, tokenizer, processor, templates. Empty in runs of
+            versions that did not record it.
     """
 
     config: dict[str, object]
@@ -31,6 +33,7 @@ class Computation:
     backbone: str
     data: str
     total_steps: int
+    model_files: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,14 @@ def read_run(path: str | Path, *, backbone: str | None = None) -> RunRecord:
         backbone: digest of the model that it is meant for; a run of another one is refused.
 
     Raises:
-        InputError: no run folder, or no JSON.
+        InputError: no run folder, no JSON, or a file that was changed (its checksum).
         CheckpointError: a run of another backbone, or a file that this version did not write.
     """
     file = Path(path) / RUN
     if not file.is_file():
         raise InputError(f"{path}: neither a run folder (no readable {RUN}) nor a gate file")
-    content = read_json(file)
-    found = content.pop("format", None) if isinstance(content, dict) else None
+    content = read_sealed(file)
+    found = content.pop("format", None)
     if found != FORMAT:
         raise CheckpointError(f"{file}: unknown format {found!r}, expected {FORMAT!r}")
     try:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lsg_jax.checkpoint.tree import check_name, nest
 from lsg_jax.digest import array_sha256, file_sha256, json_sha256
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import write_atomic
+from lsg_jax.json_files import sealed_line, sealed_lines
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ BLOCK_BYTES = 64 << 20
 STATE = "state"  # the name under which Orbax v1 stores a tree
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 _CRC_BYTES = 4
+_STORE = "zarr.json"  # of each leaf
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,16 @@ class BaseWriter:
             raise CheckpointError(f"{self.folder}: blocks were not written: {', '.join(absent[:8])}{more}")
         files = orbax_files(self.leaves)
         try:
+            for name, spec in self.leaves.items():
+                if not (self.folder / leaf_folder(name) / _STORE).exists():
+                    self._store(name, spec)
             for path, data in files.items():
                 write_atomic(self.folder / path, data)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        stores = [f"{leaf_folder(name)}/zarr.json" for name in self.leaves]
+        except ValueError as error:  # TensorStore's
+            raise CheckpointError(f"{self.folder}: cannot be written: {first_line(error)}") from None
+        stores = [f"{leaf_folder(name)}/{_STORE}" for name in self.leaves]
         leaves = {
             name: LeafEntry(spec.shape, spec.dtype, spec.rows, tuple(self._digests[name, offset] for offset in spec.offsets()))
             for name, spec in self.leaves.items()
@@ -162,17 +169,18 @@ class BaseWriter:
     def _start(self) -> None:
         """Reads the journal of an interrupted writer of the same leaves, or starts with an empty folder."""
         header = {"leaves": json_sha256({n: [s.shape, s.dtype, s.rows] for n, s in self.leaves.items()})}
-        lines = self._journal.read_text(encoding="utf-8", errors="replace").split("\n") if self._journal.exists() else []
-        records = list(_journal_records(lines))
+        records = sealed_lines(self._journal, JOURNAL)[0] if self._journal.exists() else []
         if records[:1] == [header]:
             self._digests = {(r["leaf"], r["offset"]): r["sha256"] for r in records[1:]}
+            for name in self.leaves:  # small and without a digest: written again
+                (self.folder / leaf_folder(name) / _STORE).unlink(missing_ok=True)
             logger.info("%s: going on with %d blocks already written", self.folder, len(self._digests))
         elif self.folder.exists():
             shutil.rmtree(self.folder)
         (self.folder / STATE).mkdir(parents=True, exist_ok=True)
         # Rewritten, not appended to: a line truncated by a crash would spoil the next one.
         kept = [header] + [{"leaf": n, "offset": o, "sha256": d} for (n, o), d in self._digests.items()]
-        write_atomic(self._journal, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        write_atomic(self._journal, "".join(sealed_line(record, JOURNAL) for record in kept).encode())
 
     def _put_block(self, name: str, spec: LeafSpec, offset: int, block: np.ndarray) -> bool:
         digest = array_sha256(block)
@@ -183,7 +191,7 @@ class BaseWriter:
             (store[offset : offset + len(block)] if spec.shape else store).write(block).result()
             # Last: the journal must never list data that are not on disk (TensorStore syncs a file before it returns).
             with open(self._journal, "a", encoding="utf-8") as journal:
-                journal.write(json.dumps({"leaf": name, "offset": offset, "sha256": digest}) + "\n")
+                journal.write(sealed_line({"leaf": name, "offset": offset, "sha256": digest}, JOURNAL))
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
             what = f"leaf {name}, block {offset} was not written: {first_line(error)}"
             raise CheckpointError(f"{self.folder}: {what}") from None
@@ -295,14 +303,3 @@ def _check_leaf(name: str, spec: LeafSpec) -> None:
         known = False
     if not known:
         raise CheckpointError(f"leaf {name}: unknown dtype {spec.dtype!r}; give its canonical name, such as 'bfloat16'")
-
-
-def _journal_records(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """The readable lines. A line truncated by a crash is dropped, so its block is written again."""
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record

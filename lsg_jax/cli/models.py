@@ -72,7 +72,7 @@ def _add_readers(command: Command) -> None:
     sub = command(
         "verify",
         _verify,
-        "check every digest of a model folder, run folder, prepared records or gate file",
+        "check every digest of a model folder, run folder, prepared records or gate file, or of a folder that holds such",
         ("lsg verify lsg-quickstart/model", "lsg verify lsg-quickstart/records"),
     )
     sub.add_argument("path", type=Path, metavar="PATH")
@@ -137,16 +137,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from converters.export import hf_problems
-    from lsg_jax.checkpoint import read_manifest
     from lsg_jax.errors import CheckpointError
-    from lsg_jax.inspection import kind_of, problems
+    from lsg_jax.inspection import problems
 
-    found = [str(problem) for problem in problems(options.path)]
-    if kind_of(options.path) == "model":
-        found += [str(problem) for problem in hf_problems(options.path, read_manifest(options.path))]
-    for problem in found:
-        print(problem)
+    found, remarks = problems(options.path)
+    for line in (*found, *remarks):
+        print(line)
     if found:
         raise CheckpointError(f"{options.path}: {len(found)} problem{'s' * (len(found) > 1)} found")
     print(f"{options.path}: ok")

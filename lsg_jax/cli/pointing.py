@@ -69,7 +69,7 @@ def add(command: Command) -> None:
 
 def _pointing(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.pointing import PointingSettings, pointing_study
-    from lsg_jax.json_files import write_json
+    from lsg_jax.json_files import write_sealed
     from lsg_jax.report.pointing import draw_examples, draw_pointing
 
     settings = PointingSettings(
@@ -86,7 +86,7 @@ def _pointing(options: argparse.Namespace) -> None:
     for warning in result["warnings"]:
         logging.getLogger(__name__).warning("%s", warning)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "pointing.json", result, sort_keys=False)
+    write_sealed(options.out / "pointing.json", result)
     draw_pointing(result, options.out / "pointing")
     draw_examples([_example(vlm, result, kind) for kind in settings.kinds], options.out / "examples.png")
     print(json.dumps(result, allow_nan=False) if options.json else summary(result))

@@ -48,7 +48,7 @@ def _probe(options: argparse.Namespace) -> None:
     from lsg_jax.analysis.probe import ProbeSettings, probe_study
     from lsg_jax.analysis.probe_images import clevr_data, scene_data
     from lsg_jax.config import MeshConfig
-    from lsg_jax.json_files import write_json
+    from lsg_jax.json_files import write_sealed
     from lsg_jax.report.figures import draw_probe_curves
     from lsg_jax.sharding import make_mesh
 
@@ -73,7 +73,7 @@ def _probe(options: argparse.Namespace) -> None:
         result = probe_study(vlm, data, settings, options.out, progress)
     for warning in result["warnings"]:
         logging.getLogger(__name__).warning("%s", warning)
-    write_json(options.out / "probe.json", result, sort_keys=False)
+    write_sealed(options.out / "probe.json", result)
     draw_probe_curves(result["rows"], options.out / "probe")
     print(json.dumps(result) if options.json else _summary(result))
 

@@ -27,7 +27,7 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.files import new_folder, read_regular
 from lsg_jax.progress import Progress, silent
 
-LAYOUT = FolderLayout(manifest="clevr_manifest.json", dataset="clevr", format=2, oldest=1)
+LAYOUT = FolderLayout(manifest="clevr_manifest.json", dataset="clevr", format=3, oldest=1)
 
 COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 SHAPES = ("cube", "sphere", "cylinder")
@@ -282,6 +282,6 @@ class ClevrRows(PreparedRows[ClevrRow, ClevrReport]):
         return ClevrReport(**content)
 
 
-def open_clevr(path: str | Path) -> ClevrRows:
-    """Opens a folder that `prepare_clevr` wrote. See `PreparedRows` for errors."""
-    return ClevrRows(path)
+def open_clevr(path: str | Path, *, check: bool = True) -> ClevrRows:
+    """Opens a folder that `prepare_clevr` wrote. See `PreparedRows` for `check` and errors."""
+    return ClevrRows(path, check=check)

@@ -152,12 +152,9 @@ def _read(files: list[Path]) -> Iterator[tuple[int, Any]]:
         return
     number = 0
     for file in files:
-        try:
-            for row in read_rows(str(file), needs=["conversations"], images=["image"], optional=["id", "source", "category"]):
-                number += 1
-                yield number, row.values | {"image": row.file.cell(row.number, "image")}
-        except (OSError, ValueError) as error:  # pyarrow's, of a file whose pages are damaged
-            raise InputError(f"{file}: cannot be read: {str(error).splitlines()[0][:200]}") from None
+        for row in read_rows(str(file), needs=["conversations"], images=["image"], optional=["id", "source", "category"]):
+            number += 1
+            yield number, row.values | {"image": row.file.cell(row.number, "image")}
 
 
 def _labels(row: Any) -> tuple[str, str]:

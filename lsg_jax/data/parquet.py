@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import glob
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.data.parquet_check import OPTIONS, fatal_file
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import InputError
 
@@ -45,52 +47,77 @@ class ImageCell:
         return value
 
 
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Whatever pyarrow raises on damaged data, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # OSError, ArrowException, UnicodeDecodeError, OverflowError, KeyError, ...
+        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{where}: cannot be read: {what}; is the file whole? Download it again") from None
+
+
 class ParquetFile:
-    """One file. The row group that was read last is kept in memory, since neighbouring rows usually follow."""
+    """One file; make it with `open_files`. The row group that was read last is kept, since neighbouring rows usually follow.
+
+    Raises:
+        InputError: no Parquet file, or a damaged one. So do all methods; a damaged cell is named with its row and column.
+    """
 
     def __init__(self, path: Path):
-        import pyarrow
         import pyarrow.parquet
 
         self.path = path
-        try:
-            self._file = pyarrow.parquet.ParquetFile(path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise InputError(f"{path}: {_not_parquet(path) or str(error).splitlines()[0][:200]}") from None
-        self.columns: list[str] = self._file.schema_arrow.names
-        self.num_rows: int = self._file.metadata.num_rows
         self._starts = [0]
-        for group in range(self._file.num_row_groups):
-            self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
+        with _named(str(path)):
+            self._file = pyarrow.parquet.ParquetFile(path, **OPTIONS)
+            self.columns: list[str] = self._file.schema_arrow.names
+            self.num_rows: int = self._file.metadata.num_rows
+            for group in range(self._file.num_row_groups):
+                self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
+            if self._starts[-1] != self.num_rows:
+                raise ValueError(f"row groups of {self._starts[-1]} rows in all, but {self.num_rows} are stated")
         self._held: tuple[int, str, Any] | None = None
         self._nulls: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def rows(self, columns: Iterable[str]) -> list[dict[str, Any]]:
         """All rows of the given columns as plain data."""
-        return self._file.read(columns=list(columns)).to_pylist()
+        names = list(columns)
+        with _named(f"{self.path}: column {', '.join(names)}"):
+            table = self._file.read(columns=names)
+            table.validate(full=True)
+            rows: list[dict[str, Any]] = table.to_pylist()
+            if len(rows) != self.num_rows:
+                raise ValueError(f"{len(rows)} rows, but {self.num_rows} are stated")
+            return rows
 
     def cell(self, row: int, column: str) -> Any:
         """One value as plain data."""
         import bisect
 
         group = bisect.bisect_right(self._starts, row) - 1
-        with self._lock:
+        with self._lock, _named(f"{self.path}: row {row}: column {column}"):
             if self._held is None or self._held[:2] != (group, column):
-                self._held = (group, column, self._file.read_row_group(group, columns=[column]).column(0))
+                table = self._file.read_row_group(group, columns=[column])
+                table.validate(full=True)
+                self._held = (group, column, table.column(0))
             return self._held[2][row - self._starts[group]].as_py()
 
     def is_null(self, row: int, column: str) -> bool:
         """Whether a cell is null. Does not read the images of a column of `{bytes, path}`."""
         import pyarrow
 
-        if column not in self._nulls:
-            kind = self._file.schema_arrow.field(column).type
-            part = f"{column}.path" if pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0 else column
-            none = self._has_no_nulls(column)
-            self._nulls[column] = None if none else self._file.read(columns=[part]).column(0).is_null().to_pylist()
-        nulls = self._nulls[column]
-        return nulls is not None and nulls[row]
+        with _named(f"{self.path}: row {row}: column {column}"):
+            if column not in self._nulls:
+                kind = self._file.schema_arrow.field(column).type
+                part = f"{column}.path" if pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0 else column
+                none = self._has_no_nulls(column)
+                self._nulls[column] = None if none else self._file.read(columns=[part]).column(0).is_null().to_pylist()
+            nulls = self._nulls[column]
+            return nulls is not None and nulls[row]
 
     def _has_no_nulls(self, column: str) -> bool:
         """Whether the file's statistics rule out nulls: if a cell is null, so is each of its parts."""
@@ -104,9 +131,26 @@ class ParquetFile:
         return 0 in counts.values()
 
 
+def open_files(paths: Sequence[Path]) -> list[ParquetFile]:
+    """Opens files after they were read once in another process, since damaged ones can end the process that reads them.
+
+    Raises:
+        InputError: a file is no Parquet, or damaged.
+    """
+    for path in paths:
+        if problem := _not_parquet(path):
+            raise InputError(f"{path}: {problem}")
+    if fatal := fatal_file(paths):
+        raise InputError(f"{fatal}: damaged: reading it ends the process; download it again")
+    return [ParquetFile(path) for path in paths]
+
+
 def _not_parquet(path: Path) -> str | None:
-    with path.open("rb") as file:
-        start = file.read(64)
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
     if not start:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):
@@ -151,7 +195,7 @@ def read_rows(path: str, *, needs: Iterable[str], images: Iterable[str] = (), op
         InputError: no file, no Parquet, or a missing column; the message lists the missing and the existing columns.
     """
     needs, images, optional = list(needs), list(images), list(optional)
-    opened = [ParquetFile(file) for file in parquet_files(path)]
+    opened = open_files(parquet_files(path))
     required = {*needs, *images}
     fitting = [file for file in opened if required <= set(file.columns)]
     if not fitting:

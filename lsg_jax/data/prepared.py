@@ -9,16 +9,20 @@ import takes a second.
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lsg_jax.digest import bytes_sha256, file_sha256
+from lsg_jax.digest import file_sha256
 from lsg_jax.errors import InputError
-from lsg_jax.files import check_inside, read_regular
-from lsg_jax.json_files import write_json
+from lsg_jax.files import check_inside
+from lsg_jax.json_files import read_sealed, write_sealed
+
+logger = logging.getLogger(__name__)
 
 VERSION = "1.0.0"
 ROWS_PER_SHARD = 10_000
@@ -50,7 +54,7 @@ class Manifest(Generic[Report]):
         format: format of the folder.
         report: what preparation did.
         files: size of each file of rows, in bytes. sha256: their digests.
-        digest: sha256 of the manifest's bytes; identifies the data.
+        digest: sha256 of the manifest's bytes; identifies the folder.
     """
 
     format: int
@@ -96,29 +100,35 @@ def write_manifest(folder: Path, layout: FolderLayout, report: Any) -> None:
         "files": {path.name: path.stat().st_size for path in paths},
         "sha256": {path.name: file_sha256(path) for path in paths},
     }
-    write_json(folder / layout.manifest, manifest, sort_keys=False)
+    write_sealed(folder / layout.manifest, manifest)
 
 
 class PreparedRows(Generic[Row, Report]):
     """Random access to rows, in the order they were prepared. Subclasses define the row and the report.
 
+    Args:
+        check: compare all files with their sha256, which reads them once. Their sizes are always compared.
+
     Raises:
-        InputError: the folder is missing, `lsg prepare` did not write it, or one of its files is missing or truncated.
+        InputError: the folder is missing, `lsg prepare` did not write it, or one of its files is missing or changed.
     """
 
     layout: FolderLayout
     manifest: Manifest[Report]
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, check: bool = True):
         self._path = Path(path)
         self.manifest, rows = self._read_manifest()
+        if check and (changed := self.changed_files()):
+            more = f", nor do {len(changed) - 1} others" if len(changed) > 1 else ""
+            raise InputError(f"{changed[0]} does not match its sha256{more}; run `lsg prepare` again")
         self._source = self._open()
         if len(self._source) != rows:
             raise InputError(f"{path}: {len(self._source)} rows, but the manifest says {rows}; run `lsg prepare` again")
 
     @property
     def digest(self) -> str:
-        """See `Manifest`."""
+        """Identifies the data."""
         return self.manifest.digest
 
     def __len__(self) -> int:
@@ -142,28 +152,38 @@ class PreparedRows(Generic[Row, Report]):
 
     def changed_files(self) -> list[str]:
         """Files of rows whose bytes no longer match their digest. Reads all of them."""
-        folder = self.layout.rows(self._path)
-        return [str(folder / name) for name, digest in self.manifest.sha256.items() if file_sha256(folder / name) != digest]
+        size = sum(self.manifest.files.values())
+        if size > 1 << 30:
+            logger.info("%s: comparing %.1f GiB with their sha256", self._path, size / (1 << 30))
+        paths = [self.layout.rows(self._path) / name for name in self.manifest.sha256]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(file_sha256, paths))
+        wanted = self.manifest.sha256.values()
+        return [str(path) for path, now, then in zip(paths, found, wanted, strict=True) if now != then]
 
     def _read_manifest(self) -> tuple[Manifest[Report], int]:
         """The manifest and its number of rows. Checks the format, and that all files have their size."""
         path, layout = self._path, self.layout
+        file = path / layout.manifest
+        if not file.is_file():
+            raise InputError(f"{path}: no prepared records here ({layout.manifest} is missing); run `lsg prepare`")
         try:
-            text = read_regular(path / layout.manifest)
-            content = json.loads(text)
+            content, digest = read_sealed(file), file_sha256(file)
             version, files, sha256, rows = content.pop("format"), content.pop("files"), content.pop("sha256"), content["rows"]
-            if known := version in range(layout.oldest, layout.format + 1):
+            if known := type(version) is int and layout.oldest <= version <= layout.format:
                 report = self._report(content)
-        except InputError:
-            raise InputError(f"{path}: no prepared records here ({layout.manifest} is missing); run `lsg prepare`") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{path / layout.manifest}: damaged; run `lsg prepare` again") from None
+            if files.keys() != sha256.keys():
+                raise ValueError("sizes and digests of other files")
+            check_inside(files, file)
+        except InputError as error:
+            raise InputError(f"{error}; run `lsg prepare` again") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise InputError(f"{file}: damaged; run `lsg prepare` again") from None
         if not known:
             raise InputError(
                 f"{path}: records of format {version}; this version reads {layout.oldest} to {layout.format}; "
                 "run `lsg prepare` again"
             )
-        check_inside((*files, *sha256), path / layout.manifest)
         for name, size in files.items():
             file = layout.rows(path) / name
             if not file.is_file():
@@ -172,7 +192,7 @@ class PreparedRows(Generic[Row, Report]):
                 raise InputError(
                     f"{file}: truncated or changed ({file.stat().st_size} bytes, not {size}); run `lsg prepare` again"
                 )
-        return Manifest(version, report, files, sha256, bytes_sha256(text)), rows
+        return Manifest(version, report, files, sha256, digest), rows
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds

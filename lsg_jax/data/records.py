@@ -28,7 +28,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.files import new_folder
 from lsg_jax.progress import Progress, silent
 
-LAYOUT = FolderLayout(manifest="records_manifest.json", dataset="llava_records", format=3, oldest=1)
+LAYOUT = FolderLayout(manifest="records_manifest.json", dataset="llava_records", format=4, oldest=1)
 REJECTS = "rejects.jsonl"
 MAX_NAMED = 500
 """Characters of a record's id or of an error in lists of records."""
@@ -249,6 +249,11 @@ class PreparedRecords(PreparedRows[Record, Report]):
 
     layout = LAYOUT
 
+    @property
+    def digest(self) -> str:
+        """Identifies the rows, whatever files they are in; before format 4 the manifest, which runs of that time know."""
+        return self.manifest.report.content_sha256 if self.manifest.format >= 4 else super().digest
+
     def _row(self, stored: dict[str, Any]) -> Record:
         single = [stored["image"]] if "image" in stored else []
         images = tuple(bytes(image) for image in stored.get("images", single) if image)
@@ -263,6 +268,6 @@ class PreparedRecords(PreparedRows[Record, Report]):
         return read_report(content)
 
 
-def open_records(path: str | Path) -> PreparedRecords:
-    """Opens a folder of training records from any source that `lsg prepare` reads. See `PreparedRows` for errors."""
-    return PreparedRecords(path)
+def open_records(path: str | Path, *, check: bool = True) -> PreparedRecords:
+    """Opens a folder of training records from any source that `lsg prepare` reads. Arguments, errors: `PreparedRows`."""
+    return PreparedRecords(path, check=check)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.config import Protocol
+from lsg_jax.digest import bytes_sha256
 from lsg_jax.errors import InputError
 from lsg_jax.eval.statistics import PairedTest
-from lsg_jax.json_files import json_lines, read_json, write_json
+from lsg_jax.files import read_regular, write_atomic
+from lsg_jax.json_files import json_lines, parse_json, read_sealed, write_sealed
 
 RESULT = "result.json"
 FORMAT = "lsg-eval-3"
@@ -37,7 +39,7 @@ class BenchmarkResult:
         protocol: the protocol whose prompts, matcher and score were used.
         questions: number of questions asked. of: number in the official file.
         partial: whether the two differ; a partial run has no official score.
-        prompts_sha256: of all prompts.
+        prompts_sha256: of all prompts. questions_sha256: of all prompts and images.
         max_new_tokens: longest answer in tokens.
         score: the metric that is the official score, if there is one.
         unread: method -> number of outputs in which the matcher found no answer.
@@ -45,6 +47,7 @@ class BenchmarkResult:
         methods: method -> metric -> its value.
         change: method -> metric -> its difference from the base model.
         paired_test: method -> test of its scores against those of the base model.
+        rows: method -> sha256 of its file of question rows; empty in results of versions that did not store it.
     """
 
     path: str | None = None
@@ -54,6 +57,7 @@ class BenchmarkResult:
     of: int
     partial: bool = False
     prompts_sha256: str = ""
+    questions_sha256: str = ""
     max_new_tokens: int = 0
     score: str | None = None
     unread: Mapping[str, int] = field(default_factory=dict)
@@ -61,6 +65,7 @@ class BenchmarkResult:
     methods: Mapping[str, Mapping[str, Estimate]]
     change: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     paired_test: Mapping[str, PairedTest] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class EvaluationResult:
 
     Attributes:
         model: name of the model folder. backbone: digest of its weights.
+        files: sha256 of the model folder's tokenizer, processor and template files.
+        trained: method -> sha256 of what was trained for it.
         methods: method -> its settings, `base` first.
         settings: the `[eval]` table without its benchmarks.
         devices: number and kind.
@@ -100,6 +107,8 @@ class EvaluationResult:
     format: str = FORMAT
     model: str | None
     backbone: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    trained: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, MethodSettings]
     settings: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -110,13 +119,13 @@ class EvaluationResult:
 
 def write_result(folder: Path, result: EvaluationResult) -> None:
     """Writes result.json."""
-    write_json(folder / RESULT, asdict(result), sort_keys=False)
+    write_sealed(folder / RESULT, asdict(result))
 
 
 def read_result(path: Path) -> EvaluationResult:
-    """Reads result.json. Raises InputError if it is missing, broken or of another format."""
-    tree = read_json(path)
-    found = tree.get("format") if isinstance(tree, dict) else None
+    """Reads result.json. Raises InputError if it is missing, broken, changed or of another format."""
+    tree = read_sealed(path)
+    found = tree.get("format")
     if found != FORMAT:
         raise InputError(f"{path}: format {found}, but this version of lsg reads {FORMAT}; run the evaluation again")
     try:
@@ -177,15 +186,22 @@ def questions_file(folder: Path, benchmark: str, method: str) -> Path:
     return folder / f"{benchmark}.{method}.jsonl"
 
 
+def questions_bytes(rows: Iterable[QuestionRow]) -> bytes:
+    """The file of these rows: one JSON line each."""
+    return "".join(json.dumps(_line(row)) + "\n" for row in rows).encode()
+
+
 def write_questions(path: Path, rows: Iterable[QuestionRow]) -> None:
-    """Writes one JSON line per row."""
-    path.write_text("".join(json.dumps(_line(row)) + "\n" for row in rows), encoding="utf-8")
+    """Writes one JSON line per row, atomically."""
+    write_atomic(path, questions_bytes(rows))
 
 
-def read_questions(path: Path) -> list[QuestionRow]:
-    """Reads the rows of one file. Raises InputError if it cannot be read or is not as written."""
+def read_questions(path: Path, sha256: str | None = None) -> list[QuestionRow]:
+    """Reads the rows of one file. Raises InputError if it cannot be read, is not as written, or is not that of `sha256`."""
+    if sha256 not in (None, bytes_sha256(read_regular(path))):
+        raise InputError(f"{path}: not the file that {RESULT} is of, or damaged (its sha256); run the evaluation again")
     try:
-        return [_row(json.loads(text)) for _, text in json_lines(path)]
+        return [_row(parse_json(text)) for _, text in json_lines(path)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not as lsg writes it ({type(error).__name__}: {error}); run the evaluation again") from None
 

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from lsg_jax.checkpoint.processes import host_array, is_primary, on_primary
+from lsg_jax.checkpoint.processes import is_primary, on_primary, share_bytes, tree_sha256
 from lsg_jax.config import EvalConfig, GateConfig, Protocol, to_dict
 from lsg_jax.data.parquet import digests
-from lsg_jax.digest import arrays_sha256, text_sha256
+from lsg_jax.digest import bytes_sha256, json_sha256, text_sha256
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval.answering import Answer, answer
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics
+from lsg_jax.eval.identity import meaning_of, question_sha256, settings_of, surroundings, text_files, with_hashed_images
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.results import (
     BASE,
     BenchmarkResult,
     Estimate,
     EvaluationResult,
-    MethodSettings,
     QuestionRow,
     RatioRow,
+    questions_bytes,
     questions_file,
-    write_questions,
     write_result,
 )
 from lsg_jax.eval.statistics import interval, paired_test, resample_weights
+from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
-from lsg_jax.methods.method import BASE as PLAIN
 from lsg_jax.progress import Progress, silent
 from lsg_jax.stopping import stop_signals
 from lsg_jax.vlm import VLM
@@ -68,6 +66,11 @@ class Asked:
     def partial(self) -> bool:
         """Whether this is not exactly the official set of questions: `eval.limit`, or a file of another size."""
         return len(self.items) != (self.benchmark.size or self.rows)
+
+    def questions_sha256(self) -> str:
+        """sha256 of all prompts and images; a collective. Process 0 reads images that it has not read before."""
+        each = lambda: [question_sha256(*asked) for asked in zip(self.items, self.prompts, strict=True)]
+        return share_bytes(json_sha256(on_primary(each)).encode()).decode()
 
     @property
     def score(self) -> str | None:
@@ -105,19 +108,23 @@ def evaluate(
     for name, test in asked.items():
         answers = {m: _answers(model, f"{name}.{m}", test, config, out, progress) for m, model in models.items()}
         graded = {method: grade(test, [answer.text for answer in found]) for method, found in answers.items()}
+        files = {method: questions_bytes(question_rows(test, found, graded[method])) for method, found in answers.items()}
         if is_primary():
-            for method, found in answers.items():
-                write_questions(questions_file(out, name, method), question_rows(test, found, graded[method]))
-        benchmarks[name] = summary(test, graded)
+            for method, data in files.items():
+                write_atomic(questions_file(out, name, method), data)
+        rows = {method: bytes_sha256(data) for method, data in files.items()}
+        benchmarks[name] = replace(summary(test, graded), rows=rows)
         for method, model in models.items():
             if model.gate is not None:
                 ratios += ratio_rows(method, name, test, answers[method], model.gate)
     result = EvaluationResult(
         model=first.folder.name if first.folder else None,
         backbone=first.digest,
+        files=text_files(first),
         methods={method: settings_of(model) for method, model in models.items()},
         settings={k: v for k, v in to_dict(config).items() if k != "benchmarks"} | {"decoding": "greedy"},
-        versions={name: version(name) for name in ("lsg_jax", "jax")},
+        trained={method: tree_sha256(model.trained) for method, model in models.items() if model.trained},
+        versions=surroundings()["versions"],
         devices=f"{jax.device_count()} {jax.devices()[0].device_kind}",
         benchmarks=benchmarks,
         ratios=tuple(ratios),
@@ -135,7 +142,7 @@ def ask_all(config: EvalConfig) -> dict[str, Asked]:
 
 def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
     """Reads a benchmark and makes its prompts. With `config.limit`, items are evenly spaced over the whole file."""
-    items = benchmark.read(path)
+    items = with_hashed_images(benchmark.read(path))
     rows = len(items)
     if config.limit is not None and config.limit < rows:
         items = [items[i] for i in np.linspace(0, rows - 1, config.limit).round().astype(int)]
@@ -152,29 +159,8 @@ def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
     )
 
 
-def settings_of(model: VLM) -> MethodSettings:
-    """What the method of a model does to it."""
-    changed, settings = model.method != PLAIN, model.method.settings
-    return MethodSettings(
-        gate=to_dict(model.gate) if model.gate else None,
-        method={"name": type(settings).__name__, **to_dict(settings)} if changed and model.gate is None else None,
-        sinks=to_dict(model.config.sinks) if changed else None,
-    )
-
-
 def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress) -> list[Answer]:
-    meaning = {
-        "backbone": model.digest,
-        "dtype": str(jax.tree.leaves(model.frozen)[0].dtype),
-        **asdict(settings_of(model)),
-        "gates": _digest(model.trained) if model.trained else None,
-        "files": sorted(test.files.values()),
-        "max_new_tokens": test.max_new_tokens,
-        "max_length": config.max_length,
-        "image_aspect": config.image_aspect,
-        "template": config.template,
-        "max_pixels": model.config.image.max_pixels,  # not part of the backbone's digest
-    }
+    meaning = meaning_of(model, config, max_new_tokens=test.max_new_tokens)
     log = AnswerLog(out / "answers", name, meaning, test.items, test.prompts)
     known = log.known()
     done = len(known)
@@ -191,11 +177,6 @@ def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, 
                 )
 
         return answer(model, test.items, test.prompts, config, max_new_tokens=test.max_new_tokens, known=known, on_batch=save)
-
-
-def _digest(parameters: Mapping[str, Any]) -> str:
-    """sha256 of a tree of arrays."""
-    return arrays_sha256((jax.tree_util.keystr(path), host_array(leaf)) for path, leaf in jax.tree.leaves_with_path(parameters))
 
 
 # -------------------------------------------------------------------------------------------------------------------- grading
@@ -226,6 +207,7 @@ def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
         of=benchmark.size or test.rows,
         partial=test.partial,
         prompts_sha256=text_sha256("\0".join(test.prompts)),
+        questions_sha256=test.questions_sha256(),
         max_new_tokens=test.max_new_tokens,
         score=test.score,
         unread={method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},

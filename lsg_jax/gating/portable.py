@@ -14,12 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from lsg_jax.config import GateConfig, SinkConfig, from_dict
+from lsg_jax.digest import arrays_sha256, json_sha256
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
+from lsg_jax.json_files import damaged_name
 from lsg_jax.types import Array
 
 FORMAT = "lsg-gates-1"
+
+CHECKSUM = "sha256"
+"""Metadata field: sha256 of all other metadata and of the tensors' names, shapes and values."""
 
 TORCH_NAMES = {
     "norm_scale": "norm.weight",
@@ -48,12 +53,14 @@ class PortableGates:
         parameters: float32, stacked over the n = len(gate.layers) layers as under `gates` in the model: norm_scale [n, D],
             norm_bias [n, D], fc1_kernel [n, D, H], fc1_bias [n, H], fc2_kernel [n, H, G], fc2_bias [n, G].
         backbone: name and digest of the model that they were trained on; empty if unknown.
+        checked: whether they come from a file whose checksum fits; files of other tools and of earlier versions have none.
     """
 
     gate: GateConfig
     sinks: SinkConfig
     parameters: dict[str, Array]
     backbone: str = ""
+    checked: bool = False
 
     @property
     def width_in(self) -> int:
@@ -129,7 +136,8 @@ def write_gates(path: str | Path, gates: PortableGates) -> None:
     layers = to_torch_layout(gates.parameters, gates.gate.layers)
     tensors = {f"{layer}.{name}": array for layer, named in layers.items() for name, array in named.items()}
     _check_tensors(tensors, gates.gate, where=str(path))
-    data = save(tensors, metadata=_to_metadata(gates))
+    metadata = _to_metadata(gates)
+    data = save(tensors, metadata=metadata | {CHECKSUM: _checksum(tensors, metadata)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
@@ -143,11 +151,15 @@ def read_gates(path: str | Path) -> PortableGates:
     Unknown metadata are ignored. L-sink fields that are absent take their defaults.
 
     Raises:
-        InputError: no such file, no safetensors file or a truncated one, another format, a missing or unknown tensor, or a
-            wrong shape, dtype or value.
+        InputError: no such file, no safetensors file or a truncated one, another format, another checksum, a missing or unknown
+            tensor, or a wrong shape, dtype or value.
     """
     path = Path(path)
     tensors, metadata = _load(path)
+    checksum = metadata.pop(CHECKSUM, None)
+    if damaged_name(metadata, CHECKSUM) or checksum not in (None, _checksum(tensors, metadata)):
+        advice = f"if you changed it yourself, leave out the metadata field {CHECKSUM}"
+        raise InputError(f"{path}: changed or damaged: its content does not fit its checksum; {advice}")
     config, sinks = _from_metadata(metadata, where=str(path))
     layers: dict[int, dict[str, np.ndarray]] = {}
     for key, array in tensors.items():
@@ -166,7 +178,8 @@ def read_gates(path: str | Path) -> PortableGates:
     except ConfigError as error:
         raise InputError(f"{path}: {error}") from None
     _check_tensors(tensors, config, where=str(path))
-    return PortableGates(gate=config, sinks=sinks, parameters=from_torch_layout(layers), backbone=metadata.get("backbone", ""))
+    parameters, backbone = from_torch_layout(layers), metadata.get("backbone", "")
+    return PortableGates(gate=config, sinks=sinks, parameters=parameters, backbone=backbone, checked=checksum is not None)
 
 
 def is_portable(path: Path) -> bool:
@@ -178,7 +191,7 @@ def is_portable(path: Path) -> bool:
     try:
         with safe_open(path, framework="np") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, ValueError):  # ValueError: metadata that are no UTF-8
         return False
 
 
@@ -220,6 +233,10 @@ def from_torch_layout(layers: Mapping[int, Mapping[str, np.ndarray]]) -> dict[st
     }
 
 
+def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    return json_sha256([dict(metadata), arrays_sha256(sorted(tensors.items(), key=lambda named: named[0]))])
+
+
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
@@ -235,7 +252,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 if (dtype := file.get_slice(key).get_dtype()) != "F32":
                     raise InputError(f"{path}: {key} is {dtype}, gates are float32")
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a readable safetensors file, or cut short: {reason}") from None
 

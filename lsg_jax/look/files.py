@@ -13,7 +13,7 @@ from PIL import Image
 
 from lsg_jax.data.grids import ImageSize
 from lsg_jax.files import check_only, write_atomic
-from lsg_jax.json_files import write_json
+from lsg_jax.json_files import write_sealed
 from lsg_jax.look.look import Floats, Look
 from lsg_jax.look.page import page_html
 from lsg_jax.report.drawing import LOOKS, render
@@ -60,7 +60,7 @@ def write_look(look: Look, folder: Path) -> None:
     write_atomic(folder / "maps.npz", maps.getvalue())
     for number in range(1, len(look.pictures) + 1):
         draw_layers(look, folder / f"{number}.layers", number - 1)
-    write_json(folder / "look.json", as_json(look), sort_keys=False)
+    write_sealed(folder / "look.json", as_json(look))
 
 
 def check_folder(folder: Path) -> None:

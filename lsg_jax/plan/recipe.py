@@ -55,7 +55,8 @@ def assume(config: RunConfig, *, utilisation: float, records: int | None, questi
     if counted is None:
         folder = config.data.records
         there = bool(folder) and Path(folder).is_dir()
-        counted, source = (len(open_records(folder)), folder) if there else (RECORDS, "the paper's; no records there yet")
+        counted = len(open_records(folder, check=False)) if there else RECORDS
+        source = folder if there else "the paper's; no records there yet"
     names = [name for name in config.eval.benchmarks if name in BENCHMARKS] or list(BENCHMARKS_OF_THE_PAPER)
     asked = sum(BENCHMARKS[name].size or 0 for name in names) if questions is None else questions
     return Assumptions(

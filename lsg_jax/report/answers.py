@@ -75,20 +75,22 @@ class Question:
         return min(map(OUTCOMES.index, self.outcomes))
 
 
-def read_questions(folder: Path, name: str, methods: Sequence[str]) -> list[Question]:
+def read_questions(folder: Path, name: str, methods: Sequence[str], rows_sha256: Mapping[str, str]) -> list[Question]:
     """The questions of one benchmark in the order of its file.
 
     Args:
         folder: of the evaluation, with a file `<name>.<method>.jsonl` for each method.
         methods: `base` and at least one other.
+        rows_sha256: `BenchmarkResult.rows`.
 
     Raises:
-        InputError: a file is missing or broken.
+        InputError: a file is missing, broken or of another evaluation.
         ValueError: the files are of different questions.
     """
     task = _benchmark(name).task
     questions = []
-    for rows in zip(*(read_rows(questions_file(folder, name, method)) for method in methods), strict=True):
+    files = [read_rows(questions_file(folder, name, method), rows_sha256.get(method)) for method in methods]
+    for rows in zip(*files, strict=True):
         first = rows[0]
         if any((row.id, row.prompt) != (first.id, first.prompt) for row in rows):
             raise ValueError(f"{name}: the methods were asked different questions")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lsg_jax.checkpoint import read_run
 from lsg_jax.errors import InputError
-from lsg_jax.json_files import read_json
+from lsg_jax.json_files import read_sealed
 from lsg_jax.report.parts import Section
 from lsg_jax.report.results import eval_section, run_section
 from lsg_jax.report.sections import ablate_section, pointing_section, probe_section, stack_section, sweep_section
@@ -51,13 +51,13 @@ def _files(path: Path) -> Iterator[Path]:
 def _section(file: Path, name: str) -> Section:
     """Args: name: relative path of the file's folder, "." if there is only one."""
     expected, what, make = KINDS[file.name]
-    study = read_json(file)
-    found = study.get("format") if isinstance(study, dict) else None
+    study = read_sealed(file)
+    found = study.get("format")
     if found not in expected:
         raise InputError(f"{file}: format {found}, but this version of lsg reads {' and '.join(expected)}; run the study again")
     try:
         return make(study, file.parent, title=what if name == "." else f"{what}: {name}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as error:
         raise InputError(f"{file}: not as lsg writes it ({type(error).__name__}: {error}); run the study again") from error
 
 

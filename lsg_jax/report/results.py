@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.checkpoint import RunRecord
+from lsg_jax.checkpoint import METRICS, RunRecord, read_steps
 from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, result_of
 from lsg_jax.gating.keys import GROUPS
-from lsg_jax.json_files import json_lines
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss, half_life
 from lsg_jax.report.gains import METHODS, rows_of_gains
 from lsg_jax.report.parts import Details, Heading, Note, Paragraph, Part, Section, Table, drawing
 from lsg_jax.report.ratios import drawn_groups, table_of_ratios
 from lsg_jax.report.side_by_side import answer_parts
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
@@ -29,13 +25,15 @@ def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
         run: run.json.
         folder: the run folder, which also holds the log of steps.
     """
-    steps = _steps(folder / METRICS_FILE)
+    steps, damaged = read_steps(folder / METRICS)
     last: dict[str, Any] = steps[-1] if steps else {"step": 0}
     gate = run.table("gate")
     layers = gate["layers"] or list(range(len(last.get("ratios", []))))  # independent gates without layers: one at each
     parts: list[Part] = [Paragraph(f"Model {run.model_name}; step {last['step']} of {run.total_steps}.")]
     if last["step"] < run.total_steps:
         parts.append(Note("This run has not finished."))
+    if damaged:
+        parts.append(Note(f"Lines of {METRICS} that are damaged or were cut short, and are left out: {damaged}."))
     rows = [row for step in steps for row in _loss_rows(step, layers)]
     if len(steps) > 1:
         trend = f"the line is an exponential moving average that forgets half in {half_life(len(steps))} steps"
@@ -54,17 +52,6 @@ def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
     used = {name: run.as_json()[name] for name in ("config", "sinks", "backbone", "versions", "devices")}
     gist = f"{run.model_name}, step {last['step']} of {run.total_steps}"
     return Section(title, parts, gist=gist, group="training", settings=used)
-
-
-def _steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without an incomplete last one."""
-    steps = []
-    for _, line in json_lines(path) if path.exists() else []:
-        try:
-            steps.append(json.loads(line))
-        except ValueError:
-            break
-    return steps
 
 
 def _loss_rows(step: Mapping[str, Any], layers: list[int]) -> list[dict[str, Any]]:

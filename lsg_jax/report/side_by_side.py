@@ -97,7 +97,7 @@ def answer_parts(result: EvaluationResult, folder: Path) -> list[Part]:
         if missing:
             parts.append(Note(f"{name}: the answers cannot be shown, since {', '.join(missing)} is not in the folder."))
             continue
-        questions = read_questions(folder, name, methods)
+        questions = read_questions(folder, name, methods, benchmark.rows)
         parts += [_outcome_table(name, questions, method) for method in methods if method != BASE]
         parts.append(_question_list(name, benchmark, questions, result.methods))
     return parts

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from lsg_jax.data.images import open_image, to_rgb
 from lsg_jax.errors import InputError
 from lsg_jax.files import check_only, write_atomic
-from lsg_jax.json_files import write_json
+from lsg_jax.json_files import write_sealed
 from lsg_jax.report.drawing import painted
 from lsg_jax.report.figures import draw_attention_shares, draw_sinks_by_layer
 from lsg_jax.report.maps import TITLES, AnswerMaps, answer_maps, bar_colours, telling_layer
@@ -130,7 +130,7 @@ def write_sinks(
             write_atomic(out / MAPS / f"{stem}.png", drawn)
     for name, draw, rows in zip(FIGURES, (draw_sinks_by_layer, draw_attention_shares), ("counts", "attention"), strict=True):
         draw(found[rows], out / name)
-    write_json(out / "sinks.json", found, sort_keys=False)
+    write_sealed(out / "sinks.json", found)
     return found
 
 

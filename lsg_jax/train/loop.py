@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from lsg_jax import sharding
-from lsg_jax.checkpoint import Computation, RunFolder
+from lsg_jax.checkpoint import Computation, RunFolder, read_manifest
 from lsg_jax.checkpoint.processes import is_primary
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, Preempted
@@ -86,7 +86,8 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         rows=sharding.local_rows(mesh, config.train.batch_size),
     )
     total = min(data.num_batches, config.train.max_steps or data.num_batches)
-    computation = Computation(config.as_dict(), vlm.config.sinks, vlm.digest, data.digest, total)
+    files = read_manifest(config.model).preparation
+    computation = Computation(config.as_dict(), vlm.config.sinks, vlm.digest, data.digest, total, model_files=files)
     check_same(run, computation)
 
     graphdef, _ = abstract_model(vlm.config, method, mesh=mesh)

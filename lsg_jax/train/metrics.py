@@ -1,6 +1,6 @@
 """The metrics of each step: `metrics.jsonl` is the record, TensorBoard and Weights & Biases get copies.
 
-A line of metrics.jsonl is the record of a step (n gated layers, G token groups):
+A line of metrics.jsonl is the record of a step (n gated layers, G token groups) with its checksum, `check`:
 
 | name | shape | what |
 |---|---|---|
@@ -37,15 +37,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lsg_jax.checkpoint import read_run
+from lsg_jax.checkpoint import METRICS, read_run
+from lsg_jax.checkpoint.step_log import read_steps, step_line
 from lsg_jax.config import to_dict
 from lsg_jax.digest import text_sha256
+from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 
 class Sink(Protocol):
@@ -110,15 +110,24 @@ class MetricsLog:
 
 
 class JsonLines:
-    """One record a line. The file always ends with a whole line: a partial one is cut off."""
+    """One record a line (`checkpoint.step_log`). The file always ends with a whole line: a partial one is cut off.
+
+    Damaged lines of an earlier start are left out with one warning; the others stay.
+    """
 
     def __init__(self, path: Path, *, after: int):
-        self._end = _end_of_step(path, after) if path.exists() else 0
+        records, damaged = read_steps(path)
+        lines = "".join(step_line(record) for record in records if record["step"] <= after).encode()
+        if not path.exists() or path.read_bytes() != lines:
+            write_atomic(path, lines)
+        missing = after - len({record["step"] for record in records if record["step"] <= after})
+        if damaged and missing:
+            logger.warning("%s: %d damaged lines left out; %d steps are missing there", path, damaged, missing)
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(self._end)
+        self._end = len(lines)
 
     def write(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(_without_nan(record)) + "\n").encode()
+        line = step_line(_without_nan(record)).encode()
         left = memoryview(line)
         try:
             while left:
@@ -131,20 +140,6 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _end_of_step(path: Path, last: int) -> int:
-    """Offset after the lines of steps up to `last`, or before a line that a kill cut short."""
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > last:
-                    break
-            except (ValueError, TypeError, KeyError):
-                break
-            end += len(line)
-    return end
 
 
 def _without_nan(value: Any) -> Any:

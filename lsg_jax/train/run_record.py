@@ -56,7 +56,11 @@ def check_same(run: RunFolder, computation: Computation) -> None:
             return
         record = read_run(run.path)
         # fields that the run was started without have their defaults
-        before = replace(record, config=run_config(record.config, where=f"{run.path / RUN}: config").as_dict())
+        before = replace(
+            record,
+            config=run_config(record.config, where=f"{run.path / RUN}: config").as_dict(),
+            model_files=record.model_files or computation.model_files,
+        )
         differ = _differences(before, computation)
         if changed := [name for name in differ if name not in MAY_CHANGE and name.split(".")[0] not in unused]:
             raise ConfigError(
@@ -82,7 +86,8 @@ def record_start(
     def with_this_start() -> dict[str, Any]:
         start = _start(mesh, step)
         record = read_run(run.path) if (run.path / RUN).exists() else _new_record(computation, start, dropped)
-        return replace(record, starts=(*record.starts, start)).as_json()
+        model_files = record.model_files or computation.model_files
+        return replace(record, starts=(*record.starts, start), model_files=model_files).as_json()
 
     run.write_json(RUN, on_primary(with_this_start))
 

@@ -67,7 +67,7 @@ def test_rows_round_trip(tmp_path, images):
         Turn("human", "<image>\nWhat?"), Turn("gpt", "A ball."), Turn("human", "Colour?"), Turn("gpt", "Red."),
     )  # fmt: skip
     assert rows[3].turns == (Turn("human", "<image>\nno tag"), Turn("gpt", "naïve 🔴"))
-    assert rows.manifest.format == 3 and rows.manifest.report == report
+    assert rows.manifest.format == 4 and rows.manifest.report == report
     with pytest.raises(IndexError):
         rows[4]
 

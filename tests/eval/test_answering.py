@@ -21,6 +21,7 @@ from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.benchmarks.scenes import SCENES
 from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.results import read_result
+from lsg_jax.json_files import read_sealed
 from lsg_jax.sharding import local_rows, make_mesh, place_rows
 
 CONFIG = EvalConfig(batch_size=3, max_new_tokens=6)
@@ -74,8 +75,10 @@ models = {"base": lsg_jax.load(model, mesh=mesh), "lsg": lsg_jax.load(model, gat
 results = [dataclasses.asdict(evaluate(models, config, out / "eval"))]
 once = list(read)
 results.append(dataclasses.asdict(evaluate(models, config, out / "eval")))
-assert read == once, "what the log holds was asked again"
-(out / f"process{jax.process_index()}.json").write_text(json.dumps({"results": results, "read": read}))
+# process 0 compares the images with those that the answers are about, and nothing is asked again
+again = [item.id for item in items] if jax.process_index() == 0 else []
+assert read == once + again, "what the log holds was asked again"
+(out / f"process{jax.process_index()}.json").write_text(json.dumps({"results": results, "read": once}))
 """
 )
 
@@ -132,7 +135,7 @@ def test_devices_change_nothing(tiny_model, outputs, tmp_path):
 def test_processes_change_nothing_and_share_the_images(tiny_model, outputs, tmp_path):
     run_processes(TWO_PROCESSES, 2, devices_each=2, args=[tiny_model, tmp_path], timeout=300)
     first, second = (json.loads((tmp_path / f"process{rank}.json").read_text()) for rank in (0, 1))
-    result = json.loads((tmp_path / "eval" / "result.json").read_text())
+    result = read_sealed(tmp_path / "eval" / "result.json")
     assert first["results"] == second["results"] == [result, result]
     assert {(row["task"], row["questions"]) for row in result["ratios"]} == {("count", 20)}
     for layer in (1, 4):
@@ -147,8 +150,8 @@ def test_processes_change_nothing_and_share_the_images(tiny_model, outputs, tmp_
     # 12 questions a batch, 6 for each process: the second has 8 and repeats its first one four times, in the other process
     everything = {item.id for item in questions()[0]}
     assert {*first["read"], *second["read"]} == everything
-    # (near ties are read again, in both)
-    assert [2 * (6 + 6) <= len(first["read"]) <= 28, 2 * (6 + 3) <= len(second["read"]) <= 22] == [True, True]
+    # (near ties are read again, in both; the first reads the other 8 for the digests of its log)
+    assert [2 * (6 + 6) + 8 <= len(first["read"]) <= 36, 2 * (6 + 3) <= len(second["read"]) <= 22] == [True, True]
 
 
 def test_a_stopped_evaluation_goes_on(vlm, outputs, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def evaluation(tmp_path):
     """(folder, result of the benchmark, questions) of custom questions; all but one have a photo."""
     write_evaluation(tmp_path, write_questions(tmp_path / "questions"))
     entry = read_result(tmp_path / "result.json").benchmarks["mine"]
-    return tmp_path, entry, read_questions(tmp_path, "mine", ["base", "lsg", "var"])
+    return tmp_path, entry, read_questions(tmp_path, "mine", ["base", "lsg", "var"], {})
 
 
 def test_images_come_from_the_files_of_the_benchmark_as_long_as_they_fit(evaluation, monkeypatch):
@@ -86,7 +86,7 @@ def test_all_images_of_a_question_are_shown(tmp_path):
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_evaluation(tmp_path / "eval", tmp_path / "questions.jsonl", scenes=4)
     entry = read_result(tmp_path / "eval" / "result.json").benchmarks["mine"]
-    asked = read_questions(tmp_path / "eval", "mine", ["base", "lsg"])
+    asked = read_questions(tmp_path / "eval", "mine", ["base", "lsg"], {})
     red, blue = (small((tmp_path / name).read_bytes(), 224) for name in ("a.png", "b.png"))
     assert thumbnails("mine", entry, asked)[0] == {"1": [red, blue, red], "2": [blue], "3": [red, blue]}
     assert main(["report", str(tmp_path / "eval"), "--out", str(tmp_path / "report.html")]) == 0

@@ -92,7 +92,7 @@ def test_files_that_lsg_did_not_write_are_refused(work, tmp_path, capsys):
         (work / "run" / "run.json", "a file; give a folder"),
         (tmp_path / "empty", "expected a folder with sinks.json, probe.json, sweep.json, run.json, result.json"),
         (tmp_path / "old", "format lsg-eval-2, but this version of lsg reads lsg-eval-3"),
-        (tmp_path / "list", "format None"),
+        (tmp_path / "list", "expected a JSON object, got an array"),
         (tmp_path / "broken", "not as lsg writes it (KeyError: 'benchmarks')"),
         (tmp_path / "rows", "row 0 of lsg probe lacks metric"),
         (tmp_path / "answers", "ValueError: scenes: the methods were asked different questions"),

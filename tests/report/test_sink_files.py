@@ -1,6 +1,5 @@
 """The folder of `lsg sinks`: no file of the user is touched, nothing of an earlier run is left, each image has its files."""
 
-import json
 import re
 
 import pytest
@@ -11,6 +10,7 @@ from test_maps import entry
 from lsg_jax.cli import main
 from lsg_jax.cli.sinks import _images_below
 from lsg_jax.errors import InputError
+from lsg_jax.json_files import read_sealed
 from lsg_jax.report import sections, sink_files, sinks
 from lsg_jax.report.figures import draw_sinks_by_layer
 from lsg_jax.report.parts import Drawing
@@ -101,7 +101,7 @@ def test_a_second_run_replaces_the_first(tmp_path, monkeypatch):
 def test_each_image_names_its_files(tmp_path):
     found, images = photos(tmp_path / "own", "x/p.png", "y/p.png")
     written = write_sinks(found, images, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "sinks.json").read_text()) == written
+    assert read_sealed(tmp_path / "out" / "sinks.json") == written
     files = {name: of["file"] for name, of in written["images"].items()}
     assert files == {str(tmp_path / "own/x/p.png"): "p", str(tmp_path / "own/y/p.png"): "p-2"}
     for name, file in files.items():

@@ -20,6 +20,7 @@ from tensorboardX import record_writer
 
 from lsg_jax.checkpoint import Computation, RunFolder
 from lsg_jax.checkpoint.run_record import GitRevision
+from lsg_jax.checkpoint.step_log import step_line
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, TrainConfig, to_dict
 from lsg_jax.errors import ConfigError
 from lsg_jax.run_config import RunConfig
@@ -74,14 +75,18 @@ def test_a_resumed_run_tells_each_step_once(tmp_path):
     assert points(tmp_path / "tensorboard") == {step: names_and_values(step) for step in range(1, 12)}
 
 
-@pytest.mark.parametrize("broken", [b'{"step": 3, "lo', b'{"step": 3}', b"[3]\n", b"\xff\n", b"{}\n", b'{"step": 4}\n'])
-def test_lines_after_one_that_is_no_record_are_dropped(tmp_path, broken):
+@pytest.mark.parametrize("broken", [b'{"step": 2, "lo\n', b"[3]\n", b"\xff\n", b"{}\n", b'{"step": 4}\n', b'{"step": true}\n'])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_line_that_is_no_record_is_left_out_and_later_ones_stay(tmp_path, broken, sealed):
+    """Logs of earlier versions have no checksums; once read, all lines have one."""
     path = tmp_path / METRICS
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + broken + (b'{"step": 3}\n' if broken.endswith(b"\n") else b""))
+    line = step_line if sealed else lambda record: json.dumps(record) + "\n"
+    one, three = (line({"step": step}).encode() for step in (1, 3))
+    path.write_bytes(one + broken + three + b'{"step": 3, "lo')
     lines = JsonLines(path, after=3)
     lines.write({"step": 9})
     lines.close()
-    assert steps_told(path) == [1, 2, 9]
+    assert path.read_text() == "".join(step_line({"step": step}) for step in (1, 3, 9))
 
 
 def test_a_full_disk_costs_lines_but_never_half_a_line(tmp_path, caplog):

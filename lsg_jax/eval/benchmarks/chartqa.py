@@ -7,7 +7,7 @@ human_or_machine).
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
-from lsg_jax.data.parquet import ParquetFile, Row, parquet_files, read_rows
+from lsg_jax.data.parquet import Row, open_files, parquet_files, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
@@ -18,7 +18,7 @@ CATEGORIES = ("human", "augmented")
 
 def read(path: str) -> list[Item]:
     """Items with the field `category`, human or augmented; ids count the rows. Raises InputError: see `Benchmark.read`."""
-    columns = {name for file in parquet_files(path) for name in ParquetFile(file).columns}
+    columns = {name for file in open_files(parquet_files(path)) for name in file.columns}
     if {"query", "label"} <= columns:
         rows = read_rows(path, needs=["query", "label", "human_or_machine"], images=["image"])
         kinds = [{"0": "human", "1": "augmented"}.get(str(row["human_or_machine"]), row["human_or_machine"]) for row in rows]
