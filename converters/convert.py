@@ -94,7 +94,7 @@ def convert(
     check_free(target)
     checkpoint = find_checkpoint(source, revision=revision)
     below = None if base is None else find_checkpoint(base)
-    with open_checkpoint(checkpoint, below) as opened:
+    with open_checkpoint(checkpoint, below, target) as opened:
         where = f"{checkpoint.folder}/config.json"
         config = read_config(opened.folder, name=checkpoint.name, where=where)
         names = in_folder(checkpoint.folder, canonical_names, opened.weights.tensors, family_of(config).canonical_name)
@@ -210,7 +210,8 @@ def _plan(config: ModelConfig, weights: Source, names: dict[str, str], dtype: st
 def _into_folder(job: _Conversion, target: Path) -> None:
     """Writes the model folder next to `target` and moves it there when it is complete."""
     work = target.with_name(f"{target.name}.tmp")
-    if work.exists() and not (work.is_dir() and {p.name for p in work.iterdir()} <= _WORK_FILES):
+    file = lambda name: name.removeprefix(".").removesuffix(".tmp")  # `write_atomic` writes NAME through .NAME.tmp
+    if work.exists() and not (work.is_dir() and {file(path.name) for path in work.iterdir()} <= _WORK_FILES):
         raise InputError(f"{work}: exists and is not an interrupted conversion; remove it")
     with FolderLock(work) as lock:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from converters.rules import Part, layout_of
 from converters.safetensors_writer import SafetensorsWriter
 from lsg_jax.checkpoint import Manifest, hf_problems, iter_base, read_manifest, read_run, read_step
 from lsg_jax.errors import CheckpointError, InputError
-from lsg_jax.files import sync_folder
+from lsg_jax.files import new_folder
 from lsg_jax.json_files import read_object
 from lsg_jax.progress import Progress, silent
 
@@ -57,19 +56,10 @@ def export(
     model, target = Path(model_dir), Path(hf_dir)
     check_free(target)
     manifest = read_manifest(model)
-    work = target.with_name(f"{target.name}.tmp")
-    check_free(work)
-    try:
+    with new_folder(target) as work:
         for problem in hf_problems(model, manifest, manifest.hf):
             raise CheckpointError(f"{model}: damaged: {problem}; convert the model again")
-        work.mkdir(parents=True, exist_ok=True)
         _Export(model, manifest, shard_bytes, trained or {}).write(work, progress)
-        os.replace(work, target)
-        sync_folder(target.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(f"{work}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def trained_leaves(model_dir: str | Path, run: str | Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ However it is stored, it comes out in the Hugging Face layout: small files in a 
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from converters.layouts.write_twin import Original, write_twin
 from converters.reader import Source, open_source
 from converters.trained_files import take_files_of_part
 from lsg_jax.errors import CheckpointError, InputError
+from lsg_jax.files import scratch_folder
 from lsg_jax.json_files import read_object
 
 
@@ -49,8 +49,11 @@ class Opened:
 
 
 @contextmanager
-def open_checkpoint(checkpoint: Checkpoint, base: Checkpoint | None = None) -> Iterator[Opened]:
+def open_checkpoint(checkpoint: Checkpoint, base: Checkpoint | None, target: Path) -> Iterator[Opened]:
     """Opens a checkpoint, or a trained part of one and its base.
+
+    Args:
+        target: what is to be made of it; small files that are made on the way lie beside it.
 
     Raises:
         InputError: files are missing, damaged or do not belong together. ConfigError: a setting is not supported.
@@ -71,7 +74,7 @@ def open_checkpoint(checkpoint: Checkpoint, base: Checkpoint | None = None) -> I
         if layout is None and trained is None and not is_sentencepiece_alone(whole.folder):
             yield Opened(checkpoint.folder, weights)
             return
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lsg-convert-")))
+        work = stack.enter_context(scratch_folder(target, "hf"))
         copy_small_files(whole.folder, work)
         twin = layout.twin(config, str(config_file)) if layout is not None else None
         if part:

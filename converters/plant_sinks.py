@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.drawing import draw
 from lsg_jax.data.scene_questions import SceneQuestion, Split, scene_questions
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.files import scratch_folder
 from lsg_jax.json_files import read_object
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.opening import load_backbone
@@ -156,6 +156,8 @@ def _seen(vlm: VLM, split: Split, count: int, seed: int, progress: Progress) -> 
         raise InputError(
             f"{vlm.folder}: no V-sinks in {count} scenes, so there is nothing to plant; `lsg calibrate` may find dimensions"
         )
+    if not (found.visual & ~found.v_sink).any():
+        raise InputError(f"{vlm.folder}: every visual token is a V-sink: the threshold is far too low; see `lsg calibrate`")
     return found
 
 
@@ -187,10 +189,9 @@ def _spill(values: np.ndarray, tokens: _Tokens) -> dict[str, dict[str, float]]:
 
 def _write(vlm: VLM, model: Path, out: Path, kernel: np.ndarray, record: dict[str, Any]) -> None:
     """The model folder with another k_proj: out to Hugging Face format, and back."""
-    above, image = out.absolute().parent, vlm.config.image
-    above.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=above, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch) / f"{model.absolute().name}-planted"  # its name is the source that the manifest states
+    image = vlm.config.image
+    with scratch_folder(out, "planted") as scratch:
+        folder = scratch / f"{model.absolute().name}-planted"  # its name is the source that the manifest states
         export(model, folder, trained={K_PROJ: kernel})
         config = read_object(folder / "config.json")
         config |= {"lsg_sinks": to_dict(vlm.config.sinks), PLANTED: record}  # the known sinks may have hung on the model's name

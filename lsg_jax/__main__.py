@@ -9,10 +9,11 @@ from lsg_jax import stopping
 
 def run() -> None:
     """Runs the command of `sys.argv` and ends the process with its exit code."""
-    stopping.handle_signals()
-    sys.unraisablehook = _unraisable
-    _open_standard_streams()
     try:
+        stopping.handle_signals()
+        stopping.watch()
+        sys.unraisablehook = _unraisable
+        _open_standard_streams()
         from lsg_jax.cli import main
 
         code = main()

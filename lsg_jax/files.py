@@ -91,12 +91,17 @@ def _open_locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
         _lock(descriptor, wait=True)
-        try:
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                return descriptor
-        except FileNotFoundError:  # the writer before this one has renamed it
-            pass
+        if _is_at(descriptor, path):
+            return descriptor
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still that of the path: the writer before this one may have renamed it before it let go."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
@@ -126,25 +131,40 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; choose a new folder")
-    temporary = out.parent / f".{out.name}.tmp"
+    with scratch_folder(out, "tmp") as temporary:
+        try:
+            yield temporary
+            temporary.replace(out)  # replaces an empty folder
+            sync_folder(out.absolute().parent)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def scratch_folder(out: Path, purpose: str) -> Iterator[Path]:
+    """An empty folder `.NAME.PURPOSE` beside `out`, removed after the block.
+
+    Its name is always the same, so that the next command with this output takes over what a killed one left.
+
+    Raises:
+        InputError: it cannot be written.
+        BusyError: another command is using it.
+    """
+    temporary = out.absolute().parent / f".{out.absolute().name}.{purpose}"
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
     try:
-        if not _lock(descriptor, wait=False):
+        if not _lock(descriptor, wait=False) or not _is_at(descriptor, temporary):
             raise BusyError(f"{out}: another command is writing it; wait, or choose another output")
         try:
             for left in temporary.iterdir():
                 _remove(left)
             yield temporary
-            temporary.replace(out)  # replaces an empty folder
-        except OSError as error:
-            raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
         finally:
             _remove(temporary)
-        sync_folder(out.parent)
     finally:
         os.close(descriptor)
 

@@ -20,7 +20,7 @@ from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
-from lsg_jax.files import check_only, check_output
+from lsg_jax.files import check_only, check_output, write_atomic
 from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.finished import read_sections
@@ -134,7 +134,7 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: Progr
 def _write_config(out: Path, **paths: Path) -> Path:
     file = out / "config.toml"
     strings = {name: json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
-    file.write_text(CONFIG.format(**strings, layer=LAYER, questions=TEST_QUESTIONS), encoding="utf-8")
+    write_atomic(file, CONFIG.format(**strings, layer=LAYER, questions=TEST_QUESTIONS).encode())
     return file
 
 

@@ -4,9 +4,11 @@ The rule of one process, however often it is told to stop:
 
 - inside `stop_signals`, signals are only noted; the loop asks, saves, and raises `Preempted`;
 - elsewhere the first signal raises KeyboardInterrupt, and later ones do nothing, since the command is ending;
-- the third Ctrl-C ends the process at once, for a program that does not return from compilation.
+- where that does not end it within GRACE seconds, in a compilation or a library that drops the exception, the process is ended;
+- the third Ctrl-C ends the process at once.
 
-Signals belong to the process, so what has come is held here once. Only the main thread can receive them.
+Signals belong to the process, so what has come is held here once. Python calls handlers in the main thread, and only between
+two of its own instructions; so a command also has a thread that hears of signals while the main thread computes (`watch`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from lsg_jax.errors import Preempted
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = "stopped before it was done; run the same command again"
 PATIENCE = 3  # Ctrl-C this often ends the process at once
+GRACE = 10.0  # seconds for a command with nothing to save to end by itself
 
 
 class _Signals:
@@ -53,6 +56,32 @@ def handle_signals() -> dict[signal.Signals, Any]:
         return {}
     _signals.__init__()  # type: ignore[misc]  # what came in an earlier command of this process is over
     return {number: signal.signal(number, _signals.note) for number in SIGNALS}
+
+
+def watch() -> None:
+    """Starts the thread that ends this process after the third Ctrl-C, or if it does not end by itself (see above)."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def hear() -> None:
+        interrupts, ending = 0, False
+        while number := os.read(read, 1):
+            interrupts += number[0] == signal.SIGINT
+            if interrupts >= PATIENCE:
+                end_now()
+            if number[0] in SIGNALS and not ending and not _signals.saving:
+                ending = True
+                late = threading.Timer(GRACE, end_now)
+                late.daemon = True
+                late.start()
+
+    threading.Thread(target=hear, name="lsg signals", daemon=True).start()
+
+
+def was_stopped() -> bool:
+    """Whether a signal has come, although whatever ran then went on."""
+    return _signals.came
 
 
 def ignore_signals() -> None:
@@ -92,17 +121,23 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     if jax.distributed.is_initialized():
         # JAX handles SIGTERM itself; our handler would replace its own.
-        with _sigint_as_sigterm():
+        with _sigint_as_sigterm(), _saving():
             yield _together
         return
     with handled():
-        _signals.saving += 1
-        try:
+        with _saving():
             yield lambda: _signals.came
-        finally:
-            _signals.saving -= 1
         if _signals.came and not _signals.saving:
             raise Preempted(AGAIN)
+
+
+@contextlib.contextmanager
+def _saving() -> Iterator[None]:
+    _signals.saving += 1
+    try:
+        yield
+    finally:
+        _signals.saving -= 1
 
 
 @contextlib.contextmanager

@@ -227,9 +227,10 @@ class _Answering:
         encode = lambda i, sizes: encode_item(self.processor, items[i], prompts[i], sizes, limit)
         size = self.settings.batch_size * batch_rows(self.vlm.mesh)
         rows = local_rows(self.vlm.mesh, size)
-        left = [i for i in range(len(items)) if not all(i in self.known[layer] for layer in self.layers)]
+        which, threads = range(len(items)), self.config.num_threads
+        known = {i for i in which if all(i in self.known[layer] for layer in self.layers)}
         with stop_signals() as stopped:
-            asked = batches(self.processor, items, left, encode, size=size, rows=rows, threads=self.config.num_threads)
+            asked = batches(self.processor, items, which, encode, size=size, rows=rows, threads=threads, known=known)
             for questions in asked:
                 self._run_batch(questions, rows, stopped)
         return {layer: [self.known[layer][i] for i in range(len(self.test.items))] for layer in self.layers}

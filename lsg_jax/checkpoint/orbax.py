@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FOREVER = 4_000_000_000  # seconds; less than half of what Python lets a thread wait for, so that a clock may be set back too
+
 
 class OrbaxError(Exception):
     """An error of Orbax or TensorStore, as one line."""
@@ -33,7 +35,11 @@ def call_orbax(action: Callable[[Any], T]) -> T:
     """
     from orbax.checkpoint import v1 as ocp
 
-    with _quiet():
+    # Its deadlines are times of day, which a clock that is set makes pass at once, so they are put beyond any clock's reach;
+    # a process that waits for one that is gone ends by the heartbeat of JAX. Threads wait for each other until such deadlines
+    # only where folders are made in the background.
+    waiting = ocp.options.AsyncOptions(timeout_secs=FOREVER, create_directories_asynchronously=False)
+    with _quiet(), ocp.Context(async_options=waiting):
         try:
             return action(ocp)
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -61,7 +67,9 @@ def _quiet() -> Iterator[None]:
 
     asyncio, hook = logging.getLogger("asyncio"), sys.unraisablehook
     asyncio.addFilter(wanted)
-    sys.unraisablehook = lambda unraisable: logger.debug("%s", unraisable.exc_value)
+    sys.unraisablehook = lambda raised: (
+        hook(raised) if isinstance(raised.exc_value, KeyboardInterrupt) else logger.debug("%s", raised.exc_value)
+    )
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from lsg_jax.cli.options import Command
 from lsg_jax.cli.printable import PrintableFormatter, printable, printable_stdout
 from lsg_jax.errors import LsgError, Preempted
 from lsg_jax.files import check_output
-from lsg_jax.stopping import handled
+from lsg_jax.stopping import AGAIN, handled, was_stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,8 @@ def _run(options: argparse.Namespace) -> None:
     if (out := getattr(options, "out", None)) is not None and hasattr(options, "out_is_folder"):
         check_output(out, folder=options.out_is_folder)
     options.run(options)
+    if was_stopped() and not options.until_stopped:
+        raise Preempted(AGAIN)  # a library has dropped the exception: who knows what else
     sys.stdout.flush()
 
 
@@ -102,7 +104,7 @@ def _adder(commands: Any) -> Command:
         name: str, run: Callable[[argparse.Namespace], None], text: str, examples: tuple[str, str]
     ) -> argparse.ArgumentParser:
         sub = _described(commands.add_parser, text, examples, name=name, help=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, until_stopped=False)
         sub.add_argument("--traceback", action="store_true", help="print the whole traceback of an error")
         sub.add_argument("--verbose", action="store_true", help="log what the libraries do")
         return sub

@@ -21,6 +21,7 @@ def add(command: Command) -> None:
         "a page on 127.0.0.1: ask about images, see where the model looks, scale its sinks",
         ("lsg explore lsg-quickstart/model", "lsg explore lsg-quickstart/model --gates lsg-quickstart/run --open"),
     )
+    sub.set_defaults(until_stopped=True)
     sub.add_argument("model", type=Path, metavar="MODEL")
     template_option(sub)
     gate_options(sub)

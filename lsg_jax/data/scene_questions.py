@@ -36,6 +36,7 @@ from lsg_jax.data.shapes import (
     random_sizes,
 )
 from lsg_jax.errors import InputError
+from lsg_jax.files import write_atomic
 
 Split = Literal["train", "validation", "test"]
 Grain = Literal["coarse", "fine"]
@@ -144,7 +145,7 @@ def write_questions(folder: Path, split: Split, count: int, *, seed: int = 0, si
         rows.append(_as_row(question, image))
         records.append(as_llava(question, image))
     for name, lines in {"questions": rows, "llava": records}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return folder / "questions.jsonl"
 
 

@@ -61,7 +61,7 @@ def answer(
     outputs = dict(known or {})
     left = [i for i in range(len(items)) if i not in outputs]
     routes = ask_routes(vlm, items, prompts, config, which=left)
-    text_only = not any(items[i].images for i in left)
+    text_only = not any(item.images for item in items)
     encode = lambda i, sizes: encode_item(processor, items[i], prompts[i], sizes, config.max_length)
 
     def run(which: Sequence[int], batch_size: int, near_tie: float) -> list[int]:
@@ -69,7 +69,7 @@ def answer(
         size = batch_size * batch_rows(vlm.mesh)
         rows = local_rows(vlm.mesh, size)
         undecided = []
-        for batch in batches(processor, items, which, encode, size=size, rows=rows, threads=config.num_threads):
+        for batch in batches(processor, items, which, encode, size=size, rows=rows, threads=config.num_threads, known=outputs):
             members = batch.members
             local = vlm.pad_questions([batch.encoded[members[row]] for row in rows], batch.pixels)
             if text_only:
@@ -77,8 +77,9 @@ def answer(
             if routes is not None:
                 local = replace(local, route=np.array([routes[members[row]] for row in rows], np.int32))
             made = vlm.generate_in_full(place_rows(local, vlm.mesh, size), max_new_tokens)
-            near = {i for i, margin in zip(members, made.margin, strict=True) if margin < near_tie}
-            new = {i: _answer(processor, made, row, items[i]) for row, i in enumerate(members) if i not in near}
+            near = {i for i, margin in zip(members, made.margin, strict=True) if margin < near_tie} - outputs.keys()
+            other = near | outputs.keys()
+            new = {i: _answer(processor, made, row, items[i]) for row, i in enumerate(members) if i not in other}
             undecided += sorted(near)
             outputs.update(new)
             if on_batch and new:
@@ -86,7 +87,7 @@ def answer(
         return undecided
 
     near_tie = 0.0 if config.batch_size == 1 else near_tie_of(vlm, config)
-    run(run(left, config.batch_size, near_tie), 1, 0.0)
+    run(run(range(len(items)) if routes is None else left, config.batch_size, near_tie), 1, 0.0)
     return [outputs[i] for i in range(len(items))]
 
 

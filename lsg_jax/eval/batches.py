@@ -7,7 +7,7 @@ only by the process that computes its row.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -68,11 +68,13 @@ def batches(
     size: int,
     rows: Sequence[int],
     threads: int,
+    known: Container[int] = (),
 ) -> Iterator[QuestionBatch]:
     """The questions `which` in batches of exactly `size`, the same in every process.
 
     Args:
         rows: the rows of each batch whose pixels this process needs.
+        known: a batch of these alone is left out. So a resumed run computes the same batches, and rounds in the same way.
 
     Raises:
         InputError: an image cannot be read; names the question. Whatever `encode` raises; without tiles, before any batch.
@@ -90,6 +92,8 @@ def batches(
         waiting: deque[tuple[list[Asked], list[Future[Pixels | None]]]] = deque()
         try:
             for members in plan(asked, size):
+                if all(member.position in known for member in members):
+                    continue
                 here = {members[row].position: members[row] for row in rows}
                 once = {i: pool.submit(item_pixels, processor, items[i], one.images) for i, one in here.items()}
                 waiting.append((members, [once[members[row].position] for row in rows]))

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +95,22 @@ def look_of(group: str) -> Look:
     return LOOKS.get(group, Look(group, FAINT, ":", "x", ""))
 
 
-def check_rows(rows: Sequence[Row], columns: Iterable[str], *, study: str, stem: Path) -> None:
+@dataclass
+class Kept:
+    """Stands for the path of a figure that is kept in memory.
+
+    Attributes:
+        files: suffix -> content.
+    """
+
+    name: str
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def check_rows(rows: Sequence[Row], columns: Iterable[str], *, study: str, stem: Path | Kept) -> None:
     """Checks that there are rows and that each has the columns.
 
     Raises:
@@ -109,27 +124,30 @@ def check_rows(rows: Sequence[Row], columns: Iterable[str], *, study: str, stem:
 
 
 def render(
-    stem: Path, rows: Sequence[Row], columns: Sequence[str], size: tuple[float, float], paint: Callable[[Any], None]
+    stem: Path | Kept, rows: Sequence[Row], columns: Sequence[str], size: tuple[float, float], paint: Callable[[Any], None]
 ) -> list[Path]:
     """Draws a figure and writes it together with its numbers. Equal rows give equal bytes.
 
     Matplotlib's global state is neither read nor changed.
 
     Args:
-        stem: path of the files without suffix; a missing folder is created.
+        stem: path of the files without suffix; a missing folder is created. `Kept` keeps them in memory.
         rows, columns: the content of stem.csv, see `as_csv`.
         size: width and height in inches.
         paint: draws onto a matplotlib Figure of that size.
 
     Returns:
-        The paths of the CSV, the SVG and the PNG.
+        The paths of the CSV, the SVG and the PNG; none of what is kept in memory.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     svg = io.BytesIO()
     png = painted(size, paint, then=lambda figure: FigureCanvasSVG(figure).print_svg(svg, metadata=NO_METADATA))
-    stem.parent.mkdir(parents=True, exist_ok=True)
     files = {".csv": as_csv(rows, columns).encode(), ".svg": svg.getvalue(), ".png": png}
+    if isinstance(stem, Kept):
+        stem.files |= files
+        return []
+    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = {stem.with_name(stem.name + suffix): data for suffix, data in files.items()}
     for path, data in paths.items():
         write_atomic(path, data)
@@ -161,11 +179,20 @@ def painted(
         matplotlib.rcdefaults()  # ignore a user's matplotlibrc
         matplotlib.rcParams.update(SETTINGS)
         figure = Figure(figsize=size, dpi=dots_per_inch, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
         paint(figure)
-        FigureCanvasAgg(figure).print_png(png, metadata=metadata)
-        figure.set_layout_engine("none")  # the layout is done; a second pass would double the time
+        _lay_out(figure)
+        canvas.print_png(png, metadata=metadata)
         then(figure)
     return png.getvalue()
+
+
+def _lay_out(figure: Any) -> None:
+    """Places the axes once for all formats. The solver's last digits differ from run to run, so they are left out."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(side, 6) for side in axes.get_position(original=True).bounds])
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from lsg_jax.report.drawing import (
     INK,
     PAGE_WIDTH,
     RIM,
+    Kept,
     Look,
     Row,
     check_rows,
@@ -62,7 +63,7 @@ STACKING = ("v_sink", "l_sink", "ordinary", "text")  # bottom to top
 CHANCE = Look("chance", INK, ":", "", "")
 
 
-def draw_probe_curves(rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw_probe_curves(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """Scores of the probes of each token group by layer, a panel for each attribute and metric; bands: std over draws."""
     check_rows(rows, PROBE, study="lsg probe", stem=stem)
     panels, groups = distinct(rows, "attribute", "metric"), distinct(rows, "group")
@@ -106,7 +107,7 @@ def _series(rows: Sequence[Row], group: str, *columns: str) -> list[list[Any]]:
     return [[row[name] for row in own] for name in ("layer", *columns)]
 
 
-def draw_sinks_by_layer(rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw_sinks_by_layer(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """Tokens of each group at each layer, mean and standard deviation over images; sinks above, ordinary tokens below."""
     check_rows(rows, COUNTS, study="lsg sinks", stem=stem)
     groups = distinct(rows, "group")
@@ -129,7 +130,7 @@ def draw_sinks_by_layer(rows: Sequence[Row], stem: Path) -> list[Path]:
     return render(stem, rows, COUNTS, (COLUMN_WIDTH, 1.3 + 0.9 * len(parts)), paint)
 
 
-def draw_attention_shares(rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw_attention_shares(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """Attention on the keys of each token group by layer: stacked shares, mean over heads, a panel for each kind of query.
 
     The CSV holds these means, and the lowest and highest share of a single head.
@@ -203,7 +204,7 @@ def trend_of(losses: Sequence[float | None]) -> list[float | None]:
     return trend
 
 
-def draw_loss(rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw_loss(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """Training loss by step as dots, and its trend as a line; of several layers if gates are trained independently.
 
     Args:

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.eval.results import BASE, Estimate, EvaluationResult
-from lsg_jax.report.drawing import INK, Look, Row, check_rows, distinct, draw_interval, interval_text, plain, render, unit_of
+from lsg_jax.report.drawing import (
+    INK,
+    Kept,
+    Look,
+    Row,
+    check_rows,
+    distinct,
+    draw_interval,
+    interval_text,
+    plain,
+    render,
+    unit_of,
+)
 
 COLUMNS = ("benchmark", "metric", "method", "value", "change", "low", "high")
 METHODS = {
@@ -66,7 +78,7 @@ class _Block:
         return 1 + len(self.rows)
 
 
-def draw_gains(rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw_gains(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """A forest plot: for each benchmark and metric one line a method, with its change and interval, drawn and as numbers.
 
     A filled marker means that the interval excludes 0. The score of the base model is beside the heading. Benchmarks scored in

@@ -11,7 +11,7 @@ import numpy as np
 from lsg_jax.errors import InputError
 from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.gating.keys import GROUPS
-from lsg_jax.report.drawing import PAGE_WIDTH, PERCENTAGE_POINTS, Row, check_rows, distinct, look_of, render, unit_of
+from lsg_jax.report.drawing import PAGE_WIDTH, PERCENTAGE_POINTS, Kept, Row, check_rows, distinct, look_of, render, unit_of
 from lsg_jax.report.heat_map import Lines, dot_cells, draw_bar, draw_map, lines_of
 
 COLUMNS = ("benchmark", "task", "layer", "coefficients", "value", "change", "low", "high", "questions")
@@ -20,7 +20,7 @@ CHANGES = "RdBu"  # diverging, white at no change; red and blue stay apart for c
 COEFFICIENTS = "cividis"
 
 
-def draw_oracle_map(rows: Sequence[Row], stem: Path, *, groups: Sequence[str] = ()) -> list[Path]:
+def draw_oracle_map(rows: Sequence[Row], stem: Path | Kept, *, groups: Sequence[str] = ()) -> list[Path]:
     """Heat maps over tasks and layers: above the best change over the coefficients, below the coefficients that gave it.
 
     A dot marks a best change whose interval excludes 0, a cross a cell without a value. The best of many settings, chosen on

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 from PIL import Image
 
 from lsg_jax.eval.results import EvaluationResult
-from lsg_jax.report.drawing import Row
+from lsg_jax.report.drawing import Kept, Row
 from lsg_jax.report.pictures import data_url, small
 
 PICTURE_SIDE = 448  # pixels; as large as a phone shows, and sharp in print
@@ -223,12 +222,12 @@ def picture(caption: str, image: bytes | Image.Image, *, alt: str) -> Picture:
     return Picture(caption, data_url(*small(image, PICTURE_SIDE)), alt)
 
 
-def drawing(draw: Callable[[Sequence[Row], Path], list[Path]], rows: Sequence[Row], name: str, caption: str) -> Drawing:
+def drawing(draw: Callable[[Sequence[Row], Kept], list[Path]], rows: Sequence[Row], name: str, caption: str) -> Drawing:
     """Draws rows with a function of report.figures.
 
     Raises:
         InputError: the rows cannot be drawn.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        csv, svg, _ = draw(rows, Path(folder) / name)
-        return Drawing(svg.read_text(encoding="utf-8"), csv.read_text(encoding="utf-8"), f"{name}.csv", caption)
+    kept = Kept(name)
+    draw(rows, kept)
+    return Drawing(kept.files[".svg"].decode(), kept.files[".csv"].decode(), f"{name}.csv", caption)

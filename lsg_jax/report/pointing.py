@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,9 @@ from PIL import Image
 
 from lsg_jax.files import write_atomic
 from lsg_jax.report.drawing import (
-    DOTS_PER_INCH,
     INK,
     PAGE_WIDTH,
-    SETTINGS,
+    Kept,
     Look,
     check_rows,
     distinct,
@@ -28,6 +26,7 @@ from lsg_jax.report.drawing import (
     legend_above,
     look_of,
     numbers,
+    painted,
     render,
 )
 from lsg_jax.report.map_values import MAP_TITLES
@@ -73,7 +72,7 @@ class Example:
     hits: Mapping[str, bool]
 
 
-def draw_pointing(result: Mapping[str, Any], stem: Path) -> list[Path]:
+def draw_pointing(result: Mapping[str, Any], stem: Path | Kept) -> list[Path]:
     """Hit rate of each map by layer, with 95 % intervals, chance, and what sinks draw; a panel for each kind of question.
 
     Args:
@@ -134,17 +133,9 @@ def _draw_kind(axes: Any, kind: str, result: Mapping[str, Any]) -> None:
 
 def draw_examples(examples: Sequence[Example], path: Path) -> Path:
     """Each example as a column: the picture with its target, then each map on it, as a PNG file."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    maps = list(examples[0].maps)
 
-    maps, out = list(examples[0].maps), io.BytesIO()
-    width = PAGE_WIDTH / max(len(examples), 3)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
-        size = (width * len(examples) + 0.2, width * (len(maps) + 1) + 1.15)
-        figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    def paint(figure: Any) -> None:
         grid = figure.subplots(len(maps) + 1, len(examples), squeeze=False)
         for column, example in zip(grid.T, examples, strict=True):
             _draw_picture(column[0], example)
@@ -154,9 +145,11 @@ def draw_examples(examples: Sequence[Example], path: Path) -> Path:
             axes.set_ylabel(name)
         frames = {"what the question asks about": (TARGET, "-"), "most attended token": (PEAK, "--")}
         legend_above(figure, [_key_frame(text, *look) for text, look in frames.items()])
-        FigureCanvasAgg(figure).print_png(out)
+
+    width = PAGE_WIDTH / max(len(examples), 3)
+    png = painted((width * len(examples) + 0.2, width * (len(maps) + 1) + 1.15), paint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, out.getvalue())
+    write_atomic(path, png)
     return path
 
 

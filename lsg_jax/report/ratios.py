@@ -11,6 +11,7 @@ import numpy as np
 from lsg_jax.report.drawing import (
     GRID,
     PAGE_WIDTH,
+    Kept,
     Row,
     check_rows,
     distinct,
@@ -36,7 +37,7 @@ def drawn_groups(rows: Sequence[Row]) -> list[str]:
     return groups[:1] if len(groups) == 2 else groups
 
 
-def draw_gate_ratios(rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw_gate_ratios(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """Mean ratio over the questions of each task, as points with standard deviations, or with many layers as a heat map.
 
     Args:

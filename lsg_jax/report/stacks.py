@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.report.drawing import INK, PAGE_WIDTH, Look, Row, check_rows, draw_interval, layer_axis, render, unit_of
+from lsg_jax.report.drawing import INK, PAGE_WIDTH, Kept, Look, Row, check_rows, draw_interval, layer_axis, render, unit_of
 
 COLUMNS = ("part", "layers", "value", "change", "low", "high")
 PARTS = {
@@ -26,7 +26,7 @@ def rows_of_stack(study: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_stack(rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw_stack(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """Changes with intervals: at the left of each gate alone, by layer; at the right of the stack as gates are added.
 
     Args:

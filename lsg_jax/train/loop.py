@@ -55,9 +55,9 @@ def train(config: RunConfig, *, on_step: OnStep | None = None, began: float | No
         Preempted: SIGTERM or SIGINT was received; the state is saved.
     """
     run = RunFolder(config.output, keep=config.train.keep)
-    with stop_signals() as stopped, run.lock():
+    with run.lock():
         trainer = set_up(config, run, began)
-        with contextlib.closing(trainer.data):
+        with contextlib.closing(trainer.data), stop_signals() as stopped:
             _loop(trainer, stopped, on_step)
     return run.path
 
