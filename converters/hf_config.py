@@ -17,6 +17,7 @@ from converters.families.family import CheckpointFiles, Family, HFConfig
 from converters.families.fields import defined_fields, undefined_fields
 from converters.families.values import shortened
 from lsg_jax.config import ModelConfig
+from lsg_jax.config.ranges import Range
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError
 from lsg_jax.installed import check_installed
@@ -26,6 +27,14 @@ logger = logging.getLogger(__name__)
 
 _GATED_ATTENTION = ("qwen3_next", "qwen3_5", "qwen4_exp")
 """Starts of the model_types whose attention output goes through a trained sigmoid gate (arXiv 2505.06708)."""
+
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "depth"), Range("[1, 1e4]")),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), Range("[1, 1e4]")),
+    **dict.fromkeys(("hidden_size", "embed_dim", "image_size", "head_dim", "patch_size"), Range("[1, 1e6]")),
+    **dict.fromkeys(("vocab_size", "intermediate_size", "max_position_embeddings"), Range("[1, 1e9]")),
+}
+"""Fields of `config.json` that transformers or we make as many things of as they say."""
 
 PLANTED = "lsg_planted_sinks"
 """Field of config.json in which `lsg plant` says what it did to the weights."""
@@ -82,6 +91,7 @@ def model_config(
     Raises:
         ConfigError: an architecture, a field or a value is not supported; it is named.
     """
+    _check_sizes(config, where)
     config = find_family(config, where).restated(config)
     if ignored := ignored_fields(config, where=where):
         listed = ", ".join(f"{name} = {shortened(value)}" for name, value in ignored.items())
@@ -93,6 +103,15 @@ def model_config(
         return family.model_config(hf, CheckpointFiles(config, generation, preprocessor, where, name))
     except (TypeError, ValueError, ArithmeticError) as error:  # a value that no check has foreseen
         raise ConfigError(f"{where}: a value cannot be used: {error}; compare the file with a published one") from error
+
+
+def _check_sizes(part: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes beyond any model before transformers makes lists of that many entries. Other values are for the family."""
+    for name, value in part.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, f"{where}: {name}")
+        elif name in _SIZES and isinstance(value, int) and not isinstance(value, bool) and value > _SIZES[name].ends[1]:
+            _SIZES[name].check(value, f"{where}: {name}", int)
 
 
 def ignored_fields(config: Mapping[str, Any], *, where: str = "config.json") -> dict[str, Any]:

@@ -65,7 +65,7 @@ class PlantSettings(Table, name="plant"):
     strength: Annotated[float, Range("(0, 1000]")] = 5.0
     within: Annotated[float, Range("[0, 1000]")] = 0.25
     scenes: Annotated[int, Range("[8, 1e6]")] = 160
-    seed: Annotated[int, Range("[0, 1e9]")] = 0
+    seed: Annotated[int, Range("[0, 4294967295]")] = 0
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lsg_jax.errors import BusyError, InputError
 
@@ -20,14 +22,28 @@ def check_output(path: Path, *, folder: bool) -> None:
     Raises:
         InputError: it, or a folder above it, is of the other kind or not writable.
     """
+    try:
+        _try_output(path, folder=folder)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}; choose another output") from None
+
+
+def _try_output(path: Path, *, folder: bool) -> None:
+    """`check_output`, with an OSError where the system refuses. It tries: root may write anywhere by the permissions."""
     if path.exists() and path.is_dir() != folder:
         found, needed = ("a file", "a folder") if folder else ("a folder", "a file")
         raise InputError(f"{path}: is {found}, and {needed} is written; choose another output")
     above = next(each for each in (path, *path.absolute().parents) if each.exists())
     if above != path and not above.is_dir():
         raise InputError(f"{path}: cannot be written: {above} is a file; choose another output")
-    if not os.access(above, os.W_OK):
-        raise InputError(f"{path}: cannot be written: Permission denied; choose another output")
+    if above.is_file():
+        os.close(os.open(above, os.O_WRONLY | os.O_CLOEXEC))
+        above = above.parent
+    elif not above.is_dir():  # a device or pipe, such as /dev/stdout
+        return
+    with tempfile.NamedTemporaryFile(dir=above, prefix=".lsg-") as tried:
+        tried.write(b"0")
+        tried.flush()
 
 
 def check_only(folder: Path, known: frozenset[str], what: str) -> None:
@@ -231,3 +247,11 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         if "\0" not in str(path) and not isinstance(error, UnicodeEncodeError):
             raise
         raise InputError(f"{str(path)[:200]!r}: no file can have this name") from None
+
+
+def read_toml(path: Path, *, limit: int = 16 << 20) -> dict[str, Any]:
+    """The tables of a TOML file. Raises InputError as `read_regular` does, or if it is no TOML."""
+    try:
+        return tomllib.loads(read_regular(path, limit=limit).decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and a number of thousands of digits
+        raise InputError(f"{path}: not valid TOML: {error}") from None

@@ -15,8 +15,9 @@ from lsg_jax.checkpoint import LeafEntry, load_base, read_manifest, read_run, re
 from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict
 from lsg_jax.digest import text_sha256
-from lsg_jax.errors import InputError
+from lsg_jax.errors import InputError, NonFiniteError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
+from lsg_jax.memory import check_fits, tree_bytes
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method_model import abstract_model, join_trained
 from lsg_jax.methods.registry import METHODS
@@ -47,6 +48,8 @@ def load_backbone(
     config = manifest.config if sinks is None else dataclasses.replace(manifest.config, sinks=sinks)
     _, abstract = abstract_model(config)
     stored = _as_stored(abstract, manifest.leaves)
+    weights = stored if dtype is None else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), stored)
+    check_fits(tree_bytes(weights), f"{folder}: the model", "take more or larger devices, or bfloat16 weights", mesh=mesh)
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
     return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh, template=template)
 
@@ -88,6 +91,8 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
     check_together(gates)
     check_width(gates, vlm.config.text.hidden_size, vlm.config.text.num_layers)
     parameters = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), gates.parameters)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters)):
+        raise NonFiniteError(f"the gates at layers {list(gates.gate.layers)} hold NaN or infinity: train them again")
     parameters = jax.device_put(parameters, None if vlm.mesh is None else replicated(vlm.mesh))
     return vlm.with_method(Gates(gates.gate), parameters, sinks=sinks or gates.sinks)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,7 @@ from lsg_jax.config import (
 )
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.files import read_regular
-from lsg_jax.json_files import MAX_BYTES
+from lsg_jax.files import read_toml
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.registry import METHODS
 
@@ -100,13 +98,10 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     Raises:
         ConfigError: the file is missing or no TOML, or a field is unknown, missing, of another type or out of range.
     """
-    path = Path(path)
     try:
-        tree = tomllib.loads(read_regular(path, limit=MAX_BYTES).decode("utf-8"))
+        tree = read_toml(Path(path))
     except InputError as error:
-        raise ConfigError(str(error) if path.exists() else f"{path}: no such configuration file") from None
-    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, or a number of thousands of digits
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        raise ConfigError(str(error)) from None
     for override in overrides:
         apply_override(tree, override, where="--set")
     return run_config(tree, where=str(path))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
+from lsg_jax.config.ranges import Range
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.images import opened_images, to_patches
@@ -23,6 +24,8 @@ from lsg_jax.data.processor import Processor
 from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
+from lsg_jax.memory import check_answers
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method import BASE, Method
 from lsg_jax.methods.method_model import abstract_model, assemble, join_trained
 from lsg_jax.methods.registry import name_of
@@ -316,14 +319,16 @@ class VLM:
         return self.processor.collate(encoded, pixels, max_length=length, max_answer_tokens=1, padding_side="left")
 
     def generate_batch(self, batch: Batch, max_new_tokens: int) -> np.ndarray:
-        """`generate_ids` for a batch that is already made."""
-        return self.generate_in_full(batch, max_new_tokens).tokens
+        """`generate_ids` for a batch that is already made. Raises NonFiniteError where logits are not finite."""
+        made = self.generate_in_full(batch, max_new_tokens)
+        check_finite(made.margin, [f"prompt {row}" for row in range(1, len(made.margin) + 1)], self.method)
+        return made.tokens
 
     def generate_in_full(self, batch: Batch, max_new_tokens: int) -> Generated:
         """`generate_batch` with the margins and, of a gated model, the ratios float32 [gated layers, B, G]; on the host."""
-        if not 1 <= max_new_tokens <= self.config.text.max_positions:
-            most = self.config.text.max_positions
-            raise InputError(f"max_new_tokens is {max_new_tokens}: it must lie in [1, {most}], the positions of the model")
+        Range(f"[1, {self.config.text.max_positions}]").check(max_new_tokens, "max_new_tokens", int)  # positions of the model
+        rows, length = batch.input_ids.shape
+        check_answers(self, rows, length + max_new_tokens, "lower max_new_tokens or the batch size")
         # the answer slots are not used, and would only add shapes to compile
         batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
         read, cache = read_batch(self.params, batch, self.graphdef, max_new_tokens)

@@ -80,7 +80,7 @@ def test_any_dataclass_is_read_as_strictly():
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match="no such configuration file"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_run_config(tmp_path / "nothing.toml")
 
 

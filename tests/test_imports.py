@@ -14,6 +14,7 @@ PACKAGE = ROOT / "lsg_jax"
 
 # module or package below lsg_jax -> what it may import from lsg_jax, besides itself
 FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files", "json_files", "installed"}
+FOUNDATION |= {"memory"}
 BELOW_VLM = FOUNDATION | {"sinks", "gating", "sharding", "model", "methods", "data", "checkpoint"}
 OPENED = BELOW_VLM | {"vlm", "run_config", "opening"}
 MAY_IMPORT = {
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "json_files": {"errors", "digest", "files"},
     "installed": {"errors"},
     "config": {"errors"},
+    "memory": {"errors"},
     "sinks": FOUNDATION,
     "gating": FOUNDATION | {"sinks"},
     "sharding": FOUNDATION,

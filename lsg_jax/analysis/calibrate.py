@@ -34,6 +34,7 @@ from lsg_jax.data.images import open_image
 from lsg_jax.data.record_shapes import RecordError
 from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import InputError
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.projector import members
 from lsg_jax.progress import Progress, silent
@@ -179,7 +180,9 @@ def calibrate(vlm: VLM, images: Sequence[Path], prompt: str, *, progress: Progre
 def _count_sizes(sample: Sample, sites: dict[str, Site]) -> None:
     for half, batch, counted in sample.batches("1/2 dimensions"):
         seen = _sizes(sample.vlm.params, batch, counted, sample.vlm.graphdef)
-        vit, llm, norms, used = jax.tree.map(np.asarray, seen)
+        vit, (llm, sound), norms, used = jax.tree.map(np.asarray, seen)
+        rows = np.where(used, norms, 0) + np.where(sound.all(0), 0, np.nan)[:, None]
+        check_finite(rows, [f"an image of {sample.paths[0].parent}"] * len(rows), sample.vlm.method)
         sites["vit"].sizes[half] += vit
         sites["llm"].sizes[half] += llm[sites["llm"].looked].sum(0, dtype=np.int64)
         sites["vit"].tokens[half] += used.sum()
@@ -192,15 +195,16 @@ def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tup
     """Counts of tokens that reach each of SIZES, in the rows `counted` bool [B].
 
     Returns:
-        Counts of the features int32 [E, Dv], of the residual stream int32 [L, E, D]; norms of the features float32 [B, N], and
-        bool [B, N], those that a token of these rows shows.
+        Counts of the features int32 [E, Dv]; those of the residual stream int32 [L, E, D], with whether it is finite
+        bool [L, B]; norms of the features float32 [B, N], and bool [B, N], those that a token of these rows shows.
     """
     model = assemble(graphdef, params)
     assert batch.images is not None
     features, _ = model.image_features(batch.images)
     used = shown_features(batch, features.shape[1], model.config) & counted[:, None]
     valid = batch.attention_mask & counted[:, None]
-    streams = model(batch, observe=lambda view: reach(view.hidden, valid)).observed
+    sound = lambda states: jnp.isfinite(jnp.where(valid[..., None], states, 0)).all((1, 2))
+    streams = model(batch, observe=lambda view: (reach(view.hidden, valid), sound(view.hidden))).observed
     return reach(features, used), streams, jnp.linalg.norm(features.astype(jnp.float32), axis=-1), used
 
 

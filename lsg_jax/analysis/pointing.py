@@ -52,6 +52,7 @@ from lsg_jax.errors import ConfigError
 from lsg_jax.eval.identity import digests_of
 from lsg_jax.look.compute import boxes, reading
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, relative_to, without_sinks
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sinks.attention import received_attention
@@ -83,7 +84,7 @@ class PointingSettings(Table, name="pointing"):
     questions: Annotated[int, Range("[2, 1e6]")] = 200
     split: Split = "test"
     maps: tuple[str, ...] = ("raw", "no_sinks")
-    seed: Annotated[int, Range("[0, 1e9]")] = 0
+    seed: Annotated[int, Range("[0, 4294967295]")] = 0
     batch_size: Annotated[int, Range("[1, 1e5]")] = 8
 
     def __post_init__(self) -> None:
@@ -219,7 +220,9 @@ def _attention(vlm: VLM, asked: Sequence[TargetQuestion], prompts: Sequence[str]
         shown = seen["visual"][row, places]
         places = places[shown]
         sinks = seen["v_sink"][row, places] | seen["l_sink"][:, row, places]
-        rows.append(_Row(seen["weights"][:, row][..., places], sinks, box[shown]))
+        weights = seen["weights"][:, row][..., places]
+        check_finite(weights[None], [f"question {each.prompt!r}"], vlm.method)
+        rows.append(_Row(weights, sinks, box[shown]))
     return rows
 
 

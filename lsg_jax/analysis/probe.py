@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,12 @@ from lsg_jax.analysis.linear_probe import SHRINKAGES, Attribute, Probes, Splits,
 from lsg_jax.analysis.probe_images import ProbeData
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import to_dict
+from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.rows import Pixels
 from lsg_jax.data.sources import in_order, thread_count
-from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.errors import ConfigError, InputError, NonFiniteError
 from lsg_jax.eval.identity import digests_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
@@ -59,7 +60,7 @@ IMPLAUSIBLE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class ProbeSettings:
+class ProbeSettings(Table, name="probe"):
     """Settings of the study.
 
     Attributes:
@@ -72,20 +73,11 @@ class ProbeSettings:
     """
 
     prompt: str = "Describe the image."
-    draws: int = 5
-    tokens: int = 5
-    seed: int = 0
-    layers: tuple[int, ...] | None = None
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.draws < 2:
-            raise ConfigError(f"draws is {self.draws}: a deviation needs at least 2")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}: it must not be negative")
+    draws: Annotated[int, Range("[2, 1e4]")] = 5  # a deviation needs two
+    tokens: Annotated[int, Range("[1, 1e6]")] = 5
+    seed: Annotated[int, Range("[0, 4294967295]")] = 0
+    layers: tuple[Annotated[int, Range("[0, 1e4]")], ...] | None = None
+    batch_size: Annotated[int, Range("[1, 1e6]")] = 8
 
     def chosen_layers(self, count: int) -> list[int]:
         """The layers, ascending; `count` is the model's number of layers. Raises ConfigError for one that does not exist."""
@@ -153,7 +145,7 @@ def collect(vlm: VLM, data: ProbeData, settings: ProbeSettings, scratch: Path, p
         states, sinks = states[layers][:, : kept.stop - start], sinks[:, : kept.stop - start]
         if not np.isfinite(states).all():
             layer = layers[int(np.argmin(np.isfinite(states).all((1, 2, 3))))]
-            raise InputError(f"hidden states that enter layer {layer} are not finite for images {start} to {kept.stop - 1}")
+            raise NonFiniteError(f"hidden states that enter layer {layer} are not finite for images {start} to {kept.stop - 1}")
         features[:, kept] = states
         ever = sinks.any(0)
         present[:, kept, 0] = sinks[-1].any(-1)

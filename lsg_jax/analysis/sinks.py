@@ -47,6 +47,7 @@ from PIL import Image
 
 from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_force, run_warnings, verdicts
 from lsg_jax.config import to_dict
+from lsg_jax.config.ranges import Range
 from lsg_jax.data.images import open_image
 from lsg_jax.data.layout import ImageSize
 from lsg_jax.data.record_shapes import RecordError
@@ -55,6 +56,7 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.identity import digests_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.look.answered import largest_behind, patches_behind, with_answer
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.multimodal import gather_any
 from lsg_jax.progress import Progress, silent
@@ -90,8 +92,9 @@ def find_sinks(
     Raises:
         InputError: there are no images, one cannot be read, or `max_new_tokens` is negative.
     """
-    if not images or max_new_tokens < 0:
-        raise InputError("there is no image to look at" if not images else f"max_new_tokens is {max_new_tokens}, below 0")
+    if not images:
+        raise InputError("there is no image to look at")
+    Range("[0, 1e8]").check(max_new_tokens, "max_new_tokens", int)
     vit, llm = _readings(vlm)
     seen, entries = [], {}
     for done, (name, image) in enumerate(images.items(), 1):
@@ -100,6 +103,8 @@ def find_sinks(
         batch, prompt_mask, answer = with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
         patches = int((batch.source[0, :, 0] >= 0).sum())
         seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, patches)))
+        sizes = [seen[-1]["vit"]["norms"], seen[-1]["llm"]["norms"], seen[-1]["llm"]["mass"]]
+        check_finite(np.concatenate([each.ravel() for each in sizes])[None], [name], vlm.method)
         entries[name] = _place(vlm, size, seen[-1]["vit"]["patches"]) | _entry(seen[-1], vit, llm)
         entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
         entries[name]["answer_attention"] = _digits(seen[-1]["llm"]["answer"]) if len(answer) else None

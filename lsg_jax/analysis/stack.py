@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lsg_jax.analysis.scores import Score, Selection, score_rows, selection
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.config import SinkConfig, to_dict
+from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.results import BASE, EvaluationResult
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StackConfig:
+class StackConfig(Table, name="stack"):
     """How a stack is chosen.
 
     Attributes:
@@ -46,12 +47,11 @@ class StackConfig:
     """
 
     select: str | None = None
-    max_gates: int = 5
+    max_gates: Annotated[int, Range("[1, 1e4]")] = 5
     joint: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_gates < 1:
-            raise ConfigError(f"--max-gates {self.max_gates}: it must be at least 1")
+        super().__post_init__()
         if self.joint and self.max_gates == 1:
             raise ConfigError("--joint trains several gates together: raise --max-gates, which is 1")
 

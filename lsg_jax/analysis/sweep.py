@@ -11,12 +11,11 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, ans
 from lsg_jax.analysis.sweep_table import Grader
 from lsg_jax.checkpoint.processes import host_array, on_primary
 from lsg_jax.config import EvalConfig, GateConfig, Grouping, to_dict
+from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.rows import Pixels
 from lsg_jax.digest import text_sha256
@@ -37,13 +37,15 @@ from lsg_jax.eval.identity import digests_of, meaning_of, surroundings
 from lsg_jax.eval.runner import Asked, ask_all
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.json_files import write_sealed
+from lsg_jax.memory import check_answers
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.gates import check_gate
 from lsg_jax.progress import Progress, silent
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.sinks.plausible import implausible
 from lsg_jax.stopping import stop_signals
 from lsg_jax.types import Batch
-from lsg_jax.vlm import VLM
+from lsg_jax.vlm import PROMPT_BUCKET, VLM
 
 RESULT = "sweep.json"
 
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Table, name="sweep"):
     """The cells to compute.
 
     Attributes:
@@ -60,12 +62,13 @@ class SweepConfig:
         batch_size: questions at a time on each device; each question runs under all coefficients at once.
     """
 
-    layers: tuple[int, ...]
-    coefficients: tuple[tuple[float, ...], ...]
+    layers: tuple[Annotated[int, Range("[0, 1e4]")], ...]
+    coefficients: tuple[tuple[Annotated[float, Range("[-1000, 1000]")], ...], ...]
     grouping: Grouping = "v_sink_rest"
-    batch_size: int = 1
+    batch_size: Annotated[int, Range("[1, 1e6]")] = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         groups = GROUPS[self.grouping]
         if not self.coefficients:
             raise ConfigError("no coefficients to sweep: give at least one tuple, for example 0,1")
@@ -75,14 +78,8 @@ class SweepConfig:
                 raise ConfigError(
                     f"coefficients {text}: {len(values)} given, grouping {self.grouping} has {len(groups)}: {', '.join(groups)}"
                 )
-            if not all(map(math.isfinite, values)):
-                raise ConfigError(f"coefficients {text}: they must be finite numbers")
         if len(set(self.coefficients)) < len(self.coefficients):
             raise ConfigError("coefficients: one tuple is named twice")
-        if negative := [layer for layer in self.layers if layer < 0]:
-            raise ConfigError(f"sweep.layers: layer {negative[0]} does not exist")
-        if self.batch_size < 1:
-            raise ConfigError(f"the batch size is {self.batch_size}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -226,6 +223,9 @@ class _Answering:
         items, prompts, limit = self.test.items, self.test.prompts, self.config.max_length
         encode = lambda i, sizes: encode_item(self.processor, items[i], prompts[i], sizes, limit)
         size = self.settings.batch_size * batch_rows(self.vlm.mesh)
+        cells, least = size * len(self.coefficients), PROMPT_BUCKET + self.test.max_new_tokens
+        remedy = "lower --batch-size, eval.max_new_tokens or the number of coefficients"
+        check_answers(self.vlm, cells, least, remedy)
         rows = local_rows(self.vlm.mesh, size)
         which, threads = range(len(items)), self.config.num_threads
         known = {i for i in which if all(i in self.known[layer] for layer in self.layers)}
@@ -267,6 +267,8 @@ class _Answering:
             tokens: int32 [B, C, N].
             margin: float32 [B, C], the smallest gap between the two highest logits of each answer.
         """
+        where = "" if layer == NO_LAYER else f" with fixed coefficients in layer {layer}"
+        check_finite(margin, [f"question {self.test.items[i].id}{where}" for i in members], self.vlm.method)
         own = {i: row for row, i in reversed(list(enumerate(members)))}  # the last batch of a length may repeat a question
         tokens = tokens.copy()
         near = [(i, c) for i, row in own.items() for c in np.flatnonzero(margin[row] < near_tie_of(self.vlm, self.config))]
@@ -275,8 +277,8 @@ class _Answering:
         for start in range(0, len(near), size):
             some = near[start : start + size]
             some += some[:1] * (size - len(some))
-            where = np.full(size, layer, np.int32), coefficients[[c for _, c in some]]
-            placed = self._place([i for i, _ in some], encoded, *where)
+            cells = np.full(size, layer, np.int32), coefficients[[c for _, c in some]]
+            placed = self._place([i for i, _ in some], encoded, *cells)
             again = answer_alone(self.vlm.params, *placed, self.vlm.graphdef, self.settings.grouping, self.test.max_new_tokens)
             for (i, c), answer in zip(some, host_array(again), strict=True):
                 tokens[own[i], c] = answer

@@ -57,7 +57,7 @@ def call_orbax(action: Callable[[Any], T]) -> T:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the tracebacks of the tasks that Orbax abandons after a failure."""
+    """Silences the tracebacks that Orbax's threads log, and those of the tasks that it abandons after a failure."""
 
     noise = ("was destroyed but it is pending", "exception was never retrieved")
 
@@ -65,8 +65,12 @@ def _quiet() -> Iterator[None]:
         text = record.getMessage()
         return not any(part in text for part in noise)
 
-    asyncio, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    def not_failed(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or logger.isEnabledFor(logging.DEBUG)
+
+    asyncio, absl, hook = logging.getLogger("asyncio"), logging.getLogger("absl"), sys.unraisablehook
     asyncio.addFilter(wanted)
+    absl.addFilter(not_failed)
     sys.unraisablehook = lambda raised: (
         hook(raised) if isinstance(raised.exc_value, KeyboardInterrupt) else logger.debug("%s", raised.exc_value)
     )
@@ -75,3 +79,4 @@ def _quiet() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         asyncio.removeFilter(wanted)
+        absl.removeFilter(not_failed)

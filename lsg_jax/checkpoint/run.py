@@ -31,6 +31,7 @@ from lsg_jax.checkpoint.processes import is_primary, on_primary, share_bytes
 from lsg_jax.checkpoint.steps import DamagedStep, StepLeaf, StepMeta, StepRecord, StoredLeaf
 from lsg_jax.checkpoint.tree import loaded_name, nest
 from lsg_jax.config import from_dict, to_dict
+from lsg_jax.config.ranges import Range
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import write_atomic
 from lsg_jax.json_files import read_sealed, write_sealed
@@ -64,8 +65,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, keep: int = 3):
-        if keep < 1:
-            raise InputError(f"keep is {keep}: at least one step must be kept")
+        Range("[1, 1e6]").check(keep, "keep", int)
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.quarantine = self.path / "quarantine"

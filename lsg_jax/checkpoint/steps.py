@@ -168,7 +168,8 @@ def _lost(folder: Path, step: int, error: Exception) -> CheckpointError:
     if is_primary():
         shutil.rmtree(folder / str(step), ignore_errors=True)
         remove_leftovers(folder)
-    return CheckpointError(f"{folder}: step {step} was not saved: {first_line(error)}; earlier steps are kept")
+    why = f"step {step} was not saved: {first_line(error)}"
+    return CheckpointError(f"{folder}: {why}; earlier steps are kept: free space if the disk is full, and run it again")
 
 
 def read_record(folder: Path, step: int) -> StepRecord:

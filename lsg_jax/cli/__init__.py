@@ -24,15 +24,14 @@ from lsg_jax.stopping import AGAIN, handled, was_stopped
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 usage, others as in lsg_jax.errors."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         # A character that the terminal's encoding lacks is printed as \xe9 or \u4e2d, as on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
-    command = ["lsg"]
+    command = ["lsg", *arguments[: 2 if arguments[:1] == ["gates"] else 1]]
     with handled():
         try:
             options = parser().parse_args(arguments)
-            command += [options.command, *([options.action] if options.command == "gates" else [])]
             with printable_stdout():
                 _run(options)
             return 0
@@ -57,8 +56,8 @@ def _run(options: argparse.Namespace) -> None:
     logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax logs through it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not found: nothing here needs it
-    if (out := getattr(options, "out", None)) is not None and hasattr(options, "out_is_folder"):
-        check_output(out, folder=options.out_is_folder)
+    if (out := getattr(options, getattr(options, "writes", ""), None)) is not None:
+        check_output(out, folder=options.writes_folder)
     options.run(options)
     if was_stopped() and not options.until_stopped:
         raise Preempted(AGAIN)  # a library has dropped the exception: who knows what else

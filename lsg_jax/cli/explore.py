@@ -8,7 +8,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, template_option
+from lsg_jax.cli.options import Command, gate_options, load_model, number_option, template_option
 
 PORT = 8411
 
@@ -25,18 +25,17 @@ def add(command: Command) -> None:
     sub.add_argument("model", type=Path, metavar="MODEL")
     template_option(sub)
     gate_options(sub)
-    sub.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer; default: %(default)s")
-    sub.add_argument("--port", type=int, default=PORT, metavar="P", help="0: any free one; default: %(default)s")
+    number_option(
+        sub, "--max-new-tokens", int, "[1, 1e8]", default=32, metavar="N", help="longest answer; default: %(default)s"
+    )
+    number_option(sub, "--port", int, "[0, 65535]", default=PORT, metavar="P", help="0: any free one; default: %(default)s")
     sub.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
 def _explore(options: argparse.Namespace) -> None:
-    from lsg_jax.errors import InputError
     from lsg_jax.look.asking import Asker
     from lsg_jax.look.server import ADDRESS, Explorer, bind, make_app, serve
 
-    if options.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
     with bind(options.port) as listening:
         asker = Asker(load_model(options), max_new_tokens=options.max_new_tokens)
         gates = Path(options.gates).name if options.gates else ""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from lsg_jax.cli.options import Command, out_option, sink_config, sink_option
+from lsg_jax.cli.options import Command, number_option, out_option, sink_config, sink_option
 from lsg_jax.config import Activation
 from lsg_jax.errors import InputError
 from lsg_jax.files import check_output
@@ -52,9 +52,9 @@ def add(command: Command) -> None:
     )
     sub.add_argument("out", type=Path, metavar="OUT.safetensors")
     text = "the gated decoder layers, from 0, in the order of the gates where these are a list"
-    sub.add_argument("--layers", type=int, nargs="+", action="extend", default=[], metavar="L", help=text)
+    number_option(sub, "--layers", int, "[0, 1e4]", nargs="+", action="extend", default=[], metavar="L", help=text)
     sub.add_argument("--activation", choices=get_args(Activation), help="between the linear maps, which no file says; gelu")
-    sub.add_argument("--key-scale", type=float, metavar="X", help="multiplies the ratios; 1.0")
+    number_option(sub, "--key-scale", float, "(0, 1000]", metavar="X", help="multiplies the ratios; 1.0")
     text = "tensors within a gate to leave out, where they change nothing"
     sub.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="TENSOR", help=text)
     sub.add_argument("--json", action="store_true", help="print what was understood as JSON instead of a table")

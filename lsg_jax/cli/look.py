@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from lsg_jax.cli.models import IMAGE
-from lsg_jax.cli.options import Command, gate_options, load_model, out_option, template_option
+from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_option, template_option
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def add(command: Command) -> None:
     out_option(sub, folder=True, help="write look.html, pictures, a figure by layer, look.json and maps.npz")
     text = "raw: attention weights; no_sinks: without V- and L-sinks; relative: over a neutral prompt. Default: raw no_sinks"
     sub.add_argument("--maps", nargs="+", choices=("raw", "no_sinks", "relative"), default=["raw", "no_sinks"], help=text)
-    sub.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (32)")
+    number_option(sub, "--max-new-tokens", int, "[1, 1e8]", default=32, metavar="N", help="longest answer (32)")
     sub.add_argument("--json", action="store_true", help="print look.json instead of the answer and the shares")
     template_option(sub)
     gate_options(sub)

@@ -6,7 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar, template_option
+from lsg_jax.cli.options import (
+    Command,
+    gate_options,
+    load_model,
+    number_option,
+    out_folder,
+    out_option,
+    progress_bar,
+    template_option,
+)
 
 IMAGE = "lsg-quickstart/validation/images/00000.png"
 ASK = f'lsg generate lsg-quickstart/model --image {IMAGE} --prompt "How many shapes are there?"'
@@ -36,14 +45,14 @@ def add(command: Command) -> None:
         metavar="SOURCE",
         help="local folder in HF format or an original layout, a Hub id, or `embedded`: the model that comes with the package",
     )
-    sub.add_argument("model", type=Path, metavar="MODEL", help="folder to write")
+    out_folder(sub, "model", metavar="MODEL", help="folder to write")
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
     sub.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub id")
     sub.add_argument(
         "--base", metavar="B", help="folder or Hub id that SOURCE, an adapter or a projector alone, was trained on"
     )
     text = "shrink larger images to N pixels; for models that take images of any size. Default: as the checkpoint says"
-    sub.add_argument("--max-pixels", type=int, metavar="N", help=text)
+    number_option(sub, "--max-pixels", int, "[1, 1e9]", metavar="N", help=text)
 
     sub = command(
         "export",
@@ -52,7 +61,7 @@ def add(command: Command) -> None:
         ("lsg export lsg-quickstart/model hf/embedded", "lsg export models/llava15_7b hf/llava15_7b --trained runs/full"),
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
-    sub.add_argument("hf_dir", type=Path, metavar="HF_DIR")
+    out_folder(sub, "hf_dir", metavar="HF_DIR")
     sub.add_argument("--trained", type=Path, metavar="RUN", help='replace the parts that a run of method = "full" has trained')
 
     _add_readers(command)
@@ -92,7 +101,7 @@ def _add_readers(command: Command) -> None:
     )
     template_option(sub)
     gate_options(sub)
-    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    number_option(sub, "--max-new-tokens", int, "[1, 1e8]", default=128, metavar="N")
 
 
 def _quickstart(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lsg_jax import distributed
 from lsg_jax.cli.compile_cache import use_compile_cache
+from lsg_jax.config.ranges import Range, shown
 from lsg_jax.errors import ConfigError
 from lsg_jax.progress import Progress, silent
 
@@ -31,7 +32,33 @@ Command = Callable[[str, Callable[[argparse.Namespace], None], str, tuple[str, s
 def out_option(sub: argparse.ArgumentParser, *, folder: bool, **settings: Any) -> None:
     """Adds --out, which `main` checks before it runs the command."""
     sub.add_argument("--out", type=Path, metavar="DIR" if folder else "FILE", **settings)
-    sub.set_defaults(out_is_folder=folder)
+    sub.set_defaults(writes="out", writes_folder=folder)
+
+
+def out_folder(sub: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """Adds an argument that is the folder to write, which `main` checks before it runs the command."""
+    sub.add_argument(name, type=Path, **settings)
+    sub.set_defaults(writes=name, writes_folder=True)
+
+
+def number_option(sub: Any, name: str, kind: type, interval: str, *, also: int | None = None, **settings: Any) -> None:
+    """Adds an option that takes numbers in a range (`lsg_jax.config.ranges.Range`). Others raise ConfigError, which names it.
+
+    Args:
+        sub: a parser or a group of its options.
+        kind: int or float.
+    """
+    limits = Range(interval, also)
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {shown(text)}") from None
+        limits.check(value, name, kind)
+        return value
+
+    sub.add_argument(name, type=read, **settings)
 
 
 def gate_options(sub: argparse.ArgumentParser) -> None:
@@ -106,11 +133,13 @@ def process_options(sub: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="address of process 0; needed, like the next two, without a TPU slice, Slurm, Open MPI or Kubernetes",
     )
-    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
-    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
-    group.add_argument(
+    number_option(group, "--num-processes", int, "[1, 1e6]", metavar="N", help="number of processes")
+    number_option(group, "--process-id", int, "[0, 1e6]", metavar="I", help="index of this process, from 0")
+    number_option(
+        group,
         "--heartbeat",
-        type=int,
+        int,
+        "[1, 1e6]",
         default=distributed.HEARTBEAT,
         metavar="SECONDS",
         help="a process that is silent for so long ends all; default: %(default)s",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.cli.compile_cache import use_compile_cache
-from lsg_jax.cli.options import Command
+from lsg_jax.cli.options import Command, number_option
 
 UTILISATION = 0.5
 
@@ -41,19 +41,25 @@ def add(command: Command) -> None:
         help="policies to compile; default: from the fastest to the first that fits, and that of CONFIG",
     )
     rows = sub.add_mutually_exclusive_group()
-    rows.add_argument("--batch", type=int, metavar="N", help="training batch over all chips; default: that of CONFIG")
-    rows.add_argument("--rows-per-chip", type=int, metavar="N", help="training batch for each chip: for weak scaling")
+    number_option(rows, "--batch", int, "[1, 1e6]", metavar="N", help="training batch over all chips; default: that of CONFIG")
+    number_option(rows, "--rows-per-chip", int, "[1, 1e6]", metavar="N", help="training batch for each chip: for weak scaling")
     sub.add_argument(
         "--largest-batch",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="search for the largest training batch: two or three compilations",
     )
-    sub.add_argument("--records", type=int, metavar="N", help="training examples; default: data.records if there, else 10000")
-    sub.add_argument("--questions", type=int, metavar="N", help="default: of [eval.benchmarks], else CV-Bench and MMStar")
-    sub.add_argument(
+    number_option(
+        sub, "--records", int, "[1, 1e12]", metavar="N", help="training examples; default: data.records if there, else 10000"
+    )
+    number_option(
+        sub, "--questions", int, "[1, 1e12]", metavar="N", help="default: of [eval.benchmarks], else CV-Bench and MMStar"
+    )
+    number_option(
+        sub,
         "--utilisation",
-        type=float,
+        float,
+        "(0, 1]",
         default=UTILISATION,
         metavar="X",
         help="share of the peak rate that a run reaches; default: %(default)s",
@@ -72,7 +78,6 @@ def _plan(options: argparse.Namespace) -> None:
 
     import jax
 
-    from lsg_jax.errors import InputError
     from lsg_jax.plan.plan import PlanSettings, plan
     from lsg_jax.plan.recipe import assume
     from lsg_jax.plan.results import as_json
@@ -81,10 +86,6 @@ def _plan(options: argparse.Namespace) -> None:
 
     use_compile_cache()
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is not used
-    if not 0 < options.utilisation <= 1:
-        raise InputError(f"--utilisation {options.utilisation:g}: give a share above 0, up to 1")
-    if options.rows_per_chip is not None and options.rows_per_chip < 1:
-        raise InputError(f"--rows-per-chip {options.rows_per_chip}: it must be at least 1")
     config = load_run_config(options.config, options.overrides)
     if options.batch is not None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=options.batch))

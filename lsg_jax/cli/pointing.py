@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_folder, out_option, progress_bar
 from lsg_jax.data.scene_targets import TARGETS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add(command: Command) -> None:
         ),
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
-    sub.add_argument("--questions", type=int, default=200, metavar="N", help="of each kind and split; default: 200")
+    number_option(sub, "--questions", int, "[2, 1e6]", default=200, metavar="N", help="of each kind and split; default: 200")
     sub.add_argument(
         "--kinds", nargs="+", default=list(TARGETS), choices=list(TARGETS), metavar="KIND", help=", ".join(TARGETS)
     )
@@ -41,8 +41,8 @@ def add(command: Command) -> None:
     sub.add_argument("--split", choices=["test", "validation", "train"], default="test", help=text)
     text = "raw, no_sinks, relative; default: raw no_sinks. relative asks a neutral question besides, which takes twice as long"
     sub.add_argument("--maps", nargs="+", default=["raw", "no_sinks"], metavar="MAP", help=text)
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes; default: 0")
-    sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time; default: 8")
+    number_option(sub, "--seed", int, "[0, 4294967295]", default=0, metavar="N", help="of the scenes; default: 0")
+    number_option(sub, "--batch-size", int, "[1, 1e5]", default=8, metavar="N", help="questions at a time; default: 8")
     gate_options(sub)
     out_option(sub, folder=True, required=True, help="folder for pointing.json, the figure and example pictures")
     sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
@@ -57,14 +57,20 @@ def add(command: Command) -> None:
         ),
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
-    sub.add_argument("out_model", type=Path, metavar="OUT", help="model folder to write")
-    sub.add_argument("--layers", type=int, nargs="+", required=True, metavar="L", help="decoder layers, 0-based")
+    out_folder(sub, "out_model", metavar="OUT", help="model folder to write")
+    number_option(sub, "--layers", int, "[0, 1e4]", nargs="+", required=True, metavar="L", help="decoder layers, 0-based")
     text = "V-sink keys become 1 + S times themselves; default: 5"
-    sub.add_argument("--strength", type=float, default=5.0, metavar="S", help=text)
-    sub.add_argument(
-        "--scenes", type=int, default=160, metavar="N", help="scenes that show where V-sinks stand out; default: 160"
+    number_option(sub, "--strength", float, "(0, 1000]", default=5.0, metavar="S", help=text)
+    number_option(
+        sub,
+        "--scenes",
+        int,
+        "[8, 1e6]",
+        default=160,
+        metavar="N",
+        help="scenes that show where V-sinks stand out; default: 160",
     )
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes; default: 0")
+    number_option(sub, "--seed", int, "[0, 4294967295]", default=0, metavar="N", help="of the scenes; default: 0")
 
 
 def _pointing(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_option, progress_bar
 from lsg_jax.errors import ConfigError
 
 SCENES = "scenes"
@@ -30,15 +30,25 @@ def add(command: Command) -> None:
         "--data", required=True, metavar="scenes|FOLDER", help="rendered scenes, or what `lsg prepare --format clevr` wrote"
     )
     sub.add_argument("--test-data", type=Path, metavar="FOLDER", help="held-out images; default: a fifth of those of --data")
-    sub.add_argument("--images", type=int, metavar="N", help="images, a fifth held out; default: 5000, or all of a folder")
-    sub.add_argument("--prompt", default="Describe the image.", metavar="TEXT", help="the question that goes with each image")
-    sub.add_argument(
-        "--draws", type=int, default=5, metavar="N", help="random draws of ordinary tokens and of training images; default: 5"
+    number_option(
+        sub, "--images", int, "[1, 1e9]", metavar="N", help="images, a fifth held out; default: 5000, or all of a folder"
     )
-    sub.add_argument("--tokens", type=int, default=5, metavar="N", help="ordinary tokens per draw; default: 5")
-    sub.add_argument("--seed", type=int, default=0, metavar="N")
-    sub.add_argument("--layers", type=int, nargs="+", metavar="L", help="decoder layers, 0-based; default: all")
-    sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time on each device; default: 8")
+    sub.add_argument("--prompt", default="Describe the image.", metavar="TEXT", help="the question that goes with each image")
+    number_option(
+        sub,
+        "--draws",
+        int,
+        "[2, 1e4]",
+        default=5,
+        metavar="N",
+        help="random draws of ordinary tokens and of training images; default: 5",
+    )
+    number_option(sub, "--tokens", int, "[1, 1e6]", default=5, metavar="N", help="ordinary tokens per draw; default: 5")
+    number_option(sub, "--seed", int, "[0, 4294967295]", default=0, metavar="N")
+    number_option(sub, "--layers", int, "[0, 1e4]", nargs="+", metavar="L", help="decoder layers, 0-based; default: all")
+    number_option(
+        sub, "--batch-size", int, "[1, 1e6]", default=8, metavar="N", help="images at a time on each device; default: 8"
+    )
     gate_options(sub)
     out_option(sub, folder=True, required=True, help="folder for probe.json and the figure")
     sub.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, out_option, progress_bar, template_option
+from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_option, progress_bar, template_option
 from lsg_jax.errors import InputError
 
 PROMPT = "Describe the image."
@@ -32,13 +32,13 @@ def add(command: Command) -> None:
     text = "image files, or folders, which are searched with their subfolders"
     sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help=text)
     text = "use N images of each folder that can be read, evenly spaced by name (32)"
-    sub.add_argument("--limit", type=int, default=32, metavar="N", help=text)
+    number_option(sub, "--limit", int, "[1, 1e9]", default=32, metavar="N", help=text)
     out_option(sub, folder=True, help="write sinks.json, each image with its sinks and its maps, and figures")
     text = "decoder layer of the maps; by default the one in which sinks draw most"
-    sub.add_argument("--layer", type=int, metavar="N", help=text)
+    number_option(sub, "--layer", int, "[0, 1e4]", metavar="N", help=text)
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     text = "longest answer whose attention is measured (16); 0 for the prompt's alone"
-    sub.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=text)
+    number_option(sub, "--max-new-tokens", int, "[0, 1e8]", default=16, metavar="N", help=text)
     template_option(sub)
     gate_options(sub)
 
@@ -54,8 +54,14 @@ def add(command: Command) -> None:
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, searched with its subfolders")
     out_option(sub, folder=False, help="write the TOML to this file as well")
-    sub.add_argument(
-        "--limit", type=int, default=256, metavar="N", help="use N images that can be read, evenly spaced by name (256)"
+    number_option(
+        sub,
+        "--limit",
+        int,
+        "[1, 1e9]",
+        default=256,
+        metavar="N",
+        help="use N images that can be read, evenly spaced by name (256)",
     )
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
     template_option(sub)
@@ -87,7 +93,7 @@ def _named_images(paths: Sequence[Path], limit: int) -> list[Path]:
     """The files named, and those in the folders named, each once; unreadable files of a folder are skipped with a line.
 
     Raises:
-        InputError: a file is named twice, a folder holds no image that can be read, or `limit` is below 1.
+        InputError: a file is named twice, or a folder holds no image that can be read.
     """
     from lsg_jax.data.images import check_image
 
@@ -136,8 +142,6 @@ def _images_below(folder: Path, limit: int) -> tuple[list[Path], list[str]]:
     """
     from lsg_jax.data.images import check_image
 
-    if limit < 1:
-        raise InputError(f"--limit is {limit}, it must be at least 1")
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())

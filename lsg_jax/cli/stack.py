@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, out_option, process_options, progress_bar
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, number_option, out_option, process_options, progress_bar
+from lsg_jax.files import check_output
 
 
 def add(command: Command) -> None:
@@ -32,7 +33,7 @@ def add(command: Command) -> None:
         help="the benchmark that decides; the stack's change is optimistic on it, not on the others. "
         "Default: the mean change over all",
     )
-    sub.add_argument("--max-gates", type=int, default=5, metavar="N", help="the largest stack to try; default: 5")
+    number_option(sub, "--max-gates", int, "[1, 1e4]", default=5, metavar="N", help="the largest stack to try; default: 5")
     sub.add_argument("--joint", action="store_true", help="also train the gates of the chosen layers together, from scratch")
 
     sub = command(
@@ -105,7 +106,9 @@ def _open(options: argparse.Namespace, study: str) -> tuple[Any, Path]:
 
     config = load_run_config(options.config, options.overrides)
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
-    return dataclasses.replace(config, eval=questions), options.out or Path(config.output) / study
+    out = options.out or Path(config.output) / study
+    check_output(out, folder=True)
+    return dataclasses.replace(config, eval=questions), out
 
 
 def _stack_table(study: dict[str, Any], out: Path) -> str:

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 from lsg_jax.cli.compile_cache import use_compile_cache
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, out_option, process_options, progress_bar
+from lsg_jax.cli.options import Command, benchmark_option, named_paths, number_option, out_option, process_options, progress_bar
+from lsg_jax.config.ranges import Range
+from lsg_jax.files import check_output
+
+COEFFICIENT = Range("[-1000, 1000]")  # as of the method `fixed`
 
 
 def add(command: Command) -> None:
@@ -25,7 +29,9 @@ def add(command: Command) -> None:
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     benchmark_option(sub)
-    sub.add_argument("--layers", type=int, nargs="+", default=[], metavar="L", help="decoder layers, from 0; default: all")
+    number_option(
+        sub, "--layers", int, "[0, 1e4]", nargs="+", default=[], metavar="L", help="decoder layers, from 0; default: all"
+    )
     sub.add_argument(
         "--grouping",
         choices=["v_sink_rest", "l_sink_rest", "three"],
@@ -33,18 +39,22 @@ def add(command: Command) -> None:
         help="tokens that share a coefficient; three: V-sinks, L-sinks, ordinary; default: v_sink_rest",
     )
     which = sub.add_mutually_exclusive_group()
-    which.add_argument(
+    number_option(
+        which,
         "--step",
-        type=float,
+        float,
+        "[0.01, 1]",
         metavar="X",
         help="step of the grid of coefficients that sum to 1; default: 0.1, with three groups 0.25",
     )
     which.add_argument(
         "--coefficients", type=_numbers, nargs="+", metavar="A,B", help="coefficients in place of the grid, e.g. 0,1 0.5,0.5"
     )
-    sub.add_argument(
+    number_option(
+        sub,
         "--batch-size",
-        type=int,
+        int,
+        "[1, 1e6]",
         metavar="N",
         help="questions at a time on each device, each under all coefficients; default: eval.batch_size / their number",
     )
@@ -54,11 +64,14 @@ def add(command: Command) -> None:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """`0.5,1` -> (0.5, 1.0)."""
+    """`0.5,1` -> (0.5, 1.0). Raises ConfigError for a number out of range."""
     try:
-        return tuple(map(float, text.split(",")))
+        values = tuple(map(float, text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} are not numbers with commas between them, as 0.5,1") from None
+    for value in values:
+        COEFFICIENT.check(value, "--coefficients")
+    return values
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -81,10 +94,11 @@ def _sweep(options: argparse.Namespace) -> None:
     batch_size = max(1, config.eval.batch_size // len(grid)) if options.batch_size is None else options.batch_size
     settings = SweepConfig(tuple(sorted(set(options.layers))), tuple(grid), options.grouping, batch_size)
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
+    out = options.out or Path(config.output) / "sweep"
+    check_output(out, folder=True)
     asked = ask_all(questions)  # a wrong file is reported before the model is loaded
     use_compile_cache()
     vlm = open_to_answer(config, sinks=config.sinks)
-    out = options.out or Path(config.output) / "sweep"
     with progress_bar("sweep") as progress:
         result = sweep(vlm, settings, questions, out, asked=asked, progress=progress)
     if jax.process_index() != 0:

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.cli.compile_cache import use_compile_cache
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, out_option, process_options, progress_bar
+from lsg_jax.cli.options import (
+    Command,
+    benchmark_option,
+    named_paths,
+    number_option,
+    out_folder,
+    out_option,
+    process_options,
+    progress_bar,
+)
+from lsg_jax.files import check_output
 
 
 def add(command: Command) -> None:
@@ -29,7 +39,7 @@ def add(command: Command) -> None:
         metavar="SOURCE",
         help="JSON array or JSONL; for paper also Parquet or a folder; the folder CLEVR_v1.0 for clevr",
     )
-    sub.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    out_folder(sub, "out", metavar="OUT", help="folder to write")
     sub.add_argument(
         "--format",
         choices=["llava", "cambrian", "paper", "clevr"],
@@ -37,15 +47,17 @@ def add(command: Command) -> None:
         help="paper: rows of JH-C-k/lsg_public; default: llava",
     )
     sub.add_argument("--images", type=Path, metavar="DIR", help="root of the image paths; default: the folder of SOURCE")
-    sub.add_argument("--sample", type=int, metavar="N", help="cambrian: records to draw from six categories; default: 10000")
-    sub.add_argument("--seed", type=int, metavar="N", help="cambrian: which records are drawn; default: 0")
+    number_option(
+        sub, "--sample", int, "[1, 1e9]", metavar="N", help="cambrian: records to draw from six categories; default: 10000"
+    )
+    number_option(sub, "--seed", int, "[0, 4294967295]", metavar="N", help="cambrian: which records are drawn; default: 0")
     sub.add_argument("--source-map", type=Path, metavar="FILE.toml", help="cambrian: categories of further sources")
     sub.add_argument("--split", metavar="NAME", help="clevr: train or val; default: train")
-    sub.add_argument("--limit", type=int, metavar="N", help="clevr: the first N scenes only")
-    sub.add_argument(
-        "--max-bad-fraction", type=float, default=0.01, metavar="X", help="fail above this share of rejected records"
+    number_option(sub, "--limit", int, "[1, 1e9]", metavar="N", help="clevr: the first N scenes only")
+    number_option(
+        sub, "--max-bad-fraction", float, "[0, 1]", default=0.01, metavar="X", help="fail above this share of rejected records"
     )
-    sub.add_argument("--threads", type=int, metavar="N", help="threads that read images; default: one a core")
+    number_option(sub, "--threads", int, "[1, 1024]", metavar="N", help="threads that read images; default: one a core")
     text = "read images that links in the image folder lead to elsewhere; otherwise they are rejected"
     sub.add_argument("--follow-links", action="store_true", help=text)
 
@@ -156,10 +168,11 @@ def _eval(options: argparse.Namespace) -> None:
 
     config = load_run_config(options.config, options.overrides)
     settings = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
-    asked = ask_all(settings)  # a wrong file is reported before the model is loaded
-    use_compile_cache()
     output = Path(config.output)
     out = options.out or output / "eval"
+    check_output(out, folder=True)
+    asked = ask_all(settings)  # a wrong file is reported before the model is loaded
+    use_compile_cache()
     gates = options.gates or (output if (output / "run.json").exists() else None)
     base = open_to_answer(config)
     models = open_methods(base, config, options.method, gates)

@@ -9,7 +9,7 @@ import tomllib
 import typing
 from typing import Annotated, Any, Literal, TypeVar
 
-from lsg_jax.config.ranges import field_types, range_of, without_none
+from lsg_jax.config.ranges import check_kind, field_types, range_of, shown, without_none
 from lsg_jax.errors import ConfigError
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:
         raise ConfigError(f"{where} {override}: write it as a.b=value")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text.strip()
     *parents, leaf = name.strip().split(".")
     for parent in parents:
@@ -51,7 +51,7 @@ def _build(cls: type[T], tree: Any, table: str) -> T:
     """`from_dict` of the table of this dotted name, "" for the outermost."""
     start = f"{table}: " if table else ""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{start}expected a table, got {tree!r}")
+        raise ConfigError(f"{start}expected a table, got {shown(tree)}")
     types = field_types(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:
@@ -72,29 +72,29 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if value is None and inner is not hint:
         return None
     origin, args = typing.get_origin(inner), typing.get_args(inner)
-    kind, limits = range_of(inner) if origin is Annotated else (inner, None)
-    if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
-        if limits is not None:
-            limits.check(value, name)  # before the conversion: a huge integer has no float
+    if origin is Annotated:
+        kind, limits = range_of(inner)
+        limits.check(value, name, kind)  # before the conversion: a huge integer has no float
         return kind(value)
+    if inner in (int, float):
+        check_kind(value, name, inner)
+        return inner(value)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, args))}")
+            raise ConfigError(f"{name}: {shown(value)} is not one of {', '.join(map(str, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name}: expected a list, got {value!r}")
+            raise ConfigError(f"{name}: expected a list, got {shown(value)}")
         return tuple(_coerce(args[0], entry, f"{name}[{i}]") for i, entry in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{name}: expected a table, got {value!r}")
+            raise ConfigError(f"{name}: expected a table, got {shown(value)}")
         return {key: _coerce(args[1], entry, f"{name}.{key}") for key, entry in value.items()}
     if isinstance(inner, type) and dataclasses.is_dataclass(inner):
         return _build(inner, value, name)
     if not isinstance(value, inner):
-        raise ConfigError(f"{name}: expected {inner.__name__}, got {value!r}")
+        raise ConfigError(f"{name}: expected {inner.__name__}, got {shown(value)}")
     return value
 
 

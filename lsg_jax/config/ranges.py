@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+import os
 import re
 import types
 import typing
@@ -43,11 +44,12 @@ class Range:
         below = value < high if self.interval[-1] == ")" else value <= high
         return (above and below) or value == self.also
 
-    def check(self, value: Any, name: str) -> None:
-        """Raises ConfigError for a value outside the range."""
+    def check(self, value: Any, name: str, kind: type = float) -> None:
+        """Raises ConfigError, which begins with `name`, for a value that is no number of this kind or outside the range."""
+        check_kind(value, name, kind)
         if value not in self:
             also = "" if self.also is None else f", or be {self.also}"
-            raise ConfigError(f"{name} is {value}: it must lie in {self.interval}{also}")
+            raise ConfigError(f"{name} is {shown(value)}: it must lie in {self.interval}{also}")
 
 
 class Table:
@@ -92,15 +94,13 @@ def range_of(hint: Any) -> tuple[type, Range]:
 
 
 def _check(hint: Any, value: Any, name: str) -> None:
-    """Checks numbers, alone and in tuples, against their ranges. No text may hold a NUL byte, which no path can."""
+    """Checks numbers, alone and in tuples, against their ranges. Every text must be one that a path can hold."""
     inner = without_none(hint)
     if value is None and inner is not hint:
         return
     if typing.get_origin(inner) is Annotated:
         kind, limits = range_of(inner)
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
-            raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
-        limits.check(value, name)
+        limits.check(value, name, kind)
     elif isinstance(value, (tuple, list)):
         for index, entry in enumerate(value):
             _check(typing.get_args(inner)[0], entry, f"{name}[{index}]")
@@ -108,5 +108,25 @@ def _check(hint: Any, value: Any, name: str) -> None:
         for key, entry in value.items():
             _check(str, key, name)
             _check(str, entry, f"{name}.{key}")
-    elif isinstance(value, str) and "\0" in value:
-        raise ConfigError(f"{name} is {value!r}: it must not hold a NUL byte")
+    elif isinstance(value, str):
+        try:
+            problem = "a NUL byte" if b"\0" in os.fsencode(value) else ""
+        except UnicodeEncodeError:
+            problem = "half of a surrogate pair"
+        if problem:
+            raise ConfigError(f"{name} is {shown(value)}: it must not hold {problem}")
+
+
+def check_kind(value: Any, name: str, kind: type) -> None:
+    """Raises ConfigError for a value that is no number of this kind. Integers pass as floats, truth values as neither."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, in at most 60 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists nested so deeply
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 60 else f"{text[:57]}..."

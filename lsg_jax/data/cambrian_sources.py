@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.files import read_regular
-from lsg_jax.json_files import MAX_BYTES
+from lsg_jax.files import read_toml
 
 CATEGORIES = ("ocr", "general", "counting", "code", "math", "science")
 """In the order in which shares are allotted and rows are written."""
@@ -85,11 +83,9 @@ class SourceMap:
                 existing one.
         """
         try:
-            tables = tomllib.loads(read_regular(path, limit=MAX_BYTES).decode("utf-8"))
+            tables = read_toml(path)
         except InputError as error:
             raise ConfigError(str(error)) from None
-        except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, or a number of thousands of digits
-            raise ConfigError(f"{path}: not valid TOML: {error}") from None
         categories = dict(self._categories)
         for category, sources in tables.items():
             for key in _entries(path, category, sources):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.config.ranges import Range
 from lsg_jax.data.conversation import RecordError
 from lsg_jax.data.images import image_size
 from lsg_jax.data.layout import ImageSize
@@ -23,7 +24,7 @@ from lsg_jax.data.prepared import FolderLayout, PreparedRows, write_manifest, wr
 from lsg_jax.data.records import REJECTS
 from lsg_jax.data.sources import ImageFolder, check_fraction, in_order, thread_count
 from lsg_jax.digest import file_sha256
-from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.errors import InputError
 from lsg_jax.files import new_folder, read_regular
 from lsg_jax.progress import Progress, silent
 
@@ -155,8 +156,8 @@ def prepare_clevr(
             are bad. `out` is left unchanged.
     """
     source = Path(source)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"a limit of {limit} scenes: must be at least 1")
+    if limit is not None:
+        Range("[1, 1e9]").check(limit, "limit", int)
     check_fraction(max_bad_fraction)
     threads, path = thread_count(threads), _scenes_file(source, split)
     scenes, images = _read_scenes(path)[:limit], ImageFolder(source / "images" / split, follow_links=follow_links)

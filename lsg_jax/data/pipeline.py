@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lsg_jax.config import DataConfig
+from lsg_jax.config.ranges import Range
 from lsg_jax.data.conversation import RecordError, examples
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.processor import Processor
@@ -64,8 +65,8 @@ class TrainingData(Iterator[Batch]):
         epochs: int,
         rows: Sequence[int] | None = None,
     ):
-        if batch_size < 1 or epochs < 1:
-            raise InputError(f"batch size {batch_size} and {epochs} epochs: both must be at least 1")
+        for name, value in (("batch_size", batch_size), ("epochs", epochs)):
+            Range("[1, 1e6]").check(value, name, int)
         self._records = open_records(records_path)
         self._processor = processor
         self._data = data

@@ -16,9 +16,11 @@ from lsg_jax.config import EvalConfig
 from lsg_jax.data.processor import Processor
 from lsg_jax.eval.batches import batches, encode_item
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.memory import check_answers
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.model.generate import Generated
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
-from lsg_jax.vlm import REPLY_TOKENS, VLM
+from lsg_jax.vlm import PROMPT_BUCKET, REPLY_TOKENS, VLM
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def answer(
 
     Raises:
         InputError: a prompt is too long or its tags are not its images, or an image cannot be read; names the item.
+        NonFiniteError: logits of an item are not finite; names the item. Answers of its batch are not kept.
     """
     processor = vlm.make_processor(config.image_aspect, config.template)
     outputs = dict(known or {})
@@ -67,6 +70,8 @@ def answer(
     def run(which: Sequence[int], batch_size: int, near_tie: float) -> list[int]:
         """Answers the questions; returns the positions of near ties, which stay open."""
         size = batch_size * batch_rows(vlm.mesh)
+        least, remedy = PROMPT_BUCKET + max_new_tokens, "lower eval.batch_size or eval.max_new_tokens"
+        check_answers(vlm, size, least, remedy)
         rows = local_rows(vlm.mesh, size)
         undecided = []
         for batch in batches(processor, items, which, encode, size=size, rows=rows, threads=config.num_threads, known=outputs):
@@ -77,6 +82,7 @@ def answer(
             if routes is not None:
                 local = replace(local, route=np.array([routes[members[row]] for row in rows], np.int32))
             made = vlm.generate_in_full(place_rows(local, vlm.mesh, size), max_new_tokens)
+            check_finite(made.margin, [f"question {items[i].id}" for i in members], vlm.method)
             near = {i for i, margin in zip(members, made.margin, strict=True) if margin < near_tie} - outputs.keys()
             other = near | outputs.keys()
             new = {i: _answer(processor, made, row, items[i]) for row, i in enumerate(members) if i not in other}

@@ -22,7 +22,9 @@ from lsg_jax.errors import InputError
 from lsg_jax.eval.answering import ask_routes
 from lsg_jax.eval.batches import QuestionBatch, batches, unusable
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
+from lsg_jax.model.generate import is_sound
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.types import IGNORE, Batch
 from lsg_jax.vlm import PROMPT_BUCKET, VLM
@@ -55,6 +57,7 @@ def log_likelihoods(
         if routes is not None:
             batch = dataclasses.replace(batch, route=np.array([routes[members[row]] for row in rows], np.int32))
         nats, greedy = _score(vlm.params, place_rows(batch, vlm.mesh, size), vlm.graphdef)
+        check_finite(host_array(nats), [f"question {items[i].id}" for i in members], vlm.method)
         found |= {i: (float(n), bool(g)) for i, n, g in zip(members, host_array(nats), host_array(greedy), strict=True)}
     return [found[i] for i in range(len(items))]
 
@@ -87,8 +90,10 @@ def _batch(processor: Processor, members: Sequence[int], questions: QuestionBatc
 def _score(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
     """Log probabilities float32 [B], greedy bool [B]; only the answer slots pass through the output head."""
     model = assemble(graphdef, params)
-    logits = model.language_model.logits(model(batch, rows=jnp.asarray(batch.answer_index)).hidden)
+    hidden = model(batch, rows=jnp.asarray(batch.answer_index)).hidden
+    logits = model.language_model.logits(hidden)
     used = batch.answer_target != IGNORE
     target = jnp.where(used, batch.answer_target, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    losses = jnp.where(is_sound(hidden), losses, jnp.nan)
     return -jnp.where(used, losses, 0.0).sum(-1), ((logits.argmax(-1) == target) | ~used).all(-1)

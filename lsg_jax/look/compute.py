@@ -13,10 +13,13 @@ from PIL import Image
 
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import SinkConfig
+from lsg_jax.config.ranges import Range
 from lsg_jax.data.images import opened_images
 from lsg_jax.errors import InputError
 from lsg_jax.look.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, Criterion, Look, relative_to, without_sinks
+from lsg_jax.memory import check_fits
+from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.layers import layer_at
 from lsg_jax.sinks.attention import received_attention
@@ -42,11 +45,15 @@ def look(
     if not pictures:
         raise InputError("there is no image to look at")
     batch = vlm.questions([pictures], [prompt])
+    text, count = vlm.config.text, len(_places(batch))
+    needed = 4.0 * max_new_tokens * text.num_layers * text.num_heads * count
+    check_fits(needed, f"a map of {max_new_tokens} answer tokens on {count} visual tokens", "lower max_new_tokens", host=True)
     whole, _, answer = with_answer(vlm, batch, max_new_tokens)
     seen = _observed(vlm, whole, max_new_tokens, tuple(layers))
     shown = seen.pop("visual")
     mine = lambda name: seen[name][..., shown]
     raw = mine("weights").transpose(2, 0, 1, 3)[: len(answer)]  # [A, L, N, V]
+    check_finite(raw, ["the attention of an answer token"] * len(raw), vlm.method)
     v_sink, l_sink = mine("v_sink"), mine("l_sink")
     neutral = _neutral(vlm, pictures, max_new_tokens)[..., shown] if "relative" in maps else None
     made = {
@@ -79,20 +86,16 @@ def look(
 
 
 def _check(vlm: VLM, prompt: Any, max_new_tokens: Any, maps: Any, layers: Any) -> None:
-    """Raises InputError for arguments of `look` that nothing can be made of."""
+    """Raises InputError or ConfigError for arguments of `look` that nothing can be made of."""
     if not isinstance(prompt, str):
         raise InputError(f"the prompt is of type {type(prompt).__name__}; give a text")
     if isinstance(maps, str) or not isinstance(layers, (list, tuple, range)):
         raise InputError('maps and layers: give lists, such as maps=["raw"] and layers=[3]')
-    for name, value in (("max_new_tokens", max_new_tokens), *(("a layer", layer) for layer in layers)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"{name} is {value!r}; give a whole number")
     if unknown := [name for name in maps if name not in MAPS]:
         raise InputError(f"there is no map {unknown[0]}: choose among {', '.join(MAPS)}")
-    if wrong := [layer for layer in layers if not 0 <= layer < vlm.config.text.num_layers]:
-        raise InputError(f"layer {wrong[0]} is not in [0, {vlm.config.text.num_layers - 1}]")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; there is a map for each token of an answer: ask for 1 or more")
+    for layer in layers:
+        Range(f"[0, {vlm.config.text.num_layers - 1}]").check(layer, "a layer", int)
+    Range("[1, 1e8]").check(max_new_tokens, "max_new_tokens", int)  # there is a map for each token of an answer
 
 
 def pieces(vlm: VLM, answer: np.ndarray) -> list[str]:

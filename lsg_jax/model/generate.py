@@ -22,7 +22,7 @@ class Generated(NamedTuple):
         tokens: int32 [B, N = max_new_tokens], pad_token_id after the end-of-sequence token.
         steps: int32 [], the number of columns that were generated: the loop stops when every row has ended.
         margin: float32 [B], the smallest margin between the logits of a chosen token and the next best. Where it is as small as
-            rounding errors, a computation of another shape might choose another token.
+            rounding errors, a computation of another shape might choose another token. NaN where logits were not finite.
         ratios: float32 [L - first gated layer, B, G], or None without key gating.
     """
 
@@ -125,7 +125,8 @@ def decode_greedily(
         logits = model.language_model.logits(hidden)
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         others = jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], -jnp.inf, logits)
-        margin = logits.max(-1) - others.max(-1)
+        sound = jnp.isfinite(logits.max(-1)) & is_sound(hidden)
+        margin = jnp.where(sound, logits.max(-1) - others.max(-1), jnp.nan)
         return jnp.where(done, config.pad_token_id, token), jnp.where(done, jnp.inf, margin)
 
     def ended(token: jax.Array) -> jax.Array:
@@ -149,6 +150,11 @@ def decode_greedily(
 
     step, _, _, tokens, margin, _ = jax.lax.while_loop(cond, body, (jnp.int32(1), token, ended(token), tokens, margin, cache))
     return tokens, step, margin
+
+
+def is_sound(hidden: jax.Array) -> jax.Array:
+    """bool [...], whether states [..., D] have a finite norm. Beyond float32 a norm layer would make zeros of them, unseen."""
+    return jnp.isfinite(jnp.square(hidden.astype(jnp.float32)).sum(-1))
 
 
 def last_token(valid: Array) -> jax.Array:

@@ -18,6 +18,7 @@ from lsg_jax.checkpoint import Computation, RunFolder, read_manifest
 from lsg_jax.checkpoint.processes import is_primary
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.errors import ConfigError, Preempted
+from lsg_jax.memory import check_fits, device_memory
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.methods.registry import METHODS
@@ -28,7 +29,7 @@ from lsg_jax.train.goodput import Goodput
 from lsg_jax.train.independent import independent_gates
 from lsg_jax.train.metrics import METRICS, MetricsLog
 from lsg_jax.train.profiler import StepProfiler
-from lsg_jax.train.remat import device_memory, fastest_that_fits
+from lsg_jax.train.remat import fastest_that_fits
 from lsg_jax.train.run_record import check_same, record_start
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.train.steps import OnStep, Steps
@@ -73,6 +74,7 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
             f"train.batch_size {config.train.batch_size} is no multiple of the {rows} devices along data and fsdp{parts}"
         )
     method = _trained_method(config)
+    _check_batch(config, mesh)
     vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=mesh)
     method = method.for_model(vlm.config)
     config = config if method.settings is None else config.with_settings(method.settings)
@@ -122,6 +124,16 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         run=run,
         goodput=goodput,
     )
+
+
+def _check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """Refuses a batch that cannot fit, before the model is loaded: the states of one layer, and the token ids on the host."""
+    model, train, length = read_manifest(config.model).config, config.train, config.data.max_length
+    what = f"train.batch_size {train.batch_size} with data.max_length {length}"
+    rows = train.batch_size // train.accumulate
+    check_fits(2.0 * rows * length * model.text.hidden_size, what, "lower one of them, or raise train.accumulate", mesh=mesh)
+    own = len(sharding.local_rows(mesh, train.batch_size))
+    check_fits(4.0 * own * length, what, "lower one of them", host=True)
 
 
 def _initial_state(config: RunConfig, method: Method, vlm: VLM, mesh: Mesh, total_steps: int) -> TrainState:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from lsg_jax.errors import ConfigError
+from lsg_jax.memory import GIB
 from lsg_jax.model.language_model import REMAT
 
 logger = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 def fastest_that_fits(compile_with: Callable[[str], Any], memory: int) -> tuple[str, Any]:
@@ -56,11 +54,3 @@ def device_bytes(compiled: Any) -> int:
     sizes = compiled.memory_analysis()
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + new + sizes.temp_size_in_bytes
-
-
-def device_memory() -> int:
-    """Bytes that a program may use on one device; of CPU devices, their share of the machine's memory."""
-    device = jax.local_devices()[0]
-    if stats := device.memory_stats():
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()

@@ -281,7 +281,7 @@ def test_one_gate_is_not_trained_together(script, config, sources, tmp_path, mon
 def test_refusals_of_the_command(config, sources, tmp_path, capsys):
     common = ["stack", toml(config, tmp_path), "--benchmark", f"mine={config.eval.benchmarks['mine']}", "--joint"]
     for arguments, message in [
-        (["--gates", *sources, "--max-gates", "0"], "--max-gates 0: it must be at least 1"),
+        (["--gates", *sources, "--max-gates", "0"], "--max-gates is 0: it must lie in [1, 1e4]"),
         (["--gates", *sources, "--max-gates", "1"], "--joint trains several gates together"),
         (["--gates", *sources, "--select", "yours"], "--select yours: no such benchmark is given; given are mine"),
         (["--gates", *sources, "--set", 'data.records=""'], "--joint trains, but data.records is empty"),

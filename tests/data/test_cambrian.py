@@ -209,7 +209,7 @@ def test_table_of_sources(source, tmp_path):
         ('[math]\nclevr_700k = "*"', r"\[math\] clevr_700k: \* is in counting already"),
         (f'[math]\n"{SHAREGPT4V}" = ["gqa"]', r"gqa is in general already"),
         ("[math\n", r"not valid TOML: .*line 1"),
-        (None, "cannot be read"),
+        (None, "no such file"),
     ],
 )
 def test_source_map_is_strict(tmp_path, text, message):

@@ -16,7 +16,7 @@ from lsg_jax.data.images import to_patches
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.records import open_records, prepare_llava
-from lsg_jax.errors import InputError
+from lsg_jax.errors import ConfigError, InputError
 
 DATA = DataConfig(max_length=260, max_answer_tokens=8)
 LONG = "x" * 200
@@ -166,8 +166,8 @@ def test_state_of_another_run_is_refused(make):
     ("data", "options", "message"),
     [
         (DATA, {"batch_size": 11}, "batch of 11 is larger than the 10 examples"),
-        (DATA, {"batch_size": 0}, "batch size 0"),
-        (DATA, {"epochs": 0}, "0 epochs"),
+        (DATA, {"batch_size": 0}, "batch_size is 0: it must lie in"),
+        (DATA, {"epochs": 0}, "epochs is 0: it must lie in"),
         (
             DataConfig(max_length=20),
             {},
@@ -176,7 +176,7 @@ def test_state_of_another_run_is_refused(make):
     ],
 )
 def test_impossible_settings(make, data, options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((ConfigError, InputError), match=message):
         make(data, **options)
 
 
