@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn
-from lsg_jax.data.template_sandbox import compile_template, render_template
+from lsg_jax.data.template_process import RENDERER, TemplateError
 from lsg_jax.errors import ConfigError
 
 
@@ -261,7 +261,7 @@ def with_fixed_date(source: str) -> str:
 
 
 class ChatTemplate:
-    """The checkpoint's own template, rendered as by `tokenizer.apply_chat_template`, in the bounds of `template_sandbox`.
+    """The checkpoint's own template, rendered as by `tokenizer.apply_chat_template`, in a process of its own.
 
     Templates of LLaVA checkpoints take a list of parts as content, those of language models a string, and some write the text
     parts alone. A test render decides. A template that writes no image gets it in front of the text, as in LLaVA's code.
@@ -278,10 +278,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str, image_token: str = IMAGE_TAG, *, ends: Sequence[str] = ()):
         self._ends = tuple(ends)
         self._tokens = dict(tokenizer.special_tokens_map)
-        try:
-            self._template = compile_template(with_fixed_date(source))
-        except Exception as error:  # Jinja raises several types for a broken template
-            raise ConfigError(f"the checkpoint's chat template is broken: {_one_line(error)}") from None
+        self._source = with_fixed_date(source)
         self._image_token = image_token
         self._eos: str = tokenizer.eos_token or ""
         probe = [Turn("human", f"{IMAGE_TAG}\nquestion"), Turn("gpt", "answer"), Turn("human", "second")]
@@ -304,9 +301,9 @@ class ChatTemplate:
         messages = [{"role": "user" if t.role == "human" else "assistant", "content": self._as_content(t)} for t in turns]
         shown = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
         try:
-            text = render_template(self._template, {**self._tokens, **shown})
-        except Exception as error:  # Jinja raises what the template raises
-            raise RecordError("chat_template_failed", f"the chat template fails: {_one_line(error)}") from None
+            text = RENDERER.render(self._source, {**self._tokens, **shown})
+        except TemplateError as error:
+            raise RecordError("chat_template_failed", f"the chat template fails: {str(error)[:200]}") from None
         text = text.replace(self._image_token, IMAGE_TAG)
         if (found := text.count(IMAGE_TAG)) != (expected := sum(turn.text.count(IMAGE_TAG) for turn in turns)):
             raise RecordError("image_not_written", f"the chat template writes {found} images of {expected} in {text[:80]!r}")
@@ -341,10 +338,6 @@ class ChatTemplate:
         # templates for inference only may write no end marker, but the model has to learn to stop
         tail = tail.rstrip()
         return prompt, tail if tail.endswith(self._ends) else tail + self._eos
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _in_parts(text: str) -> list[dict[str, str]]:
