@@ -11,9 +11,9 @@ def run() -> None:
     """Runs the command of `sys.argv` and ends the process with its exit code."""
     try:
         stopping.handle_signals()
+        _open_standard_streams()
         stopping.watch()
         sys.unraisablehook = _unraisable
-        _open_standard_streams()
         from lsg_jax.cli import main
 
         code = main()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,12 +51,20 @@ _signals = _Signals()
 
 
 def handle_signals() -> dict[signal.Signals, Any]:
-    """Handles SIGTERM and SIGINT from here on. Returns the handlers that were replaced: none the second time or in a thread."""
+    """Handles SIGTERM and SIGINT from here on. Returns the handlers that were replaced.
+
+    It replaces none the second time, in a thread, and in a process that has joined a cluster: JAX handles SIGTERM there.
+    """
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) == _signals.note:
+    if not main or signal.getsignal(signal.SIGTERM) == _signals.note or _in_cluster():
         return {}
     _signals.__init__()  # type: ignore[misc]  # what came in an earlier command of this process is over
     return {number: signal.signal(number, _signals.note) for number in SIGNALS}
+
+
+def _in_cluster() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def watch() -> None:
@@ -117,9 +126,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     Raises:
         Preempted: a signal came, and the block ended without looking: what it has done is saved.
     """
-    import jax
-
-    if jax.distributed.is_initialized():
+    if _in_cluster():
         # JAX handles SIGTERM itself; our handler would replace its own.
         with _sigint_as_sigterm(), _saving():
             yield _together

@@ -12,6 +12,7 @@ from test_vlm import gates
 import lsg_jax
 from lsg_jax.cli import main
 from lsg_jax.gating.portable import write_gates
+from lsg_jax.json_files import read_sealed
 
 UNKNOWN_TEMPLATE = ("generate", "m", "--prompt", "x", "--template", "alpaca")
 SINK_OPTIONS = ["--sinks", "criterion=norm", "vit_tau=10.0", "llm_criterion=norm", "llm_tau=12.0"]
@@ -129,7 +130,7 @@ def test_sinks(lsg, tiny_model, scenes, tmp_path):
     assert entry["v_sinks"] == np.flatnonzero(norms >= 18.375).tolist() != [] and len(entry["boxes"]) == len(norms)
     assert len(entry["l_sinks"]) == 6 and not set(entry["v_sinks"]) & {p for layer in entry["l_sinks"] for p in layer}
     assert {row["queries"] for row in found["attention"]} == {"prompt", "answer"}
-    assert json.loads((out_folder / "sinks.json").read_text()) == found
+    assert read_sealed(out_folder / "sinks.json") == found
     figures = {f"{name}.{kind}" for name in ("sinks_by_layer", "attention_shares") for kind in ("csv", "svg", "png")}
     assert {path.name for path in out_folder.iterdir()} == figures | {"sinks.json", "marked", "images", "maps"}
     for folder in ("marked", "images", "maps"):

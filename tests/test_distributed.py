@@ -252,7 +252,7 @@ def test_wrong_options_are_reported_before_anything_starts(config, capsys):
                 ["--multihost", "--num-processes", "2", "--process-id", "2"],
                 "--process-id 2: with 2 processes it is one of 0 to 1",
             ),
-            (["--multihost", "--heartbeat", "0"], "--heartbeat 0"),
+            (["--multihost", "--heartbeat", "0"], "--heartbeat is 0"),
             (
                 ["--multihost", "--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", "0"],
                 f"port {port}: Address already in use; choose another one",

@@ -61,7 +61,7 @@ def test_a_gate_file_replaces_nothing(refused):
 def test_a_folder_of_something_else_is_no_run_folder(refused, tmp_path):
     refused("quickstart", "--out", "pictures", says="pictures: holds a.jpg and is no quickstart folder; choose another output")
     refused("train", "run.toml", "--set", "output=", says="output is empty: it is the path of a folder")
-    refused("train", "pictures", says="pictures: cannot be read: Is a directory")
+    refused("train", "pictures", says="pictures: is a folder, and a file is read; give a file")
     known = frozenset({"eval"})
     for name in ("eval", ".hidden", "mine.toml", "mine.log"):
         (tmp_path / "new" / name).mkdir(parents=True)

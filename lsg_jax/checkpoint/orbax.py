@@ -38,8 +38,10 @@ def call_orbax(action: Callable[[Any], T]) -> T:
     # Its deadlines are times of day, which a clock that is set makes pass at once, so they are put beyond any clock's reach;
     # a process that waits for one that is gone ends by the heartbeat of JAX. Threads wait for each other until such deadlines
     # only where folders are made in the background.
-    waiting = ocp.options.AsyncOptions(timeout_secs=FOREVER, create_directories_asynchronously=False)
-    with _quiet(), ocp.Context(async_options=waiting):
+    context = ocp.Context()
+    context.asynchronous.timeout_secs = FOREVER
+    context.asynchronous.create_directories_asynchronously = False
+    with _quiet(), context:
         try:
             return action(ocp)
         except (MemoryError, jax.errors.JaxRuntimeError):

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from PIL import Image
 
-from lsg_jax.checkpoint.manifest import read_manifest
+from lsg_jax.checkpoint.manifest import MANIFEST, read_manifest
 from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.config import EvalConfig, to_dict
-from lsg_jax.digest import bytes_sha256, json_sha256, text_sha256
+from lsg_jax.digest import bytes_sha256, file_sha256, json_sha256, text_sha256
 from lsg_jax.eval.benchmark import ImageSource, Item
 from lsg_jax.eval.results import MethodSettings
 from lsg_jax.methods.method import BASE
@@ -84,7 +84,12 @@ def meaning_of(model: VLM, config: EvalConfig, *, max_new_tokens: int) -> dict[s
 
 def text_files(model: VLM) -> dict[str, str]:
     """sha256 of the tokenizer, processor and template files by name; they were checked when the folder was opened."""
-    return {} if model.folder is None else read_manifest(model.folder).text_files
+    if model.folder is None:
+        return {}
+    if (model.folder / MANIFEST).is_file():
+        return read_manifest(model.folder).text_files
+    small = (path for path in sorted(model.folder.iterdir()) if path.suffix in (".json", ".jinja", ".model", ".txt"))
+    return {path.name: file_sha256(path) for path in small}  # a model made in Python, with the files of a checkpoint
 
 
 def digests_of(model: VLM) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lsg_jax.checkpoint import read_manifest
 from lsg_jax.cli import main
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import ConfigError, InputError, Preempted
+from lsg_jax.json_files import read_sealed
 from lsg_jax.methods.registry import name_of
 from lsg_jax.run_config import RunConfig
 
@@ -125,7 +126,7 @@ def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, cap
     assert events[-3:] == [("mine.base", 4), ("mine.reference", 4), ("mine.lora", 4)]
     assert events[:-3] == [(f"training {name}", step) for name in ("reference", "lora") for step in (1, 2, 3)]  # each step once
 
-    assert study["format"] == "lsg-ablate-1" and json.loads((out / "ablate.json").read_text()) == study
+    assert study["format"] == "lsg-ablate-1" and read_sealed(out / "ablate.json") == study
     assert [row["variant"] for row in study["skipped"]] == ["three"]
     assert study["parameters"]["reference"] == 2 * 64 + (64 * 64 + 64) + (64 * 2 + 2)  # norm, first and second layer
     heads, keys = model.text.num_heads * model.text.head_dim, model.text.num_kv_heads * model.text.head_dim

@@ -105,7 +105,7 @@ def test_nothing_but_sinks_and_no_answer(tiny_model):
 
     with pytest.raises(InputError, match="no image to look at"):
         find_sinks(base, {}, "?")
-    with pytest.raises(InputError, match="max_new_tokens is -1"):
+    with pytest.raises(ConfigError, match="max_new_tokens is -1"):
         find_sinks(base, noise(1), "?", max_new_tokens=-1)
     embeddings = with_settings(base, SinkConfig(criterion="attention", vit_tau=0.3), feature_layers=(0,))
     with pytest.raises(ConfigError, match="no attention has made them"):

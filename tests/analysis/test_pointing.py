@@ -208,7 +208,7 @@ def test_command(tiny_model, tmp_path, capfd):
     assert "Pointing" in page and "chosen on the split validation" in page and "without sinks" in page
     for arguments, message in [
         (["--maps", "rollout"], "pointing.maps: there is no rollout; choose among raw, no_sinks, relative"),
-        (["--questions", "1"], "pointing.questions is 1: it must lie in [2, 1e6]"),
+        (["--questions", "1"], "--questions is 1: it must lie in [2, 1e6]"),
     ]:
         code, stdout, err = lsg(*common, *arguments, "--out", tmp_path / "bad")
         assert code == 65 and stdout == "" and message in err and err.count("\n") == 1

@@ -17,7 +17,7 @@ from lsg_jax.cli import main
 from lsg_jax.config import MeshConfig, SinkConfig
 from lsg_jax.data import clevr, shapes
 from lsg_jax.data.shapes import ATTRIBUTES
-from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.errors import ConfigError, InputError, NonFiniteError
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.sharding import make_mesh
 from lsg_jax.vlm import VLM
@@ -117,7 +117,7 @@ def test_command(vlm, tiny_model, tmp_path, capfd):
     assert {path.name for path in out.iterdir()} == {"probe.json", "probe.csv", "probe.svg", "probe.png"}
 
     for arguments, message in [
-        (["--draws", "1"], "a deviation needs at least 2"),
+        (["--draws", "1"], "--draws is 1: it must lie in [2, 1e4]"),
         (["--test-data", tmp_path], "--test-data goes with a folder"),
         (["--data", tmp_path / "none"], "run `lsg prepare`"),
     ]:
@@ -151,7 +151,7 @@ def test_groups_without_tokens_have_a_reason(vlm, tmp_path, monkeypatch):
             assert row["mean"] is None and (row["train"], row["test"]) == (0, 0)
             assert ("no L-sink dimensions" if row["group"] == "l_sink" else "have such tokens") in row["reason"]
     monkeypatch.setattr(probe_module, "_pool", lambda *a: (np.full((6, 8, 5, 64), np.nan), pool(*a)[1]))
-    with pytest.raises(InputError, match="enter layer 0 are not finite for images 0 to 7"):
+    with pytest.raises(NonFiniteError, match="enter layer 0 are not finite for images 0 to 7"):
         study(only_v)
     with pytest.raises(ConfigError, match="run `lsg calibrate`"):
         study(SinkConfig())

@@ -21,6 +21,7 @@ from lsg_jax.eval.benchmark import Benchmark, Item, Match, mean
 from lsg_jax.eval.results import BenchmarkResult, Estimate, EvaluationResult
 from lsg_jax.eval.runner import ask, evaluate
 from lsg_jax.gating.portable import PortableGates, combine_gates, read_gates, write_gates
+from lsg_jax.json_files import read_sealed
 from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import make_mesh
@@ -227,7 +228,7 @@ def test_study_and_command(script, config, sources, singles, tmp_path, capsys):
     assert study["chosen"] == study["joint"]["layers"] == [3, 1] and study["joint"]["value"] == share["joint"]
     assert {row["method"]: row["value"] for row in study["by_benchmark"]} == share
     assert (study["format"], study["selection"], study["metric"]) == ("lsg-stack-1", "mine", "accuracy")
-    assert json.loads((out / "stack.json").read_text()) == study
+    assert read_sealed(out / "stack.json") == study
     assert all(row["low"] <= row["change"] <= row["high"] for row in study["singles"] + study["steps"])
     direct, written = combine_gates([singles[1], singles[3]]), read_gates(out / "stack.safetensors")
     assert written.gate == direct.gate and written.sinks == SINKS

@@ -124,7 +124,7 @@ def test_folders_that_are_not_as_published(tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             prepare_clevr(folder, tmp_path / "out", **options)
-    with pytest.raises(ConfigError, match="limit of 0"):
+    with pytest.raises(ConfigError, match="limit is 0"):
         prepare_clevr(folder, tmp_path / "out", split="val", limit=0)
     with pytest.raises(InputError, match="no folder of scenes in it; give the CLEVR_v1"):
         prepare_clevr(tmp_path, tmp_path / "out")

@@ -155,7 +155,7 @@ def test_files_that_hold_no_records_are_refused(tmp_path, folder):
     data = bytearray((_shards(folder / "a") / "data" / "train-00000.parquet").read_bytes())
     data[200:4000] = bytes(3800)
     (folder / "damaged.parquet").write_bytes(data)
-    with pytest.raises(InputError, match=r"damaged\.parquet: cannot be read: "):
+    with pytest.raises(InputError, match=r"damaged\.parquet: row 0: column image: cannot be read: "):
         prepare_paper(folder / "damaged.parquet", folder, tmp_path / "out")
     (folder / "b").mkdir()
     with pytest.raises(InputError, match=r"not just one JSON or JSONL file \(none\)"):

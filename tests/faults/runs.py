@@ -30,7 +30,7 @@ def by_question(path):
             entry = json.loads(line)
         except ValueError:
             continue
-        found[entry["id"], entry["prompt"]] = entry
+        found[entry["id"], entry["question"]] = entry
     return found
 
 

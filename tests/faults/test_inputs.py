@@ -22,6 +22,7 @@ from lsg_jax.data.sources import ImageFolder, in_order, read_source
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmarks import questions
 from lsg_jax.files import check_inside, read_regular
+from lsg_jax.json_files import write_sealed
 
 soak = lambda strategy, check: pytest.mark.soak(settings(settings.get_profile("soak"))(given(strategy)(check)))
 
@@ -228,8 +229,9 @@ def test_names_of_foreign_manifests_stay_in_their_folder(tmp_path):
     (tmp_path / "r.jsonl").write_text(GOOD)
     prepare_llava(tmp_path / "r.jsonl", tmp_path, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / LAYOUT.manifest).read_text())
-    manifest["files"]["../../../r.jsonl"] = len(GOOD)
-    (tmp_path / "out" / LAYOUT.manifest).write_text(json.dumps(manifest))
+    manifest["files"]["../../../r.jsonl"], manifest["sha256"]["../../../r.jsonl"] = len(GOOD), "0" * 64
+    del manifest["self_sha256"]
+    write_sealed(tmp_path / "out" / LAYOUT.manifest, manifest)
     with pytest.raises(InputError, match="names a file outside of its folder"):
         open_records(tmp_path / "out")
 

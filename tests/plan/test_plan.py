@@ -191,7 +191,7 @@ def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):
         (65, "layer 99 does not exist", ["--topology", "v5e:2x2", *shapes]),
         (65, "no multiple of 4 devices", ["--topology", "v5e:2x2", "--batch", "6", "--set", "gate.layers=[1]", *shapes]),
         (65, "nothing to train", ["--topology", "v5e:2x2", "--set", "method=var", *shapes]),
-        (65, "above 0, up to 1", ["--topology", "v5e:2x2", "--utilisation", "0", *shapes]),
+        (65, "--utilisation is 0.0: it must lie in (0, 1]", ["--topology", "v5e:2x2", "--utilisation", "0", *shapes]),
     ):
         assert main(["plan", str(config), *arguments]) == code
         out, err = capfd.readouterr()
