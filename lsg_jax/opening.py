@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_jax.checkpoint import LeafEntry, load_base, read_manifest, read_run, read_step
+from lsg_jax.checkpoint import LeafEntry, RunRecord, load_base, read_manifest, read_run, read_step
 from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict
 from lsg_jax.digest import text_sha256
@@ -24,6 +25,8 @@ from lsg_jax.methods.registry import METHODS
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import answering_mesh, replicated, shard_params, state_shardings
 from lsg_jax.vlm import VLM
+
+logger = logging.getLogger(__name__)
 
 
 def load_backbone(
@@ -122,7 +125,7 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
     if kind.Settings is not None:
         table = kind.Settings.table
         opened = kind(from_dict(kind.Settings, run.table(table), where=f"{source}/run.json: {table}"))
-    trained = read_step(source)[1]["trained"]
+    trained = _newest(Path(source), run)
     if opened.parts:  # in the dtype of the weights that they replace
         replaced = {part: vlm.frozen[part] for part in opened.parts}
         trained = jax.tree.map(lambda new, old: new.astype(old.dtype), trained, replaced)
@@ -167,10 +170,20 @@ def _run_gates(path: Path, backbone: str | None) -> PortableGates:
     run = read_run(path, backbone=backbone)
     if (held := run.method) != "lsg":
         raise InputError(f"{path}: a run of method {held} holds no gates; name one of method lsg, or a gate file")
-    _, tree, _ = read_step(path)
+    parameters = _newest(path, run)
     return PortableGates(
         gate=from_dict(GateConfig, run.table("gate"), where=f"{path}/run.json: gate"),
         sinks=run.sinks,
-        parameters=tree["trained"],
+        parameters=parameters,
         backbone=f"{run.model_name} {run.backbone}",
     )
+
+
+def _newest(path: Path, run: RunRecord) -> dict[str, Any]:
+    """What the newest sound step of a run holds. Says so if that is not its last: it would pass for the finished run's."""
+    step, tree, _ = read_step(path)
+    if step < run.total_steps:
+        logger.warning(
+            "%s: step %d of %d is used: the run has not finished, or its last step is gone", path, step, run.total_steps
+        )
+    return tree["trained"]

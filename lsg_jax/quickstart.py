@@ -18,9 +18,11 @@ from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
+from lsg_jax.errors import InputError
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
 from lsg_jax.files import check_only, check_output, write_atomic
+from lsg_jax.json_files import read_sealed
 from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.finished import read_sections
@@ -99,7 +101,7 @@ def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: Progr
 
     logger.info("2/6 finding sinks in %d images", SHOWN_SCENES)
     validation = write_questions(out / "validation", "validation", ORACLE_QUESTIONS, side=side)
-    if not (out / "sinks" / "sinks.json").exists():
+    if not _has_sinks(out / "sinks" / "sinks.json", vlm):
         with progress_bar("sinks") as progress:
             _find_sinks(vlm, out, progress)
 
@@ -136,6 +138,14 @@ def _write_config(out: Path, **paths: Path) -> Path:
     strings = {name: json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
     write_atomic(file, CONFIG.format(**strings, layer=LAYER, questions=TEST_QUESTIONS).encode())
     return file
+
+
+def _has_sinks(file: Path, vlm: VLM) -> bool:
+    """Whether the file is whole and of this model; else its sinks are found again."""
+    try:
+        return read_sealed(file).get("backbone") == vlm.digest
+    except InputError:
+        return False
 
 
 def _find_sinks(vlm: VLM, out: Path, progress: Progress) -> None:

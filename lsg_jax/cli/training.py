@@ -162,6 +162,7 @@ def _eval(options: argparse.Namespace) -> None:
     from lsg_jax.eval.runner import ask_all, evaluate
     from lsg_jax.eval.table import table
     from lsg_jax.opening import open_to_answer
+    from lsg_jax.report.drawing import remove_drawings
     from lsg_jax.report.figures import draw_gains, draw_gate_ratios
     from lsg_jax.report.gains import rows_of_gains
     from lsg_jax.run_config import load_run_config
@@ -180,6 +181,7 @@ def _eval(options: argparse.Namespace) -> None:
         result = evaluate(models, settings, out, asked=asked, progress=progress)
     if jax.process_index() == 0:
         plain = dataclasses.asdict(result)
+        remove_drawings(out / "gains", out / "ratios")  # of an earlier evaluation, of other methods
         if len(models) > 1:
             draw_gains(rows_of_gains(result), out / "gains")
         if result.ratios:

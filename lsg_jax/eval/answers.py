@@ -21,6 +21,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.eval.identity import question_sha256
+from lsg_jax.files import naming
 from lsg_jax.json_files import sealed_line, sealed_lines
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class AnswerLog:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(sealed_line({**self._line(i), **_plain(answer)}, self._log) for i, answer in answers.items())
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             # The newline ends a line that a kill cut short, so that only that line is lost.
             file.write(text if file.tell() == 0 else "\n" + text)
 

@@ -154,6 +154,13 @@ def render(
     return list(paths)
 
 
+def remove_drawings(*stems: Path) -> None:
+    """Removes what `render` wrote there, if it did."""
+    for stem in stems:
+        for suffix in (".csv", ".svg", ".png"):
+            stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+
+
 def painted(
     size: tuple[float, float],
     paint: Callable[[Any], None],

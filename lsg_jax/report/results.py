@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.checkpoint import METRICS, RunRecord, read_steps
+from lsg_jax.checkpoint import METRICS, RunRecord, read_run, read_step, read_steps
+from lsg_jax.checkpoint.processes import tree_sha256
+from lsg_jax.errors import LsgError
 from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, result_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
@@ -16,6 +19,8 @@ from lsg_jax.report.gains import METHODS, rows_of_gains
 from lsg_jax.report.parts import Details, Heading, Note, Paragraph, Part, Section, Table, drawing
 from lsg_jax.report.ratios import drawn_groups, table_of_ratios
 from lsg_jax.report.side_by_side import answer_parts
+
+OTHER_GATES = "The gates asked here are not those that the run around this folder holds now: was it trained further?"
 
 
 def run_section(run: RunRecord, folder: Path, *, title: str) -> Section:
@@ -70,7 +75,7 @@ def eval_section(tree: Mapping[str, Any], folder: Path, *, title: str) -> Sectio
         folder: the folder of result.json, which also holds the answers.
     """
     result = result_of(tree)
-    parts: list[Part] = []
+    parts: list[Part] = [Note(OTHER_GATES)] if _other_gates(folder.parent, result) else []
     for name, benchmark in result.benchmarks.items():
         parts += [Note(text) for text in _remarks(name, benchmark)]
     rows = rows_of_gains(result)
@@ -83,6 +88,17 @@ def eval_section(tree: Mapping[str, Any], folder: Path, *, title: str) -> Sectio
     asked = ", ".join(f"{benchmark.questions} questions of {name}" for name, benchmark in result.benchmarks.items())
     gist = f"{asked}; {', '.join(METHODS.get(method, method) for method in result.methods)}"
     return Section(title, parts, gist=gist, settings=used, evaluation=(title.partition(": ")[2], result))
+
+
+def _other_gates(run: Path, result: EvaluationResult) -> bool:
+    """Whether the gates of an evaluation inside a run folder differ from those of the run; False where it cannot be told."""
+    asked, gate = result.trained.get("lsg"), result.methods["lsg"].gate if "lsg" in result.methods else None
+    with contextlib.suppress(LsgError, ValueError):  # no run, a damaged one, or one of other layers
+        if asked and gate and (record := read_run(run)).method == "lsg":
+            layers = record.table("gate")["layers"]
+            slots = [layers.index(layer) for layer in gate["layers"]]
+            return asked != tree_sha256({name: leaf[slots] for name, leaf in read_step(run)[1]["trained"].items()})
+    return False
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[Part]:

@@ -41,7 +41,7 @@ from lsg_jax.checkpoint import METRICS, read_run
 from lsg_jax.checkpoint.step_log import read_steps, step_line
 from lsg_jax.config import to_dict
 from lsg_jax.digest import text_sha256
-from lsg_jax.files import write_atomic
+from lsg_jax.files import naming, write_atomic
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.run_config import RunConfig
 
@@ -123,6 +123,7 @@ class JsonLines:
         missing = after - len({record["step"] for record in records if record["step"] <= after})
         if damaged and missing:
             logger.warning("%s: %d damaged lines left out; %d steps are missing there", path, damaged, missing)
+        self.path = path
         self._file = path.open("ab", buffering=0)
         self._end = len(lines)
 
@@ -130,8 +131,9 @@ class JsonLines:
         line = step_line(_without_nan(record)).encode()
         left = memoryview(line)
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            with naming(self.path):
+                while left:
+                    left = left[self._file.write(left) :]
         except OSError:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._end)

@@ -6,7 +6,11 @@ import resource
 import pytest
 
 from lsg_jax.cli import main
+from lsg_jax.eval.answering import Answer
+from lsg_jax.eval.answers import AnswerLog
+from lsg_jax.eval.benchmark import Item
 from lsg_jax.files import write_atomic
+from lsg_jax.train.metrics import JsonLines
 
 GATES = "lsg_jax/embedded/gates.safetensors"
 
@@ -58,3 +62,18 @@ def test_earlier_content_stays(tmp_path):
         with largest_file(size), pytest.raises(OSError, match="File too large"):
             write_atomic(path, b"after this")
         assert path.read_bytes() == b"before" and [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("kind", ["file", "answers", "metrics"])
+def test_the_error_names_the_file(kind, tmp_path):
+    answers = AnswerLog(tmp_path, "mine.base", {}, [Item("1", "?", ("yes",))], ["?"])
+    metrics = JsonLines(tmp_path / "metrics.jsonl", after=0)
+    path, write = {
+        "file": (tmp_path / "a.json", lambda: write_atomic(tmp_path / "a.json", b"{}")),
+        "answers": (answers.path, lambda: answers.add({0: Answer("yes")})),
+        "metrics": (metrics.path, lambda: metrics.write({"step": 1})),
+    }[kind]
+    with largest_file(0), pytest.raises(OSError) as error:
+        write()
+    assert error.value.filename == str(path)
+    metrics.close()

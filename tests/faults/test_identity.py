@@ -12,17 +12,21 @@ from PIL import Image
 from test_vlm import SINKS, gates
 
 import lsg_jax
+from lsg_jax import quickstart
 from lsg_jax.checkpoint import RunFolder, read_manifest, write_manifest
-from lsg_jax.checkpoint.run_record import Computation
-from lsg_jax.config import EvalConfig, MeshConfig, SinkConfig
+from lsg_jax.checkpoint.run_record import RUN, Computation, RunRecord
+from lsg_jax.cli import main
+from lsg_jax.config import EvalConfig, MeshConfig, SinkConfig, to_dict
 from lsg_jax.data.records import LAYOUT, open_records, prepare_llava
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.eval import identity, runner
 from lsg_jax.eval.answering import Answer
 from lsg_jax.gating.portable import write_gates
-from lsg_jax.json_files import read_sealed
+from lsg_jax.json_files import read_sealed, write_sealed
 from lsg_jax.opening import with_gates
+from lsg_jax.report.parts import Note
+from lsg_jax.report.results import OTHER_GATES, eval_section
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import make_mesh
 from lsg_jax.train.run_record import check_same, record_start
@@ -70,8 +74,8 @@ def case(base, scenes, tmp_path, monkeypatch):
         new = [i for i in range(len(items)) if i not in known]
         asked[next(name for name, of in case.models.items() if of is model)] = len(new)
         for i in new:
-            on_batch({i: Answer(f"{prompts[i]} {len(items[i].images[0].read())}", np.full((2, 2), 0.5, np.float32))})
-            known[i] = Answer(prompts[i])
+            known[i] = Answer(f"{prompts[i]} {len(items[i].images[0].read())}", np.full((2, 2), 0.5, np.float32))
+            on_batch({i: known[i]})
         return [known[i] for i in range(len(items))]
 
     monkeypatch.setattr(runner, "answer", answer)
@@ -279,3 +283,62 @@ def test_a_gate_file_that_was_edited_is_refused(base, tmp_path):
     file.write_bytes(file.read_bytes().replace(b'"vit_tau":"10.0"', b'"vit_tau":"20.0"'))
     with pytest.raises(InputError, match="does not fit its checksum"):
         with_gates(base, file)
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    """A run of 9 steps, stopped at 3, with gates at two layers."""
+    made = gates()
+    config = RunConfig(model="m", output="o").as_dict() | {"gate": to_dict(made.gate)}
+    record = RunRecord(config, SINKS, base.digest, "d", 9, "m", versions={}, devices="1 cpu", starts=())
+    run = RunFolder(tmp_path / "run")
+    run.write_json(RUN, record.as_json())
+    with run.lock():
+        run.save(3, {"trained": made.parameters})
+    return run
+
+
+def test_gates_of_an_unfinished_run_say_so(base, run, caplog):
+    with_gates(base, run.path)
+    assert f"{run.path}: step 3 of 9 is used" in caplog.text
+    with run.lock():
+        run.save(9, {"trained": gates(seed=1).parameters})
+    caplog.clear()
+    with_gates(base, run.path)
+    assert not caplog.text
+    shutil.rmtree(run.checkpoints / "9")
+    with_gates(base, run.path)
+    assert f"{run.path}: step 3 of 9 is used" in caplog.text
+
+
+def test_a_report_says_that_a_run_went_on_after_its_evaluation(case, run):
+    case.models = {"base": case.models["base"], "lsg": with_gates(case.models["base"], run.path)}
+    config = replace(case.config, benchmarks={"mine": str(case.folder / "questions.jsonl")})
+    result = dataclasses.asdict(runner.evaluate(case.models, config, run.path / "eval"))
+    notes = lambda: [part.text for part in eval_section(result, run.path / "eval", title="").parts if isinstance(part, Note)]
+    assert OTHER_GATES not in notes()
+    with run.lock():
+        run.save(9, {"trained": gates(seed=1).parameters})
+    assert notes()[0] == OTHER_GATES
+
+
+def test_an_evaluation_leaves_no_figures_of_an_earlier_one(case, tmp_path, monkeypatch):
+    (tmp_path / "run.toml").write_text(f'model = "{case.models["base"].folder}"\noutput = "{tmp_path / "none"}"\n')
+    figures = lambda: sorted(path.stem for path in (tmp_path / "out").glob("*.csv"))
+    monkeypatch.setattr("lsg_jax.eval.methods.open_methods", lambda *_: case.models)
+    questions = f"mine={case.folder / 'questions.jsonl'}"
+    command = ["eval", tmp_path / "run.toml", "--benchmark", questions, "--out", tmp_path / "out"]
+    assert main(list(map(str, command))) == 0 and figures() == ["gains", "ratios"]
+    del case.models["lsg"]
+    assert main(list(map(str, command))) == 0 and figures() == []
+
+
+def test_the_quickstart_keeps_sinks_of_its_model_only(base, tmp_path):
+    file = tmp_path / "sinks.json"
+    assert not quickstart._has_sinks(file, base)
+    write_sealed(file, {"backbone": "another"})
+    assert not quickstart._has_sinks(file, base)
+    write_sealed(file, {"backbone": base.digest})
+    assert quickstart._has_sinks(file, base)
+    file.write_text(file.read_text().replace(base.digest[:8], "0" * 8))
+    assert not quickstart._has_sinks(file, base)
