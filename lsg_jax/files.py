@@ -222,9 +222,12 @@ def read_regular(path: Path, *, limit: int | None = None) -> bytes:
         InputError: it is missing, cannot be read, is no regular file, or is larger.
     """
     with open_regular(path) as file:
-        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+        if limit is None:
+            return file.read()
+        # A growing file, or one below /proc, holds more than its size says.
+        if os.fstat(file.fileno()).st_size > limit or len(data := file.read(limit + 1)) > limit:
             raise InputError(f"{path}: larger than {limit >> 20} MiB, not the file it should be")
-        return file.read()
+        return data
 
 
 def is_file(path: Path) -> bool:

@@ -10,6 +10,7 @@ import os
 import select
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def _run(options: argparse.Namespace) -> None:
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, handlers=[lines], force=True)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # one for each odd tag of an image, thousands in a hostile one
     logging.raiseExceptions = False  # a closed stderr is no error
     logging.getLogger("lsg_jax").setLevel(logging.INFO)
     logging.getLogger("converters").setLevel(logging.INFO)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -19,6 +21,10 @@ MAX_DECODING = 512 << 20
 # Peak bytes a pixel until the image is decoded, as `benchmarks/decode_memory.py` measures them, with what that comes to in the
 # worst case: JPEG of several scans holds two bytes a coefficient, JPEG 2000 an int32 a value.
 _PER_PIXEL = {"PNG": 4.0, "GIF": 5.0, "BMP": 6.0, "PPM": 12.0, "WEBP": 16.1, "AVIF": 16.1}
+MAX_NUMBERS, MAX_RATIONALS, MAX_EXIF = 1 << 18, 1 << 14, 16
+"""Numbers in a tag of a TIFF (as strips of one row, of 65,535 rows and 4 planes), and segments of EXIF in a JPEG."""
+
+_EXIF = re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL)
 _AS_RGB = 4  # bytes a pixel of an RGB image
 
 
@@ -61,6 +67,29 @@ def check_decodable(image: Image.Image) -> None:
     if cost > MAX_DECODING:
         most = f"a {image.format} image of mode {image.mode} may have {int(MAX_DECODING / cost * pixels):,}"
         raise InputError(f"{pixels:,} pixels take {cost >> 20} MiB to decode; {most}: shrink it, or save it as PNG")
+
+
+def check_tags(data: bytes) -> None:
+    """Raises InputError if the tags of a TIFF, or EXIF in a JPEG, list so many numbers that Pillow takes minutes to open it."""
+    if data.startswith(b"\xff\xd8"):
+        if (parts := len(_EXIF.findall(data))) > MAX_EXIF:
+            raise InputError(f"EXIF in {parts} segments; save it again without EXIF")
+        return
+    if data[:2] not in (b"II", b"MM") or data[2:4] not in (b"*\0", b"\0*", b"+\0", b"\0+"):
+        return
+    order, large = "<" if data[:2] == b"II" else ">", data[2] == 43  # as Pillow tells BigTIFF
+    place, length = struct.Struct(order + ("Q" if large else "L")), struct.Struct(order + ("Q" if large else "H"))
+    entry = struct.Struct(order + ("HHQ8x" if large else "HHL4x"))
+    try:
+        (start,) = place.unpack_from(data, 8 if large else 4)
+        (entries,) = length.unpack_from(data, start)
+    except struct.error:
+        return  # Pillow says what is wrong with it
+    start += length.size
+    fits = min(entries, (len(data) - start) // entry.size)
+    for tag, kind, count in entry.iter_unpack(data[start : start + fits * entry.size]):
+        if kind not in (1, 2, 6, 7) and count > (MAX_RATIONALS if kind in (5, 10) else MAX_NUMBERS):
+            raise InputError(f"tag {tag} of the TIFF holds {count:,} numbers; save it as PNG")
 
 
 class Budget:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig, ModelConfig
-from lsg_jax.data.decoding import DECODING, MAX_FILE, check_cost, check_decodable, rgb_cost
+from lsg_jax.data.decoding import DECODING, MAX_FILE, check_cost, check_decodable, check_tags, rgb_cost
 from lsg_jax.data.grids import ImageSize, best_grid, split_sizes
 from lsg_jax.data.layout import best_canvas, image_of, resized_to_cover, resized_to_fit
 from lsg_jax.data.native import native_size
@@ -112,6 +112,7 @@ def _decode(
         raise InputError(f"larger than {MAX_FILE >> 20} MiB; save it as JPEG or PNG")
     if problem := _not_an_image(data):
         raise InputError(problem)
+    check_tags(data)
     try:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             _check_size(image)

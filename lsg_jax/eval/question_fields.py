@@ -151,9 +151,12 @@ def _choices(value: Any, where: str) -> list[Any]:
     if isinstance(value, str):
         value = _literal(value) or _of_lines(value, where)
     if isinstance(value, dict):
-        if set(value) == {"text", "label"} and isinstance(value["text"], list):  # the form of ARC
-            value = dict(zip(map(str, value["label"]), value["text"], strict=False))
-        return _of_object(value, where)
+        if set(value) == {"text", "label"} and isinstance(texts := value["text"], list):  # the form of ARC
+            labels = value["label"]
+            if not isinstance(labels, list) or len(set(map(str, labels))) < len(labels) or len(labels) != len(texts):
+                raise InputError(f"{where}: choices have {len(texts)} texts, but not as many different labels")
+            value = dict(zip(map(str, labels), texts, strict=True))
+        return _of_object({str(key): entry for key, entry in value.items()}, where)
     if not isinstance(value, list):
         raise InputError(f"{where}: choices are of type {type(value).__name__}; give a list of texts")
     return value
@@ -203,7 +206,9 @@ def _literal(text: str) -> Any:
         return None
     for read in (json.loads, ast.literal_eval):
         try:
-            return read(text.strip())
+            found = read(text.strip())
+            str(found)  # an integer written in hexadecimal may have no decimal form in Python
+            return found
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return None

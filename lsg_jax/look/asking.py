@@ -16,6 +16,7 @@ from PIL import Image
 
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import InputError
+from lsg_jax.look.compute import look
 from lsg_jax.look.look import MAPS, Look
 from lsg_jax.methods.coefficients import GROUPS, Coefficients
 from lsg_jax.methods.method import BASE, Method
@@ -64,7 +65,8 @@ class Asker:
             coefficients: [L, 2] of V-sinks and of the rest, for the method of this name; else not looked at.
 
         Raises:
-            InputError: there is no such method, or coefficients, prompt or images do not fit.
+            InputError: there is no such method, coefficients or images do not fit, or the prompt has more tokens than the model
+                has positions: memory grows with their square.
         """
         if not isinstance(method, str) or method not in self.methods:  # it comes from a request
             raise InputError(f"there is no method {method!r} for this model: choose among {', '.join(self.methods)}")
@@ -74,9 +76,9 @@ class Asker:
             vlm = self.methods["coefficients"].with_method(Coefficients(), parameters)
         report("answering" if vlm.method in self._ran else "compiling")
         with reporting_compilation(report):
-            look = vlm.look(list(pictures), prompt, self.max_new_tokens, MAPS)
+            seen = look(vlm, list(pictures), prompt, self.max_new_tokens, maps=MAPS, most_text=self.config.text.max_positions)
         self._ran.add(vlm.method)
-        return look
+        return seen
 
     def _parameters(self, coefficients: Any) -> dict[str, np.ndarray]:
         shape = (self.config.text.num_layers, GROUPS)

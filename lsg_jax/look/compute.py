@@ -38,14 +38,17 @@ def look(
     *,
     maps: Sequence[str] = ("raw", "no_sinks"),
     layers: Sequence[int] = (),
+    most_text: int | None = None,
 ) -> Look:
-    """`VLM.look` has the description."""
+    """`VLM.look` has the description. `most_text`: InputError if the prompt has more tokens, images aside."""
     _check(vlm, prompt, max_new_tokens, maps, layers)
     pictures = opened_images(images)
     if not pictures:
         raise InputError("there is no image to look at")
     batch = vlm.questions([pictures], [prompt])
     text, count = vlm.config.text, len(_places(batch))
+    if most_text is not None and (length := int(np.asarray(batch.attention_mask).sum()) - count) > most_text:
+        raise InputError(f"the question has {length:,} tokens: {most_text:,} is the most")
     needed = 4.0 * max_new_tokens * text.num_layers * text.num_heads * count
     check_fits(needed, f"a map of {max_new_tokens} answer tokens on {count} visual tokens", "lower max_new_tokens", host=True)
     whole, _, answer = with_answer(vlm, batch, max_new_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from http.cookies import CookieError, SimpleCookie
 
@@ -88,14 +89,24 @@ def refusal(scope: Scope) -> str | None:
     return None
 
 
+STALLED = 20.0
+"""Seconds after which a body of which nothing comes is given up: others wait behind it."""
+
+
 async def bounded_body(request: Request, limit: int) -> bytes:
-    """The body of a request. InputError beyond `limit` bytes, of which not much more is read."""
+    """The body of a request. InputError beyond `limit` bytes, of which not much more is read, or if nothing comes any more."""
     too_large = InputError(f"more than {limit / (1 << 20):g} MiB: this is too large")
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced) > limit:
         raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
+    parts, size, stream = [], 0, request.stream()
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(stream, None), STALLED)
+        except TimeoutError:
+            raise InputError(f"nothing came for {STALLED:g} s: try again") from None
+        if part is None:
+            break
         size += len(part)
         if size > limit:
             raise too_large

@@ -189,7 +189,35 @@ def test_a_question_that_is_flawed_is_named(tmp_path):
             questions.read(str(tmp_path / "q.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "{('a',): 'x', None: 'y'}",
+        "['a', 0x" + "f" * 9000 + "]",
+        {"text": ["x", "y"], "label": 5},
+        {"text": ["x", "y"], "label": None},
+        {"text": ["x", "y", "z"], "label": ["A", "B"]},
+        {"text": ["x", "y"], "label": ["A", "A"]},
+    ],
+    ids=["keys that are no text", "hexadecimal", "a number as labels", "no labels", "a choice without label", "a label twice"],
+)
+def test_choices_that_are_flawed_are_named(tmp_path, choices):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "q", "answer": "x", "choices": choices}))
+    with pytest.raises(InputError, match=r"q\.jsonl:1: .*choices"):
+        questions.read(str(tmp_path / "q.jsonl"))
+
+
 # -------------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_that_is_longer_than_its_size_says_is_not_read_whole(tmp_path, monkeypatch):
+    (tmp_path / "grown").write_bytes(bytes(100))
+    real = os.fstat
+    fake = lambda fd: os.stat_result((*real(fd)[:6], 0, *real(fd)[7:]))
+    monkeypatch.setattr("lsg_jax.files.os.fstat", fake)
+    with pytest.raises(InputError, match="larger than"):
+        read_regular(tmp_path / "grown", limit=50)
+    assert read_regular(tmp_path / "grown", limit=100) == bytes(100)
 
 
 def test_special_files_are_not_opened(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from broken_images import file_of, odd_pictures, uploads
 from explored import HEADS, HOSTILE, LAYERS, MadeAsker, made_look
 from PIL import Image
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 import lsg_jax
@@ -26,6 +27,7 @@ from lsg_jax.config import SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.look import server
 from lsg_jax.look.asking import Asker
+from lsg_jax.look.guard import bounded_body
 from lsg_jax.look.look import NEUTRAL_PROMPT
 from lsg_jax.look.server import Explorer, bind, make_app
 from lsg_jax.methods.fixed import Fixed, FixedConfig
@@ -175,6 +177,14 @@ def test_bodies_are_bounded(client, monkeypatch):
             assert client.post(path, content=b"x", headers={"content-length": length}).status_code == 400
 
 
+def test_a_body_that_stalls_is_given_up(monkeypatch):
+    """Before, it held up all other uploads."""
+    monkeypatch.setattr("lsg_jax.look.guard.STALLED", 0.1)
+    request = Request({"type": "http", "headers": []}, lambda: asyncio.sleep(60))
+    with pytest.raises(InputError, match=r"nothing came for 0\.1 s"):
+        asyncio.run(asyncio.wait_for(bounded_body(request, 100), 5))
+
+
 @pytest.mark.parametrize(
     "told, fields",
     [
@@ -290,6 +300,14 @@ def test_one_program_answers_under_all_coefficients(tiny_model, scenes):
     fixed = Asker(vlm.with_method(Fixed(FixedConfig((1,), (1.0, 1.0)))), max_new_tokens=4)
     assert fixed.titles == {"base": "Base", "gates": "fixed", "coefficients": "Coefficients"}
     assert list(Asker(lsg_jax.load(tiny_model), max_new_tokens=4).titles) == ["base"]  # V-sinks are not known
+
+
+def test_a_question_longer_than_the_model_is_refused(tiny_model, monkeypatch):
+    """Before, 20,000 characters took all memory of the machine, and the page ended."""
+    asker = Asker(lsg_jax.load(tiny_model), max_new_tokens=2)
+    monkeypatch.setattr("lsg_jax.look.compute.with_answer", None)
+    with pytest.raises(InputError, match=r"the question has [\d,]+ tokens: [\d,]+ is the most"):
+        asker.look("base", None, [Image.new("RGB", (28, 28))], "x " * 9_999)
 
 
 def test_the_command(tiny_model):
