@@ -35,7 +35,8 @@ def open_tokenizer(folder: Path, where: Path | None = None) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for missing and damaged files
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{where or folder}: no usable tokenizer: {message[:200]}; put tokenizer.json there") from None
+        what = f"no usable tokenizer: {message[:200]}"
+        raise InputError(f"{where or folder}: {what}; put tokenizer.json into the checkpoint, and convert it") from None
 
 
 def read_chat_template(folder: Path, tokenizer: Any) -> str | None:

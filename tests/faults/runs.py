@@ -73,4 +73,5 @@ class Runner:
                     os.kill(pid, number)
                     time.sleep(0.02)
         code = self.server.wait()
-        return code, said.read_text(), time.monotonic() - started
+        text = said.read_text() if said.exists() else ""  # it was killed before it opened it
+        return code, text, time.monotonic() - started

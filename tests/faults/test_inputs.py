@@ -349,7 +349,9 @@ from pathlib import Path
 from lsg_jax.data.records import prepare_llava
 folder = Path(sys.argv[1])
 report = prepare_llava(folder / "r.jsonl", folder, folder / "out", threads=4, max_bad_fraction=1)
-print(report.rows, report.rejected, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# not ru_maxrss, which a child inherits from the process that started it
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print(report.rows, report.rejected, int(peak) // 1024)
 """
 
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import tomllib
 
 import pytest
 from hypothesis import given, settings
@@ -118,5 +117,3 @@ def test_toml_that_python_cannot_hold(text, tmp_path, capsys):
         assert main(["train", *arguments]) == 65
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and len(error) < 300 and ("seed" in error or "TOML" in error), error
-    with pytest.raises((tomllib.TOMLDecodeError, ValueError, RecursionError, AssertionError)):
-        assert tomllib.loads(text)["seed"] in range(2**32)
