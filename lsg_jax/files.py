@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,9 +40,15 @@ def _try_output(path: Path, *, folder: bool) -> None:
         above = above.parent
     elif not above.is_dir():  # a device or pipe, such as /dev/stdout
         return
-    with tempfile.NamedTemporaryFile(dir=above, prefix=".lsg-") as tried:
-        tried.write(b"0")
-        tried.flush()
+    tried = above / ".lsg.tmp"  # always the same name: the next command removes what a kill leaves
+    try:
+        descriptor = _open_locked(tried)
+        try:
+            os.write(descriptor, b"0")
+        finally:
+            os.close(descriptor)
+    finally:
+        tried.unlink(missing_ok=True)
 
 
 def check_only(folder: Path, known: frozenset[str], what: str) -> None:

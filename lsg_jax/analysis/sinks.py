@@ -95,16 +95,15 @@ def find_sinks(
     if not images:
         raise InputError("there is no image to look at")
     Range("[0, 1e8]").check(max_new_tokens, "max_new_tokens", int)
-    vit, llm = _readings(vlm)
-    seen, entries = [], {}
+    (vit, llm), seen, entries = _readings(vlm), [], {}
     for done, (name, image) in enumerate(images.items(), 1):
         size, pixels = _prepare(vlm, name, image)
         encoded = vlm.processor.encode_question(prompt, image_sizes=(size,))
         batch, prompt_mask, answer = with_answer(vlm, vlm.pad_questions([encoded], [pixels]), max_new_tokens)
-        patches = int((batch.source[0, :, 0] >= 0).sum())
-        seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, patches)))
-        sizes = [seen[-1]["vit"]["norms"], seen[-1]["llm"]["norms"], seen[-1]["llm"]["mass"]]
-        check_finite(np.concatenate([each.ravel() for each in sizes])[None], [name], vlm.method)
+        shown = int((batch.source[0, :, 0] >= 0).sum())
+        seen.append(jax.tree.map(np.asarray, _observe(vlm.params, batch, prompt_mask, vlm.graphdef, vit, llm, shown)))
+        sizes = seen[-1]["vit"]["norms"], seen[-1]["llm"]["norms"], seen[-1]["llm"]["mass"]
+        check_finite(np.concatenate(sizes, axis=None)[None], [name], vlm.method)
         entries[name] = _place(vlm, size, seen[-1]["vit"]["patches"]) | _entry(seen[-1], vit, llm)
         entries[name] |= {"answer": vlm.processor.decode(answer), "answer_tokens": len(answer)}
         entries[name]["answer_attention"] = _digits(seen[-1]["llm"]["answer"]) if len(answer) else None

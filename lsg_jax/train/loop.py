@@ -67,12 +67,7 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
     """Loads model and data, compares them with the run that is there, and restores its newest sound step."""
     goodput = Goodput(began)
     mesh = sharding.make_mesh(config.mesh)
-    rows = sharding.batch_rows(mesh)
-    if config.train.batch_size % (rows * config.train.accumulate):
-        parts = f" times train.accumulate {config.train.accumulate}" if config.train.accumulate > 1 else ""
-        raise ConfigError(
-            f"train.batch_size {config.train.batch_size} is no multiple of the {rows} devices along data and fsdp{parts}"
-        )
+    _check_division(config, sharding.batch_rows(mesh))
     method = _trained_method(config)
     _check_batch(config, mesh)
     vlm = load_backbone(config.model, dtype=config.dtype, sinks=config.sinks, mesh=mesh)
@@ -124,6 +119,14 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         run=run,
         goodput=goodput,
     )
+
+
+def _check_division(config: RunConfig, rows: int) -> None:
+    """Refuses a batch that cannot be split over `rows` devices and into its parts."""
+    size, accumulate = config.train.batch_size, config.train.accumulate
+    if size % (rows * accumulate):
+        parts = f" times train.accumulate {accumulate}" if accumulate > 1 else ""
+        raise ConfigError(f"train.batch_size {size} is no multiple of the {rows} devices along data and fsdp{parts}")
 
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:
