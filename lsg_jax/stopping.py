@@ -3,6 +3,7 @@
 The rule of one process, however often it is told to stop:
 
 - inside `stop_signals`, signals are only noted; the loop asks, saves, and raises `Preempted`;
+- while a module is imported, the process is ended: modules in C++ turn an exception from their own imports into an abort;
 - elsewhere the first signal raises KeyboardInterrupt, and later ones do nothing, since the command is ending;
 - where that does not end it within GRACE seconds, in a compilation or a library that drops the exception, the process is ended;
 - the third Ctrl-C ends the process at once.
@@ -19,6 +20,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from lsg_jax.errors import Preempted
@@ -37,14 +39,22 @@ class _Signals:
         self.saving = 0  # loops that ask whether to stop, one within the other
         self._interrupts = 0
 
-    def note(self, number: int, _: Any) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         self._interrupts += number == signal.SIGINT
         if self._interrupts >= PATIENCE:
             end_now()
         first, self.came = not self.came, True
         if first and not self.saving:
+            if _importing(frame):
+                end_now()
             raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 _signals = _Signals()

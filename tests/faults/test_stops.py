@@ -103,6 +103,15 @@ def test_stop_while_it_imports(after, numbers):
     assert code == 75 and said_once(said), (code, said)
 
 
+def test_stop_within_an_import(tmp_path):
+    """jaxlib imports Python modules from C++, which turned a KeyboardInterrupt into an abort, or into an ImportError."""
+    (tmp_path / "interrupted.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    body = "try:\n    import interrupted\nexcept BaseException as error:\n    print(repr(error))"
+    script = f"import sys\nfrom lsg_jax import stopping\nsys.path.append({str(tmp_path)!r})\nstopping.handle_signals()\n{body}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 75 and said_once(ended.stderr) and not ended.stdout, ended
+
+
 @pytest.mark.soak
 def test_stop_while_it_imports_long():
     rng, ends = random.Random(0), []
