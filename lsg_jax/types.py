@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 import flax.struct
 import jax
@@ -124,7 +125,7 @@ class KVCache:
         key: [L, B, K, S, H], after rotary embedding and gating.
         value: [L, B, K, S, H].
         valid: bool [B, S], slots that may be attended to.
-        sinks: bool [L, B, S], tokens that an intervention found to be sinks where they entered the layer; None without one.
+        kept: [L, B, S], what an intervention keeps of each token and layer for later queries (LayerChange); None without one.
         offset: int32 [B], what the rotary position of a new token is beyond the number of tokens before it (M-RoPE: an image
             has more tokens than positions); None for 0.
     """
@@ -132,8 +133,15 @@ class KVCache:
     key: Array
     value: Array
     valid: Array
-    sinks: Array = None
+    kept: Array = None
     offset: Array = None
+
+
+class Edits(TypedDict, total=False):
+    """Keywords of `model.attention.attend`: functions of scores and of weights float32 [B, N, T, S]."""
+
+    edit_scores: Callable[[Array], Array]
+    edit: Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -143,18 +151,31 @@ class LayerChange:
     Attributes:
         key_scale: float32 [B, T], the factor of each key, before the softmax.
         ratios: float32 [B, G], the gate ratios that `key_scale` came from, for observers.
-        edit: attention weights float32 [B, N, A, S] on the first S keys, and `queries`, the positions of their queries int32
-            [B, A] or None for all -> weights.
-        sinks: bool [B, T], tokens that `edit` counts as sinks; the cache keeps them for later queries.
+        edit_scores: attention scores float32 [B, N, A, S] on the first S keys, before the mask and the softmax, and `queries`,
+            the positions of their queries int32 [B, A] or None for all -> scores.
+        edit: the same for the weights after the softmax.
+        kept: [B, T], of each token, for `while_decoding`: the cache keeps it.
+        head_gate: normed input [B, A, D] -> float32 [B, A, N], the factors of the heads' outputs.
         low_rank: projection name (`q_proj`, `k_proj`, `v_proj`, `o_proj`) -> function whose output is
             added to the projection's.
     """
 
     key_scale: Array = None
     ratios: Array = None
+    edit_scores: Callable[..., Array] | None = None
     edit: Callable[..., Array] | None = None
-    sinks: Array = None
+    kept: Array = None
+    head_gate: Callable[[Array], Array] | None = None
     low_rank: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
+
+    def edits(self, queries: Array | None) -> Edits:
+        """`edit_scores` and `edit`, where there are any, for the queries at these positions."""
+        found: Edits = {}
+        if self.edit_scores is not None:
+            found["edit_scores"] = partial(self.edit_scores, queries=queries)
+        if self.edit is not None:
+            found["edit"] = partial(self.edit, queries=queries)
+        return found
 
 
 UNCHANGED = LayerChange()

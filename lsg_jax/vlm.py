@@ -357,8 +357,7 @@ def check_sinks(config: ModelConfig) -> None:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _logits(params: dict, batch: Batch, graphdef: Any) -> jax.Array:
-    model = assemble(graphdef, params)
-    return model.language_model.logits(model(batch).hidden)
+    return assemble(graphdef, params).logits(batch)[0]
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -90,8 +90,7 @@ def _batch(processor: Processor, members: Sequence[int], questions: QuestionBatc
 def _score(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
     """Log probabilities float32 [B], greedy bool [B]; only the answer slots pass through the output head."""
     model = assemble(graphdef, params)
-    hidden = model(batch, rows=jnp.asarray(batch.answer_index)).hidden
-    logits = model.language_model.logits(hidden)
+    logits, hidden = model.logits(batch, rows=jnp.asarray(batch.answer_index))
     used = batch.answer_target != IGNORE
     target = jnp.where(used, batch.answer_target, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)

@@ -95,6 +95,17 @@ class Method:
         """What it does in the decoder layers; None for nothing."""
         return None
 
+    def contrast(self, model: MethodModel, batch: Batch, sequence: Sequence) -> Sequence | None:
+        """What the model reads besides, without the intervention, for `contrasted`; None for nothing.
+
+        It has the shape of `sequence`: tokens that it leaves out are not valid. Its last token is that of `sequence`.
+        """
+        return None
+
+    def contrasted(self, logits: jax.Array, others: jax.Array) -> jax.Array:
+        """The logits that a token is chosen by, from those of `sequence` and of `contrast`: float32 [..., V] each."""
+        raise TypeError(f"{type(self).__name__} contrasts no logits")
+
 
 BASE = Method()
 

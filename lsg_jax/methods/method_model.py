@@ -39,6 +39,14 @@ class MethodModel(VisionLanguageModel):
         """`Method.intervention`."""
         return self.method.intervention(self, batch, sequence)
 
+    def contrast(self, batch: Batch, sequence: Sequence) -> Sequence | None:
+        """`Method.contrast`."""
+        return self.method.contrast(self, batch, sequence)
+
+    def contrasted(self, logits: jax.Array, others: jax.Array) -> jax.Array:
+        """`Method.contrasted`."""
+        return self.method.contrasted(logits, others)
+
     @property
     def gate(self) -> GateConfig | None:
         """`Method.gate`."""

@@ -111,7 +111,7 @@ class AttentionRedistribution:
                 weights, sinks=keys[:, :seen], visual=self.visual[:, :seen], queries=among & enabled, config=self.config
             )
 
-        return LayerChange(edit=edit, sinks=sinks)
+        return LayerChange(edit=edit, kept=sinks)
 
     def while_decoding(self, cache: KVCache, slot: jax.Array) -> AttentionRedistribution:
         """The same for the next token of each row, which goes into `slot` of the cache."""
@@ -119,7 +119,7 @@ class AttentionRedistribution:
         return self.replace(  # type: ignore[attr-defined, no-any-return]
             visual=jnp.pad(self.visual, ((0, 0), (0, room))),
             queries=self.visual.any(axis=1, keepdims=True),
-            cached=cache.sinks,
+            cached=cache.kept,
             slot=slot,
         )
 

@@ -34,6 +34,7 @@ def attend(
     *,
     scale: float | None = None,
     return_weights: bool = False,
+    edit_scores: Callable[[jax.Array], jax.Array] | None = None,
     edit: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """softmax(scale Q K^T) V, softmax in float32.
@@ -43,6 +44,7 @@ def attend(
         key, value: [B, K, S, H], heads before positions for the matrix products; N is a multiple of K.
         mask: bool [B, T, S], True where a query may look; None for everywhere. A row without keys gives the mean of the values.
         scale: of the logits; None for 1 / sqrt(H).
+        edit_scores: changes the scaled logits float32 [B, N, T, S] before the mask and the softmax.
         edit: changes the attention weights float32 [B, N, T, S] before they are used.
 
     Returns:
@@ -55,6 +57,8 @@ def attend(
     scale = width**-0.5 if scale is None else scale
     grouped = (query * scale).reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
     logits = jnp.einsum("XTH,XSH->XTS", flat(grouped), flat(key), preferred_element_type=jnp.float32)
+    if edit_scores is not None:
+        logits = edit_scores(logits.reshape(batch, heads, length, keys))
     logits = logits.reshape(batch, kv_heads, groups, length, keys)
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
@@ -77,18 +81,18 @@ def attend_causally(
     scope: Scope,
     *,
     scale: float | None = None,
-    edit: Callable[..., jax.Array] | None = None,
+    change: LayerChange = UNCHANGED,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """`attend` for T = S, under the mask of a layer of whole sequences.
 
     On a TPU a kernel computes it, unless `why_plain` says otherwise. Elsewhere, and where attention is edited, it runs on
     blocks of queries, each with the keys up to its end, which saves three eighths of the work. Outputs of padded queries may
-    differ. `edit` is that of LayerChange.
+    differ. Of `change`, only the edits are made here.
     """
     in_blocks = functools.partial(_attend_in_blocks, scale=scale, causal=scope.causal)
-    if edit is not None:
-        return in_blocks(query, key, value, scope.mask, edit=edit)
+    if change.edits(None):
+        return in_blocks(query, key, value, scope.mask, change=change)
     window_with_gaps = scope.gaps and any(scope.windows)
     if why_plain(query.shape[-1], mesh, causal=scope.causal, window_with_gaps=window_with_gaps) is not None:
         return by_heads(in_blocks, query, key, value, scope.mask, mesh)
@@ -138,7 +142,7 @@ def _attend_in_blocks(
     *,
     scale: float | None = None,
     causal: bool = True,
-    edit: Callable[..., jax.Array] | None = None,
+    change: LayerChange = UNCHANGED,
 ) -> jax.Array:
     length = query.shape[1]
     block = max(-(-length // QUERY_BLOCKS), SHORTEST_BLOCK)
@@ -146,10 +150,9 @@ def _attend_in_blocks(
     for start in range(0, length, block):
         stop = min(start + block, length)
         queries = jnp.broadcast_to(jnp.arange(start, stop), (query.shape[0], stop - start))
-        own_edit = None if edit is None else functools.partial(edit, queries=queries)
         end = stop if causal else length
         keys, values, seen = key[:, :, :end], value[:, :, :end], mask[:, start:stop, :end]
-        parts.append(attend(query[:, start:stop], keys, values, seen, scale=scale, edit=own_edit)[0])
+        parts.append(attend(query[:, start:stop], keys, values, seen, scale=scale, **change.edits(queries))[0])
     return jnp.concatenate(parts, axis=1)
 
 
@@ -253,17 +256,18 @@ class CausalAttention(nnx.Module):
         if cache is not None:
             kept = cache = cache.append(key, value)
             key, value = cache.read()
-        scaled, beside = functools.partial(attend, scale=self.scale), None
+        scaled, weights = functools.partial(attend, scale=self.scale), None
         if not isinstance(return_weights, bool):
-            edit = None if change.edit is None else functools.partial(change.edit, queries=return_weights)
             chosen = take_rows(query, return_weights), key, value, take_rows(mask, return_weights)
-            beside, return_weights = scaled(*chosen, return_weights=True, edit=edit)[1], False
+            weights = scaled(*chosen, return_weights=True, **change.edits(return_weights))[1]
+            return_weights = False
         if cache is None and rows is None and not return_weights:
-            out = attend_causally(query, key, value, scope, scale=self.scale, edit=change.edit, mesh=self.mesh)
-            return project("o_proj", out), kept, beside
-        if change.edit is None and not return_weights:
+            out = attend_causally(query, key, value, scope, scale=self.scale, change=change, mesh=self.mesh)
+        elif not change.edits(rows) and not return_weights:
             out = by_heads(lambda *qkvm: scaled(*qkvm)[0], query, key, value, mask, self.mesh)
-            return project("o_proj", out), kept, None
-        edit = None if change.edit is None else functools.partial(change.edit, queries=rows)
-        out, weights = scaled(query, key, value, mask, return_weights=return_weights, edit=edit)
+        else:
+            out, seen = scaled(query, key, value, mask, return_weights=return_weights, **change.edits(rows))
+            weights = seen if weights is None else weights
+        if change.head_gate is not None:
+            out = (out * change.head_gate(x)[..., None]).astype(out.dtype)
         return project("o_proj", out), kept, weights

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lsg_jax.model.language_model import DecoderOutput
 from lsg_jax.model.multimodal import VisionLanguageModel
@@ -33,6 +34,14 @@ class Generated(NamedTuple):
 
 
 @flax.struct.dataclass
+class Contrast:
+    """The pass over the prompts as `VisionLanguageModel.contrast` has them; attributes as `decode_greedily` takes them."""
+
+    hidden: Array
+    cache: KVCache
+
+
+@flax.struct.dataclass
 class ReadPrompts:
     """Results of the pass over a batch of prompts, from which their answers are decoded.
 
@@ -40,11 +49,13 @@ class ReadPrompts:
         hidden: [B, D], output of the last layer at the last token of each prompt, before the final norm.
         visual: the visual tokens of the prompts; None for a batch without images.
         ratios: float32 [L - first gated layer, B, G], or None without key gating.
+        contrast: None for a model that contrasts no logits.
     """
 
     hidden: Array
     visual: VisualTokens | None
     ratios: Array
+    contrast: Contrast | None = None
 
 
 def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> Generated:
@@ -59,9 +70,14 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -
 
 def read_prompts(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
     """The first half of `generate`: the pass over the prompts, and a cache with room for their answers."""
-    sequence = model.sequence(batch)
-    out = model(batch, sequence=sequence, keep_kv=True, room=max_new_tokens, rows=last_token(sequence.valid)[:, None])
-    return ReadPrompts(out.hidden[:, 0], sequence.visual, out.ratios), cache_of(sequence, out, room=max_new_tokens)
+    sequence, room = model.sequence(batch), max_new_tokens
+    rows = last_token(sequence.valid)[:, None]
+    out = model(batch, sequence=sequence, keep_kv=True, room=room, rows=rows)
+    contrast = None
+    if (other := model.contrast(batch, sequence)) is not None:
+        beside = model.language_model(other, keep_kv=True, room=room, rows=rows)
+        contrast = Contrast(beside.hidden[:, 0], cache_of(other, beside, room=room))
+    return ReadPrompts(out.hidden[:, 0], sequence.visual, out.ratios, contrast), cache_of(sequence, out, room=room)
 
 
 def answer_prompts(
@@ -74,25 +90,27 @@ def answer_prompts(
     """
     valid = cache.valid[:, : batch.input_ids.shape[1]]
     intervention = model.intervention(batch, Sequence(x=None, valid=valid, visual=read.visual))
-    tokens, steps, margin = decode_greedily(model, read.hidden, cache, max_new_tokens=max_new_tokens, intervention=intervention)
+    tokens, steps, margin = decode_greedily(
+        model, read.hidden, cache, max_new_tokens=max_new_tokens, intervention=intervention, contrast=read.contrast
+    )
     return Generated(tokens, steps, margin, read.ratios)
 
 
 def cache_of(sequence: Sequence, out: DecoderOutput, *, room: int = 0) -> KVCache:
     """The cache after a pass over whole sequences, whose keys and values were kept with that room."""
     offset = position_offset(sequence.positions, sequence.valid)
-    return KVCache(out.key, out.value, _pad_slots(sequence.valid, room), _pad_slots(out.sinks, room), offset)
+    return KVCache(out.key, out.value, _pad_slots(sequence.valid, room), _pad_slots(out.kept, room), offset)
 
 
 def with_room(cache: KVCache, slots: int) -> KVCache:
     """The cache with `slots` empty ones appended."""
     room = [(0, 0)] * 3 + [(0, slots), (0, 0)]
-    valid, sinks = _pad_slots(cache.valid, slots), _pad_slots(cache.sinks, slots)
-    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), valid, sinks, cache.offset)
+    valid, kept = _pad_slots(cache.valid, slots), _pad_slots(cache.kept, slots)
+    return KVCache(jnp.pad(cache.key, room), jnp.pad(cache.value, room), valid, kept, cache.offset)
 
 
 def _pad_slots(found: jax.Array | None, slots: int) -> jax.Array | None:
-    """bool [..., S] with `slots` more columns of False."""
+    """[..., S] with `slots` more columns of zeros, or of False."""
     return None if found is None else jnp.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, slots)])
 
 
@@ -103,6 +121,7 @@ def decode_greedily(
     *,
     max_new_tokens: int,
     intervention: Intervention | None = None,
+    contrast: Contrast | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Greedy continuation of prompts that were already run.
 
@@ -110,29 +129,32 @@ def decode_greedily(
         hidden: [B, D], output of the last layer at the last token of each prompt.
         cache: of the prompts, its last `max_new_tokens` slots empty.
         intervention: what was done to the prompts.
+        contrast: what their logits are contrasted with, in a cache of the same size.
 
     Returns:
         tokens, steps and margin, as in Generated.
     """
     config = model.config
-    heads_apart = lambda x: constrain(x, model.mesh, None, ROWS, "tensor")
-    cache = cache.replace(key=heads_apart(cache.key), value=heads_apart(cache.value))  # type: ignore[attr-defined]
-    next_position = cache.valid.sum(1).astype(jnp.int32) + (0 if cache.offset is None else cache.offset)
+    states = [hidden] if contrast is None else [hidden, contrast.hidden]
+    caches = [_heads_apart(each, model.mesh) for each in ([cache] if contrast is None else [cache, contrast.cache])]
+    next_positions = [each.valid.sum(1).astype(jnp.int32) + (0 if each.offset is None else each.offset) for each in caches]
     batch, slots = cache.valid.shape[0], cache.valid.shape[1] - max_new_tokens
     eos = jnp.array(config.eos_token_ids)
 
-    def pick(hidden: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.language_model.logits(hidden)
+    def pick(states: list[jax.Array], done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.language_model.logits(states[0])
+        if len(states) > 1:
+            logits = model.contrasted(logits, model.language_model.logits(states[1]))
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         others = jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], -jnp.inf, logits)
-        sound = jnp.isfinite(logits.max(-1)) & is_sound(hidden)
+        sound = jnp.isfinite(logits.max(-1)) & is_sound(states[0])
         margin = jnp.where(sound, logits.max(-1) - others.max(-1), jnp.nan)
         return jnp.where(done, config.pad_token_id, token), jnp.where(done, jnp.inf, margin)
 
     def ended(token: jax.Array) -> jax.Array:
         return (token[:, None] == eos).any(-1)
 
-    token, margin = pick(hidden, jnp.zeros(batch, bool))
+    token, margin = pick(states, jnp.zeros(batch, bool))
     tokens = jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
 
     def cond(carry: tuple[Any, ...]) -> Any:
@@ -140,16 +162,24 @@ def decode_greedily(
         return (step < max_new_tokens) & ~done.all()
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, done, tokens, margin, cache = carry
+        step, token, done, tokens, margin, caches = carry
         slot = slots + step - 1
-        now = None if intervention is None else intervention.while_decoding(cache, slot)
-        hidden, cache = model.language_model.decode(token, next_position + step - 1, slot, cache, now)
-        token, new_margin = pick(hidden, done)
+        now = None if intervention is None else intervention.while_decoding(caches[0], slot)
+        ran = [
+            model.language_model.decode(token, first + step - 1, slot, each, change)
+            for first, each, change in zip(next_positions, caches, (now, None), strict=False)
+        ]
+        token, new_margin = pick([hidden for hidden, _ in ran], done)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-        return step + 1, token, done | ended(token), tokens, jnp.minimum(margin, new_margin), cache
+        return step + 1, token, done | ended(token), tokens, jnp.minimum(margin, new_margin), [each for _, each in ran]
 
-    step, _, _, tokens, margin, _ = jax.lax.while_loop(cond, body, (jnp.int32(1), token, ended(token), tokens, margin, cache))
+    step, _, _, tokens, margin, _ = jax.lax.while_loop(cond, body, (jnp.int32(1), token, ended(token), tokens, margin, caches))
     return tokens, step, margin
+
+
+def _heads_apart(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    apart = lambda x: constrain(x, mesh, None, ROWS, "tensor")
+    return cache.replace(key=apart(cache.key), value=apart(cache.value))  # type: ignore[attr-defined, no-any-return]
 
 
 def is_sound(hidden: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ class DecoderOutput:
         hidden: [B, T, D], or [B, A, D] with `rows`: output of the last layer that ran, before the final norm.
         key, value: [L, B, K, T + room, H], or None unless `keep_kv`.
         ratios: float32 [L - first changed layer, B, G], or None without key gating.
-        sinks: bool [L, B, T], the sinks that an intervention reports for the cache, False below its first layer; or None.
+        kept: [L, B, T], what an intervention keeps for the cache (LayerChange), 0 below its first layer; or None.
         observed: results of the observer, stacked over the L layers, or None.
     """
 
@@ -38,7 +38,7 @@ class DecoderOutput:
     key: jax.Array | None
     value: jax.Array | None
     ratios: jax.Array | None
-    sinks: jax.Array | None
+    kept: jax.Array | None
     observed: Any
 
 
@@ -127,7 +127,7 @@ class LanguageModel(nnx.Module):
             x = checkpoint_name(self.by_rows(x), "layer_input")
             out = runner(index, x, kv=kv, inputs=inputs, rows=rows, return_weights=rows is None and observe_attention)
             seen = observe(LayerView(hidden=x, attention=out.weights, ratios=out.change.ratios)) if observe else None
-            return (out.x, out.kv), (out.change.ratios, out.change.sinks if keep_kv else None, seen)
+            return (out.x, out.kv), (out.change.ratios, out.change.kept if keep_kv else None, seen)
 
         # prevent_cse is not needed: a scan already keeps the recomputation apart from the forward pass
         step = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
@@ -143,12 +143,12 @@ class LanguageModel(nnx.Module):
             of_last = jax.tree.map(lambda leaf: leaf[0], inputs(scanned, stop))
             carry, part = body(carry, (jnp.int32(scanned), of_last), rows)
             parts.append(jax.tree.map(lambda leaf: leaf[None], part))
-        (x, kv), (ratios, sinks, observed) = carry, map(_concatenate, zip(*parts, strict=True))
-        if sinks is not None:
-            sinks = jnp.pad(sinks, ((stop - len(sinks), 0), (0, 0), (0, 0)))
+        (x, kv), (ratios, kept, observed) = carry, map(_concatenate, zip(*parts, strict=True))
+        if kept is not None:
+            kept = jnp.pad(kept, ((stop - len(kept), 0), (0, 0), (0, 0)))
         x = take_rows(x, rows) if rows is not None and not last_apart else x
         key, value = kv or (None, None)
-        return DecoderOutput(x, key, value, ratios, sinks, observed)
+        return DecoderOutput(x, key, value, ratios, kept, observed)
 
     def _empty_kv(self, x: jax.Array, room: int) -> KeysAndValues:
         """Zeros for the keys and values of all layers on x [B, T, D], which the layers fill in place."""
@@ -207,14 +207,14 @@ class LanguageModel(nnx.Module):
 
         def body(carry: tuple[jax.Array, KeysAndValues], xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             out = runner(xs[0], carry[0], kv=carry[1], inputs=xs[1])
-            return (out.x, out.kv), out.change.sinks
+            return (out.x, out.kv), out.change.kept
 
         inputs = None if intervention is None else intervention.per_layer(0, num_layers)
         carry = self.embed(token[:, None]), (cache.key, cache.value)
-        (x, (key, value)), sinks = jax.lax.scan(body, carry, (jnp.arange(num_layers), inputs))
-        if sinks is not None:
-            sinks = jax.lax.dynamic_update_slice_in_dim(cache.sinks, sinks, slot, axis=2)
-        return x[:, 0], cache.replace(key=key, value=value, valid=valid, sinks=sinks)  # type: ignore[attr-defined]
+        (x, (key, value)), kept = jax.lax.scan(body, carry, (jnp.arange(num_layers), inputs))
+        if kept is not None:
+            kept = jax.lax.dynamic_update_slice_in_dim(cache.kept, kept, slot, axis=2)
+        return x[:, 0], cache.replace(key=key, value=value, valid=valid, kept=kept)  # type: ignore[attr-defined]
 
 
 def _last_layer_apart(num_layers: int, rows: int) -> bool:

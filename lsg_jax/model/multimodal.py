@@ -138,6 +138,27 @@ class VisionLanguageModel(nnx.Module):
         """What is done in the decoder layers; None for nothing."""
         return None
 
+    def contrast(self, batch: Batch, sequence: Sequence) -> Sequence | None:
+        """What the unchanged model reads besides, for logits that are contrasted with its own; None for nothing."""
+        return None
+
+    def contrasted(self, logits: jax.Array, others: jax.Array) -> jax.Array:
+        """The logits of a token [..., V] from those of `sequence` and of `contrast`."""
+        raise TypeError(f"{type(self).__name__} contrasts no logits")
+
+    def logits(self, batch: Batch, *, rows: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """float32 [B, T, V], contrasted where there is a `contrast`, and the hidden states [B, T, D] before the final norm.
+
+        Args:
+            rows: int32 [B, A], positions whose logits are wanted, [B, A, V]; None for all.
+        """
+        sequence = self.sequence(batch)
+        hidden = self(batch, sequence=sequence, rows=rows).hidden
+        logits = self.language_model.logits(hidden)
+        if (other := self.contrast(batch, sequence)) is not None:
+            logits = self.contrasted(logits, self.language_model.logits(self.language_model(other, rows=rows).hidden))
+        return logits, hidden
+
     def sequence(self, batch: Batch, encoded: ImageFeatures | None = None) -> Sequence:
         """Text embeddings with the visual tokens gathered into their places (`batch.source`).
 
