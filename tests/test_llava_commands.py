@@ -20,7 +20,8 @@ from lsg_jax.data.layout import lay_out
 from lsg_jax.errors import InputError
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.batches import batches, encode_item
-from lsg_jax.eval.benchmarks.questions import QUESTIONS, ImageFile
+from lsg_jax.eval.benchmarks.questions import QUESTIONS
+from lsg_jax.eval.image_files import ImageFile
 from lsg_jax.gating.portable import PortableGates, write_gates
 from lsg_jax.methods.gates import Gates
 from lsg_jax.vlm import read_batch

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lsg_jax.errors import ConfigError, InputError
-from lsg_jax.eval.benchmark import Graded, Metrics
+from lsg_jax.eval.benchmark import LOWER, Graded, Metrics
 from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult
 from lsg_jax.eval.runner import Asked
 
@@ -79,6 +79,8 @@ def selection(asked: Mapping[str, Asked], select: str | None) -> Selection:
         full = float(_all_right(asked[name])[metric][0])
         if not math.isfinite(full):
             raise InputError(f"{name}: {metric} has no value on these questions, so it cannot decide: name another by --select")
+        if len(names) > 1 and metric.endswith(LOWER):
+            raise InputError(f"{name}: {metric} is in no mean with metrics that should rise: give --select")
         if len(names) > 1 and not math.isclose(full, 100.0):
             raise InputError(
                 f"{name}: {metric} is in points up to {full:.0f}, a mean with percentages would be of it alone: give --select"

@@ -15,6 +15,7 @@ from lsg_jax.config import SinkConfig, to_dict
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.records import open_records
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.benchmark import gain
 from lsg_jax.eval.results import BASE, EvaluationResult
 from lsg_jax.eval.runner import Asked, ask_all, evaluate
 from lsg_jax.gating.portable import PortableGates, check_width, choose_gates, combine_gates, write_gates
@@ -144,7 +145,7 @@ def stack_study(
     asked = ask_all(config.eval)
     study = _Study(config, out, asked, selection(asked, settings.select), progress)
     alone, steps = study.grow(singles, settings.max_gates)
-    chosen = steps[first_best([step["change"] for step in steps])]["layers"]
+    chosen = steps[first_best([gain(study.decides.metric, step["change"]) for step in steps])]["layers"]
     stack = study.gates[stack_name(chosen)]
     on_primary(lambda: write_gates(out / GATES, stack))
     joint = {"joint": study.train_together(chosen)} if settings.joint else {}
@@ -188,7 +189,8 @@ class _Study:
         models = {BASE: self._open()}
         self._ask(models, {stack_name([layer]): gates for layer, gates in singles.items()})
         alone = [{"layer": layer, **self._score(stack_name([layer]))} for layer in singles]
-        stacks = greedy_stacks({row["layer"]: row["change"] for row in alone}, max_gates)
+        gains = {row["layer"]: gain(self.decides.metric, row["change"]) for row in alone}
+        stacks = greedy_stacks(gains, max_gates)
         self._ask(models, {stack_name(layers): combine_gates([singles[i] for i in layers]) for layers in stacks})
         return alone, [{"layers": layers, **self._score(stack_name(layers))} for layers in stacks]
 

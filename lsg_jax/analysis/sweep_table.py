@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lsg_jax.eval.benchmark import Item, Metrics
+from lsg_jax.eval.benchmark import Item, Metrics, gain
 from lsg_jax.eval.runner import Asked, grade
 from lsg_jax.eval.statistics import interval, resample_weights
 
@@ -88,7 +88,7 @@ def _benchmark(name: str, entry: Mapping[str, Any], result: Mapping[str, Any]) -
     lines = [("task", "base [95 %]", "best change [95 %]", "layer", f"coefficients ({groups})")]
     for base in (row for row in result["base"] if row["benchmark"] == name):
         of_task = [row for row in result["best"] if (row["benchmark"], row["task"]) == (name, base["task"])]
-        found = max(of_task, key=lambda row: row["change"], default=None)
+        found = max(of_task, key=lambda row: gain(row["task"], row["change"]), default=None)
         where = ("-",) * 3
         if found is not None:
             coefficients = ", ".join(f"{value:g}" for value in found["coefficients"])

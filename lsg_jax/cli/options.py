@@ -74,7 +74,7 @@ def benchmark_option(sub: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=PATH",
-        help="Parquet file, folder or glob of a known benchmark; `scenes` needs no path; own questions as NAME=FILE.jsonl",
+        help="file, folder or glob of a known benchmark; `scenes` needs no path; own questions as NAME=FILE.jsonl",
     )
 
 

@@ -11,9 +11,9 @@ from lsg_jax.errors import ConfigError
 
 Template = Literal[
     "chat_template", "vicuna_v1", "qwen2", "qwen_1_5", "chatml_direct", "mistral_instruct", "llava_llama_3", "llama3", "phi3",
-    "qwen2_base", "qwen2_instruct", "qwen2_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm",
+    "qwen2_base", "qwen2_instruct", "qwen2_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm", "vlmevalkit_llava",
 ]  # fmt: skip
-Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian"]
+Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian", "mmstar"]
 Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]
 
 
@@ -91,7 +91,7 @@ class EvalConfig(Table, name="eval"):
     float32 weights, and 0 (never) for bfloat16, whose errors are so large that too many questions would be asked twice.
     """
 
-    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> Parquet file, folder or glob; JSONL for own questions
+    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> file, folder or glob; JSONL for own questions
     protocol: Protocol = "paper"  # sets the prompts, the matchers and the aggregate
     limit: Annotated[int, Range("[1, 1e9]")] | None = None  # questions a benchmark, evenly spread; no official score then
     batch_size: Annotated[int, Range("[1, 1e6]")] = 16  # questions at a time on each device along data and fsdp

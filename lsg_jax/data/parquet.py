@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.data.parquet_check import OPTIONS, fatal_file
-from lsg_jax.digest import file_sha256
 from lsg_jax.errors import InputError
 
 
@@ -225,8 +224,6 @@ def parquet_files(path: str) -> list[Path]:
     return found
 
 
-def digests(path: str) -> dict[str, str]:
-    """sha256 of every file that `path` names: {file: hex}."""
-    given = Path(path)
-    found = [given] if given.is_file() else parquet_files(path)
-    return {str(file): file_sha256(file) for file in found}
+def named_files(path: str) -> list[Path]:
+    """The file that `path` names, of any kind, or the Parquet files; see `parquet_files`."""
+    return [Path(path)] if Path(path).is_file() else parquet_files(path)

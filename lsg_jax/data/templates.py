@@ -123,6 +123,10 @@ TEMPLATES: dict[str, TextTemplate] = {
         markers=("<|im_start|>", "<end_of_utterance>"),
         image="<image>",
     ),
+    # LLaVA-1.5 as VLMEvalKit asks it: a human instead of a user, spaces around the image, and one after `ASSISTANT:`.
+    "vlmevalkit_llava": TextTemplate(
+        system=_VICUNA_SYSTEM.replace("user", "human"), question="USER: {} ASSISTANT: ", answer="{}{eos}", image=" <image> "
+    ),
 }
 
 _OF_FAMILIES: dict[tuple[str, bool], tuple[str, ...]] = {

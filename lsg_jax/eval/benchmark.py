@@ -6,8 +6,10 @@ it gives the score of that resample, so a thousand bootstrap resamples are one c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import named_files
 from lsg_jax.errors import InputError
 
 
@@ -37,6 +40,7 @@ class Item:
         choices: texts of the choices, A first; empty if the question lists them itself or there are none.
         images: in the order of the tags `<image>` in its prompt, if it has any; () for a text-only question.
         fields: values for grouping and prompts (category, task, source, hint, ...); the runner does not interpret them.
+        data: what else the benchmark's own functions need; it is not written to files.
     """
 
     id: str
@@ -45,14 +49,20 @@ class Item:
     choices: tuple[str, ...] = ()
     images: tuple[ImageSource, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
+    data: Any = None
 
 
 @dataclass(frozen=True)
 class Match:
-    """How the matcher read an output (None: it found no answer), and its score in [0, 1]."""
+    """How the matcher read an output (None: it found no answer), and its score in [0, 1].
+
+    Attributes:
+        counts: name -> number, for metrics that are no mean of scores (words of a caption, objects in it, ...).
+    """
 
     parsed: str | None
     score: float
+    counts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,18 @@ class Graded:
         parsed: how the matcher read each output.
         score: float64 [N], in [0, 1].
         weight: float64 [R, N], the count of each item in each of R resamples; ones [1, N] for the score itself.
+        counts: `Match.counts` of each output; () if there are none.
     """
 
     items: Sequence[Item]
     parsed: Sequence[str | None]
     score: np.ndarray
     weight: np.ndarray
+    counts: Sequence[Mapping[str, float]] = ()
+
+    def total(self, name: str) -> np.ndarray:
+        """float64 [R]: the sum of a count over all items; outputs without it count 0."""
+        return self.weight @ np.array([each.get(name, 0.0) for each in self.counts or [{}] * len(self.items)])
 
     def where(self, name: str, value: str) -> np.ndarray:
         """bool [N]: which items have `value` in the field `name`."""
@@ -81,6 +97,14 @@ class Graded:
 
 Metrics = dict[str, np.ndarray]
 """name -> float64 [R], in percent unless the benchmark says otherwise. NaN where a resample has no item of a group."""
+
+LOWER = " (lower is better)"
+"""Ends the names of metrics of which a smaller value is the better one, so that every table says so."""
+
+
+def gain(metric: str, change: float) -> float:
+    """The change of a metric, positive where it is for the better."""
+    return -change if metric.endswith(LOWER) else change
 
 
 def mean(graded: Graded, mask: np.ndarray | None = None, *, score: np.ndarray | None = None) -> np.ndarray:
@@ -105,20 +129,51 @@ def macro(groups: Metrics) -> np.ndarray:
     return np.mean(list(groups.values()), axis=0)
 
 
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """100 * part / whole: [R]; NaN where the whole is 0."""
+    return np.divide(100.0 * part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+
+
+GroupSize = Callable[[Item], int]
+"""How many items the group of an item has in the official file."""
+
+
+def is_whole(items: Sequence[Item], name: str, size: GroupSize) -> np.ndarray:
+    """bool [N]: which items are in a group, by the field `name`, of which all members are among the items."""
+    found = Counter(item.fields.get(name) for item in items)
+    return np.array([name in item.fields and found[item.fields[name]] >= size(item) for item in items], bool)
+
+
+def mean_of_groups(graded: Graded, name: str, size: GroupSize, mask: np.ndarray | None = None) -> np.ndarray:
+    """Percent of the whole groups, by the field `name`, in which every item is right: float64 [R].
+
+    Groups that lost a member are not counted. The items of a group must have the same weight (`Benchmark.unit`).
+    """
+    wrong = {item.fields.get(name) for item, score in zip(graded.items, graded.score, strict=True) if score < 1}
+    right = np.array([item.fields.get(name) not in wrong for item in graded.items], np.float64)
+    share = is_whole(graded.items, name, size) / np.array([size(item) if name in item.fields else 1 for item in graded.items])
+    return mean(graded, share if mask is None else share * mask, score=right)
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One test set and how it is scored under each protocol.
 
     Attributes:
         name: as in `--benchmark NAME=PATH`.
-        read: PATH of the command line -> items, in the order of the file. Raises InputError that names the missing column or
-            category, a duplicate id, or an answer that is not among the choices.
+        read: PATH of the command line -> items, in the order of the file. Raises InputError that names the missing column, an
+            unknown category, a duplicate id, or an answer that is not among the choices. What the file lacks of the official
+            one is no error: the run is partial.
         prompt: (item, protocol) -> the user's turn; with tags `<image>` only where the question itself has them.
         match: (item, output, protocol) -> how the output is read, and its score.
         metrics: all aggregates that are reported anywhere, whatever the protocol.
         official: protocol -> name of the metric that is the official score. A protocol without rules for this benchmark is left
             out; the rules of `paper` are used then, and the result says so.
         size: rows of the official file; None: a file of any size is complete (own questions).
+        groups: field -> its values in the official file. A run that lacks one is partial, and its result names it.
+        whole: field -> size of the groups that its equal values make (pairs). A run that has only a part of one is partial.
+        files: PATH -> the files that are read, for the digests of the result.
+        note: items -> how this scoring differs from the owner's, or on which files it depends; "" if there is nothing to say.
         unit: field; items of equal value are resampled together because they are not independent (several questions about one
             image). None: each item is a unit.
         guess_by: field; the majority baseline guesses the most frequent answer among items of equal value. None: among all.
@@ -133,6 +188,10 @@ class Benchmark:
     metrics: Callable[[Graded], Metrics]
     official: Mapping[Protocol, str]
     size: int | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    whole: Mapping[str, GroupSize] = field(default_factory=dict)
+    files: Callable[[str], Sequence[Path]] = named_files
+    note: Callable[[Sequence[Item]], str] = lambda items: ""
     unit: str | None = None
     guess_by: str | None = None
     task: str | None = None
@@ -149,9 +208,7 @@ def check_unique(items: Sequence[Item], where: str) -> None:
 
 
 def check_values(found: Iterable[Any], expected: Iterable[str], *, what: str, where: str) -> None:
-    """Raises InputError unless the distinct values of a column are exactly the expected ones; it names the differences."""
+    """Raises InputError that names the values of a column that are not among the expected ones."""
     found, expected = set(map(str, found)), set(expected)
-    if missing := sorted(expected - found):
-        raise InputError(f"{where}: no rows of {what} {', '.join(missing)}; is this the whole file?")
     if unknown := sorted(found - expected):
         raise InputError(f"{where}: unknown {what} {', '.join(unknown)[:200]}; known: {', '.join(sorted(expected))}")

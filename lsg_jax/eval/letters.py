@@ -117,6 +117,25 @@ def lmms_first_character(output: str) -> str | None:
     return first if first and first in LETTERS else None
 
 
+_LMMS_MMVP = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"^\s*\(?([AB])\)?\.?\s*$",
+        r"^\s*\(?([AB])\)?[\.\s]",
+        r"answer\s+is\s+\(?([AB])\)?",
+        r"option\s+\(?([AB])\)?",
+        r"\(?([AB])\)?(?:\s|$)",
+        r"^([AB])",
+    )
+)
+
+
+def lmms_mmvp_letter(output: str) -> str | None:
+    """lmms-eval on MMVP: A or B alone, at the start, after `answer is` or `option`, or before a space, even of a word."""
+    found = next((match for match in (pattern.search(output.strip()) for pattern in _LMMS_MMVP) if match), None)
+    return found[1].upper() if found else None
+
+
 # ----------------------------------------------------------------------------------------------------------------- VLMEvalKit
 
 _REFUSALS = (
@@ -151,6 +170,17 @@ def vlmevalkit_letter(output: str, choices: Sequence[str]) -> str | None:
     if len(named) != 1:
         named = [letter for letter, text in zip(LETTERS, choices, strict=False) if text.lower() in output.lower()]
     return named[0] if len(named) == 1 else None
+
+
+# --------------------------------------------------------------------------------------------------------------------- MMStar
+
+
+def mmstar_letter(output: str) -> str | None:
+    """MMStar's own scorer, in any case: the first character, even of a word, or that after `(`, `option `, `the answer is `."""
+    text = output.lower().strip().replace("\n", " ")
+    start = next((start for start in ("(", "option ", "the answer is ") if text.startswith(start)), "")
+    letter = text[len(start) : len(start) + 1].upper()
+    return letter if letter and letter in LETTERS else None
 
 
 # ------------------------------------------------------------------------------------------------------------------- Cambrian

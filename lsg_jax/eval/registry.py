@@ -7,11 +7,15 @@ import re
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark
 from lsg_jax.eval.benchmarks.ai2d import AI2D
+from lsg_jax.eval.benchmarks.amber import AMBER
+from lsg_jax.eval.benchmarks.chair import CHAIR
 from lsg_jax.eval.benchmarks.chartqa import CHARTQA
 from lsg_jax.eval.benchmarks.cv_bench import CV_BENCH
 from lsg_jax.eval.benchmarks.gqa import GQA
+from lsg_jax.eval.benchmarks.hallusionbench import HALLUSIONBENCH
 from lsg_jax.eval.benchmarks.mme import MME
 from lsg_jax.eval.benchmarks.mmstar import MMSTAR
+from lsg_jax.eval.benchmarks.mmvp import MMVP
 from lsg_jax.eval.benchmarks.ocrbench import OCRBENCH
 from lsg_jax.eval.benchmarks.pope import POPE
 from lsg_jax.eval.benchmarks.questions import QUESTIONS
@@ -25,6 +29,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         MMSTAR, CV_BENCH, POPE, SCIENCEQA_IMG, AI2D, SEED_IMG, REALWORLDQA, MME, GQA, TEXTVQA, CHARTQA, OCRBENCH, SCENES,
+        MMVP, HALLUSIONBENCH, CHAIR, AMBER,
     )
 }  # fmt: skip
 
@@ -40,7 +45,7 @@ def find_benchmark(name: str, path: str) -> Benchmark:
     """
     if name in BENCHMARKS:
         if not path and name != SCENES.name:
-            raise InputError(f"benchmark {name}: give its Parquet file, folder or glob as {name}=PATH")
+            raise InputError(f"benchmark {name}: give its file, folder or glob as {name}=PATH")
         return BENCHMARKS[name]
     if not NAME.fullmatch(name):
         raise InputError(

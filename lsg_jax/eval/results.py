@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lsg_jax.json_files import json_lines, parse_json, read_sealed, write_sealed
 
 RESULT = "result.json"
 FORMAT = "lsg-eval-3"
+MAX_NAMED = 8  # missing values that a text names; the result has all
 BASE = "base"  # the unchanged model, which the other methods are compared with
 
 
@@ -38,7 +39,10 @@ class BenchmarkResult:
         files: sha256 of each file.
         protocol: the protocol whose prompts, matcher and score were used.
         questions: number of questions asked. of: number in the official file.
-        partial: whether the two differ; a partial run has no official score.
+        partial: whether these are not all official questions; a partial run has no official score.
+        missing: field -> its values of which no question was asked. Metrics that need one are None.
+        broken: field -> number of groups (pairs) of which only a part was asked. They are not counted as groups.
+        note: how the scoring differs from the owner's, or on which files of the user it depends.
         prompts_sha256: of all prompts. questions_sha256: of all prompts and images.
         max_new_tokens: longest answer in tokens.
         score: the metric that is the official score, if there is one.
@@ -56,6 +60,9 @@ class BenchmarkResult:
     questions: int
     of: int
     partial: bool = False
+    missing: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    broken: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
     prompts_sha256: str = ""
     questions_sha256: str = ""
     max_new_tokens: int = 0
@@ -66,6 +73,15 @@ class BenchmarkResult:
     change: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     paired_test: Mapping[str, PairedTest] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def lacks(self) -> list[str]:
+        """What a partial run lacks of the benchmark, a sentence for each field without a final period."""
+        told = []
+        for name, values in self.missing.items():
+            more = f" and {len(values) - MAX_NAMED} more" if len(values) > MAX_NAMED else ""
+            told.append(f"no questions of {name} {', '.join(values[:MAX_NAMED])}{more}")
+        return told + [f"groups by {name} that are not whole, so not counted: {count}" for name, count in self.broken.items()]
 
 
 @dataclass(frozen=True)

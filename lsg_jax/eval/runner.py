@@ -11,12 +11,11 @@ import numpy as np
 
 from lsg_jax.checkpoint.processes import is_primary, on_primary, share_bytes, tree_sha256
 from lsg_jax.config import EvalConfig, GateConfig, Protocol, to_dict
-from lsg_jax.data.parquet import digests
-from lsg_jax.digest import bytes_sha256, json_sha256, text_sha256
+from lsg_jax.digest import bytes_sha256, file_sha256, json_sha256, text_sha256
 from lsg_jax.errors import InputError, Preempted
 from lsg_jax.eval.answering import Answer, answer
 from lsg_jax.eval.answers import AnswerLog
-from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics, is_whole
 from lsg_jax.eval.identity import meaning_of, question_sha256, settings_of, surroundings, text_files, with_hashed_images
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.results import (
@@ -64,8 +63,25 @@ class Asked:
 
     @property
     def partial(self) -> bool:
-        """Whether this is not exactly the official set of questions: `eval.limit`, or a file of another size."""
-        return len(self.items) != (self.benchmark.size or self.rows)
+        """Whether this is not exactly the official set of questions: `eval.limit`, or a file that lacks some of them."""
+        return len(self.items) != (self.benchmark.size or self.rows) or bool(self.missing or self.broken)
+
+    @property
+    def missing(self) -> dict[str, list[str]]:
+        """Field -> its values in the official file of which no question is asked."""
+        there = {name: {item.fields[name] for item in self.items} for name in self.benchmark.groups}
+        absent = {name: [v for v in values if v not in there[name]] for name, values in self.benchmark.groups.items()}
+        return {name: values for name, values in absent.items() if values}
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """Field -> number of its groups of which only some questions are asked."""
+        parts = {}
+        for name, size in self.benchmark.whole.items():
+            whole = is_whole(self.items, name, size)
+            torn = (item for item, is_in in zip(self.items, whole, strict=True) if name in item.fields and not is_in)
+            parts[name] = len({item.fields[name] for item in torn})
+        return {name: count for name, count in parts.items() if count}
 
     def questions_sha256(self) -> str:
         """sha256 of all prompts and images; a collective. Process 0 reads images that it has not read before."""
@@ -154,7 +170,7 @@ def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
         prompts=[benchmark.prompt(item, rules) for item in items],
         rules=rules,
         rows=rows,
-        files=digests(path) if path else {},
+        files={str(file): file_sha256(file) for file in benchmark.files(path)} if path else {},
         max_new_tokens=config.max_new_tokens or benchmark.max_new_tokens.get(rules, MAX_NEW_TOKENS),
     )
 
@@ -186,7 +202,8 @@ def grade(test: Asked, outputs: Sequence[str]) -> Graded:
     """Matches and scores the outputs; every item has weight one."""
     matches = [test.benchmark.match(item, text, test.rules) for item, text in zip(test.items, outputs, strict=True)]
     score = np.array([match.score for match in matches], np.float64)
-    return Graded(test.items, [match.parsed for match in matches], score, np.ones((1, len(matches))))
+    counts = [match.counts for match in matches]
+    return Graded(test.items, [match.parsed for match in matches], score, np.ones((1, len(matches))), counts)
 
 
 def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
@@ -195,7 +212,7 @@ def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
     units = [item.id if benchmark.unit is None else item.fields[benchmark.unit] for item in test.items]
     weight = resample_weights(units)
     points = {method: benchmark.metrics(g) for method, g in graded.items()}
-    resampled = {m: benchmark.metrics(Graded(g.items, g.parsed, g.score, weight)) for m, g in graded.items()}
+    resampled = {m: benchmark.metrics(replace(g, weight=weight)) for m, g in graded.items()}
     difference = lambda of, method: {metric: of[method][metric] - of[BASE][metric] for metric in of[BASE]}
     others = [method for method in graded if method != BASE] if BASE in graded else []
     majority = benchmark.metrics(grade(test, _most_frequent(test)))
@@ -206,6 +223,9 @@ def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
         questions=len(test.items),
         of=benchmark.size or test.rows,
         partial=test.partial,
+        missing=test.missing,
+        broken=test.broken,
+        note=benchmark.note(test.items),
         prompts_sha256=text_sha256("\0".join(test.prompts)),
         questions_sha256=test.questions_sha256(),
         max_new_tokens=test.max_new_tokens,

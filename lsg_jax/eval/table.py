@@ -35,7 +35,8 @@ def _benchmark(name: str, found: BenchmarkResult) -> str:
         for row in rows
     ]
     lines = ["  ".join(row) for row in aligned]
-    return "\n".join([_title(name, found), *lines, *_unread(found), *_tests(found)])
+    said = [*found.lacks, *([found.note] if found.note else [])]
+    return "\n".join([_title(name, found), *said, *lines, *_unread(found), *_tests(found)])
 
 
 def _title(name: str, found: BenchmarkResult) -> str:

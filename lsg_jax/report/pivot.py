@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from lsg_jax.eval.benchmark import gain
 from lsg_jax.eval.results import BASE, EvaluationResult
 from lsg_jax.report.drawing import Row, interval_text, plain
 from lsg_jax.report.gains import METHODS, rows_of_gains
@@ -18,7 +19,7 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """A score with its interval, the difference to the base, and whether that is "up", "down" or "" (unclear, or the base)."""
+    """A score with its interval, the difference to the base, and whether that is for the better ("up"), "down" or ""."""
 
     score: str
     change: str = ""
@@ -91,8 +92,10 @@ def found_in(evaluations: Sequence[tuple[str, EvaluationResult]]) -> list[str]:
 
 
 def _clear(row: Row) -> str:
-    low, high = row["low"], row["high"]
-    return "up" if low is not None and low > 0 else "down" if high is not None and high < 0 else ""
+    if row["low"] is None or row["high"] is None:
+        return ""
+    low, high = sorted(gain(row["metric"], bound) for bound in (row["low"], row["high"]))
+    return "up" if low > 0 else "down" if high < 0 else ""
 
 
 def _cell(row: Row, score: str) -> Cell:

@@ -139,5 +139,8 @@ def _remarks(name: str, benchmark: BenchmarkResult) -> list[str]:
     remarks = []
     if benchmark.partial:
         remarks.append(f"{name}: {benchmark.questions} questions of {benchmark.of}, so there is no official score.")
+    remarks += [f"{name}: {lack}." for lack in benchmark.lacks]
+    if benchmark.note:
+        remarks.append(f"{name}: {benchmark.note}")
     unread = ", ".join(f"{method} {count}" for method, count in benchmark.unread.items() if count)
     return [*remarks, f"{name}: outputs in which no answer was found: {unread}."] if unread else remarks

@@ -17,7 +17,7 @@ from lsg_jax.checkpoint import read_manifest
 from lsg_jax.cli import main
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import ConfigError, InputError, Preempted
-from lsg_jax.eval.benchmark import Benchmark, Item, Match, mean
+from lsg_jax.eval.benchmark import LOWER, Benchmark, Item, Match, mean
 from lsg_jax.eval.results import BenchmarkResult, Estimate, EvaluationResult
 from lsg_jax.eval.runner import ask, evaluate
 from lsg_jax.gating.portable import PortableGates, combine_gates, read_gates, write_gates
@@ -133,6 +133,10 @@ def test_what_cannot_decide_is_refused():
     assert selection({"points": points}, None).metrics == {"points": "accuracy"}  # alone it may be in any unit
     with pytest.raises(InputError, match="points: accuracy is in points up to 2000, a mean with percentages"):
         selection({"one": made(), "points": points}, None)
+    errors = made(metrics=lambda graded: {"errors" + LOWER: 100 - mean(graded)}, official={})
+    assert selection({"errors": errors}, None).metrics == {"errors": "errors" + LOWER}
+    with pytest.raises(InputError, match=r"errors: errors \(lower is better\) is in no mean with metrics that should rise"):
+        selection({"one": made(), "errors": errors}, None)
     nothing = made(metrics=lambda graded: {"b": mean(graded, np.zeros(4, bool))})
     with pytest.raises(InputError, match="nothing: b has no value on these questions, so it cannot decide"):
         selection({"nothing": nothing}, "nothing")

@@ -22,7 +22,7 @@ from lsg_jax.cli import main
 from lsg_jax.config import EvalConfig, GateConfig, SinkConfig
 from lsg_jax.errors import Preempted
 from lsg_jax.eval.answering import answer
-from lsg_jax.eval.benchmark import Benchmark, Item, Match, by, macro, mean
+from lsg_jax.eval.benchmark import LOWER, Benchmark, Item, Match, by, macro, mean
 from lsg_jax.eval.best_cells import best_cells
 from lsg_jax.eval.runner import ask, ask_all, grade, summary
 from lsg_jax.gating.gate import KeyScaling
@@ -299,3 +299,6 @@ def test_rows_are_those_of_an_evaluation_and_hold_no_nan():
     ]
     assert best[0]["change"] == pytest.approx(100 * 4 / 24)
     assert count_questions(ITEMS, "kind: a") == 12 and count_questions(ITEMS, "official") == 24
+    # of a metric that should fall, the greatest fall is the best cell
+    errors = [{**rows[0], "task": f"errors{LOWER}", "change": change} for change in (1.0, -2.0, -1.0)]
+    assert [row["change"] for row in best_cells(errors)] == [-2.0]

@@ -47,7 +47,10 @@ def test_ids_equal_those_of_the_original_codes(name):
     bos = tokenizer("").input_ids
     for entry in GOLDEN[name]:
         *turns, answer = parsed(entry)
-        encoded = processor.encode(turns, answer.text)
+        if TEMPLATES[name].question.endswith(" "):  # an answer could merge with that space, which generation does not see
+            encoded, entry = processor.encode(turns, None), {**entry, "text": entry["prompt"]}
+        else:
+            encoded = processor.encode(turns, answer.text)
         before, *after = (tokenizer(part).input_ids[len(bos) :] for part in entry["text"].split("<image>"))
         theirs = bos + before + ([image] * 4 + after[0] if after else [])
         assert theirs[: len(encoded.ids)] == encoded.ids.tolist(), entry["name"]

@@ -18,7 +18,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Graded
 from lsg_jax.eval.benchmarks.ai2d import AI2D
 from lsg_jax.eval.benchmarks.cv_bench import CV_BENCH
-from lsg_jax.eval.benchmarks.mmstar import CATEGORIES, MMSTAR, split_question
+from lsg_jax.eval.benchmarks.mmstar import CATEGORIES, MMSTAR, SUB_CATEGORIES, split_question
 from lsg_jax.eval.benchmarks.realworldqa import REALWORLDQA
 from lsg_jax.eval.benchmarks.scienceqa_img import SCIENCEQA_IMG
 from lsg_jax.eval.benchmarks.seed_img import SEED_IMG
@@ -38,9 +38,10 @@ def cell(colour=0):
     return {"bytes": encoded(colour), "path": f"{colour}.png"}
 
 
-def mmstar_row(i, category=None, l2=None):
+def mmstar_row(i, l2=None):
     question = "Which?\nOptions: A: a, B: b, C: c, D: d"
-    names = {"category": category or CATEGORIES[i % 6], "l2_category": l2 or f"l2 {i % 18}"}
+    l2 = l2 or SUB_CATEGORIES[i % 18]
+    names = {"category": next(name for name, parts in CATEGORIES.items() if l2 in parts), "l2_category": l2}
     return {"index": i, "question": question, "image": encoded(i % 256), "answer": "ABCD"[i % 4], **names}
 
 
@@ -57,7 +58,7 @@ def seed_row(i, kind="image"):
     return {"image": [cell(i % 256)], **names, **text}
 
 
-# The smallest table that each reader takes for the whole file.
+# The smallest table that has every category of the file.
 TABLES = {
     "mmstar": [mmstar_row(i) for i in range(18)],
     "cv_bench": [cv_row(i, i) for i in range(4)],
@@ -89,7 +90,7 @@ def test_prompts_and_outcomes_equal_those_of_the_presets_own_code(name, tmp_path
                 ours = [text for text in case["outputs"] if benchmark.match(asked, text, protocol).score]
                 assert ours == right, (protocol, answer, set(ours) ^ set(right))
             checked.add(protocol)
-    assert checked | {"paper"} == set(benchmark.official)
+    assert checked | {"paper"} == set(benchmark.official) - {"mmstar"}  # recorded in hallucination.json
 
 
 def test_the_paper_protocol_reads_a_leading_letter_and_nothing_wordier(tmp_path):
@@ -141,15 +142,14 @@ def graded_by(benchmark, path, right):
 
 def test_mmstar_aggregates_by_hand(tmp_path):
     # 17 sub-categories of one question and one of three: A has 1 + 1 + 3 questions, of which the three are right.
-    rows = [mmstar_row(i, CATEGORIES[i // 3], f"l2 {i}") for i in range(18)]
-    rows += [mmstar_row(18 + i, CATEGORIES[0], "l2 0") for i in range(2)]
+    rows = [mmstar_row(i) for i in range(18)] + [mmstar_row(18 + i, SUB_CATEGORIES[0]) for i in range(2)]
     right = [i in (0, 3, 18, 19) for i in range(20)]
     found = MMSTAR.metrics(graded_by(MMSTAR, write(tmp_path / "mmstar.parquet", rows), right))
     assert found["accuracy"] == pytest.approx([100 * 4 / 20])
     assert found["mean_of_18"] == pytest.approx([100 * 2 / 18])
     assert found["category: coarse perception"] == pytest.approx([100 * 3 / 5])
     assert found["category: fine-grained perception"] == pytest.approx([100 / 3])
-    assert found["sub-category: l2 0"] == [100] and found["sub-category: l2 1"] == [0]
+    assert found["sub-category: image scene and topic"] == [100] and found["sub-category: image emotion"] == [0]
     assert len(found) == 2 + 6 + 18
 
 
@@ -197,16 +197,13 @@ def test_groups_of_the_others(tmp_path):
     [
         ("mmstar", lambda rows: [row.pop("l2_category") for row in rows], "no column l2_category; there are index"),
         ("mmstar", lambda rows: rows[0].update(category="maths"), "unknown category maths; known: coarse"),
-        ("mmstar", lambda rows: rows.__delitem__(slice(5, None, 6)), "no rows of category math; is this the whole file?"),
-        ("mmstar", lambda rows: rows[0].update(l2_category="l2 6"), "17 values of l2_category instead of 18"),
+        ("mmstar", lambda rows: rows[0].update(l2_category="l2 6"), "unknown l2_category l2 6; known: biology"),
         ("mmstar", lambda rows: rows[1].update(index=0), "id 0 occurs more than once"),
         ("mmstar", lambda rows: rows[2].update(answer="E"), "row 2: answer 'E' is none of A, B, C, D"),
         ("mmstar", lambda rows: rows[2].update(answer=None), "row 2: answer None is none of A, B, C, D"),
         ("cv_bench", lambda rows: rows[1].update(answer="(C)"), "row 1: answer 'C' is none of A, B"),
         ("cv_bench", lambda rows: rows[1].update(answer=""), "row 1: answer '' is none of A, B"),
-        ("cv_bench", lambda rows: rows.__delitem__(slice(2, None)), "no rows of type 3D"),
-        ("cv_bench", lambda rows: rows.pop(), "no rows of task Distance"),
-        ("cv_bench", lambda rows: rows[0].update(source="COCO"), "no rows of source ADE20K"),
+        ("cv_bench", lambda rows: rows[0].update(source="COCO2"), "unknown source COCO2; known: ADE20K, COCO, Omni3D"),
         ("cv_bench", lambda rows: rows[1].update(idx=0), "id 2D-0 occurs more than once"),
         ("cv_bench", lambda rows: [row.pop("image") for row in rows], "no column image"),
         ("scienceqa_img", lambda rows: rows[0].update(answer=2), "row 0: answer 2 is no position among 2 choices"),
@@ -214,7 +211,7 @@ def test_groups_of_the_others(tmp_path):
         ("scienceqa_img", lambda rows: rows[0].update(image=None), "no question has an image"),
         ("ai2d", lambda rows: rows[0].update(answer="C"), "row 0: answer 'C' is no position among 4 choices, counted from 0"),
         ("ai2d", lambda rows: rows[0].update(answer="4"), "row 0: answer '4' is no position"),
-        ("seed_img", lambda rows: rows[0].update(question_type_id=12), "no rows of question_type_id 1"),
+        ("seed_img", lambda rows: rows[0].update(question_type_id=12), "unknown question_type_id 12; known: 1, 2"),
         ("seed_img", lambda rows: rows.append(seed_row(2)), "id 102 occurs more than once"),
         ("seed_img", lambda rows: [row.update(data_type="video") for row in rows], "no row of data_type image"),
         ("seed_img", lambda rows: rows[3].update(answer="e"), "row 3: answer 'e' is none of A, B, C, D"),

@@ -126,7 +126,7 @@ def test_names():
     assert find_benchmark("mine", "x.jsonl").name == "questions"
     for name, path, message in [
         ("mmstr", "x.parquet", "benchmark mmstr: unknown; known are mmstar, "),
-        ("mmstar", "", "give its Parquet file, folder or glob as mmstar=PATH"),
+        ("mmstar", "", "give its file, folder or glob as mmstar=PATH"),
     ]:
         with pytest.raises(InputError, match=message):
             find_benchmark(name, path)

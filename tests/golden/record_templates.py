@@ -1,12 +1,14 @@
 """Records the text that the original codes make of some conversations in templates.json, next to this file.
 
-    python tests/golden/record_templates.py --llava-next DIR --tinyllava DIR --xtuner DIR
+    python tests/golden/record_templates.py --llava-next DIR --tinyllava DIR --xtuner DIR --vlmevalkit DIR
 
-Run it only to change the cases; `tests/data/test_template_texts.py` reads the file, offline. It needs only pillow:
+Run it only to change the cases; `tests/data/test_template_texts.py` reads the file, offline. Templates of codes that
+are not given keep their recordings. It needs only pillow:
 
 - `--llava-next`: a checkout of LLaVA-VL/LLaVA-NeXT (of April 2026), for `Conversation.get_prompt`;
 - `--tinyllava`: a checkout of TinyLLaVA/TinyLLaVA_Factory (of March 2026), for `Template.prompt`;
-- `--xtuner`: the unpacked distribution `xtuner` 0.2.0 of PyPI, for `llava_map_fn` and `template_map_fn`.
+- `--xtuner`: the unpacked distribution `xtuner` 0.2.0 of PyPI, for `llava_map_fn` and `template_map_fn`;
+- `--vlmevalkit`: a checkout of open-compass/VLMEvalKit (of August 2026), for `LLaVA.chat_inner`.
 
 `llava_llama_3` is a transcription instead. LLaVA-NeXT's `preprocess_llama3` renders a system message and the turns one by
 one, with the chat template of Meta-Llama-3-8B-Instruct, which is gated. That template trims each text. `get_prompt` hands it
@@ -31,17 +33,19 @@ OUT = Path(__file__).with_name("templates.json")
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    for name in ("llava-next", "tinyllava", "xtuner"):
-        arguments.add_argument(f"--{name}", type=Path, required=True)
-    args = arguments.parse_args()
+    codes = {"llava-next": llava_next, "tinyllava": tinyllava, "xtuner": xtuner, "vlmevalkit": vlmevalkit}
+    for name in codes:
+        arguments.add_argument(f"--{name}", type=Path)
+    args = vars(arguments.parse_args())
     module("torch")
     module("transformers", AutoTokenizer=types.SimpleNamespace(from_pretrained=str), PreTrainedTokenizer=object)
-    recorded: dict[str, list[dict[str, Any]]] = {}
-    for name, make in (llava_next(args.llava_next) | tinyllava(args.tinyllava) | xtuner(args.xtuner)).items():
-        recorded[name] = []
-        for case, has_image, values in TEMPLATE_CONVERSATIONS:
-            entry = {"name": case, "image": has_image, "turns": values, "text": make(values), "prompt": make(values[:-1])}
-            recorded[name].append(entry)
+    recorded: dict[str, list[dict[str, Any]]] = json.loads(OUT.read_text(encoding="utf-8"))
+    for code, templates in codes.items():
+        for name, make in (templates(folder) if (folder := args[code.replace("-", "_")]) else {}).items():
+            recorded[name] = []
+            for case, has_image, values in TEMPLATE_CONVERSATIONS:
+                entry = {"name": case, "image": has_image, "turns": values, "text": make(values), "prompt": make(values[:-1])}
+                recorded[name].append(entry)
     text = json.dumps(recorded, ensure_ascii=False, separators=(",", ":"))
     OUT.write_text(text.replace('{"name"', '\n{"name"') + "\n", encoding="utf-8")
     print(f"{OUT}: {OUT.stat().st_size:,} bytes")
@@ -151,6 +155,58 @@ def xtuner(folder: Path) -> dict[str, Any]:
         return text.removesuffix(template.SUFFIX) if len(values) % 2 else text
 
     return {"llama3": make}
+
+
+def vlmevalkit(folder: Path) -> dict[str, Any]:
+    """`LLaVA.chat_inner`, up to the prompt that it tokenizes; a turn is its images and the texts between them."""
+
+    class Prompted(Exception):
+        pass
+
+    def tokenizer_image_token(prompt: str, *rest: Any, **settings: Any) -> None:
+        raise Prompted(prompt)
+
+    model = types.SimpleNamespace(cuda=lambda: None)
+    module("pandas")
+    module("torch", float16=None)
+    module("llava")
+    module("llava.constants", IMAGE_TOKEN_INDEX=None)
+    module(
+        "llava.mm_utils",
+        KeywordsStoppingCriteria=None,
+        get_model_name_from_path=str,
+        process_images=lambda *_: types.SimpleNamespace(to=lambda *_, **__: None),
+        tokenizer_image_token=tokenizer_image_token,
+    )
+    module("llava.model")
+    module("llava.model.builder", load_pretrained_model=lambda **_: (None, model, None, None))
+    module("vlmeval")
+    module("vlmeval.dataset", DATASET_MODALITY=None, DATASET_TYPE=None)
+    module("vlmeval.smp", cn_string=None, encode_image_to_base64=None, splitlen=lambda _: 2)
+    module("vlmeval.vlm", __path__=[str(folder / "vlmeval/vlm")])
+    module("vlmeval.vlm.base", BaseModel=object)
+    module("vlmeval.vlm.llava", __path__=[str(folder / "vlmeval/vlm/llava")])
+    code = importlib.import_module("vlmeval.vlm.llava.llava")
+    code.Image = types.SimpleNamespace(open=lambda _: types.SimpleNamespace(convert=str))
+    llava = code.LLaVA()
+
+    def content(value: str) -> list[dict[str, str]]:
+        first, *rest = value.split("<image>")
+        parts = [{"type": "text", "value": first}] if first else []
+        for text in rest:
+            parts += [{"type": "image", "value": ""}, {"type": "text", "value": text.removeprefix("\n")}]
+        return parts
+
+    def make(values: list[str]) -> str:
+        turns = [("assistant", content(v)) if i % 2 else ("user", content(tag_front(v))) for i, v in enumerate(values)]
+        asks = [] if len(values) % 2 else [("user", content("?"))]  # it only renders what ends with a question
+        try:
+            llava.chat_inner([{"role": role, "content": parts} for role, parts in [*turns, *asks]])
+        except Prompted as prompt:
+            return str(prompt).removesuffix("USER: ? ASSISTANT: ") if asks else str(prompt)
+        raise RuntimeError("no prompt was tokenized")
+
+    return {"vlmevalkit_llava": make}
 
 
 if __name__ == "__main__":

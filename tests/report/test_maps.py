@@ -10,6 +10,7 @@ import pytest
 import study_rows
 from PIL import Image
 
+from lsg_jax.eval.benchmark import LOWER
 from lsg_jax.eval.results import result_of
 from lsg_jax.report import page
 from lsg_jax.report.glossary import TERMS, as_markdown, explained, id_of
@@ -127,5 +128,9 @@ def test_one_table_of_many_runs():
     two = pivot("all", [("a", first), ("b", dataclasses.replace(first, benchmarks=protocols))])
     assert [label.rpartition("protocol ")[2] for label, _, _ in two.rows] == ["paper", "lmms"]
     assert found_in([("a", first)]) == ["LSG changes cv_bench, accuracy, by +3.00 [+1.00, +5.00] to 53.00, a gain."]
+    errors = lambda of: {method: {f"errors{LOWER}": scores["accuracy"]} for method, scores in of.items()}
+    falls = dataclasses.replace(benchmark, score=None, methods=errors(benchmark.methods), change=errors(benchmark.change))
+    (told,) = found_in([("a", dataclasses.replace(first, benchmarks={"x": falls}))])
+    assert told == "LSG changes x, errors (lower is better), by +3.00 [+1.00, +5.00] to 53.00, a loss."
     many = [("a", first), ("b", other), ("c", third)]
     assert found_in(many) == ["Of 4 changes over the base model 4 are gains, 0 losses, and 0 unclear."]

@@ -86,5 +86,6 @@ CHARTQA = Benchmark(
     task="category",
     official={"paper": "accuracy", "lmms_eval": "accuracy", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
     size=2500,
+    groups={"category": CATEGORIES},
     max_new_tokens={"lmms_eval": 16, "cambrian": 128},
 )

@@ -20,9 +20,8 @@ from lsg_jax.eval.letters import (
     vlmevalkit_prompt,
 )
 
-TYPES = ("2D", "3D")
-TASKS = ("Count", "Relation", "Depth", "Distance")
 SOURCES = ("ADE20K", "COCO", "Omni3D")
+GROUPS = {"type": ("2D", "3D"), "task": ("Count", "Relation", "Depth", "Distance"), "source": SOURCES}
 
 
 def read(path: str) -> list[Item]:
@@ -33,7 +32,7 @@ def read(path: str) -> list[Item]:
         for number, row in enumerate(read_rows(path, needs=needs, images=("image",), optional=("idx", "source_filename")))
     ]
     check_unique(items, path)
-    for name, known in (("type", TYPES), ("task", TASKS), ("source", SOURCES)):
+    for name, known in GROUPS.items():
         check_values((item.fields[name] for item in items), known, what=name, where=path)
     return items
 
@@ -98,6 +97,7 @@ CV_BENCH = Benchmark(
     # VLMEvalKit reports 2D and 3D separately; their mean is the official score.
     official={"paper": "official", "lmms_eval": "accuracy", "vlmevalkit": "official", "cambrian": "official"},
     size=2638,
+    groups=GROUPS,
     unit="photo",
     guess_by="task",
     max_new_tokens={"lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 512},

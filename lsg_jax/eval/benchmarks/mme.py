@@ -14,7 +14,7 @@ from lsg_jax.config import Protocol
 from lsg_jax.data.parquet import read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
-from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_values, mean
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_values, mean, mean_of_groups
 from lsg_jax.eval.short_answers import yes_or_no, yes_or_no_word
 
 PERCEPTION = (
@@ -25,7 +25,7 @@ ASKS = " Please answer yes or no."
 
 
 def read(path: str) -> list[Item]:
-    """Items with the fields `category` and `pair`. Raises InputError: see `Benchmark.read`; also for incomplete pairs."""
+    """Items with the fields `category` and `pair`. Raises InputError: see `Benchmark.read`; also if a pair is none."""
     rows = read_rows(path, needs=["question_id", "question", "answer", "category"], images=["image"])
     check_values((row["category"] for row in rows), PERCEPTION + COGNITION, what="category", where=path)
     questions: dict[str, list[str]] = defaultdict(list)
@@ -44,7 +44,7 @@ def read(path: str) -> list[Item]:
             )
         )
     for pair, asked in questions.items():
-        if len(asked) != 2 or asked[0] == asked[1]:
+        if len(asked) > 2 or len(set(asked)) < len(asked):
             raise InputError(f"{path}: question_id {pair} has {len(set(asked))} questions in {len(asked)} rows; MME asks 2")
     return items
 
@@ -83,14 +83,13 @@ def _start(text: str) -> str | None:
 def metrics(graded: Graded) -> Metrics:
     """Points: `perception` 0 to 2000, `cognition` 0 to 800, `total`, subtasks 0 to 200; `accuracy`, `acc`, `acc_plus`: percent.
 
-    A subtask without items is NaN, and so are the sums.
+    A subtask without a pair is NaN, and so are the sums.
     """
-    both = _whole_pairs(graded)
     parts: Metrics = {}
     points: Metrics = {}
     for category in PERCEPTION + COGNITION:
         mask = graded.where("category", category)
-        acc, acc_plus = mean(graded, mask), mean(graded, mask, score=both)
+        acc, acc_plus = mean(graded, mask), mean_of_groups(graded, "pair", _two, mask)
         points[category] = acc + acc_plus
         parts |= {f"{category}: acc": acc, f"{category}: acc_plus": acc_plus}
     perception = sum((points[name] for name in PERCEPTION), np.zeros(len(graded.weight)))
@@ -99,10 +98,9 @@ def metrics(graded: Graded) -> Metrics:
     return {"perception": perception, "cognition": cognition, "total": total, "accuracy": mean(graded), **points, **parts}
 
 
-def _whole_pairs(graded: Graded) -> np.ndarray:
-    """float64 [N]: 1 for both items of a pair if both are correct. Its mean over items is the mean over pairs."""
-    wrong = {item.fields["pair"] for item, score in zip(graded.items, graded.score, strict=True) if score < 1}
-    return np.array([item.fields["pair"] not in wrong for item in graded.items], np.float64)
+def _two(item: Item) -> int:
+    """Questions of each image."""
+    return 2
 
 
 MME = Benchmark(
@@ -115,6 +113,8 @@ MME = Benchmark(
     # Cambrian pairs rows by their order; for a complete file, where pairs are adjacent, the result is the same
     official={"paper": "perception", "lmms_eval": "perception", "vlmevalkit": "perception", "cambrian": "perception"},
     size=2374,
+    groups={"category": PERCEPTION + COGNITION},
+    whole={"pair": _two},
     unit="pair",
     max_new_tokens={"paper": 128, "lmms_eval": 16, "cambrian": 32},
 )

@@ -11,7 +11,6 @@ import re
 from lsg_jax.config import Protocol
 from lsg_jax.data.parquet import read_rows
 from lsg_jax.data.prompts import LETTER_SUFFIX
-from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, macro, mean
 from lsg_jax.eval.letters import (
     LETTERS,
@@ -20,19 +19,24 @@ from lsg_jax.eval.letters import (
     chosen_letter,
     letter_match,
     lmms_letter,
+    mmstar_letter,
     vlmevalkit_letter,
     vlmevalkit_prompt,
 )
 
-CATEGORIES = (
-    "coarse perception",
-    "fine-grained perception",
-    "instance reasoning",
-    "logical reasoning",
-    "science & technology",
-    "math",
-)
-SUB_CATEGORIES = 18
+CATEGORIES = {
+    "coarse perception": ("image scene and topic", "image style & quality", "image emotion"),
+    "fine-grained perception": ("object counting", "recognition", "localization"),
+    "instance reasoning": (
+        "single-instance reasoning", "cross-instance attribute reasoning", "cross-instance relation reasoning",
+    ),
+    "logical reasoning": ("code & sequence reasoning", "diagram reasoning", "common reasoning"),
+    "science & technology": (
+        "biology & chemistry & physics", "electronics & energy & mechanical eng.", "geography & earth science & agriculture",
+    ),
+    "math": ("geometry", "numeric commonsense and calculation", "statistical reasoning"),
+}  # fmt: skip
+SUB_CATEGORIES = tuple(name for names in CATEGORIES.values() for name in names)
 
 
 def read(path: str) -> list[Item]:
@@ -50,8 +54,7 @@ def read(path: str) -> list[Item]:
     ]
     check_unique(items, path)
     check_values((item.fields["category"] for item in items), CATEGORIES, what="category", where=path)
-    if (count := len({item.fields["l2_category"] for item in items})) != SUB_CATEGORIES:
-        raise InputError(f"{path}: {count} values of l2_category instead of {SUB_CATEGORIES}; is this the whole file?")
+    check_values((item.fields["l2_category"] for item in items), SUB_CATEGORIES, what="l2_category", where=path)
     return items
 
 
@@ -76,6 +79,8 @@ def prompt(item: Item, protocol: Protocol) -> str:
         return item.question.strip().replace(" Please answer yes or no.", "") + LETTER_SUFFIX.removesuffix(".")
     if protocol == "cambrian":
         return f"{item.question}\nPlease answer directly with only the letter of the correct option and nothing else."
+    if protocol == "mmstar":  # the options are no columns of its file, so its code takes these for open questions
+        return f"{item.question}\nAnswer the question directly."
     if protocol == "vlmevalkit":
         stem, options = split_question(item.question)
         return vlmevalkit_prompt(stem, options) if options else item.question + LETTER_SUFFIX
@@ -88,6 +93,8 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
         return letter_match(item, lmms_letter(output))
     if protocol == "cambrian":
         return letter_match(item, cambrian_word(output))
+    if protocol == "mmstar":
+        return letter_match(item, mmstar_letter(output))
     if protocol == "vlmevalkit":
         return letter_match(item, vlmevalkit_letter(output, split_question(item.question)[1] or ("",) * 4))
     return letter_match(item, chosen_letter(output, 4))
@@ -98,7 +105,7 @@ def metrics(graded: Graded) -> Metrics:
     sub_categories = by(graded, "l2_category")
     return {
         "accuracy": mean(graded),
-        "mean_of_18": macro(sub_categories),
+        "mean_of_18": macro({name: mean(graded, graded.where("l2_category", name)) for name in SUB_CATEGORIES}),
         **{f"category: {name}": value for name, value in by(graded, "category").items()},
         **{f"sub-category: {name}": value for name, value in sub_categories.items()},
     }
@@ -111,7 +118,14 @@ MMSTAR = Benchmark(
     match=match,
     metrics=metrics,
     task="category",
-    official={"paper": "accuracy", "lmms_eval": "mean_of_18", "vlmevalkit": "accuracy", "cambrian": "accuracy"},
+    official={
+        "paper": "accuracy",
+        "lmms_eval": "mean_of_18",
+        "vlmevalkit": "accuracy",
+        "cambrian": "accuracy",
+        "mmstar": "accuracy",
+    },
     size=1500,
-    max_new_tokens={"lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 128},
+    groups={"category": tuple(CATEGORIES), "l2_category": SUB_CATEGORIES},
+    max_new_tokens={"lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 128, "mmstar": 512},
 )

@@ -109,5 +109,6 @@ OCRBENCH = Benchmark(
     task="category",
     official={"paper": "points", "lmms_eval": "accuracy", "vlmevalkit": "points", "cambrian": "accuracy"},
     size=1000,
+    groups={"category": tuple(GROUPS)},
     max_new_tokens={"lmms_eval": 128, "cambrian": 512},
 )

@@ -12,6 +12,7 @@ from lsg_jax.data.parquet import read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, check_unique, check_values, macro, mean
 from lsg_jax.eval.short_answers import yes_or_no, yes_or_no_word
+from lsg_jax.eval.yes_no import harmonic_mean, share, yes_no_scores
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -70,7 +71,7 @@ def metrics(graded: Graded) -> Metrics:
     only in the accuracy; `recall_of_read` and `f1_of_read` do the same. Its "yes ratio" is that of the correct answers, a
     constant, and left out.
     """
-    splits = {name: _scores(graded, graded.where("category", name)) for name in graded.values("category")}
+    splits = {name: _scores(graded, graded.where("category", name)) for name in SPLITS}
     overall = _scores(graded, np.ones(len(graded.items), bool))
     by_split = {f"{name}: {metric}": value for name, scores in splits.items() for metric, value in scores.items()}
     return {"f1_macro": macro({name: scores["f1"] for name, scores in splits.items()}), **overall, **by_split}
@@ -80,28 +81,14 @@ def _scores(graded: Graded, mask: np.ndarray) -> Metrics:
     there = np.array([item.answers[0] == "yes" for item in graded.items], bool)
     says_yes = np.array([parsed == "yes" for parsed in graded.parsed], bool)
     read_at_all = np.array([parsed is not None for parsed in graded.parsed], bool)
-    weight = graded.weight * mask
-
-    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        # 0 for an empty denominator, as in lmms-eval and VLMEvalKit (LLaVA's code fails); NaN if the group is empty
-        counted, total = weight @ (part & whole), weight @ whole
-        empty = np.where(weight.sum(-1) > 0, 0.0, np.nan)
-        return np.divide(100.0 * counted, total, out=empty, where=total > 0)
-
-    precision, recall, recall_of_read = share(there, says_yes), share(says_yes, there), share(says_yes, there & read_at_all)
+    scores = yes_no_scores(graded, mask, "yes")
+    recall_of_read = share(graded.weight * mask, says_yes, there & read_at_all)
     return {
-        "accuracy": mean(graded, mask),
-        "precision": precision,
-        "recall": recall,
-        "f1": _harmonic_mean(precision, recall),
+        **scores,
         "yes_ratio": mean(graded, mask, score=says_yes.astype(np.float64)),
         "recall_of_read": recall_of_read,
-        "f1_of_read": _harmonic_mean(precision, recall_of_read),
+        "f1_of_read": harmonic_mean(scores["precision"], recall_of_read),
     }
-
-
-def _harmonic_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.divide(2.0 * a * b, a + b, out=np.where(np.isnan(a), np.nan, 0.0), where=a + b > 0)
 
 
 POPE = Benchmark(
@@ -113,6 +100,7 @@ POPE = Benchmark(
     task="category",
     official={"paper": "f1_macro", "lmms_eval": "f1_of_read", "vlmevalkit": "f1", "cambrian": "accuracy"},
     size=9000,
+    groups={"category": SPLITS},
     unit="image",
     max_new_tokens={"paper": 128, "lmms_eval": 128, "cambrian": 128},
 )

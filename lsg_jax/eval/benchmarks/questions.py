@@ -10,30 +10,17 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lsg_jax.config import Protocol
-from lsg_jax.data.decoding import MAX_FILE
 from lsg_jax.data.prompts import WORD_SUFFIX, multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
+from lsg_jax.eval.image_files import ImageFile
 from lsg_jax.eval.letters import chosen_letter
 from lsg_jax.eval.question_fields import answers_of, choice_letter, choices_of, images_of, text_field, with_image_tags
-from lsg_jax.files import read_regular
 from lsg_jax.json_files import FlawedJson, json_lines, parse_tabular
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file."""
-
-    path: Path
-
-    def read(self) -> bytes:
-        """The encoded file. Raises InputError that names it."""
-        return read_regular(self.path, limit=MAX_FILE)
 
 
 def read(path: str) -> list[Item]:

@@ -88,6 +88,7 @@ SEED_IMG = Benchmark(
     task="dimension",
     official=dict.fromkeys(("paper", "lmms_eval", "vlmevalkit", "cambrian"), "accuracy"),
     size=14233,
+    groups={"dimension": tuple(DIMENSIONS.values())},
     unit="photo",
     max_new_tokens={"lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 512},
 )

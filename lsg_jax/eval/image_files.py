@@ -1,0 +1,42 @@
+"""Images of benchmarks whose owners publish them as files beside the questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsg_jax.data.decoding import MAX_FILE
+from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Item
+from lsg_jax.files import is_file, read_regular
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file."""
+
+    path: Path
+
+    def read(self) -> bytes:
+        """The encoded file. Raises InputError that names it."""
+        return read_regular(self.path, limit=MAX_FILE)
+
+
+def image_file(name: str, folders: Sequence[Path]) -> ImageFile:
+    """The image of that name in the first of the folders that has it, else in the last."""
+    paths = [folder / name for folder in folders]
+    return ImageFile(next((path for path in paths if is_file(path)), paths[-1]))
+
+
+def with_their_images(items: Sequence[Item], where: str) -> list[Item]:
+    """The items whose image files exist, and those without images: a folder of some images makes a partial run.
+
+    Raises:
+        InputError: no image exists.
+    """
+    kept = [item for item in items if all(isinstance(image, ImageFile) and is_file(image.path) for image in item.images)]
+    if not any(item.images for item in kept):
+        expected = next(image for item in items for image in item.images)
+        raise InputError(f"{where}: no image of its questions is there, such as {getattr(expected, 'path', '')}")
+    return kept
