@@ -37,13 +37,18 @@ class ImageCell:
             if value is None:
                 raise InputError(f"{where}: {self.column} holds a path ({name}) and no image; use the file with images in it")
         if isinstance(value, str):
-            try:
-                value = base64.b64decode(value, validate=True)
-            except (binascii.Error, ValueError):
-                raise InputError(f"{where}: {self.column} is text, but no base64 image") from None
+            value = from_base64(value, f"{where}: {self.column}")
         if not isinstance(value, bytes) or not value:
             raise InputError(f"{where}: {self.column} holds no image")
         return value
+
+
+def from_base64(text: str, where: str) -> bytes:
+    """The encoded image of a cell of text. Raises InputError, which starts with `where`, if it is none."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"{where} is text, but no base64 image") from None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,10 @@ from lsg_jax.eval.benchmarks.chartqa import CHARTQA
 from lsg_jax.eval.benchmarks.cv_bench import CV_BENCH
 from lsg_jax.eval.benchmarks.gqa import GQA
 from lsg_jax.eval.benchmarks.hallusionbench import HALLUSIONBENCH
+from lsg_jax.eval.benchmarks.mathvista import MATHVISTA
+from lsg_jax.eval.benchmarks.mmbench import MMBENCH
 from lsg_jax.eval.benchmarks.mme import MME
+from lsg_jax.eval.benchmarks.mmmu import MMMU
 from lsg_jax.eval.benchmarks.mmstar import MMSTAR
 from lsg_jax.eval.benchmarks.mmvp import MMVP
 from lsg_jax.eval.benchmarks.ocrbench import OCRBENCH
@@ -24,12 +27,15 @@ from lsg_jax.eval.benchmarks.scenes import SCENES
 from lsg_jax.eval.benchmarks.scienceqa_img import SCIENCEQA_IMG
 from lsg_jax.eval.benchmarks.seed_img import SEED_IMG
 from lsg_jax.eval.benchmarks.textvqa import TEXTVQA
+from lsg_jax.eval.benchmarks.vizwiz import VIZWIZ
+from lsg_jax.eval.benchmarks.vstar import VSTAR
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         MMSTAR, CV_BENCH, POPE, SCIENCEQA_IMG, AI2D, SEED_IMG, REALWORLDQA, MME, GQA, TEXTVQA, CHARTQA, OCRBENCH, SCENES,
         MMVP, HALLUSIONBENCH, CHAIR, AMBER,
+        MMBENCH, MMMU, VIZWIZ, MATHVISTA, VSTAR,
     )
 }  # fmt: skip
 

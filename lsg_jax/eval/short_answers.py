@@ -98,6 +98,15 @@ def relaxed_match(output: str, target: str) -> bool:
     return output.lower() == target.lower()
 
 
+def cambrian_relaxed_match(output: str, target: str) -> bool:
+    """Cambrian's relaxed accuracy on ChartQA and MathVista: `10%` is text, and a target of 0 is a number."""
+    try:
+        found, wanted = float(output), float(target)
+    except ValueError:
+        return output == target
+    return abs(found - wanted) <= abs(wanted) * 0.05
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)

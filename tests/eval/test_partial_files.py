@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import test_mixed_benchmarks
 from test_choice_benchmarks import TABLES, cv_row, mmstar_row
 from test_choice_benchmarks import write as write_file
 from test_short_benchmarks import IMAGE, ROWS, gqa_rows
@@ -42,7 +43,7 @@ def asked_and_graded(name, path):
 
 def test_every_benchmark_of_files_is_here():
     elsewhere = {"scenes", "chair", "amber", "hallusionbench", "mmvp"}  # drawn; in test_hallucination_benchmarks.py
-    assert {*PARTS, *elsewhere} == set(BENCHMARKS)
+    assert {*PARTS, *elsewhere, *test_mixed_benchmarks.BENCHMARKS} == set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -14,6 +14,7 @@ import json
 import runpy
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,9 @@ def main() -> None:
             }
         )
     versions = {name: version(name) for name in ("lmms-eval", "nvidia-vlmeval", "llava-torch")}
-    head = json.dumps({"versions": versions, "lmms_max_new_tokens": lmms_tokens()})[:-1]
+    head = json.dumps(
+        {"versions": versions, "lmms_max_new_tokens": lmms_tokens(dict.fromkeys(case["benchmark"] for case in CASES))}
+    )[:-1]
     body = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
     Path(__file__).with_name("choice.json").write_text(f'{head}, "cases": [\n{body}\n]}}\n', encoding="utf-8")
 
@@ -112,7 +115,14 @@ def lmms_yaml(benchmark: str) -> dict[str, Any]:
         pass
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
-    names = {"scienceqa_img": "scienceqa/scienceqa_img", "seed_img": "seedbench/seedbench"}
+    names = {
+        "scienceqa_img": "scienceqa/scienceqa_img",
+        "seed_img": "seedbench/seedbench",
+        "mmbench": "mmbench/mmbench_en_dev_static",
+        "mmmu": "mmmu/mmmu_val",
+        "vizwiz": "vizwiz_vqa/vizwiz_vqa_val",
+        "vstar": "vstar_bench/vstar_bench",
+    }
     root = Path(importlib.import_module("lmms_eval").__file__).parent / "tasks"
     file = root / (names.get(benchmark, f"{benchmark}/{benchmark}") + ".yaml")
     settings = yaml.load(file.read_text(), Loader)
@@ -121,9 +131,8 @@ def lmms_yaml(benchmark: str) -> dict[str, Any]:
     return settings
 
 
-def lmms_tokens() -> dict[str, int | None]:
+def lmms_tokens(names: Iterable[str]) -> dict[str, int | None]:
     """The tasks' own numbers of new tokens; null where the task leaves it to the model class."""
-    names = dict.fromkeys(case["benchmark"] for case in CASES)
     return {name: lmms_yaml(name).get("generation_kwargs", {}).get("max_new_tokens") for name in names}
 
 

@@ -11,7 +11,7 @@ from lsg_jax.data.parquet import Row, open_files, parquet_files, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
-from lsg_jax.eval.short_answers import relaxed_match
+from lsg_jax.eval.short_answers import cambrian_relaxed_match, relaxed_match
 
 CATEGORIES = ("human", "augmented")
 
@@ -57,19 +57,10 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
         # it swaps output and answer, so the tolerance is 5 % of the output, and an output of 0 is compared as text
         right = any(relaxed_match(answer, text) for answer in item.answers)
     elif protocol == "cambrian":
-        right = any(_cambrian(text.lower(), answer.lower()) for answer in item.answers)
+        right = any(cambrian_relaxed_match(text.lower(), answer.lower()) for answer in item.answers)
     else:
         right = any(relaxed_match(text, answer) for answer in item.answers)
     return Match(text, float(right))
-
-
-def _cambrian(text: str, answer: str) -> bool:
-    """As in Cambrian's `chartqa_test.py`: `10%` is text, and a target of 0 is a number."""
-    try:
-        found, wanted = float(text), float(answer)
-    except ValueError:
-        return text == answer
-    return abs(found - wanted) <= abs(wanted) * 0.05
 
 
 def metrics(graded: Graded) -> Metrics:

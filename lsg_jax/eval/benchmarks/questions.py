@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,21 @@ def read(path: str) -> list[Item]:
     Raises:
         InputError: no such file, or a line that is not a question; names the line.
     """
-    file = Path(path)
-    rows = [(number, _row(line, f"{path}:{number}")) for number, line in json_lines(file)]
-    items = [_item(row, f"{path}:{number}", file.parent, number) for number, row in rows]
+    rows = json_rows(path, ("question", "answer"))
+    items = [_item(row, where, Path(path).parent, int(where.rpartition(":")[2])) for row, where in rows]
     if not items:
         raise InputError(f"{path}: no questions in it")
     check_unique(items, path)
     return items
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def json_rows(path: str, needs: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
+    """(object, FILE:LINE) of the lines of a JSONL file. Raises InputError that names a line which lacks one of `needs`."""
+    lines = ((line, f"{path}:{number}") for number, line in json_lines(Path(path)))
+    return [(_row(line, where, needs), where) for line, where in lines]
+
+
+def _row(line: str, where: str, needs: Sequence[str]) -> dict[str, Any]:
     try:
         row, end = parse_tabular(line := line.strip(" \t\r\n"))
         if end < len(line):
@@ -49,7 +55,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, got {type(row).__name__}")
-    if missing := [name for name in ("question", "answer") if row.get(name) in (None, "", [])]:
+    if missing := [name for name in needs if row.get(name) in (None, "", [])]:
         raise InputError(f"{where}: no {missing[0]}; there are {', '.join(row)}")
     return row
 
