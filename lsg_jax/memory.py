@@ -65,7 +65,8 @@ def check_answers(vlm: Any, rows: int, length: int, remedy: str) -> None:
     """
     text = vlm.config.text
     value = np.dtype(vlm.frozen["language_model"]["embed_tokens"].dtype).itemsize  # keys have the dtype of the weights
-    cache = 2.0 * value * text.num_layers * text.num_kv_heads * text.head_dim * rows * length
+    passes = 2 if vlm.method.contrasts else 1
+    cache = 2.0 * passes * value * text.num_layers * text.num_kv_heads * text.head_dim * rows * length
     check_fits(cache, f"a batch of {rows} answers of {length} tokens, prompt included,", remedy, mesh=vlm.mesh)
 
 

@@ -10,7 +10,7 @@ Shape letters, used as suffixes where a shape is not plain:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias, TypedDict
 
@@ -106,6 +106,8 @@ class Sequence:
             attention is causal.
         added: [n, B, T, D], what is added to the outputs of the first n layers (deepstack); None for nothing.
         gaps: whether tokens that do not take part may lie between those that do. Static.
+        class_attention: float32 [B, S, P], the attention of the vision tower's class token on the P patches of each of the S
+            images of a row; None unless it was asked for.
     """
 
     x: Array
@@ -115,6 +117,7 @@ class Sequence:
     block: Array = None
     added: Array = None
     gaps: bool = flax.struct.field(pytree_node=False, default=False)
+    class_attention: Array = None
 
 
 @flax.struct.dataclass
@@ -154,6 +157,8 @@ class LayerChange:
         edit_scores: attention scores float32 [B, N, A, S] on the first S keys, before the mask and the softmax, and `queries`,
             the positions of their queries int32 [B, A] or None for all -> scores.
         edit: the same for the weights after the softmax.
+        watched: bool [B, T], queries whose attention `edit` depends on: over whole sequences it is also given `received`
+            float32 [B, N, T], the attention on each key summed over the watched queries behind it, by head.
         kept: [B, T], of each token, for `while_decoding`: the cache keeps it.
         head_gate: normed input [B, A, D] -> float32 [B, A, N], the factors of the heads' outputs.
         low_rank: projection name (`q_proj`, `k_proj`, `v_proj`, `o_proj`) -> function whose output is
@@ -164,6 +169,7 @@ class LayerChange:
     ratios: Array = None
     edit_scores: Callable[..., Array] | None = None
     edit: Callable[..., Array] | None = None
+    watched: Array = None
     kept: Array = None
     head_gate: Callable[[Array], Array] | None = None
     low_rank: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
@@ -176,6 +182,11 @@ class LayerChange:
         if self.edit is not None:
             found["edit"] = partial(self.edit, queries=queries)
         return found
+
+    def with_received(self, received: Array) -> LayerChange:
+        """The same with what `edit` depends on filled in."""
+        assert self.edit is not None
+        return replace(self, edit=partial(self.edit, received=received), watched=None)
 
 
 UNCHANGED = LayerChange()

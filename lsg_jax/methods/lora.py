@@ -17,9 +17,8 @@ from flax import nnx
 
 from lsg_jax.config import ModelConfig, TextConfig
 from lsg_jax.config.ranges import Range, Table
-from lsg_jax.errors import ConfigError
 from lsg_jax.gating.gate import GateParam
-from lsg_jax.methods.method import Method
+from lsg_jax.methods.method import Method, check_layer
 from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.types import Batch, KVCache, LayerChange, Sequence
 
@@ -64,9 +63,7 @@ class Lora(Method):
 
     def for_model(self, config: ModelConfig) -> Lora:
         """Refuses a layer that the decoder does not have."""
-        layer, num_layers = self.settings.layer, config.text.num_layers
-        if not 0 <= layer < num_layers:
-            raise ConfigError(f"lora.layer: layer {layer} does not exist, the model has layers 0 to {num_layers - 1}")
+        check_layer(self.settings.layer, config, "lora.layer")
         return self
 
     def module(self, config: ModelConfig, key: jax.Array) -> LowRankUpdate:

@@ -11,6 +11,7 @@ from flax import nnx
 from lsg_jax.config import GateConfig, ModelConfig, Part
 from lsg_jax.config.ranges import Table
 from lsg_jax.errors import ConfigError
+from lsg_jax.model.contrast import Contrasted
 from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.model.projector import any_member
 from lsg_jax.types import Batch, Intervention, Sequence
@@ -96,18 +97,52 @@ class Method:
         return None
 
     def contrast(self, model: MethodModel, batch: Batch, sequence: Sequence) -> Sequence | None:
-        """What the model reads besides, without the intervention, for `contrasted`; None for nothing.
+        """What the model reads besides, without the intervention, for `contrasted`; None for nothing and without images.
 
-        It has the shape of `sequence`: tokens that it leaves out are not valid. Its last token is that of `sequence`.
+        It has the shape of `sequence`: tokens that it leaves out are not valid. The logits of these, and of rows without an
+        image, are left as they are.
         """
         return None
 
-    def contrasted(self, logits: jax.Array, others: jax.Array) -> jax.Array:
+    @property
+    def reads_class_attention(self) -> bool:
+        """Whether it needs `Sequence.class_attention`."""
+        return False
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether there is a `contrast` for batches with images, and so a second cache."""
+        return False
+
+    def contrasted(self, logits: jax.Array, others: jax.Array) -> Contrasted:
         """The logits that a token is chosen by, from those of `sequence` and of `contrast`: float32 [..., V] each."""
         raise TypeError(f"{type(self).__name__} contrasts no logits")
 
 
 BASE = Method()
+
+
+def check_layer(layer: int, config: ModelConfig, name: str) -> None:
+    """Raises ConfigError for a decoder layer that the model lacks; `name` is the setting that names it."""
+    if not 0 <= layer < config.text.num_layers:
+        raise ConfigError(f"{name}: layer {layer} does not exist, the model has layers 0 to {config.text.num_layers - 1}")
+
+
+def layer_range(first: int, last: int | None, config: ModelConfig, name: str) -> tuple[int, int]:
+    """The layers of a table from `first_layer` to `last_layer`, None for the model's last: the first, and the end, exclusive.
+
+    Numbers are taken as they are, also where their source has them for a model of another depth.
+
+    Raises:
+        ConfigError: the model lacks one of them, or there is none between them.
+    """
+    num_layers = config.text.num_layers
+    last = num_layers - 1 if last is None else last
+    check_layer(first, config, f"{name}.first_layer")
+    check_layer(last, config, f"{name}.last_layer")
+    if first > last:
+        raise ConfigError(f"{name}.first_layer is {first}, behind {name}.last_layer {last}")
+    return first, last + 1
 
 
 def check_one_square(config: ModelConfig, name: str) -> None:

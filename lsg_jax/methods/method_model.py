@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from lsg_jax.config import GateConfig, ModelConfig, Part
 from lsg_jax.methods.method import BASE, Method
+from lsg_jax.model.contrast import Contrasted
 from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
 from lsg_jax.types import Batch, Intervention, Sequence
 
@@ -43,7 +44,7 @@ class MethodModel(VisionLanguageModel):
         """`Method.contrast`."""
         return self.method.contrast(self, batch, sequence)
 
-    def contrasted(self, logits: jax.Array, others: jax.Array) -> jax.Array:
+    def contrasted(self, logits: jax.Array, others: jax.Array) -> Contrasted:
         """`Method.contrasted`."""
         return self.method.contrasted(logits, others)
 
@@ -51,6 +52,11 @@ class MethodModel(VisionLanguageModel):
     def gate(self) -> GateConfig | None:
         """`Method.gate`."""
         return self.method.gate
+
+    @property
+    def reads_class_attention(self) -> bool:
+        """`Method.reads_class_attention`."""
+        return self.method.reads_class_attention
 
     @property
     def trains_inputs(self) -> bool:

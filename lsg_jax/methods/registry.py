@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from lsg_jax.methods.damro import Damro
 from lsg_jax.methods.diysink import DiySink
+from lsg_jax.methods.eah import Eah
 from lsg_jax.methods.fixed import Fixed
 from lsg_jax.methods.full import Full
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.lora import Lora
 from lsg_jax.methods.method import Method
+from lsg_jax.methods.pai import Pai
 from lsg_jax.methods.sink_front import SinkFront
+from lsg_jax.methods.vaf import Vaf
 from lsg_jax.methods.var import Var
 
 METHODS: dict[str, type[Method]] = {
     "base": Method,
     "lsg": Gates,
     "var": Var,
+    "pai": Pai,
+    "vaf": Vaf,
+    "eah": Eah,
+    "damro": Damro,
     "sink_front": SinkFront,
     "diysink": DiySink,
     "lora": Lora,

@@ -134,6 +134,34 @@ def by_heads(
     return jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, mask)
 
 
+def received_by_head(
+    query: jax.Array, key: jax.Array, mask: jax.Array, watched: jax.Array, *, scale: float | None = None, causal: bool = True
+) -> jax.Array:
+    """The attention on each key summed over the watched queries behind it, by head: float32 [B, N, T].
+
+    Args:
+        query, key, mask, scale: as `attend` takes them, for T = S.
+        watched: bool [B, T].
+        causal: no query sees a later key.
+    """
+    length = query.shape[1]
+    total = jnp.zeros((query.shape[0], query.shape[2], length), jnp.float32)
+    for start, stop in _blocks(length):
+        end = stop if causal else length
+        seen = key[:, :, :end]
+        weights = attend(query[:, start:stop], seen, seen, mask[:, start:stop, :end], scale=scale, return_weights=True)[1]
+        behind = jnp.arange(start, stop)[:, None] > jnp.arange(end)
+        counted = (watched[:, start:stop, None] & behind).astype(jnp.float32)
+        total = total.at[..., :end].add(jnp.einsum("BNTS,BTS->BNS", weights, counted))
+    return total
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """First and last query, exclusive, of each block."""
+    block = max(-(-length // QUERY_BLOCKS), SHORTEST_BLOCK)
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
+
+
 def _attend_in_blocks(
     query: jax.Array,
     key: jax.Array,
@@ -144,11 +172,8 @@ def _attend_in_blocks(
     causal: bool = True,
     change: LayerChange = UNCHANGED,
 ) -> jax.Array:
-    length = query.shape[1]
-    block = max(-(-length // QUERY_BLOCKS), SHORTEST_BLOCK)
-    parts = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
+    length, parts = query.shape[1], []
+    for start, stop in _blocks(length):
         queries = jnp.broadcast_to(jnp.arange(start, stop), (query.shape[0], stop - start))
         end = stop if causal else length
         keys, values, seen = key[:, :, :end], value[:, :, :end], mask[:, start:stop, :end]
@@ -206,6 +231,7 @@ class CausalAttention(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any, mesh: Mesh | None = None):
         width, heads, kv_heads, head = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.mesh = mesh
+        self.num_heads = heads
         self.scale = config.query_scale
         self.q_proj = Linear((width,), (heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.k_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
@@ -245,13 +271,16 @@ class CausalAttention(nnx.Module):
 
         rope, mask = scope.rope, scope.mask
         key, value = turned(project("k_proj", x), self.k_norm, rope), kept_for_backward(project("v_proj", x))
-        if rows is not None:
-            x, mask = take_rows(x, rows), take_rows(mask, rows)
-            rope = take_rows(rope[0], rows), take_rows(rope[1], rows)
-        query = turned(project("q_proj", x), self.q_norm, rope)
         if change.key_scale is not None:
             key = scale_keys(key, change.key_scale)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        query_of = lambda x, rope: turned(project("q_proj", x), self.q_norm, rope)
+        if change.watched is not None and cache is None:
+            change = change.with_received(self._received(functools.partial(query_of, x, rope), key, scope, change.watched))
+        if rows is not None:
+            x, mask = take_rows(x, rows), take_rows(mask, rows)
+            rope = take_rows(rope[0], rows), take_rows(rope[1], rows)
+        query = query_of(x, rope)
         kept: tuple[jax.Array, jax.Array] | LayerCache = (key, value)
         if cache is not None:
             kept = cache = cache.append(key, value)
@@ -271,3 +300,10 @@ class CausalAttention(nnx.Module):
         if change.head_gate is not None:
             out = (out * change.head_gate(x)[..., None]).astype(out.dtype)
         return project("o_proj", out), kept, weights
+
+    def _received(self, query: Callable[[], jax.Array], key: jax.Array, scope: Scope, watched: jax.Array) -> jax.Array:
+        """`received_by_head`, computed in layers that watch a query alone."""
+        found = lambda: received_by_head(query(), key, scope.mask, watched, scale=self.scale, causal=scope.causal)
+        nothing = lambda: jnp.zeros((watched.shape[0], self.num_heads, watched.shape[1]), jnp.float32)
+        received: jax.Array = jax.lax.cond(watched.any(), found, nothing)
+        return received

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lsg_jax.model.attention import take_rows
+from lsg_jax.model.contrast import contrasted_positions
 from lsg_jax.model.language_model import DecoderOutput
 from lsg_jax.model.multimodal import VisionLanguageModel
 from lsg_jax.model.rotary import position_offset
@@ -24,6 +27,7 @@ class Generated(NamedTuple):
         steps: int32 [], the number of columns that were generated: the loop stops when every row has ended.
         margin: float32 [B], the smallest margin between the logits of a chosen token and the next best. Where it is as small as
             rounding errors, a computation of another shape might choose another token. NaN where logits were not finite.
+            Of contrasted logits, Contrasted.margin.
         ratios: float32 [L - first gated layer, B, G], or None without key gating.
     """
 
@@ -35,10 +39,15 @@ class Generated(NamedTuple):
 
 @flax.struct.dataclass
 class Contrast:
-    """The pass over the prompts as `VisionLanguageModel.contrast` has them; attributes as `decode_greedily` takes them."""
+    """The pass over the prompts as `VisionLanguageModel.contrast` has them; attributes as `decode_greedily` takes them.
+
+    Attributes:
+        rows: bool [B], rows whose logits are contrasted.
+    """
 
     hidden: Array
     cache: KVCache
+    rows: Array
 
 
 @flax.struct.dataclass
@@ -76,7 +85,8 @@ def read_prompts(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: in
     contrast = None
     if (other := model.contrast(batch, sequence)) is not None:
         beside = model.language_model(other, keep_kv=True, room=room, rows=rows)
-        contrast = Contrast(beside.hidden[:, 0], cache_of(other, beside, room=room))
+        where = take_rows(contrasted_positions(sequence, other), rows)[:, 0]
+        contrast = Contrast(beside.hidden[:, 0], cache_of(other, beside, room=room), where)
     return ReadPrompts(out.hidden[:, 0], sequence.visual, out.ratios, contrast), cache_of(sequence, out, room=room)
 
 
@@ -129,7 +139,7 @@ def decode_greedily(
         hidden: [B, D], output of the last layer at the last token of each prompt.
         cache: of the prompts, its last `max_new_tokens` slots empty.
         intervention: what was done to the prompts.
-        contrast: what their logits are contrasted with, in a cache of the same size.
+        contrast: what their logits are contrasted with, its cache of the same size.
 
     Returns:
         tokens, steps and margin, as in Generated.
@@ -143,12 +153,14 @@ def decode_greedily(
 
     def pick(states: list[jax.Array], done: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.language_model.logits(states[0])
-        if len(states) > 1:
-            logits = model.contrasted(logits, model.language_model.logits(states[1]))
+        if contrast is not None:
+            both = model.contrasted(logits, model.language_model.logits(states[1])).where(contrast.rows, logits)
+            logits = both.logits
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         others = jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], -jnp.inf, logits)
-        sound = jnp.isfinite(logits.max(-1)) & is_sound(states[0])
-        margin = jnp.where(sound, logits.max(-1) - others.max(-1), jnp.nan)
+        margin = logits.max(-1) - others.max(-1) if contrast is None else both.margin(token)
+        sound = functools.reduce(jnp.logical_and, map(is_sound, states), jnp.isfinite(logits.max(-1)))
+        margin = jnp.where(sound, margin, jnp.nan)
         return jnp.where(done, config.pad_token_id, token), jnp.where(done, jnp.inf, margin)
 
     def ended(token: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lsg_jax.config import GateConfig, ModelConfig, SinkConfig
+from lsg_jax.model.attention import take_rows
+from lsg_jax.model.contrast import Contrasted, contrasted_positions
 from lsg_jax.model.language_model import DecoderOutput, LanguageModel
 from lsg_jax.model.projector import Projector, any_member
 from lsg_jax.model.rotary import token_positions
@@ -46,11 +49,13 @@ class ImageFeatures:
         features: [B, S P, Dv], where they enter the connector; several feature layers are concatenated.
         v_sink: bool [B, S P], the V-sinks among them; False for patches that are not used.
         deepstack: hidden states [B, S P, Dv] of the layers `ModelConfig.deepstack`.
+        class_attention: float32 [B, S, P], as Sequence has it.
     """
 
     features: jax.Array
     v_sink: jax.Array
     deepstack: tuple[jax.Array, ...] = ()
+    class_attention: jax.Array | None = None
 
 
 class VisionLanguageModel(nnx.Module):
@@ -90,18 +95,24 @@ class VisionLanguageModel(nnx.Module):
         by_tile = jax.tree.map(lambda x: x.reshape(batch * tiles, *x.shape[2:]), images)
         by_tile = by_tile.replace(patches=self._normalised(by_tile.patches))
         layers = (*self.config.feature_layers, *self.config.deepstack)
-        states, received = self.vision_tower(by_tile, layers, receive=sinks.criterion == "attention")
+        receive = sinks.criterion == "attention" or self.reads_class_attention
+        states, seen = self.vision_tower(by_tile, layers, receive=receive)
         if self.config.feature_select == "default":
             states = [state[:, 1:] for state in states]
         count = len(self.config.feature_layers)
         features = jnp.concatenate(states[:count], axis=-1)
         by_row = lambda x: x.reshape(batch, tiles * x.shape[1], *x.shape[2:])
-        deepstack = tuple(by_row(state) for state in states[count:])
+        of_patches = lambda received: None if received is None else received[:, -features.shape[1] :]
+        received, of_class = (None, None) if seen is None else (of_patches(seen.mean), of_patches(seen.of_class))
+        found = ImageFeatures(
+            by_row(features),
+            jnp.zeros((batch, tiles * features.shape[1]), bool),
+            tuple(by_row(state) for state in states[count:]),
+            class_attention=of_class.reshape(batch, tiles, -1) if self.reads_class_attention and of_class is not None else None,
+        )
         if not sinks.knows_v_sinks:  # an ungated model must also run where no sink dimensions are known
-            return ImageFeatures(by_row(features), jnp.zeros((batch, tiles * features.shape[1]), bool), deepstack)
-        if received is not None:
-            received = received[:, -features.shape[1] :]
-        elif sinks.criterion == "attention":
+            return found
+        if received is None and sinks.criterion == "attention":
             raise ValueError("criterion attention needs a vision feature layer above the embeddings")
         used = jnp.ones(features.shape[:2], bool) if by_tile.used is None else by_tile.used
         mask = sink_mask(
@@ -113,8 +124,7 @@ class VisionLanguageModel(nnx.Module):
             valid=used,
             received=received,
         )
-        mask = mask if by_tile.used is None else mask & used
-        return ImageFeatures(by_row(features), by_row(mask), deepstack)
+        return dataclasses.replace(found, v_sink=by_row(mask if by_tile.used is None else mask & used))
 
     def _normalised(self, patches: jax.Array) -> jax.Array:
         """uint8 patches [..., h w C] -> float32, normalised by the processor's mean and std; float32 ones as they are."""
@@ -142,7 +152,7 @@ class VisionLanguageModel(nnx.Module):
         """What the unchanged model reads besides, for logits that are contrasted with its own; None for nothing."""
         return None
 
-    def contrasted(self, logits: jax.Array, others: jax.Array) -> jax.Array:
+    def contrasted(self, logits: jax.Array, others: jax.Array) -> Contrasted:
         """The logits of a token [..., V] from those of `sequence` and of `contrast`."""
         raise TypeError(f"{type(self).__name__} contrasts no logits")
 
@@ -156,7 +166,10 @@ class VisionLanguageModel(nnx.Module):
         hidden = self(batch, sequence=sequence, rows=rows).hidden
         logits = self.language_model.logits(hidden)
         if (other := self.contrast(batch, sequence)) is not None:
-            logits = self.contrasted(logits, self.language_model.logits(self.language_model(other, rows=rows).hidden))
+            where = contrasted_positions(sequence, other)
+            where = where if rows is None else take_rows(where, rows)
+            others = self.language_model.logits(self.language_model(other, rows=rows).hidden)
+            logits = self.contrasted(logits, others).where(where, logits).logits
         return logits, hidden
 
     def sequence(self, batch: Batch, encoded: ImageFeatures | None = None) -> Sequence:
@@ -193,6 +206,7 @@ class VisionLanguageModel(nnx.Module):
             block=batch.block if self.config.text.images_see_themselves else None,
             added=added,
             gaps=tokens.kept is not None,
+            class_attention=encoded.class_attention,
         )
 
     def __call__(
@@ -229,6 +243,11 @@ class VisionLanguageModel(nnx.Module):
     def gate(self) -> GateConfig | None:
         """The gates whose ratios are reported, if there are any."""
         return None
+
+    @property
+    def reads_class_attention(self) -> bool:
+        """Whether `Sequence.class_attention` is wanted."""
+        return False
 
     @property
     def trains_inputs(self) -> bool:

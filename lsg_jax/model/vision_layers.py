@@ -36,6 +36,20 @@ class Surroundings:
     rope: tuple[jax.Array, jax.Array] | None = None
 
 
+@flax.struct.dataclass
+class Received:
+    """The attention that each position receives in a layer.
+
+    Attributes:
+        mean: float32 [B, T], averaged over heads and over the positions that are used.
+        of_class: float32 [B, T], that of the class token, softmax(q k^T / sqrt(D)) over the whole width: all heads as one. None
+            in a tower without class token.
+    """
+
+    mean: jax.Array
+    of_class: jax.Array | None = None
+
+
 def make_norm(config: VisionConfig, *, dtype: Any) -> LayerNorm | RMSNorm:
     """The norm of the tower's layers."""
     make = RMSNorm if config.norm == "rms" else LayerNorm
@@ -48,6 +62,7 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: Any):
         width, heads = config.hidden_size, (config.num_heads, config.head_dim)
         self.window = config.window_patches
+        self.has_class_token = config.has_class_token
         self.q_proj = Linear((width,), heads, bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.k_proj = Linear((width,), heads, bias=config.qkv_bias, rngs=rngs, dtype=dtype)
         self.v_proj = Linear((width,), heads, bias=config.qkv_bias, rngs=rngs, dtype=dtype)
@@ -57,8 +72,8 @@ class VisionAttention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, around: Surroundings, *, windowed: bool = False, receive: bool = False
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """x [B, T, D] -> [B, T, D], and with `receive` the attention that each position receives float32 [B, T].
+    ) -> tuple[jax.Array, Received | None]:
+        """x [B, T, D] -> [B, T, D], and with `receive` the attention that each position receives.
 
         Args:
             windowed: whether positions attend within their window only; windows follow each other along T.
@@ -68,7 +83,10 @@ class VisionAttention(nnx.Module):
             query, key = _over_heads(self.q_norm, query), _over_heads(self.k_norm, key)
         if around.rope is not None:
             query, key = apply_rope(query, around.rope), apply_rope(key, around.rope)
-        used = around.used
+        used, of_class = around.used, None
+        if receive and self.has_class_token:
+            scores = jnp.einsum("BNH,BTNH->BT", query[:, 0], key, preferred_element_type=jnp.float32)
+            of_class = jax.nn.softmax(scores * x.shape[-1] ** -0.5)
         if windowed:
             by_window = lambda y: y.reshape(-1, self.window, *y.shape[2:])
             query, key, value, used = by_window(query), by_window(key), by_window(value), by_window(used)
@@ -88,7 +106,7 @@ class VisionAttention(nnx.Module):
             share = queries.sum(-1, keepdims=True).reshape(len(x), -1, 1)
             share = share / jnp.maximum(share.sum(1, keepdims=True), 1)
             received = (received.reshape(len(x), -1, self.window) * share).reshape(x.shape[:2])
-        return out, received
+        return out, Received(received, of_class)
 
 
 def _over_heads(norm: RMSNorm, x: jax.Array) -> jax.Array:
@@ -126,7 +144,7 @@ class VisionLayer(nnx.Module):
 
     def __call__(
         self, x: jax.Array, around: Surroundings, *, windowed: bool = False, receive: bool = False
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Received | None]:
         """x [B, T, D] -> [B, T, D]; see VisionAttention."""
         out, received = self.attention(self.layer_norm1(x), around, windowed=windowed, receive=receive)
         x = x + (out if self.layer_scale1 is None else self.layer_scale1[...] * out)

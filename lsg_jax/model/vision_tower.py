@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lsg_jax.config import VisionConfig
 from lsg_jax.model.layers import LayerNorm, Linear, layer_at, stack_layers
-from lsg_jax.model.vision_layers import Surroundings, VisionLayer, axial_rope
+from lsg_jax.model.vision_layers import Received, Surroundings, VisionLayer, axial_rope
 from lsg_jax.sharding import ROWS, constrain
 from lsg_jax.types import VisualInput
 
@@ -38,7 +38,7 @@ class VisionTower(nnx.Module):
 
     def __call__(
         self, images: VisualInput, feature_layers: tuple[int, ...], *, receive: bool = False
-    ) -> tuple[list[jax.Array], jax.Array | None]:
+    ) -> tuple[list[jax.Array], Received | None]:
         """Hidden states of the layers asked for.
 
         Args:
@@ -48,9 +48,8 @@ class VisionTower(nnx.Module):
                 after the final norm where there is one.
 
         Returns:
-            A list of [B, positions, D], the class token first where there is one; and with `receive` the attention float32
-            [B, positions] that each position receives in the highest layer that was run (None if that is the embedding),
-            averaged over heads and over the positions that are used.
+            A list of [B, positions, D], the class token first where there is one; and with `receive` the attention that
+            each position receives in the highest layer that was run (None if that is the embedding).
         """
         total = self.config.num_layers + 1
         wanted = [layer % total if -total <= layer < total else _no_layer(layer, total) for layer in feature_layers]
