@@ -9,8 +9,17 @@ In each layer, with x the normed input of a token, W and b the key projection, a
 
 d is the direction whose values d·x have the smallest mean square over all tokens that are no V-sinks, among those with d·m = 1
 (the minimum-variance beamformer, Capon 1969). So the key of a mean V-sink grows to (1 + strength) times itself, and other keys
-change as little as one direction allows. Tokens of text count as much as ordinary visual tokens do. No other weight is changed,
-but tokens of text pass the changed ones: answers to text alone may change too. What each kind of token gets is measured.
+change as little as one direction allows. Tokens of text count as much as ordinary visual tokens do. Tokens of text pass the
+changed weights too: what each kind of token gets is measured.
+
+In a narrow model one direction tells V-sinks badly from the rest: a tenth of their key spills on other tokens, which no
+scaling of V-sinks takes back. With `mark`, V-sinks are marked first. The hidden unit of the projector that contributes least
+to visual tokens gets another task: with e the direction of V-sinks among the features of patches, found in the same way,
+
+    unit = GELU(SHARP (e·f - 1/2)),    token += mark r u unit / (SHARP / 2)
+
+r is the mean norm of the tokens of V-sinks, u the direction in which the inputs of all layers vary least. A patch below half
+of a V-sink gets nothing, and text does not pass the projector. No other weight is changed.
 """
 
 from __future__ import annotations
@@ -23,6 +32,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -30,6 +40,8 @@ from PIL import Image
 from converters.convert import check_free, convert
 from converters.export import export
 from converters.hf_config import PLANTED
+from lsg_jax.activations import ACTIVATIONS
+from lsg_jax.checkpoint.tree import flatten
 from lsg_jax.config import to_dict
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.drawing import draw
@@ -40,13 +52,16 @@ from lsg_jax.json_files import read_object
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.opening import load_backbone
 from lsg_jax.progress import Progress, silent
-from lsg_jax.types import Batch
+from lsg_jax.types import Batch, VisualInput
 from lsg_jax.vlm import VLM
 
 K_PROJ = "language_model/layers/attention/k_proj/kernel"
 
 AT_A_TIME = 8
 """Scenes of one batch."""
+
+SHARP = 16.0
+"""A mean V-sink reaches half of it, where GELU is linear; an ordinary patch minus half of it, where it is 0."""
 
 RIDGE = 1e-4
 """Added to the diagonal of a second moment, in units of its mean: directions that no token has stay out of d."""
@@ -58,12 +73,14 @@ class PlantSettings(Table, name="plant"):
 
     `layers` are decoder layers, 0-based. `strength`: the key of a mean V-sink becomes 1 + strength times itself. `within`
     weighs the spread of V-sinks against the values of other tokens: 0 lets V-sinks differ most and spills least. `scenes` of
-    the split `train` of `seed` give the direction, half as many of `validation` measure what it does.
+    the split `train` of `seed` give the direction, half as many of `validation` measure what it does. `mark` is the size of the
+    mark in units of the mean norm of a V-sink's token; 0 leaves the projector as it is.
     """
 
     layers: tuple[Annotated[int, Range("[0, 1e4]")], ...]
     strength: Annotated[float, Range("(0, 1000]")] = 5.0
     within: Annotated[float, Range("[0, 1000]")] = 0.25
+    mark: Annotated[float, Range("[0, 100]")] = 0.0
     scenes: Annotated[int, Range("[8, 1e6]")] = 160
     seed: Annotated[int, Range("[0, 4294967295]")] = 0
 
@@ -89,11 +106,13 @@ def plant(
     Returns:
         What the field `lsg_planted_sinks` of its config.json holds: digest of the model, settings, and for each layer d·x of
         `v_sink` (mean, std), of `ordinary` and `text` tokens (root mean square, largest size), in scenes that d was not made
-        from. Other keys change by strength times as much of a V-sink's key.
+        from. Other keys change by strength times as much of a V-sink's key. With a mark also `unit`, which one it took, and
+        `unit_share`, the part of the norm of a token that the unit contributed before (root mean square).
 
     Raises:
         InputError: the scenes have no V-sinks, no model there, or `out_dir` exists.
-        ConfigError: a layer that the model lacks, or keys that are normed, which takes back what is planted.
+        ConfigError: a layer that the model lacks, keys that are normed, which takes back what is planted, or a mark for a
+            projector that is not two linear maps of a patch a token.
     """
     model, out = Path(model_dir), Path(out_dir)
     check_free(out)
@@ -103,18 +122,26 @@ def plant(
         raise ConfigError(f"{model}: its keys are normed after k_proj, which would take back what is planted there")
     if not settings.layers or max(settings.layers) >= text.num_layers:
         raise ConfigError(f"plant.layers is {list(settings.layers)}: give some of the layers 0 to {text.num_layers - 1}")
+    record: dict[str, Any] = {"source": vlm.digest, **to_dict(settings)}
     seen = _seen(vlm, "train", settings.scenes, settings.seed, progress)
+    changed: dict[str, np.ndarray] = {}
+    if settings.mark:
+        projector, noted = _marked(vlm, seen, settings)
+        changed |= {f"projector/{name}": leaf for name, leaf in flatten(projector).items()}
+        record |= noted
+        vlm = VLM(vlm.config, {**vlm.frozen, "projector": projector}, folder=vlm.folder)
+        seen = _seen(vlm, "train", settings.scenes, settings.seed, progress)
     held_out = _seen(vlm, "validation", settings.scenes // 2, settings.seed, progress)
     attention = vlm.frozen["language_model"]["layers"]["attention"]["k_proj"]
     kernel = np.array(attention["kernel"], np.float32)
-    record: dict[str, Any] = {"source": vlm.digest, **to_dict(settings), "keys": []}
+    record["keys"] = []
     for layer in sorted(set(settings.layers)):
         bias = np.asarray(attention["bias"][layer], np.float32) if text.qkv_bias else np.float32(0)
         direction, mean = direction_of(seen.x[layer], seen.visual, seen.v_sink, within=settings.within)
         key = np.einsum("D,DKH->KH", mean, kernel[layer]) + bias
         kernel[layer] += np.float32(settings.strength) * direction[:, None, None] * key
         record["keys"].append({"layer": layer, **_spill(held_out.x[layer] @ direction, held_out)})
-    _write(vlm, model, out, kernel, record)
+    _write(vlm, model, out, changed | {K_PROJ: kernel}, record)
     return record
 
 
@@ -187,12 +214,55 @@ def _spill(values: np.ndarray, tokens: _Tokens) -> dict[str, dict[str, float]]:
     }
 
 
-def _write(vlm: VLM, model: Path, out: Path, kernel: np.ndarray, record: dict[str, Any]) -> None:
-    """The model folder with another k_proj: out to Hugging Face format, and back."""
+def _marked(vlm: VLM, seen: _Tokens, settings: PlantSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The projector with a unit that marks V-sinks (see the module docstring), and what the record says of it."""
+    config = vlm.config
+    if config.projector_layers != 2 or config.merge > 1 or config.deepstack or config.projector_norm_eps is not None:
+        raise ConfigError(f"{vlm.folder}: plant.mark needs a projector of two linear maps, without a norm, of a patch a token")
+    features, v_sink = _patches(vlm, settings)
+    first, second = (jax.tree.map(np.array, vlm.frozen["projector"][f"linear_{i}"]) for i in (1, 2))
+    direction = direction_of(features, np.ones_like(v_sink), v_sink, within=settings.within)[0]
+    activation = ACTIVATIONS[config.projector_hidden_act]
+    hidden = np.asarray(activation(jnp.asarray(features @ first["kernel"] + first["bias"])))
+    tokens = hidden @ second["kernel"] + second["bias"]
+    contributed = hidden.std(0) * np.linalg.norm(second["kernel"], axis=1)
+    unit = int(contributed.argmin())
+    second["bias"] += hidden[:, unit].mean() * second["kernel"][unit]  # what it contributed to all alike
+    first["kernel"][:, unit], first["bias"][unit] = SHARP * direction, -SHARP / 2
+    reached = np.linalg.norm(tokens[v_sink], axis=1).mean() / float(activation(jnp.float32(SHARP / 2)))
+    second["kernel"][unit] = settings.mark * reached * _quiet_direction(seen.x)
+    share = float(contributed[unit] / np.sqrt(np.square(tokens).sum(1).mean()))
+    return {"linear_1": first, "linear_2": second}, {"unit": unit, "unit_share": float(f"{share:.3g}")}
+
+
+def _quiet_direction(x: np.ndarray) -> np.ndarray:
+    """The unit vector [D] along which tokens [L, tokens, D] vary least, each layer counted alike."""
+    covariance = [np.cov(layer, rowvar=False) for layer in x]
+    least = np.linalg.eigh(sum(each / np.trace(each) for each in covariance))[1][:, 0]
+    return np.asarray(least * np.sign(least[np.abs(least).argmax()]), np.float32)  # eigenvectors have no sign of their own
+
+
+def _patches(vlm: VLM, settings: PlantSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 [patches, Dv] of the training scenes, where they enter the projector, and which are V-sinks."""
+    questions, found = scene_questions("train", settings.scenes, seed=settings.seed), []
+    for start in range(0, len(questions), AT_A_TIME):
+        images = _batch(vlm, questions[start : start + AT_A_TIME]).images
+        features, v_sink = jax.tree.map(np.asarray, _features(vlm.params, images, vlm.graphdef))
+        found.append((features.reshape(-1, features.shape[-1]), v_sink.reshape(-1)))
+    return np.concatenate([features for features, _ in found]), np.concatenate([v_sink for _, v_sink in found])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _features(params: dict, images: VisualInput, graphdef: Any) -> tuple[jax.Array, jax.Array]:
+    return assemble(graphdef, params).image_features(images)
+
+
+def _write(vlm: VLM, model: Path, out: Path, changed: dict[str, np.ndarray], record: dict[str, Any]) -> None:
+    """The model folder with other leaves: out to Hugging Face format, and back."""
     image = vlm.config.image
     with scratch_folder(out, "planted") as scratch:
         folder = scratch / f"{model.absolute().name}-planted"  # its name is the source that the manifest states
-        export(model, folder, trained={K_PROJ: kernel})
+        export(model, folder, trained=changed)
         config = read_object(folder / "config.json")
         config |= {"lsg_sinks": to_dict(vlm.config.sinks), PLANTED: record}  # the known sinks may have hung on the model's name
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -272,8 +272,10 @@ def attach(
 
 
 def _check_criterion(criterion: str, dims: tuple[int, ...] | bool, criterion_field: str, dims_field: str) -> None:
-    if criterion == "attention":
-        raise InputError(f"sinks.{criterion_field} attention needs attention weights, which hooks do not see: choose another")
+    if criterion == "attention_share":
+        raise InputError(
+            f"sinks.{criterion_field} attention_share needs attention weights, which hooks do not see: choose another"
+        )
     if criterion in ("dim_abs", "dim_rms") and not dims:
         raise InputError(f"sinks.{dims_field} is empty: name the sink dimensions, or choose another sinks.{criterion_field}")
 

@@ -72,7 +72,7 @@ class Batch:
         answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
         answer_target: int32 [B, A], token to predict; -100 where unused.
         row_id: int32 [B], position of the record in its data set, for error messages; -1 where unknown.
-        route: int32 [B], parsed from the reply to the method's first question (Method.first_question); None without one.
+        route: int32 [B], parsed from the replies to the method's first questions (Method.first_questions); None without any.
     """
 
     input_ids: Array

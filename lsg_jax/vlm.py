@@ -26,6 +26,7 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import to_torch_layout
 from lsg_jax.memory import check_answers
 from lsg_jax.methods.finite import check_finite
+from lsg_jax.methods.first_questions import FirstQuestion, routes
 from lsg_jax.methods.method import BASE, Method
 from lsg_jax.methods.method_model import abstract_model, assemble, join_trained
 from lsg_jax.methods.registry import name_of
@@ -98,8 +99,8 @@ class VLM:
         """Tokenizer and image preparation, with another image aspect or text template than the model's if given."""
         if self.folder is None:
             raise InputError("this model was not loaded from a folder: it has no tokenizer")
-        template = template or self.template
-        return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect, template=template)
+        template, bos = template or self.template, not self.method.without_bos
+        return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect, template=template, bos=bos)
 
     @property
     def params(self) -> dict:
@@ -240,7 +241,7 @@ class VLM:
     def generate(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int = 32) -> list[str]:
         """Greedy answers.
 
-        A method that asks a first question (`Method.first_question`) has it answered by the plain model.
+        A method that asks first questions (`Method.first_questions`) has them answered by the plain model.
 
         Args:
             images: for each prompt a path, bytes, a PIL image, a list of these, or None for a question without an image.
@@ -290,10 +291,9 @@ class VLM:
         if not any(images):
             batch = batch.without_images()
         if first := self.first_questions(prompts, list(map(bool, images))):
-            replies = self.plain().generate([None] * len(first), list(first.values()), REPLY_TOKENS)
-            route = np.zeros(len(prompts), np.int32)
-            route[list(first)] = [self.method.read_reply(reply) for reply in replies]
-            batch = dataclasses.replace(batch, route=route)
+            asked = [(list(images[i]) if question.sees_image else None, question.text) for i, question in first]
+            replies = self.plain().generate([shown for shown, _ in asked], [text for _, text in asked], REPLY_TOKENS)
+            batch = dataclasses.replace(batch, route=routes(self.method, first, replies, range(len(prompts))))
         return batch
 
     def _encoded(self, number: int, prompt: str, images: Sequence[Image.Image]) -> Encoded:
@@ -305,12 +305,10 @@ class VLM:
         except RecordError as error:
             raise InputError(f"prompt {number}: {error}") from None
 
-    def first_questions(self, prompts: Sequence[str], has_image: Sequence[bool]) -> dict[int, str]:
-        """Index of a prompt with an image -> what the plain model is asked before it, for methods that ask."""
-        asked = {
-            i: self.method.first_question(prompt.replace(IMAGE_TAG, "")) for i, prompt in enumerate(prompts) if has_image[i]
-        }
-        return {i: question for i, question in asked.items() if question is not None}
+    def first_questions(self, prompts: Sequence[str], has_image: Sequence[bool]) -> list[tuple[int, FirstQuestion]]:
+        """Index of a prompt with an image, and what the plain model is asked before it, for methods that ask."""
+        shown = [(i, prompt.replace(IMAGE_TAG, "")) for i, prompt in enumerate(prompts) if has_image[i]]
+        return [(i, question) for i, prompt in shown for question in self.method.first_questions(prompt)]
 
     def pad_questions(self, encoded: Sequence[Any], pixels: Sequence[Pixels | None]) -> Batch:
         """Left-padded batch of encoded questions; its length is rounded up so that few shapes compile."""

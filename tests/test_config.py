@@ -92,3 +92,13 @@ def test_shipped_configs_are_read(path):
 
 def test_there_are_shipped_configs():
     assert {"tiny.toml", "llava15_7b.toml", "llava15_13b.toml"} <= {path.name for path in CONFIGS}
+
+
+def test_the_old_name_of_a_criterion_is_read_as_what_it_meant():
+    """In configurations, model folders and gate files, which all come through `from_dict`; not in Python."""
+    sinks = from_dict(SinkConfig, {"criterion": "attention", "vit_tau": 0.2, "llm_criterion": "attention"}, where="old.toml")
+    assert sinks == SinkConfig(criterion="attention_share", vit_tau=0.2, llm_criterion="attention_share")
+    with pytest.raises(ConfigError, match=r"sinks.criterion: 'attention' is not one of dim_abs, .*attention_share"):
+        SinkConfig(criterion="attention")
+    with pytest.raises(ConfigError, match=r"c.toml: criterion: 'l2' is not one of dim_abs"):
+        from_dict(SinkConfig, {"criterion": "l2"}, where="c.toml")

@@ -241,7 +241,7 @@ def _observe(params: dict, batch: Batch, graphdef: Any, llm: Reading) -> dict[st
     visual, valid = sequence.visual, jnp.asarray(batch.attention_mask)
     assert visual is not None
     last = jnp.asarray(batch.gate_position)[:, None]
-    by_attention = llm.criterion == "attention" and not llm.unknown
+    by_attention = llm.criterion == "attention_share" and not llm.unknown
 
     def observe(view: LayerView) -> dict[str, jax.Array]:
         weights, received = view.attention, jnp.zeros(valid.shape, jnp.float32)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsg_jax.eval.statistics import interval, paired_test, resample_weights
+from lsg_jax.eval.statistics import interval, paired_test, resample_weights, wilson
 
 Row = dict[str, Any]
 
@@ -46,10 +46,8 @@ def pooled(parts: Sequence[Measured]) -> Measured:
 
 def rate(hits: NDArray[np.bool_]) -> Row:
     """`hit` with Wilson's interval; hits bool [Q]."""
-    from scipy.stats import binomtest
-
-    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
-    return {"hit": float(hits.mean()), "low": float(found.low), "high": float(found.high)}
+    low, high = wilson(int(hits.sum()), len(hits))
+    return {"hit": float(hits.mean()), "low": low, "high": high}
 
 
 def hit_rows(own: Measured, maps: Sequence[str]) -> list[Row]:

@@ -245,7 +245,7 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
             dims=sinks.llm_dims,
             tau=sinks.llm_tau,
             massive_ratio=sinks.massive_ratio,
-            valid=visual.mask if sinks.llm_criterion == "attention" else valid,
+            valid=visual.mask if sinks.llm_criterion == "attention_share" else valid,
             received=received,
         )
         return group_visual_tokens(visual, over).l_sink
@@ -263,7 +263,9 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
         states = jax.vmap(lambda hidden, places: hidden[places])(view.hidden, picked)
         return pools, states, jnp.take_along_axis(groups_BTG[..., 1], places_BP, axis=1)
 
-    out = model(batch, sequence=sequence, observe=observe, observe_attention=knows_l and sinks.llm_criterion == "attention")
+    out = model(
+        batch, sequence=sequence, observe=observe, observe_attention=knows_l and sinks.llm_criterion == "attention_share"
+    )
     pools, states, l_sink = out.observed
     return pools, states, jnp.concatenate([l_sink, jnp.take_along_axis(visual.v_sink, places_BP, axis=1)[None]])
 

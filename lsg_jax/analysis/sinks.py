@@ -24,7 +24,15 @@ value is NaN. `find_sinks` returns, and sinks.json holds:
                     positions that predict them, of a softmax over all tokens; null without an answer. Files written before
                     maps were have no such field
         values      rows {stage, layer, quantity `norm` | `dim 650`, group, tokens, mean, max}: norms, and |h[dim]|
+        sink_heads  [L]: tokens that are sinks in at least one head by Gu et al. (`criteria.sink_heads`), text competing
+        lot         {score [P], kept}: the score of LoT, and the tokens that it would keep (`criteria.low_sink_scores`), over
+                    the outputs of all layers but the last; null where no L-sink dimensions are known
         answer, answer_tokens (without the end marker), warnings}}
+    massive_activations {layers, rows {layer, largest, median, tokens}}: the layers that massive activations enter
+                (`criteria.has_massive_activations`); |h| of the prompt, and its tokens that reach both thresholds; means
+                over images
+    sink_heads  rows {layer, tokens `first` | `text` | `visual`, share}: heads in which the first token, another token of
+                text, a visual token is a sink by Gu et al.; mean over images
     counts      rows {layer, group, mean, std} of tokens over images
     attention   rows {layer, head, queries, group, share}: queries `prompt` are the prompt's tokens after the last image token,
                 `answer` the answer's tokens; mean over images; the shares of each (layer, head, queries) sum to 1
@@ -45,6 +53,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from lsg_jax.analysis.other_criteria import lot, massive_activations, observe_others, sink_head_rows
 from lsg_jax.analysis.sink_warnings import Readings, Seen, image_warnings, in_force, run_warnings, verdicts
 from lsg_jax.config import to_dict
 from lsg_jax.config.ranges import Range
@@ -129,6 +138,8 @@ def find_sinks(
         "counts": _counts([_groups(s, vit, llm) for s in seen]),
         "attention": _attention(seen, _known_groups(vit, llm)),
         "overlap": _overlap(seen, vit, llm),
+        "massive_activations": massive_activations(seen),
+        "sink_heads": sink_head_rows(seen),
         "warnings": run_warnings(seen, vit, llm),
     }
 
@@ -171,9 +182,9 @@ def _readings(vlm: VLM) -> tuple[Readings, Readings]:
     positions = vlm.config.vision.num_layers + 1
     if all(layer % positions == 0 for layer in vlm.config.feature_layers):  # hidden state 0, which no attention has made
         why = "the features are the ViT's embeddings: no attention has made them"
-        if vlm.config.sinks.criterion == "attention":
-            raise ConfigError(f"sinks.criterion attention: {why}; choose another")
-        vit = tuple(dataclasses.replace(r, unknown=why) if r.criterion == "attention" else r for r in vit)
+        if vlm.config.sinks.criterion == "attention_share":
+            raise ConfigError(f"sinks.criterion attention_share: {why}; choose another")
+        vit = tuple(dataclasses.replace(r, unknown=why) if r.criterion == "attention_share" else r for r in vit)
     return vit, llm
 
 
@@ -192,7 +203,7 @@ def _observe(
     Returns:
         {"vit": {masks bool [C, P], norms [P], dims [P, d], patches bool [P, K merge^2], the V-sinks behind each token by the
         criterion in force}, "llm": masks, norms and dims with leading L, answer float32 [L, P], the attention of the answer's
-        tokens, and mass float32 [L, 2, N, 4], that of QUERIES on TOKENS}.
+        tokens, mass float32 [L, 2, N, 4], that of QUERIES on TOKENS, and what `other_criteria.observe_others` returns}.
     """
     model = assemble(graphdef, params)
     sequence = model.sequence(batch)
@@ -206,20 +217,21 @@ def _observe(
 
     def observe(view: LayerView) -> dict[str, jax.Array]:
         received = received_attention(view.attention, prompt)
-        masks = [r.mask(view.hidden, visual.mask if r.criterion == "attention" else prompt, received) for r in llm]
+        masks = [r.mask(view.hidden, visual.mask if r.criterion == "attention_share" else prompt, received) for r in llm]
         groups = group_visual_tokens(visual, next(m for m, r in zip(masks, llm, strict=True) if r.in_force))
         members = jnp.stack([valid & ~visual.mask, groups.v_sink, groups.l_sink, groups.ordinary], axis=-1)
         mass = jnp.stack([group_mass(view.attention, queries, members)[0] for queries in asking])
         standing = jnp.where(valid[0, :, None], prominence(view.hidden[0], llm[0].dims), 0.0).max(0)
         sizes = _sizes(view.hidden[0, patches], llm)
         found = {"masks": jnp.stack([m[0, patches] for m in masks]), "mass": mass, "prominence": standing}
+        found |= observe_others(view, prompt, visual.mask, patches, llm)
         return found | {"answer": received_attention(view.attention, predicting)[0, patches], **sizes}
 
     seen = model(batch, sequence=sequence, observe=observe, observe_attention=True).observed
-    # the tower returns attention weights only if the criterion in force is `attention`
-    sinks, attention = model.config.sinks, next(r for r in vit if r.criterion == "attention")
+    # the tower returns attention weights only if the criterion in force is `attention_share`
+    sinks, attention = model.config.sinks, next(r for r in vit if r.criterion == "attention_share")
     if not attention.unknown:
-        sinks = dataclasses.replace(sinks, criterion="attention", vit_tau=attention.tau)
+        sinks = dataclasses.replace(sinks, criterion="attention_share", vit_tau=attention.tau)
     assert batch.images is not None
     features, by_attention = model.image_features(batch.images, sinks=sinks)
     by_tile = features.reshape(batch.images.patches.shape[1], -1, features.shape[-1])  # as the model judges them
@@ -285,6 +297,8 @@ def _entry(seen: Seen, vit: Readings, llm: Readings) -> dict[str, Any]:
         "criteria": criteria,
         "norms": [round(float(n), 4) for n in seen["vit"]["norms"]],
         "values": values,
+        "sink_heads": _indices(seen["llm"]["head_sinks"]),
+        "lot": lot(seen["llm"]["dim_rms"]),
     }
     return entry | {"warnings": image_warnings(entry, len(entry["norms"]))}
 

@@ -32,7 +32,7 @@ from lsg_jax.errors import ConfigError, Preempted
 from lsg_jax.eval.answering import Answer, near_tie_of
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.batches import QuestionBatch, batches, encode_item, item_pixels
-from lsg_jax.eval.best_cells import best_cells
+from lsg_jax.eval.best_cells import WHICH, extreme_cells
 from lsg_jax.eval.identity import digests_of, meaning_of, surroundings
 from lsg_jax.eval.runner import Asked, ask_all
 from lsg_jax.gating.keys import GROUPS
@@ -158,7 +158,7 @@ def sweep(
             "max_new_tokens": test.max_new_tokens,
             "work": work(answers, settings, num_layers),
         }
-    result["best"] = best_cells(result["rows"])
+    result |= {which: extreme_cells(result["rows"], which) for which in WHICH}
     on_primary(lambda: write_sealed(out / RESULT, result))
     return result
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lsg_jax.eval.benchmark import Item, Metrics, gain
+from lsg_jax.eval.benchmark import Metrics
+from lsg_jax.eval.best_cells import WHERE_WORDS, WHICH, extreme_layer, where_words
+from lsg_jax.eval.intervals import Interval, items_of, resamples, score_intervals
 from lsg_jax.eval.runner import Asked, grade
-from lsg_jax.eval.statistics import interval, resample_weights
+from lsg_jax.eval.statistics import interval
 
 Row = dict[str, Any]
 
@@ -25,17 +27,17 @@ class Grader:
     """
 
     def __init__(self, name: str, test: Asked, base: Sequence[str]):
-        unit = test.benchmark.unit
         self._name, self._test = name, test
-        self._weight = resample_weights([item.id if unit is None else item.fields[unit] for item in test.items])
+        self._weight = resamples(test.benchmark, test.items)
         self._seen: dict[tuple[str, ...], tuple[Metrics, Metrics]] = {}
         self._base = self._metrics(base)
-        self._questions = {task: count_questions(test.items, task) for task in self._base[0]}
+        self._base_intervals = score_intervals(test.benchmark, grade(test, base), self._base[1])
+        self._questions = {task: len(items_of(test.items, task)) for task in self._base[0]}
 
     def base_rows(self) -> list[Row]:
         """`{benchmark, task, value, low, high, questions}` for each task of the base model, and `reason` if value is null."""
-        point, resampled = self._base
-        return [self._row(task, value=point[task], interval_of=resampled[task]) for task in point]
+        point = self._base[0]
+        return [self._row(task, value=point[task], bounds=self._base_intervals[task]) for task in point]
 
     def cell_rows(self, layer: int, coefficients: Sequence[float], outputs: Sequence[str]) -> list[Row]:
         """`{benchmark, task, layer, coefficients, value, change, low, high, questions}` for each task.
@@ -51,13 +53,13 @@ class Grader:
                 **place,
                 value=point[task],
                 change=point[task] - base[task],
-                interval_of=resampled[task] - base_resampled[task],
+                bounds=interval(resampled[task] - base_resampled[task]),
             )
             for task in point
         ]
 
-    def _row(self, task: str, *, interval_of: np.ndarray, **numbers: Any) -> Row:
-        low, high = interval(interval_of)
+    def _row(self, task: str, *, bounds: Interval, **numbers: Any) -> Row:
+        low, high = bounds
         row: Row = {"benchmark": self._name, "task": task}
         row |= {name: _number(value[0]) if isinstance(value, np.ndarray) else value for name, value in numbers.items()}
         row |= {"low": _number(low), "high": _number(high), "questions": self._questions[task]}
@@ -72,39 +74,33 @@ class Grader:
         return self._seen[key]
 
 
-def count_questions(items: Sequence[Item], task: str) -> int:
-    """Number of questions behind a metric such as `task: Count` or `adversarial: f1`: those with a field it names, or all."""
-    named = set(task.split(": "))
-    return sum(not named.isdisjoint(item.fields.values()) for item in items) or len(items)
-
-
 def table(result: Mapping[str, Any]) -> str:
-    """The layer and coefficients with the greatest change, for each task of sweep.json."""
+    """The layers and coefficients with the greatest and the smallest change, for each task of sweep.json."""
     return "\n\n".join(_benchmark(name, entry, result) for name, entry in result["benchmarks"].items())
 
 
 def _benchmark(name: str, entry: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     groups = ", ".join(result["groups"])
-    lines = [("task", "base [95 %]", "best change [95 %]", "layer", f"coefficients ({groups})")]
+    header = ("task", "base [95 %]", "best change [95 %]", "layer", f"coefficients ({groups})")
+    lines: list[tuple[str, ...]] = [(*header, "worst change [95 %]", "layer", "coefficients")]
     for base in (row for row in result["base"] if row["benchmark"] == name):
-        of_task = [row for row in result["best"] if (row["benchmark"], row["task"]) == (name, base["task"])]
-        found = max(of_task, key=lambda row: gain(row["task"], row["change"]), default=None)
-        where = ("-",) * 3
-        if found is not None:
-            coefficients = ", ".join(f"{value:g}" for value in found["coefficients"])
-            where = (_interval(found["change"], found, sign="+"), str(found["layer"]), coefficients)
-        lines.append((base["task"], _interval(base["value"], base), *where))
+        line = [base["task"], _interval(base["value"], base)]
+        for which in WHICH:
+            of_task = [row for row in result[which] if (row["benchmark"], row["task"]) == (name, base["task"])]
+            found = extreme_layer(of_task, which) if of_task else None
+            line += ("-",) * 3 if found is None else (_interval(found["change"], found, sign="+"), *where_words(found))
+        lines.append(tuple(line))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [[text.rjust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
     text = ["  ".join((line[0].ljust(widths[0]), *right[1:])) for line, right in zip(lines, aligned, strict=True)]
     cells = len(result["layers"]) * len(result["coefficients"])
     part = f"; PARTIAL, {entry['questions']} of {entry['of']}" if entry["partial"] else ""
     title = f"{name}: {entry['questions']} questions, protocol {entry['protocol']}{part}"
-    bias = f"each the best of {cells} cells on the same questions: an upper bound, not what to expect on others"
-    return "\n".join([title, *text, bias])
+    bias = f"each the best of {cells} cells on the same questions: an upper bound (the worst: a lower one), not what to expect"
+    return "\n".join([title, *text, bias, WHERE_WORDS])
 
 
-def _interval(value: float | None, row: Row, sign: str = "") -> str:
+def _interval(value: float | None, row: Mapping[str, Any], sign: str = "") -> str:
     numbers = [value, row["low"], row["high"]]
     return "-" if None in numbers else "{} [{}, {}]".format(*(f"{number:{sign}.2f}" for number in numbers))
 

@@ -104,6 +104,10 @@ class RunRecord(Computation):
         return {"format": FORMAT, **to_dict(self)}
 
 
+BEFORE: dict[str, dict[str, Any]] = {"diysink": {"order": "image"}}
+"""Table -> what runs did before a setting was added whose default is another."""
+
+
 def read_run(path: str | Path, *, backbone: str | None = None) -> RunRecord:
     """Reads run.json of a run folder, strictly.
 
@@ -125,6 +129,9 @@ def read_run(path: str | Path, *, backbone: str | None = None) -> RunRecord:
         run = from_dict(RunRecord, content, where=str(file))
     except ConfigError as error:
         raise CheckpointError(f"{error}; not as this version of lsg writes it") from None
+    for name, settings in BEFORE.items():
+        if isinstance(table := run.config.get(name), dict):
+            run.config[name] = {**settings, **table}
     if backbone is not None and run.backbone != backbone:
         raise CheckpointError(f"{path}: was trained on another backbone ({run.backbone[:12]}, not {backbone[:12]})")
     return run

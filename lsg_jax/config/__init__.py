@@ -25,11 +25,12 @@ from lsg_jax.config.model import (
     TextConfig,
     VisionConfig,
 )
-from lsg_jax.config.run import DataConfig, EvalConfig, MeshConfig, Protocol, Remat, Template, TrainConfig
+from lsg_jax.config.run import BenchmarkKind, DataConfig, EvalConfig, MeshConfig, Protocol, Remat, Template, TrainConfig
 
 __all__ = [
     "Activation",
     "Aspect",
+    "BenchmarkKind",
     "Canvas",
     "Criterion",
     "DataConfig",

@@ -9,7 +9,7 @@ import tomllib
 import typing
 from typing import Annotated, Any, Literal, TypeVar
 
-from lsg_jax.config.ranges import check_kind, field_types, range_of, shown, without_none
+from lsg_jax.config.ranges import Table, check_kind, field_types, range_of, shown, without_none
 from lsg_jax.errors import ConfigError
 
 T = TypeVar("T")
@@ -52,6 +52,8 @@ def _build(cls: type[T], tree: Any, table: str) -> T:
     start = f"{table}: " if table else ""
     if not isinstance(tree, dict):
         raise ConfigError(f"{start}expected a table, got {shown(tree)}")
+    if issubclass(cls, Table):
+        tree = cls.renamed(tree)
     types = field_types(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:

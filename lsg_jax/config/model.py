@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "silu", "relu"]
 Aspect = Literal["pad", "crop", "squash"]
-Criterion = Literal["dim_abs", "dim_rms", "norm", "massive", "attention"]
+Criterion = Literal["dim_abs", "dim_rms", "norm", "massive", "attention_share"]
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,12 @@ class SinkConfig(Table, name="sinks"):
     """What counts as a sink (paper.md, "Two kinds of visual sink").
 
     The paper does not state its thresholds. `vit_tau` and `llm_tau` are in units of the activation for `dim_abs` and `massive`,
-    multiples of the token's RMS for `dim_rms`, a Euclidean norm for `norm`, a share in [0, 1] for `attention`. `massive` also
-    requires `massive_ratio` times the layer's median. Default of `vit_tau`: in dimension 650 of CLIP, the norms (sinks above
-    100, most tokens below 60) leave at least 80 for sinks and at most 60 for other tokens; 70 lies between. Default of
+    multiples of the token's RMS for `dim_rms`, a Euclidean norm for `norm`, a share in [0, 1] for `attention_share`. `massive`
+    also requires `massive_ratio` times the layer's median. Default of `vit_tau`: in dimension 650 of CLIP, the norms (sinks
+    above 100, most tokens below 60) leave at least 80 for sinks and at most 60 for other tokens; 70 lies between. Default of
     `llm_tau`: the absolute part of Sun et al.
+
+    Files of earlier versions write `attention` for `attention_share`; they are read as what they meant.
     """
 
     criterion: Criterion = "dim_abs"
@@ -193,6 +195,17 @@ class SinkConfig(Table, name="sinks"):
     llm_dims: tuple[Annotated[int, Range("[0, 1e7]")], ...] = ()
     llm_tau: Annotated[float, Range("[0, 1e9]")] = 100.0
     massive_ratio: Annotated[float, Range("[0, 1e9]")] = 1000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("criterion", "llm_criterion"):
+            if getattr(self, name) not in get_args(Criterion):
+                raise ConfigError(f"sinks.{name}: {getattr(self, name)!r} is not one of {', '.join(get_args(Criterion))}")
+
+    @classmethod
+    def renamed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """`attention` became `attention_share`."""
+        return {name: "attention_share" if value == "attention" else value for name, value in tree.items()}
 
     @property
     def knows_v_sinks(self) -> bool:

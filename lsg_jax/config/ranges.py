@@ -64,6 +64,11 @@ class Table:
     def __init_subclass__(cls, name: str = "") -> None:
         cls.table = name
 
+    @classmethod
+    def renamed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """The plain data of a file of any version, with what this version calls otherwise under its new name."""
+        return tree
+
     def __post_init__(self) -> None:
         prefix = f"{self.table}." if self.table else ""
         for name, hint in field_types(type(self)).items():

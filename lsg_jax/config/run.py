@@ -14,6 +14,8 @@ Template = Literal[
     "qwen2_base", "qwen2_instruct", "qwen2_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm", "vlmevalkit_llava",
 ]  # fmt: skip
 Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian", "mmstar"]
+BenchmarkKind = Literal["general", "hallucination", "vision_centric"]
+"""What a benchmark is about."""
 Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]
 
 

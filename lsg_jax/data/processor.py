@@ -25,7 +25,13 @@ class Processor(TextProcessor):
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, model: ModelConfig, *, template: str | None = None, image_aspect: Aspect | None = None
+        cls,
+        folder: str | Path,
+        model: ModelConfig,
+        *,
+        template: str | None = None,
+        image_aspect: Aspect | None = None,
+        bos: bool = True,
     ) -> Processor:
         """Opens the tokenizer, the chat template and the image token of a local folder, as `AutoProcessor` chooses them.
 
@@ -42,7 +48,15 @@ class Processor(TextProcessor):
         source = read_chat_template(folder, tokenizer) if template in (None, CHAT_TEMPLATE) else None
         token = read_image_token(folder, tokenizer, model.image_token_id, tag=model.image.tag)
         try:
-            return cls(tokenizer, model, template=template, image_aspect=image_aspect, chat_template=source, image_token=token)
+            return cls(
+                tokenizer,
+                model,
+                template=template,
+                image_aspect=image_aspect,
+                chat_template=source,
+                image_token=token,
+                bos=bos,
+            )
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}") from None
 

@@ -37,6 +37,7 @@ class TextProcessor:
         image_token: how the checkpoint's processor writes a token of an image. If the tokenizer knows it, its id is what stands
             for an image in token ids, whatever `model.image_token_id` says. `chat_template` writes an image so too, if
             `model.image.tag` names nothing else.
+        bos: whether a prompt begins with the BOS token, if the tokenizer adds it.
 
     Attributes:
         model: the configuration, with `image_aspect` and the id of `image_token` applied.
@@ -54,6 +55,7 @@ class TextProcessor:
         image_aspect: Aspect | None = None,
         chat_template: str | None = None,
         image_token: str = IMAGE_TAG,
+        bos: bool = True,
     ):
         if image_aspect and depends_on_size(model.image):
             raise ConfigError("image_aspect: this model takes the whole image and its tiles as they are; leave it out")
@@ -62,7 +64,8 @@ class TextProcessor:
         known_id = image_token_id(tokenizer, image_token)
         image_id = model.image_token_id if known_id is None else known_id
         self.model = dataclasses.replace(model, image=self.image, image_token_id=image_id)
-        self._chunks = ChunkTokenizer(tokenizer, image_token=image_token, mark_segments=model.text.family == "phi3")
+        mark = model.text.family == "phi3"
+        self._chunks = ChunkTokenizer(tokenizer, image_token=image_token, mark_segments=mark, bos=bos)
         # text is never tokenized to a control token, but may be to any other
         known = tokenizer.convert_ids_to_tokens(image_id) is not None
         self._image_is_text = known and image_id not in self._chunks.control.values()

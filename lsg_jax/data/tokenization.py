@@ -28,6 +28,7 @@ class ChunkTokenizer:
         image_token: how the checkpoint's processor writes an image.
         mark_segments: text after a control token starts a word, as in Phi-3's tokenizer files and in xtuner's training on
             them. transformers 5 reads `legacy = false` as "only the first text does".
+        bos: whether a text begins with the BOS token, if the tokenizer adds it.
 
     Raises:
         ConfigError: the tokenizer is a slow one.
@@ -35,7 +36,7 @@ class ChunkTokenizer:
 
     _HIDDEN = re.compile("\ue000lsg:t([0-9]+)\ue001")
 
-    def __init__(self, tokenizer: Any, *, image_token: str = IMAGE_TAG, mark_segments: bool = False):
+    def __init__(self, tokenizer: Any, *, image_token: str = IMAGE_TAG, mark_segments: bool = False, bos: bool = True):
         from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
         if not getattr(tokenizer, "is_fast", False):
@@ -66,7 +67,7 @@ class ChunkTokenizer:
             backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
             backend.pre_tokenizer = None
             self._eats_space = False
-        bos = tokenizer.bos_token_id
+        self._begins_with_bos, bos = bos, tokenizer.bos_token_id
         self._bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
 
     def protect(self, text: str, *, tags: Literal["none", "first", "all"] = "none") -> str:
@@ -97,7 +98,7 @@ class ChunkTokenizer:
     ) -> tuple[list[int], int]:
         """(ids, number of prompt ids). The ids of each image replace its tag; the prompt has one for each.
 
-        With `beginning`, exactly one BOS comes first, if the tokenizer adds it.
+        With `beginning`, exactly one BOS comes first, if the tokenizer adds it, or none (`bos`).
         """
         *before, last = prompt.split(IMAGE_TAG)
         prompt_ids: list[int] = []
@@ -110,7 +111,10 @@ class ChunkTokenizer:
         return prompt_ids + answer_ids, len(prompt_ids)
 
     def _with_bos(self, ids: list[int], beginning: bool) -> list[int]:
-        return [self._bos, *ids] if beginning and self._bos is not None and ids[:1] != [self._bos] else ids
+        if not beginning or self._bos is None:
+            return ids
+        ids = ids[1:] if ids[:1] == [self._bos] else ids
+        return [self._bos, *ids] if self._begins_with_bos else ids
 
     def _chunk(self, text: str) -> list[int]:
         text = self._pattern.sub(lambda m: self._stand_ins.get(m[0], m[0]), text)

@@ -18,6 +18,7 @@ from lsg_jax.eval.batches import batches, encode_item
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.memory import check_answers
 from lsg_jax.methods.finite import check_finite
+from lsg_jax.methods.first_questions import routes
 from lsg_jax.model.generate import Generated
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.vlm import PROMPT_BUCKET, REPLY_TOKENS, VLM
@@ -102,15 +103,16 @@ def ask_routes(
 ) -> dict[int, int] | None:
     """`Batch.route` of the questions `which` by position, from the plain model's replies; a collective.
 
-    None for a method that asks no first question. A question without an image is not asked about: its route is 0.
+    None for a method that asks no first questions. A question without an image is not asked about: its route is 0.
     """
     first = vlm.first_questions([prompts[i] for i in which], [bool(items[i].images) for i in which])
-    asked = {which[place]: question for place, question in first.items()}
+    asked = [(which[place], question) for place, question in first]
     if not asked:
         return None
-    blind = [replace(items[i], images=()) for i in asked]
-    replies = answer(vlm.plain(), blind, list(asked.values()), config, max_new_tokens=REPLY_TOKENS)
-    return dict.fromkeys(which, 0) | {i: vlm.method.read_reply(reply.text) for i, reply in zip(asked, replies, strict=True)}
+    shown = [items[i] if question.sees_image else replace(items[i], images=()) for i, question in asked]
+    replies = answer(vlm.plain(), shown, [question.text for _, question in asked], config, max_new_tokens=REPLY_TOKENS)
+    found = routes(vlm.method, asked, [reply.text for reply in replies], which)
+    return dict(zip(which, found.tolist(), strict=True))
 
 
 def _answer(processor: Processor, made: Generated, row: int, item: Item) -> Answer:

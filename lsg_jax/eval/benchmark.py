@@ -16,7 +16,7 @@ from typing import Protocol as Interface
 import numpy as np
 from PIL import Image
 
-from lsg_jax.config import Protocol
+from lsg_jax.config import BenchmarkKind, Protocol
 from lsg_jax.data.parquet import named_files
 from lsg_jax.errors import InputError
 
@@ -169,6 +169,8 @@ class Benchmark:
         metrics: all aggregates that are reported anywhere, whatever the protocol.
         official: protocol -> name of the metric that is the official score. A protocol without rules for this benchmark is left
             out; the rules of `paper` are used then, and the result says so.
+        kind: what it is about, for methods with settings for each kind: those that the papers of these methods name, the others
+            are general.
         size: rows of the official file; None: a file of any size is complete (own questions).
         groups: field -> its values in the official file. A run that lacks one is partial, and its result names it.
         whole: field -> size of the groups that its equal values make (pairs). A run that has only a part of one is partial.
@@ -187,6 +189,7 @@ class Benchmark:
     match: Callable[[Item, str, Protocol], Match]
     metrics: Callable[[Graded], Metrics]
     official: Mapping[Protocol, str]
+    kind: BenchmarkKind = "general"
     size: int | None = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     whole: Mapping[str, GroupSize] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lsg_jax.config import BenchmarkKind
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.results import BASE
 from lsg_jax.methods.registry import METHODS
@@ -39,6 +40,12 @@ def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: st
             raise ConfigError(f"--method {method}: named twice")
         models[method] = _open(base, config, method, own or source)
     return models
+
+
+def fit(model: VLM, kind: BenchmarkKind) -> VLM:
+    """The model as its method is meant for benchmarks of this kind (`Method.for_benchmark`)."""
+    method = model.method.for_benchmark(kind)
+    return model if method == model.method else model.with_method(method, model.trained)
 
 
 def _open(base: VLM, config: RunConfig, method: str, source: str | Path | None) -> VLM:

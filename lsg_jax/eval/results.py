@@ -52,6 +52,7 @@ class BenchmarkResult:
         change: method -> metric -> its difference from the base model.
         paired_test: method -> test of its scores against those of the base model.
         rows: method -> sha256 of its file of question rows; empty in results of versions that did not store it.
+        settings: method -> its settings on this kind of benchmark, where they differ from those of `EvaluationResult.methods`.
     """
 
     path: str | None = None
@@ -73,6 +74,7 @@ class BenchmarkResult:
     change: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     paired_test: Mapping[str, PairedTest] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, MethodSettings] = field(default_factory=dict)
 
     @property
     def lacks(self) -> list[str]:
@@ -165,8 +167,9 @@ def result_of(tree: Mapping[str, Any]) -> EvaluationResult:
 def _benchmark(entry: Mapping[str, Any]) -> BenchmarkResult:
     scores = lambda of: {m: {metric: Estimate(**at) for metric, at in metrics.items()} for m, metrics in of.items()}
     tests = {method: PairedTest(**test) for method, test in entry.get("paired_test", {}).items()}
+    settings = {method: MethodSettings(**own) for method, own in entry.get("settings", {}).items()}
     nested = {"methods": scores(entry["methods"]), "change": scores(entry.get("change", {})), "paired_test": tests}
-    return BenchmarkResult(**{**entry, **nested})
+    return BenchmarkResult(**{**entry, **nested, "settings": settings})
 
 
 # ------------------------------------------------------------------------------------------------------------- question rows

@@ -17,6 +17,8 @@ from lsg_jax.eval.answering import Answer, answer
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics, is_whole
 from lsg_jax.eval.identity import meaning_of, question_sha256, settings_of, surroundings, text_files, with_hashed_images
+from lsg_jax.eval.intervals import Interval, resamples, score_intervals
+from lsg_jax.eval.methods import fit
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.results import (
     BASE,
@@ -29,7 +31,7 @@ from lsg_jax.eval.results import (
     questions_file,
     write_result,
 )
-from lsg_jax.eval.statistics import interval, paired_test, resample_weights
+from lsg_jax.eval.statistics import interval, paired_test
 from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.progress import Progress, silent
@@ -122,14 +124,16 @@ def evaluate(
     benchmarks: dict[str, BenchmarkResult] = {}
     ratios: list[RatioRow] = []
     for name, test in asked.items():
-        answers = {m: _answers(model, f"{name}.{m}", test, config, out, progress) for m, model in models.items()}
+        fitted = {m: fit(model, test.benchmark.kind) for m, model in models.items()}
+        answers = {m: _answers(model, f"{name}.{m}", test, config, out, progress) for m, model in fitted.items()}
         graded = {method: grade(test, [answer.text for answer in found]) for method, found in answers.items()}
         files = {method: questions_bytes(question_rows(test, found, graded[method])) for method, found in answers.items()}
         if is_primary():
             for method, data in files.items():
                 write_atomic(questions_file(out, name, method), data)
         rows = {method: bytes_sha256(data) for method, data in files.items()}
-        benchmarks[name] = replace(summary(test, graded), rows=rows)
+        settings = {m: settings_of(fitted[m]) for m in models if fitted[m] is not models[m]}
+        benchmarks[name] = replace(summary(test, graded), rows=rows, settings=settings)
         for method, model in models.items():
             if model.gate is not None:
                 ratios += ratio_rows(method, name, test, answers[method], model.gate)
@@ -209,8 +213,7 @@ def grade(test: Asked, outputs: Sequence[str]) -> Graded:
 def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
     """Every metric of every method with its interval, and the change over the base model."""
     benchmark = test.benchmark
-    units = [item.id if benchmark.unit is None else item.fields[benchmark.unit] for item in test.items]
-    weight = resample_weights(units)
+    weight = resamples(benchmark, test.items)
     points = {method: benchmark.metrics(g) for method, g in graded.items()}
     resampled = {m: benchmark.metrics(replace(g, weight=weight)) for m, g in graded.items()}
     difference = lambda of, method: {metric: of[method][metric] - of[BASE][metric] for metric in of[BASE]}
@@ -232,8 +235,8 @@ def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
         score=test.score,
         unread={method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},
         majority={name: _number(values[0]) for name, values in majority.items()},
-        methods={method: _estimates(points[method], resampled[method]) for method in graded},
-        change={m: _estimates(difference(points, m), difference(resampled, m)) for m in others},
+        methods={m: _estimates(points[m], score_intervals(benchmark, graded[m], resampled[m])) for m in graded},
+        change={m: _estimates(difference(points, m), _intervals(difference(resampled, m))) for m in others},
         paired_test={method: paired_test(graded[BASE].score, graded[method].score) for method in others},
     )
 
@@ -286,8 +289,12 @@ def _most_frequent(test: Asked) -> list[str]:
     return [max(counts[kind], key=counts[kind].__getitem__) for kind in kinds]
 
 
-def _estimates(point: Metrics, resampled: Metrics) -> dict[str, Estimate]:
-    return {name: Estimate(_number(values[0]), *map(_number, interval(resampled[name]))) for name, values in point.items()}
+def _estimates(point: Metrics, bounds: Mapping[str, Interval]) -> dict[str, Estimate]:
+    return {name: Estimate(_number(values[0]), *map(_number, bounds[name])) for name, values in point.items()}
+
+
+def _intervals(resampled: Metrics) -> dict[str, Interval]:
+    return {name: interval(values) for name, values in resampled.items()}
 
 
 def _number(value: float) -> float | None:

@@ -37,13 +37,21 @@ def resample_weights(units: Sequence[str], *, count: int = RESAMPLES, seed: int 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """Percentile interval of resampled scores [R], without those that are NaN; (nan, nan) if all are.
 
-    The interval has width 0 where all items score the same.
+    The interval has width 0 where all items score the same; see `wilson`.
     """
     values = values[np.isfinite(values)]
     if not len(values):
         return float("nan"), float("nan")
     low, high = np.percentile(values, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, in [0, 1]; also none or all of `count` have one (30 of 30: 0.886 to 1)."""
+    from scipy.stats import binomtest
+
+    found = binomtest(right, count).proportion_ci(LEVEL / 100, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def paired_test(base: np.ndarray, gated: np.ndarray) -> PairedTest:

@@ -212,7 +212,7 @@ def observe(
     sequence = model.sequence(batch, encoded)
     visual = sequence.visual
     assert visual is not None
-    received_matters = llm.criterion == "attention" and not llm.unknown
+    received_matters = llm.criterion == "attention_share" and not llm.unknown
 
     def observe_layer(view: LayerView) -> dict[str, jax.Array]:
         weights, received = view.attention, jnp.zeros(prompt.shape, jnp.float32)
@@ -249,7 +249,7 @@ def observe(
 
 def _v_value(model: Any, features: jax.Array, batch: Batch, places: jax.Array, vit: Reading) -> jax.Array:
     """float32 [V], what the criterion of V-sinks compares, the largest of the patches behind each token; NaN if not known."""
-    if vit.criterion == "attention" or vit.unknown:
+    if vit.criterion == "attention_share" or vit.unknown:
         return jnp.full(places.shape, jnp.nan)
     nothing = jnp.zeros(features.shape[:2])
     value = sink_value(vit.criterion, features, dims=vit.dims, received=nothing, among=nothing)

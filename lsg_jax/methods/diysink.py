@@ -3,12 +3,14 @@
 A patch is a sink if the norm of its features before the projector reaches `tau`. What a question needs decides which patches
 take part, in one of two ways:
 
-- `cot`: the base model is first asked, in words, whether the answer needs the scene as a whole, local details or both. Patches
-  that are not needed leave the sequence.
+- `cot`: the base model, which sees the image, is first asked whether the question is simple or complex, and whether it is about
+  the scene as a whole (holistic) or local. A complex one keeps all patches; of a simple one those that are not needed leave the
+  sequence.
 - `mlp`: a small network reads the question's token embeddings and weighs the two sets of projected patches.
 
-What we know of the paper leaves open, and is our choice: the words of the routing prompt, that the router sees the question
-without its image, that training with `cot` keeps both sets, and the form of the network.
+The sinks of an image come before its other patches (`diysink.order`). There is no published code; docs/studies.md has what is
+known to differ. Our choices are the words of the two questions, what a complex one keeps, that training with `cot` keeps both
+sets, and the form of the network.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from flax import nnx
 from lsg_jax.activations import ACTIVATIONS, standardise
 from lsg_jax.config import ModelConfig
 from lsg_jax.config.ranges import Range, Table
+from lsg_jax.errors import ConfigError
 from lsg_jax.gating.gate import GateParam
+from lsg_jax.methods.first_questions import FirstQuestion
 from lsg_jax.methods.full import float32_copy
 from lsg_jax.methods.method import Method, check_one_square
 from lsg_jax.methods.method_model import MethodModel
+from lsg_jax.methods.sink_front import order_in_rows
 from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.model.projector import Projector
 from lsg_jax.sinks.criteria import norm
@@ -37,10 +42,13 @@ from lsg_jax.types import Batch
 BOTH, GLOBAL, LOCAL = 0, 1, 2
 """Values of `Batch.route`: which patches take part. GLOBAL keeps the sinks, LOCAL the others."""
 
-_ROUTING_PROMPT = """Here is a question about an image, between quotation marks:
+_QUOTED = """Here is a question about the image, between quotation marks:
 "{question}"
-Do not answer it. Say only what one must look at to answer it: the scene as a whole (global), small details in single places \
-(local), or both. Reply with one word: global, local or both."""
+Do not answer it. """
+_COMPLEXITY = """Is it simple, so that it suffices to look either at the scene as a whole or at details, or complex, so that \
+both are needed? Reply with one word: simple or complex."""
+_SCOPE = """Is it about the scene as a whole (holistic), or about details in single places (local)? Reply with one word: \
+holistic or local."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,20 @@ class DiySinkConfig(Table, name="diysink"):
     """DIYSink (arXiv 2510.08510): one projector for sinks, one for the others, and a choice between them for each question.
 
     The projectors start from the weights of the frozen one and are trained, and so is the network of `mlp`. With `cot`,
-    training keeps both sets of patches, and each question is answered after a short one on what it needs.
+    training keeps both sets of patches, and each question is answered after two short ones on what it needs.
     """
 
     tau: Annotated[float, Range("(0, 1e9]")] = 100.0  # norm of the features before the projector
     routing: Literal["cot", "mlp"] = "cot"  # the model's own answer on what the question needs; or weights of a small network
     width: Annotated[int, Range("[1, 1e6]")] = 64  # of that network
+    order: Literal["sinks_first", "image"] = "sinks_first"  # of the patches of each image
+    # `weights`: that network alone, over the frozen projector (the paper trains it over the two projectors)
+    trains: Literal["projectors", "weights"] = "projectors"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trains == "weights" and self.routing != "mlp":
+            raise ConfigError('diysink.trains = "weights" trains the network of diysink.routing = "mlp": choose that routing')
 
 
 class QuestionWeights(nnx.Module):
@@ -79,28 +95,30 @@ class SinkProjectors(nnx.Module):
     """What DIYSink trains. Its parameters are float32 and are used in the dtype of the backbone.
 
     Args:
-        sink_projector, other_projector: of the shape of the frozen projector, whose weights they start from.
+        sink_projector, other_projector: of the shape of the frozen projector, whose weights they start from; None where it
+            stays in force for both.
         weights: for the routing `mlp`, else None.
     """
 
-    def __init__(self, sink_projector: nnx.Module, other_projector: nnx.Module, weights: QuestionWeights | None):
+    def __init__(self, sink_projector: nnx.Module | None, other_projector: nnx.Module | None, weights: QuestionWeights | None):
         self.sink_projector = sink_projector
         self.other_projector = other_projector
         self.weights = weights
 
-    def __call__(self, features: jax.Array, is_sink: jax.Array, question: jax.Array) -> jax.Array:
+    def __call__(self, features: jax.Array, is_sink: jax.Array, question: jax.Array, frozen: nnx.Module) -> jax.Array:
         """Projects each patch by its own projector.
 
         Args:
             features: [B, P, Dv], before the projector.
             is_sink: bool [B, P].
             question: float32 [B, D], see `mean_question`.
+            frozen: the projector of the model.
 
         Returns:
             [B, P, D].
         """
-        sinks = _in_dtype(self.sink_projector, features.dtype)(features)
-        others = _in_dtype(self.other_projector, features.dtype)(features)
+        sinks = frozen(features) if self.sink_projector is None else _in_dtype(self.sink_projector, features.dtype)(features)
+        others = sinks if self.other_projector is None else _in_dtype(self.other_projector, features.dtype)(features)
         patches = jnp.where(is_sink[..., None], sinks, others)
         if self.weights is None:
             return patches
@@ -159,41 +177,51 @@ class DiySink(Method):
         rngs = nnx.Rngs(key)
         mlp = self.settings.routing == "mlp"
         weights = QuestionWeights(config.text.hidden_size, self.settings.width, rngs=rngs) if mlp else None
+        if self.settings.trains == "weights":
+            return SinkProjectors(None, None, weights)
         sinks, others = (Projector(config, rngs=rngs, dtype=jnp.float32) for _ in range(2))
         return SinkProjectors(sinks, others, weights)
 
     def initial(self, config: ModelConfig, params: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         """Both projectors start from the frozen one."""
         parameters = super().initial(config, params, key)
-        for name in ("sink_projector", "other_projector"):
+        for name in {"sink_projector", "other_projector"} & parameters.keys():
             parameters[name] = float32_copy(params["projector"])
         return parameters
 
-    def first_question(self, question: str) -> str | None:
-        """What the base model is asked, without the image, before the question itself."""
-        return _ROUTING_PROMPT.format(question=question.strip()) if self.settings.routing == "cot" else None
+    def first_questions(self, question: str) -> tuple[FirstQuestion, ...]:
+        """Whether the question is simple or complex, and whether it is holistic or local."""
+        if self.settings.routing != "cot":
+            return ()
+        quoted = _QUOTED.format(question=question.strip())
+        return tuple(FirstQuestion(quoted + asks, sees_image=True) for asks in (_COMPLEXITY, _SCOPE))
 
-    def read_reply(self, reply: str) -> int:
-        """The route that a routing answer names."""
-        return read_route(reply)
+    def read_replies(self, replies: tuple[str, ...]) -> int:
+        """The route that the replies name."""
+        return read_route(*replies)
 
     def connect(
         self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
-        """Patches by their own projectors; those that the route leaves out are not kept."""
+        """Patches by their own projectors, in the order of the settings; those that the route leaves out are not kept."""
         is_sink = sink_patches(features, self.settings.tau)
         is_text = jnp.asarray(batch.attention_mask) & (jnp.asarray(batch.source)[..., 0] < 0)
         prompt = is_text & (jnp.arange(text.shape[1]) <= batch.gate_position[:, None])
-        tokens = model.trained(features, is_sink, mean_question(text, prompt))
-        if batch.route is None:
-            return ConnectorTokens(tokens, v_sink)
-        by_image = is_sink.reshape(len(is_sink), -1, model.config.num_image_tokens)
-        return ConnectorTokens(tokens, v_sink, taking_part(by_image, batch.route).reshape(is_sink.shape))
+        tokens = model.trained(features, is_sink, mean_question(text, prompt), model.projector)
+        each, kept = model.config.num_image_tokens, None
+        if batch.route is not None:
+            kept = taking_part(is_sink.reshape(len(is_sink), -1, each), batch.route).reshape(is_sink.shape)
+        if self.settings.order == "image":
+            return ConnectorTokens(tokens, v_sink, kept)
+        order = order_in_rows(features, self.settings.tau, each)
+        moved = lambda x: jnp.take_along_axis(x, order, axis=1)
+        tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+        return ConnectorTokens(tokens, moved(v_sink), None if kept is None else moved(kept), order=order)
 
 
-def read_route(answer: str) -> int:
-    """The route that a routing answer names; BOTH where it names both, neither or something else."""
-    words = set(re.findall(r"[a-z]+", answer.lower())) & {"global", "local", "both"}
-    if words == {"global"}:
-        return GLOBAL
-    return LOCAL if words == {"local"} else BOTH
+def read_route(complexity: str, scope: str) -> int:
+    """The route that the replies to the two questions name: BOTH unless they say simple, and either holistic or local."""
+    named = lambda reply, *words: set(re.findall(r"[a-z]+", reply.lower())) & set(words)
+    if named(complexity, "simple", "complex") != {"simple"}:
+        return BOTH
+    return {("holistic",): GLOBAL, ("local",): LOCAL}.get(tuple(named(scope, "holistic", "local")), BOTH)

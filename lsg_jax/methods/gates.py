@@ -67,8 +67,8 @@ def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> 
     if gate.grouping != "l_sink_rest" and not sinks.knows_v_sinks:
         raise ConfigError("no V-sink dimensions are known for this model: set sinks.vit_dims, or another sinks.criterion")
     if gate.grouping != "v_sink_rest":
-        if sinks.llm_criterion == "attention":
-            raise ConfigError("sinks.llm_criterion attention is only known after the keys are scaled: choose another")
+        if sinks.llm_criterion == "attention_share":
+            raise ConfigError("sinks.llm_criterion attention_share is only known after the keys are scaled: choose another")
         if not sinks.knows_l_sinks:
             raise ConfigError(
                 "no L-sink dimensions are known for this model: set sinks.llm_dims, or another sinks.llm_criterion"

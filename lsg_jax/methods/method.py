@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 from flax import nnx
 
-from lsg_jax.config import GateConfig, ModelConfig, Part
+from lsg_jax.config import BenchmarkKind, GateConfig, ModelConfig, Part
 from lsg_jax.config.ranges import Table
 from lsg_jax.errors import ConfigError
+from lsg_jax.methods.first_questions import FirstQuestion
 from lsg_jax.model.contrast import Contrasted
 from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.model.projector import any_member
@@ -47,6 +48,15 @@ class Method:
         """
         return self
 
+    def for_benchmark(self, kind: BenchmarkKind) -> Method:
+        """Fills in settings that depend on what a benchmark is about."""
+        return self
+
+    @property
+    def without_bos(self) -> bool:
+        """Whether prompts are written without the BOS token."""
+        return False
+
     # What is trained.
 
     @property
@@ -78,13 +88,13 @@ class Method:
 
     # What is done to a batch.
 
-    def first_question(self, question: str) -> str | None:
-        """The question put to the base model before each prompt with an image; None for none."""
-        return None
+    def first_questions(self, question: str) -> tuple[FirstQuestion, ...]:
+        """The questions put to the base model before each prompt with an image, each by itself; () for none."""
+        return ()
 
-    def read_reply(self, reply: str) -> int:
-        """`Batch.route` from the reply to the first question; 0 is the route of a question without an image."""
-        raise TypeError(f"{type(self).__name__} asks no first question")
+    def read_replies(self, replies: tuple[str, ...]) -> int:
+        """`Batch.route` from the replies to the first questions; 0 is the route of a question without an image."""
+        raise TypeError(f"{type(self).__name__} asks no first questions")
 
     def connect(
         self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array

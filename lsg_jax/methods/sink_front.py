@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ class SinkFrontConfig(Table, name="sink_front"):
     """
 
     tau: Annotated[float, Range("(0, 1e9]")] = 100.0  # norm of the features before the projector
+    # rotary positions of moved tokens: those of their place in the image, as the authors have it, or of their new place
+    positions: Literal["kept", "new"] = "kept"
 
 
-def sinks_first(features: jax.Array, config: SinkFrontConfig) -> jax.Array:
+def sinks_first(features: jax.Array, tau: float) -> jax.Array:
     """The order of the patches of each image: those whose norm reaches `tau`, then the others, each group in its old order.
-
-    Position follows the order of the sequence, so a moved patch has the position of its new place.
 
     Args:
         features: [B, P, Dv], before the projector; concatenated feature layers count as one vector.
@@ -38,7 +38,14 @@ def sinks_first(features: jax.Array, config: SinkFrontConfig) -> jax.Array:
     Returns:
         int32 [B, P], patch indices.
     """
-    return jnp.argsort(~norm(features, config.tau), axis=1, stable=True)
+    return jnp.argsort(~norm(features, tau), axis=1, stable=True)
+
+
+def order_in_rows(features: jax.Array, tau: float, each: int) -> jax.Array:
+    """`sinks_first` for rows of images of `each` patches: [B, N, Dv] -> int32 [B, N]. Patches stay within their image."""
+    count = features.shape[1] // each
+    order = sinks_first(features.reshape(-1, each, features.shape[-1]), tau).reshape(-1, count, each)
+    return (order + each * jnp.arange(count)[:, None]).reshape(features.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,7 @@ class SinkFront(Method):
         self, model: MethodModel, features: jax.Array, v_sink: jax.Array, batch: Batch, text: jax.Array
     ) -> ConnectorTokens:
         """The model's own tokens, reordered."""
-        each = model.config.num_image_tokens  # image by image: each of them is one square
-        count = features.shape[1] // each
-        order = sinks_first(features.reshape(-1, each, features.shape[-1]), self.settings).reshape(-1, count, each)
-        order = (order + each * jnp.arange(count)[:, None]).reshape(features.shape[:2])
+        order = order_in_rows(features, self.settings.tau, model.config.num_image_tokens)
         moved, v_sink = jnp.take_along_axis(features, order[..., None], axis=1), jnp.take_along_axis(v_sink, order, axis=1)
-        return ConnectorTokens(model.projector(moved), v_sink, order=order)
+        keeps = self.settings.positions == "kept"
+        return ConnectorTokens(model.projector(moved), v_sink, order=order, keeps_positions=keeps)

@@ -33,12 +33,14 @@ class ConnectorTokens:
         v_sink: bool [B, N].
         kept: bool [B, N], tokens that stay in the sequence; None for all.
         order: int32 [B, N], the connector output that each token was; None where their order is unchanged.
+        keeps_positions: whether a moved token keeps the rotary position of where it was. Static.
     """
 
     x: jax.Array
     v_sink: jax.Array
     kept: jax.Array | None = None
     order: jax.Array | None = None
+    keeps_positions: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -95,7 +97,7 @@ class VisionLanguageModel(nnx.Module):
         by_tile = jax.tree.map(lambda x: x.reshape(batch * tiles, *x.shape[2:]), images)
         by_tile = by_tile.replace(patches=self._normalised(by_tile.patches))
         layers = (*self.config.feature_layers, *self.config.deepstack)
-        receive = sinks.criterion == "attention" or self.reads_class_attention
+        receive = sinks.criterion == "attention_share" or self.reads_class_attention
         states, seen = self.vision_tower(by_tile, layers, receive=receive)
         if self.config.feature_select == "default":
             states = [state[:, 1:] for state in states]
@@ -112,8 +114,8 @@ class VisionLanguageModel(nnx.Module):
         )
         if not sinks.knows_v_sinks:  # an ungated model must also run where no sink dimensions are known
             return found
-        if received is None and sinks.criterion == "attention":
-            raise ValueError("criterion attention needs a vision feature layer above the embeddings")
+        if received is None and sinks.criterion == "attention_share":
+            raise ValueError("criterion attention_share needs a vision feature layer above the embeddings")
         used = jnp.ones(features.shape[:2], bool) if by_tile.used is None else by_tile.used
         mask = sink_mask(
             sinks.criterion,
@@ -195,13 +197,16 @@ class VisionLanguageModel(nnx.Module):
         if tokens.kept is not None:
             visual = is_visual & gather_any(tokens.kept, batch.source)
             valid = valid & (visual | ~is_visual)
+        positions = _positions(batch, valid)
+        if tokens.order is not None and tokens.keeps_positions:
+            positions = _moved_along(positions, tokens.order, jnp.asarray(batch.source)[..., 0])
         added = None
         if encoded.deepstack:
             added = jnp.stack([place(made, 0) for made in self.projector.deepstack_tokens(encoded.deepstack)])
         return Sequence(
             x=x,
             valid=valid,
-            positions=_positions(batch, valid),
+            positions=positions,
             visual=VisualTokens(mask=visual, v_sink=visual & gather_any(tokens.v_sink, batch.source)),
             block=batch.block if self.config.text.images_see_themselves else None,
             added=added,
@@ -257,6 +262,19 @@ class VisionLanguageModel(nnx.Module):
 
 def _positions(batch: Batch, valid: jax.Array) -> jax.Array:
     return token_positions(valid) if batch.positions is None else jnp.asarray(batch.positions)
+
+
+def _moved_along(positions: jax.Array, order: jax.Array, source: jax.Array) -> jax.Array:
+    """The positions int32 [B, T] where each visual token has that of the place which it was moved from.
+
+    Args:
+        order: int32 [B, N], `ConnectorTokens.order`.
+        source: int32 [B, T], the connector output that stood at each position, negative for text.
+    """
+    row = jnp.arange(len(order))[:, None]
+    place = jnp.where(source >= 0, source, order.shape[1])  # text is dropped
+    before = jnp.zeros(order.shape, positions.dtype).at[row, place].set(positions, mode="drop")
+    return jnp.where(source >= 0, before[row, order[row, jnp.maximum(source, 0)]], positions)
 
 
 def gather(tokens: jax.Array, source: Any, weight: Any) -> jax.Array:

@@ -30,7 +30,7 @@ MINUS = "\N{MINUS SIGN}"
 INK, FAINT, GRID, PAPER = "#222222", "#8A8A8A", "#DDDDDD", "#FFFFFF"
 """The report gives these another colour on a dark screen."""
 
-DOT, RIM = "#111111", "#FEFEFE"  # on coloured cells, which look the same on any screen
+RIM, STROKE = "#FEFEFE", "#777777"  # on coloured cells, which look the same on any screen
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 SETTINGS: dict[Any, Any] = {
@@ -249,10 +249,19 @@ def interval_text(value: float | None, low: float | None, high: float | None, *,
     return plain(value, sign) + bounds
 
 
-def draw_line(axes: Any, look: Look, layers: Sequence[int], mean: Sequence[float | None], std: Sequence[float | None]) -> None:
-    """A line over layers with a band of one standard deviation, clipped at 0; None makes a gap."""
+def draw_line(
+    axes: Any,
+    look: Look,
+    layers: Sequence[int],
+    mean: Sequence[float | None],
+    std: Sequence[float | None],
+    *,
+    most: float = math.inf,
+) -> None:
+    """A line over layers with a band of one standard deviation, clipped at 0 and at `most`; None makes a gap."""
     middle, spread = numbers(mean), numbers(std)
-    axes.fill_between(layers, np.maximum(middle - spread, 0.0), middle + spread, color=look.colour, alpha=0.18, linewidth=0)
+    low, high = np.maximum(middle - spread, 0.0), np.minimum(middle + spread, most)
+    axes.fill_between(layers, low, high, color=look.colour, alpha=0.18, linewidth=0)
     axes.plot(layers, middle, color=look.colour, linestyle=look.line, marker=look.marker)
 
 

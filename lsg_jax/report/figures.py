@@ -76,7 +76,7 @@ def draw_probe_curves(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
         for axes, (attribute, metric) in zip(grid, panels, strict=False):
             own = [row for row in rows if (row["attribute"], row["metric"]) == (attribute, metric)]
             for group in groups:
-                draw_line(axes, look_of(group), *_series(own, group, "mean", "std"))
+                draw_line(axes, look_of(group), *_series(own, group, "mean", "std"), most=1.0)
             _draw_chance(axes, own)
             axes.set_title(attribute.replace("_", " "))
             axes.set_ylabel(METRICS.get(metric, metric))

@@ -25,7 +25,7 @@ TERMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "criterion": (
         "The rule that says which token is a sink. dim_abs: a sink dimension is large. dim_rms: it is large beside the token's "
         "other dimensions. norm: the whole vector is long. massive: a value is large, also beside the layer's median. "
-        "attention: the token gets a large share of the attention.",
+        "attention_share: the token gets a large share of the attention.",
         ("criteria",),
     ),
     "tau": (
@@ -54,8 +54,8 @@ TERMS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "oracle map": (
-        "The best change that fixed coefficients reach in each layer on each task. They are chosen on the same "
-        "questions, so it is an upper bound and no estimate.",
+        "The best and the worst change that fixed coefficients reach in each layer on each task. The best are chosen on the "
+        "same questions, so it is an upper bound and no estimate.",
         ("upper bound", "oracle sweep"),
     ),
     "majority answer": (
@@ -64,7 +64,8 @@ TERMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "interval at 95 %": (
         "Where a score would fall in 95 of 100 repetitions with other questions of the same kind, by resampling the questions "
-        "asked. A change whose interval covers 0 may be chance.",
+        "asked; Wilson's interval where all answers are right or all are wrong. A change whose interval covers 0 may be "
+        "chance.",
         ("interval", "intervals at 95 %"),
     ),
     "remat": (

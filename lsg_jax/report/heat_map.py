@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lsg_jax.report.drawing import DOT, FAINT, PAPER, RIM
+from lsg_jax.report.drawing import FAINT, PAPER, STROKE
 
 LINE_HEIGHT = 0.185  # inches of a line of the map
 BAR_WIDTH = 0.11  # inches
@@ -56,7 +56,15 @@ def lines_of(tasks: Sequence[tuple[str, str]]) -> Lines:
 
 
 def draw_map(
-    axes: Any, lines: Lines, layers: Sequence[int], table: np.ndarray, *, colours: str, limits: tuple[float, float], across: int
+    axes: Any,
+    lines: Lines,
+    layers: Sequence[int],
+    table: np.ndarray,
+    *,
+    colours: str,
+    limits: tuple[float, float],
+    across: int,
+    left_out: np.ndarray | None = None,
 ) -> Any:
     """Draws the table; a cell without a number has a small cross. Returns the mesh, for `draw_bar`.
 
@@ -64,11 +72,12 @@ def draw_map(
         table: float64 [lines, layers].
         limits: ends of the colour scale.
         across: number of maps side by side.
+        left_out: bool [lines, layers], cells that stay empty.
     """
     mesh = axes.pcolormesh(
         np.arange(len(layers) + 1) - 0.5,
         np.arange(len(lines.keys) + 1) - 0.5,
-        np.ma.masked_invalid(table),
+        np.ma.masked_invalid(table if left_out is None else np.where(left_out, np.nan, table)),
         cmap=colours,
         vmin=limits[0],
         vmax=limits[1],
@@ -96,10 +105,19 @@ def label_lines(axes: Any, lines: Lines) -> None:
             label.set_fontweight("bold")
 
 
-def dot_cells(axes: Any, marked: np.ndarray) -> None:
-    """Draws a dot into the cells where bool [lines, layers] is true; its white rim is visible on dark cells."""
+def mark_cells(axes: Any, marked: np.ndarray) -> None:
+    """Draws a circle into the cells where bool [lines, layers] is true."""
     where = np.argwhere(marked)
-    axes.scatter(where[:, 1], where[:, 0], s=9, color=DOT, edgecolors=RIM, linewidths=0.5)
+    axes.scatter(where[:, 1], where[:, 0], s=8, facecolors="none", edgecolors=FAINT, linewidths=0.6)
+
+
+def hatch_cells(axes: Any, marked: np.ndarray) -> None:
+    """Hatches the cells where bool [lines, layers] is true; the strokes are visible on dark and on pale cells."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    cells = [Rectangle((column - 0.5, line - 0.5), 1, 1) for line, column in np.argwhere(marked)]
+    axes.add_collection(PatchCollection(cells, facecolor="none", edgecolor=STROKE, hatch="/////", linewidth=0))
 
 
 def draw_bar(figure: Any, mesh: Any, panels: list[Any], lines: Lines, label: str) -> None:

@@ -37,8 +37,19 @@ def drawn_groups(rows: Sequence[Row]) -> list[str]:
     return groups[:1] if len(groups) == 2 else groups
 
 
+def greatest_ratio(rows: Sequence[Row]) -> float:
+    """What no ratio can exceed: the sum over the groups, which is the same for all questions (`gate.key_scale`)."""
+    sums: dict[tuple[str, str, int], float] = {}
+    for row in rows:
+        place = (row["benchmark"], row["task"], row["layer"])
+        sums[place] = sums.get(place, 0.0) + (row["mean"] or 0.0)
+    return round(max(sums.values()), 2) or 1.0
+
+
 def draw_gate_ratios(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     """Mean ratio over the questions of each task, as points with standard deviations, or with many layers as a heat map.
+
+    Deviations end at 0 and at what no ratio can exceed.
 
     Args:
         rows: `ratios` of an evaluation.
@@ -51,7 +62,7 @@ def draw_gate_ratios(rows: Sequence[Row], stem: Path | Kept) -> list[Path]:
     lines = lines_of(distinct(rows, "benchmark", "task"))
     layers = sorted(distinct(rows, "layer"))
     shown = drawn_groups(rows)
-    top = max(1.0, *(row["mean"] + (row["std"] or 0.0) for row in rows if row["mean"] is not None))
+    top = greatest_ratio(rows)
     if len(layers) <= POINT_LAYERS:
         size = (min(PAGE_WIDTH, 2.0 + 1.6 * len(layers)), lines.height + 1.0)
         return render(stem, rows, COLUMNS, size, lambda figure: _draw_points(figure, rows, lines, layers, shown, top))
@@ -95,10 +106,10 @@ def _draw_points(
             own = [row for row in rows if (row["layer"], row["group"]) == (layer, group)]
             y = [place[row["benchmark"], row["task"]] + offset for row in own]
             mean, std = numbers(row["mean"] for row in own), numbers(row["std"] for row in own)
-            axes.hlines(y, mean - std, mean + std, color=look.colour, linewidth=1)
-            axes.plot(mean, y, color=look.colour, linestyle="", marker=look.marker, markersize=4)
+            axes.hlines(y, np.maximum(mean - std, 0.0), np.minimum(mean + std, top), color=look.colour, linewidth=1)
+            axes.plot(mean, y, color=look.colour, linestyle="", marker=look.marker, markersize=4, clip_on=False)
         axes.set_title(f"layer {layer}")
-        axes.set_xlim(0, 1.02 * top)
+        axes.set_xlim(0, top)
         axes.set_xlabel("gate ratio")
         axes.grid(axis="x")
         axes.hlines(list(place.values()), 0, top, color=GRID, linewidth=0.5, zorder=0)

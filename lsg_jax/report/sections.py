@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lsg_jax.eval.best_cells import best_cells
+from lsg_jax.eval.best_cells import WHERE_WORDS, WHICH, extreme_cells, extreme_layer, where_words
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import (
     draw_gains,
@@ -27,8 +27,8 @@ from lsg_jax.report.pointing import MAP_LOOKS, draw_pointing
 from lsg_jax.report.stacks import rows_of_stack
 
 BULKY = {
-    *("rows", "images", "counts", "attention", "overlap", "base", "best", "singles", "steps", "by_benchmark", "warnings"),
-    *("kinds", "changes", "heads"),
+    *("rows", "images", "counts", "attention", "overlap", "base", *WHICH, "singles", "steps", "by_benchmark", "warnings"),
+    *("kinds", "changes", "heads", "massive_activations", "sink_heads"),
 }
 """Fields of a study's JSON that are not settings."""
 
@@ -83,23 +83,26 @@ def pointing_section(study: Study, *, title: str) -> Section:
 def sweep_section(study: Study, *, title: str) -> Section:
     """The oracle sweep: the oracle map, and the best cell of each task."""
     parts = warnings_of(study)
-    cells = best_cells(study["rows"])
+    cells, worst = (extreme_cells(study["rows"], which) for which in WHICH)
     if not cells:
         return Section(title, [*parts, Note("There is no cell with a change.")], settings=used_settings(study))
     groups = study.get("groups", ())
     caption = (
-        "The best change over fixed coefficients, and the coefficients that gave it, by task and layer. Each is the best of "
-        "several settings on the same questions: an upper bound."
+        "The best and the worst change over fixed coefficients, and the coefficients that gave the best, by task and layer. "
+        "Hatched: the interval covers 0; circle: all coefficients tie. The best of several settings on the same questions is "
+        "an upper bound."
     )
     parts.append(drawing(partial(draw_oracle_map, groups=groups), study["rows"], "oracle", caption))
     lines = []
     for benchmark, task in distinct(cells, "benchmark", "task"):
-        own = [cell for cell in cells if (cell["benchmark"], cell["task"]) == (benchmark, task)]
-        best = max(own, key=lambda cell: cell["change"])
-        where = [str(best["layer"]), ", ".join(f"{value:g}" for value in best["coefficients"])]
-        lines.append([f"{benchmark}, {task}", _change(best), *where])
+        line = [f"{benchmark}, {task}"]
+        for which, of in zip(WHICH, (cells, worst), strict=True):
+            found_there = extreme_layer([cell for cell in of if (cell["benchmark"], cell["task"]) == (benchmark, task)], which)
+            line += [_change(found_there), *where_words(found_there)]
+        lines.append(line)
     named = "coefficients" + (f" ({', '.join(look_of(group).label for group in groups)})" if groups else "")
-    parts.append(Table("The best cell of each task", ["task", "change", "layer", named], lines))
+    header = ["task", "best change", "layer", named, "worst change", "layer", "coefficients"]
+    parts.append(Table(f"The best and the worst cell of each task; {WHERE_WORDS}", header, lines))
     gist = f"{len(lines)} tasks, {len(distinct(cells, 'layer'))} layers"
     clear = [cell for cell in cells if cell["low"] is not None and cell["low"] > 0]
     found = ["No fixed coefficients clearly improve any task at any layer."]

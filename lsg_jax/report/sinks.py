@@ -36,6 +36,15 @@ MAX_OVERLAYS = 12
 MAX_PLACES = 8  # of V-sinks in an image's description
 
 
+def _massive(layers: Sequence[int]) -> str:
+    if not layers:
+        return "No massive activations enter any layer: no value is at least 100 and 1000 times the median of its layer."
+    return (
+        f"Massive activations, values of at least 100 and 1000 times the median, enter {len(layers)} layers, "
+        f"from {layers[0]} to {layers[-1]}."
+    )
+
+
 def sinks_section(study: Study, folder: Path, *, title: str) -> Section:
     """Sinks of images.
 
@@ -53,6 +62,8 @@ def sinks_section(study: Study, folder: Path, *, title: str) -> Section:
         if any(row["queries"] == "answer" for row in study["attention"]):
             caption += " Under “answer” the answer's tokens ask; the maps are of the positions before them, which predict them."
         parts.append(drawing(draw_attention_shares, study["attention"], "attention_shares", caption))
+    if "massive_activations" in study:
+        parts.append(Paragraph(_massive(study["massive_activations"]["layers"])))
     parts += warnings_of(study)
     doubts = [f"{name}: {warning}" for name, entry in study["images"].items() for warning in entry["warnings"]]
     if doubts:

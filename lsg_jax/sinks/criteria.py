@@ -2,7 +2,11 @@
 
 Every criterion takes features [..., D] and returns bool [...], True where the token is a sink. Sources: `dim_abs` arXiv
 2604.03316; `dim_rms` Kang et al., arXiv 2503.03321; `norm` Luo et al., arXiv 2510.08510; `massive` Sun et al., arXiv
-2402.17762; `attention_share` Gu et al., arXiv 2410.10781.
+2402.17762; `attention_share` after Gu et al., arXiv 2410.10781, whose own criterion is `sink_heads`.
+
+Others judge heads, whole models or images, and choose no sinks of a gate; `lsg sinks` reports them beside the criteria:
+`has_massive_activations` Owen et al., arXiv 2503.22329; `low_sink_scores` LoT (aimagelab/LoT), arXiv 2604.01280. Of SToP, arXiv
+2604.20937, there is the score alone (`persistence_adjusted`): it needs the frames of a video.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import jax.numpy as jnp
 from lsg_jax.config import Criterion, SinkConfig
 from lsg_jax.types import SinkMasks, VisualTokens
 
-PUBLISHED_TAU = {"dim_rms": 20.0, "norm": 100.0, "massive": 100.0, "attention": 0.3}
+PUBLISHED_TAU = {"dim_rms": 20.0, "norm": 100.0, "massive": 100.0, "attention_share": 0.3}
 """Thresholds of the sources above; arXiv 2604.03316 states none for `dim_abs`. That of `norm` applies to ViT features."""
 
 
@@ -126,7 +130,9 @@ def prominence(features: jax.Array, dims: tuple[int, ...]) -> jax.Array:
 
 
 def attention_share(received: jax.Array, among: jax.Array, tau: float) -> jax.Array:
-    """A token's share of the attention that the tokens `among` receive >= tau (0.3 in Gu et al.).
+    """A token's share of the attention that the tokens `among` receive, mean over heads, >= tau.
+
+    Another quantity than that of Gu et al. (`sink_heads`), whose threshold of 0.3 it borrows.
 
     Args:
         received: float32 [B, T], attention that each token receives, averaged over heads and queries.
@@ -138,6 +144,55 @@ def attention_share(received: jax.Array, among: jax.Array, tau: float) -> jax.Ar
     received = jnp.where(among, received, 0.0)
     total = received.sum(-1, keepdims=True)
     return (received >= tau * total) & among & (total > 0)
+
+
+def sink_heads(weights: jax.Array, valid: jax.Array, tau: float = 0.3) -> jax.Array:
+    """The heads in which each token is a sink by Gu et al.: bool [B, N, T]. A token of which one is true is a sink.
+
+    Token k is a sink of a head if the mean of A[i, k] over the queries i >= k, its own among them, is > tau. It competes with
+    all tokens, text included.
+
+    Args:
+        weights: float32 [B, N, T, T], causal attention weights.
+        valid: bool [B, T]; the others are neither queries nor sinks.
+    """
+    queries = jnp.cumsum(valid[:, ::-1], axis=1)[:, ::-1]  # of each token, those that see it
+    received = jnp.where(valid[:, None, :, None], weights, 0.0).sum(-2) / jnp.maximum(queries, 1)[:, None]
+    return (received > tau) & valid[:, None]
+
+
+def has_massive_activations(largest: jax.Array, median: jax.Array, tau: float = 100.0, ratio: float = 1000.0) -> jax.Array:
+    """Whether the largest |h| of a layer is >= tau and >= ratio times the median |h|: [...], [...] -> bool [...]."""
+    return (largest >= tau) & (largest >= ratio * median)
+
+
+def low_sink_scores(values: jax.Array, percentile: float = 25.0) -> tuple[jax.Array, jax.Array]:
+    """The tokens that LoT keeps, since they are least like sinks. Their score is the mean over layers.
+
+    The authors keep those below the percentile; a token at it is kept here as well, so that one is kept where all are equal.
+
+    Args:
+        values: float32 [L, P], `sink_value` of `dim_rms` at the visual tokens, of outputs of decoder layers.
+
+    Returns:
+        The scores float32 [P], and the tokens kept bool [P].
+    """
+    score = values.mean(0)
+    return score, score <= jnp.percentile(score, percentile)
+
+
+def persistence_adjusted(attention: jax.Array, mu: float, power: float = 1.1) -> jax.Array:
+    """SToP's score of visual tokens: attention less what the same place draws in all frames. A - mu minmax(mean(A) ** power).
+
+    Args:
+        attention: float32 [F, P], attention that the patches of each of F frames receive in the vision tower.
+
+    Returns:
+        float32 [F, P]; where all places draw the same, the attention itself.
+    """
+    persistent = attention.mean(0) ** power
+    low, high = persistent.min(), persistent.max()
+    return attention - mu * (persistent - low) / jnp.maximum(high - low, 1e-30)  # no 0 / 0
 
 
 def sink_mask(
@@ -156,7 +211,7 @@ def sink_mask(
         features: [B, T, D].
         dims: sink dimensions, for `dim_abs` and `dim_rms`.
         valid: bool [B, T].
-        received: float32 [B, T], attention that each token receives, for `attention`.
+        received: float32 [B, T], attention that each token receives, for `attention_share`.
 
     Returns:
         bool [B, T], False outside `valid`.
@@ -172,9 +227,9 @@ def sink_mask(
         mask = norm(features, tau)
     elif criterion == "massive":
         mask = massive(features, tau, massive_ratio, valid)
-    elif criterion == "attention":
+    elif criterion == "attention_share":
         if received is None:
-            raise ValueError("criterion attention needs the attention that each token receives")
+            raise ValueError("criterion attention_share needs the attention that each token receives")
         mask = attention_share(received, valid, tau)
     else:
         raise ValueError(f"unknown sink criterion {criterion}")
@@ -188,7 +243,7 @@ def sink_value(
 
     Args:
         features: [B, T, D].
-        received, among: as `attention_share` takes them; only `attention` uses them.
+        received, among: as `attention_share` takes them; only `attention_share` uses them.
     """
     magnitude = jnp.abs(features.astype(jnp.float32))
     if criterion in ("dim_abs", "dim_rms"):

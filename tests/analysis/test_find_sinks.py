@@ -19,7 +19,7 @@ from lsg_jax.opening import load_backbone
 from lsg_jax.vlm import VLM
 
 TOLERANCE = 1e-5
-CRITERIA = ["dim_abs", "dim_rms", "norm", "massive", "attention"]
+CRITERIA = ["dim_abs", "dim_rms", "norm", "massive", "attention_share"]
 
 
 def noise(count, side=56):
@@ -72,6 +72,18 @@ def test_every_criterion_finds_exactly_the_planted_sinks(tiny_model):
     counts = {(row["layer"], row["group"]): (row["mean"], row["std"]) for row in study["counts"]}
     assert len(counts) == len(study["counts"]) == 3 * len(layers)
     assert counts[1, "l_sink"] == (0, 0) and counts[2, "l_sink"] == (2, 0) and counts[2, "ordinary"] == (45, 0)
+    # of the planted activations all layers know that they enter; LoT keeps none of the tokens that have them
+    massive = study["massive_activations"]
+    assert massive["layers"] == [row["layer"] for row in massive["rows"] if row["tokens"] >= 1]
+    assert massive["layers"][-1] == len(layers) - 1 and all(
+        row["largest"] >= 100 for row in massive["rows"][truth.first_layer :]
+    )
+    for entry in study["images"].values():
+        assert not {*truth.l_sinks} & {*entry["lot"]["kept"]} and len(entry["lot"]["score"]) == 49
+    heads = {(row["layer"], row["tokens"]): row["share"] for row in study["sink_heads"]}
+    assert len(heads) == 3 * len(layers) and all(0 <= share <= 1 for share in heads.values())
+    for entry in study["images"].values():  # a sink of one head at least, wherever the share of heads is not zero
+        assert [bool(found) for found in entry["sink_heads"]] == [heads[layer, "visual"] > 0 for layer in layers]
     # the planted tokens, BOS among them, take nearly all attention
     found = shares(study)
     assert len(found) == 4 * len(layers)
@@ -84,14 +96,14 @@ def test_every_criterion_finds_exactly_the_planted_sinks(tiny_model):
 def test_nothing_but_sinks_and_no_answer(tiny_model):
     base = load_backbone(tiny_model, verify=False)
     # every patch is over both thresholds, and the answer is empty
-    everywhere = SinkConfig(criterion="norm", vit_tau=0.0, llm_criterion="attention", llm_tau=1e-6)
+    everywhere = SinkConfig(criterion="norm", vit_tau=0.0, llm_criterion="attention_share", llm_tau=1e-6)
     silent = with_settings(base, everywhere)
     silent.generate_batch = lambda batch, max_new_tokens: np.array([[*base.config.eos_token_ids, base.config.pad_token_id]])
     study = find_sinks(silent, noise(1), "?", max_new_tokens=2)
     (entry,) = study["images"].values()
-    assert entry["criteria"]["llm"]["attention"] == [list(range(49))] * 6
+    assert entry["criteria"]["llm"]["attention_share"] == [list(range(49))] * 6
     assert entry["v_sinks"] == list(range(49)) and entry["l_sinks"] == entry["ordinary"] == [[]] * 6
-    assert entry["answer_tokens"] == 0 and entry["answer"] == "" and entry["answer_attention"] is None
+    assert entry["answer_tokens"] == 0 and entry["answer"] == "" and entry["answer_attention"] is entry["lot"] is None
     assert entry["warnings"] == [
         "every visual token is flagged as V-sink: the threshold is implausibly low",
         "every token is a sink in layers [0, 1, 2, 3, 4, 5]: none is ordinary",
@@ -107,7 +119,7 @@ def test_nothing_but_sinks_and_no_answer(tiny_model):
         find_sinks(base, {}, "?")
     with pytest.raises(ConfigError, match="max_new_tokens is -1"):
         find_sinks(base, noise(1), "?", max_new_tokens=-1)
-    embeddings = with_settings(base, SinkConfig(criterion="attention", vit_tau=0.3), feature_layers=(0,))
+    embeddings = with_settings(base, SinkConfig(criterion="attention_share", vit_tau=0.3), feature_layers=(0,))
     with pytest.raises(ConfigError, match="no attention has made them"):
         find_sinks(embeddings, noise(1), "?")
 

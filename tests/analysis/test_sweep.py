@@ -17,13 +17,14 @@ import lsg_jax
 from lsg_jax.analysis import sweep as sweep_module
 from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
 from lsg_jax.analysis.sweep_cells import NO_LAYER, answer_cells, resume_cells, run_prompts
-from lsg_jax.analysis.sweep_table import Grader, count_questions, table
+from lsg_jax.analysis.sweep_table import Grader, table
 from lsg_jax.cli import main
 from lsg_jax.config import EvalConfig, GateConfig, SinkConfig
 from lsg_jax.errors import Preempted
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import LOWER, Benchmark, Item, Match, by, macro, mean
-from lsg_jax.eval.best_cells import best_cells
+from lsg_jax.eval.best_cells import extreme_cells, extreme_layer, where_words
+from lsg_jax.eval.intervals import items_of
 from lsg_jax.eval.runner import ask, ask_all, grade, summary
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.methods.fixed import Fixed, FixedConfig
@@ -224,7 +225,7 @@ def test_command_line(tiny_model, whole, questions, tmp_path, capsys):
         (["--set", "sinks.criterion=dim_abs"], "no V-sink dimensions are known for this model: set sinks.vit_dims"),
         (
             ["--set", "sinks.llm_criterion=attention", "--grouping", "three"],
-            "sinks.llm_criterion attention is only known after",
+            "sinks.llm_criterion attention_share is only known after",
         ),
     ]:
         assert main([*common, *arguments]) == 65
@@ -293,12 +294,35 @@ def test_rows_are_those_of_an_evaluation_and_hold_no_nan():
     for row in [*rows[3:5], *grader.base_rows()[3:]]:  # no question is of kind c
         assert row["value"] is row["low"] is row["high"] is None and row["reason"].startswith("no question of this task")
     json.dumps(rows, allow_nan=False)
-    best = best_cells(rows)
+    best = extreme_cells(rows, "best")
     assert [(row["task"], row["coefficients"]) for row in best] == [
         (task, [0.5, 0.5]) for task in ("accuracy", "kind: a", "kind: b")
     ]
     assert best[0]["change"] == pytest.approx(100 * 4 / 24)
-    assert count_questions(ITEMS, "kind: a") == 12 and count_questions(ITEMS, "official") == 24
+    assert len(items_of(ITEMS, "kind: a")) == 12 and len(items_of(ITEMS, "official")) == 24
     # of a metric that should fall, the greatest fall is the best cell
     errors = [{**rows[0], "task": f"errors{LOWER}", "change": change} for change in (1.0, -2.0, -1.0)]
-    assert [row["change"] for row in best_cells(errors)] == [-2.0]
+    assert [extreme_cells(errors, which)[0]["change"] for which in ("best", "worst")] == [-2.0, 1.0]
+
+
+def test_where_coefficients_tie_the_oracle_map_names_none():
+    """One task, two layers and three coefficients by hand: all tie, two tie, none ties."""
+
+    def cells(*changes):  # a row of changes for each layer
+        rows = [
+            {"benchmark": "made", "task": "count", "layer": layer, "coefficients": [value, 1 - value], "change": change}
+            for layer, of_layer in enumerate(changes)
+            for value, change in zip((0.0, 0.25, 0.5), of_layer, strict=True)
+        ]
+        base = {"benchmark": "made", "task": "count", "layer": 0, "coefficients": [1.0, 1.0], "change": 9.0}
+        return {which: extreme_cells([*rows, base], which) for which in ("best", "worst")}
+
+    found = cells((0.0, 0.0, 0.0), (0.0, -2.0, 0.0))
+    assert [cell["coefficients"] for cell in found["best"]] == [None, [0.0, 1.0]]
+    assert [cell["tied"] for cell in found["best"]] == [[[0, 1], [0.25, 0.75], [0.5, 0.5]], [[0, 1], [0.5, 0.5]]]
+    assert [cell["of"] for cell in found["best"]] == [3, 3]
+    assert [cell["coefficients"] for cell in found["worst"]] == [None, [0.25, 0.75]]
+    assert where_words(extreme_layer(found["best"], "best")) == ("0", "0, 1 (+4)")
+    assert where_words(extreme_layer(found["worst"], "worst")) == ("1", "0.25, 0.75")
+    same = cells((1 / 3, 1 / 3, 1 / 3), (1 / 3, 1 / 3 + 1e-12, 1 / 3))  # the last digits of a mean are no difference
+    assert {where_words(extreme_layer(same[which], which)) for which in same} == {("any", "tie")}

@@ -209,6 +209,9 @@ def test_bos_once_though_the_template_writes_it(byte_tokenizer):
     assert ids == prompt and ids.count(BOS) == 1
     ids, _ = ChunkTokenizer(byte_tokenizer).encode("<s><image>\nq", None, [[IMAGE]])
     assert ids[:3] == [BOS, IMAGE, *plain(byte_tokenizer, "\n")]
+    without = ChunkTokenizer(byte_tokenizer, bos=False)
+    assert without.encode("<s><image>\nq", None, [[IMAGE]])[0] == [IMAGE, *ids[2:]]
+    assert Processor(byte_tokenizer, model_config(), bos=False).encode_question("q", image_sizes=()).ids.tolist() == prompt[1:]
 
 
 def test_prompt_ids_do_not_depend_on_the_answer():

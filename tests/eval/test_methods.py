@@ -10,10 +10,13 @@ from test_vlm import SINKS, gates
 import lsg_jax
 from lsg_jax.config import EvalConfig
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.answering import Answer
 from lsg_jax.eval.methods import open_methods
-from lsg_jax.eval.runner import evaluate
+from lsg_jax.eval.results import read_result
+from lsg_jax.eval.runner import ask_all, evaluate
 from lsg_jax.gating.portable import write_gates
 from lsg_jax.methods.fixed import FixedConfig
+from lsg_jax.methods.var import VarConfig
 from lsg_jax.run_config import RunConfig
 
 CONFIG = RunConfig(
@@ -70,3 +73,33 @@ def test_fresh_gates_answer_as_fixed_halves(base, fresh_gates, scenes, tmp_path)
     assert result.methods["fixed"].method["coefficients"] == [0.5, 0.5]
     assert {(row.method, row.mean, row.std) for row in result.ratios} == {("lsg", 0.5, 0.0)}
     assert {row.task for row in result.ratios} == {"colour", "count"}
+
+
+def test_settings_by_kind_of_benchmark_are_used_and_recorded(base, scenes, tmp_path, monkeypatch):
+    """VAR's rho on two benchmarks, its own value, and the answers' identity; nothing is computed."""
+    asked_under = {}
+
+    def answers(model, name, test, *_):
+        asked_under[name] = model.method.settings
+        return [Answer("red")] * len(test.items)
+
+    monkeypatch.setattr("lsg_jax.eval.runner._answers", answers)
+    settings = EvalConfig(benchmarks={"mine": str(scenes / "questions.jsonl")})
+    (general,) = ask_all(settings).values()
+    asked = {"mine": general}
+    asked["pope-like"] = dataclasses.replace(general, benchmark=dataclasses.replace(general.benchmark, kind="hallucination"))
+    sinks = dataclasses.replace(SINKS, llm_dims=(1,))
+    config = dataclasses.replace(CONFIG, sinks=sinks)
+    result = evaluate(open_methods(base, config, ["var"]), settings, tmp_path, asked=asked)
+    assert {name: getattr(used, "rho", None) for name, used in asked_under.items()} == {
+        "mine.base": None, "mine.var": 0.8, "pope-like.base": None, "pope-like.var": 0.5,
+    }  # fmt: skip
+    assert result.methods["var"].method["rho"] is None
+    assert {name: entry.settings["var"].method["rho"] for name, entry in result.benchmarks.items()} == {
+        "mine": 0.8,
+        "pope-like": 0.5,
+    }
+    assert read_result(tmp_path / "result.json") == result
+    own = config.with_settings(VarConfig(rho=0.3))
+    evaluate(open_methods(base, own, ["var"]), settings, tmp_path, asked=asked)
+    assert asked_under["mine.var"].rho == asked_under["pope-like.var"].rho == 0.3

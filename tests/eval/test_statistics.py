@@ -1,11 +1,14 @@
 """Intervals and the paired test against closed forms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
-from lsg_jax.eval.benchmark import Graded, Item, by, macro, mean
-from lsg_jax.eval.statistics import PairedTest, interval, paired_test, resample_weights
+from lsg_jax.eval.benchmark import Benchmark, Graded, Item, by, macro, mean
+from lsg_jax.eval.intervals import resamples, score_intervals
+from lsg_jax.eval.statistics import PairedTest, interval, paired_test, resample_weights, wilson
 
 
 def test_an_interval_of_a_mean_is_that_of_the_normal_law():
@@ -59,3 +62,32 @@ def test_paired_test_is_mcnemars_exact_one(better, worse):
 def test_graded_scores_count_by_their_sign():
     found = paired_test(np.array([0.3, 0.6, 1.0]), np.array([0.6, 0.3, 1.0]))
     assert found == PairedTest(1, 1, 1.0)
+
+
+def test_all_right_and_all_wrong_have_wilsons_interval():
+    """None of 30 by the closed form z^2 / (n + z^2), in percent; in points (MME) scaled; other scores keep their resamples."""
+    z = norm.ppf(0.975)
+    bound = lambda count: z**2 / (count + z**2)
+    assert wilson(0, 30) == pytest.approx((0, bound(30)), abs=1e-12) and bound(30) == pytest.approx(0.1135, abs=1e-4)
+    items = [Item(str(i), "?", ("yes",), fields={"kind": "ab"[i % 3 == 0]}) for i in range(30)]
+    score = np.array([item.fields["kind"] == "a" for item in items], float)  # all of a, none of b
+    graded = Graded(items, ["yes"] * 30, score, np.ones((1, 30)))
+
+    def metrics(found):
+        parts = {f"kind: {name}": value for name, value in by(found, "kind").items()}
+        points = 20 * parts["kind: a"]
+        return {"all": mean(found), **parts, "kind: a: points": points, "yes": 0 * mean(found) + 100.0}
+
+    made = Benchmark("made", None, None, None, metrics, {})
+    resampled = metrics(replace(graded, weight=resamples(made, items)))
+    found = score_intervals(made, graded, resampled)
+    assert found["all"] == interval(resampled["all"]) and found["all"][0] < 200 / 3 < found["all"][1]
+    assert found["kind: a"] == pytest.approx((100 - 100 * bound(20), 100))
+    assert found["kind: b"] == pytest.approx((0, 100 * bound(10)))
+    assert found["kind: a: points"] == pytest.approx((2000 - 2000 * bound(20), 2000))
+    assert found["yes"] == (100, 100)  # the answers being right or wrong does not decide it
+    pairs = replace(made, unit="pair")  # two questions about an image count once
+    of_pairs = [replace(item, fields={**item.fields, "pair": f"{item.fields['kind']}{i // 6}"}) for i, item in enumerate(items)]
+    graded = replace(graded, items=of_pairs)
+    found = score_intervals(pairs, graded, metrics(replace(graded, weight=resamples(pairs, of_pairs))))
+    assert found["kind: b"] == pytest.approx((0, 100 * bound(5)))

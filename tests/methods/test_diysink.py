@@ -19,6 +19,7 @@ from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.methods.diysink import BOTH, GLOBAL, LOCAL, DiySink, DiySinkConfig, QuestionWeights, read_route, taking_part
 from lsg_jax.methods.method_model import abstract_model, assemble
+from lsg_jax.methods.sink_front import SinkFront, SinkFrontConfig
 from lsg_jax.opening import load_backbone, open_trained
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import make_mesh, shard_params
@@ -29,20 +30,20 @@ TAU = 18.5  # of the drawn scenes: their patches have norms from 13.8 to 20.6 in
 
 
 def test_routes_are_read_from_words():
-    for text, route in [
-        ("global", GLOBAL),
-        ("Global.", GLOBAL),
-        ("**Local** details", LOCAL),
-        ("LOCAL", LOCAL),
-        ("both", BOTH),
-        ("global and local", BOTH),
-        ("both, but mostly global", BOTH),
-        ("locally", BOTH),
-        ("The cat is black.", BOTH),
-        ("", BOTH),
+    for complexity, scope, route in [
+        ("simple", "holistic", GLOBAL),
+        ("Simple.", "**Holistic**", GLOBAL),
+        ("simple", "LOCAL details", LOCAL),
+        ("complex", "local", BOTH),
+        ("simple or complex", "local", BOTH),
+        ("The cat is black.", "holistic", BOTH),
+        ("simple", "holistic and local", BOTH),
+        ("simple", "locally", BOTH),
+        ("", "", BOTH),
     ]:
-        assert read_route(text) == route, text
-    assert '"How many {dogs}?"' in DiySink().first_question(" How many {dogs}?\n")
+        assert read_route(complexity, scope) == route, (complexity, scope)
+    asked = DiySink().first_questions(" How many {dogs}?\n")
+    assert len(asked) == 2 and all(first.sees_image and '"How many {dogs}?"' in first.text for first in asked)
 
 
 def test_a_route_that_would_keep_nothing_keeps_all():
@@ -87,7 +88,9 @@ def by_hand(model, data, method, parameters, routes):
         return inner @ second["kernel"] + second["bias"]
 
     embed = model.get_input_embeddings().weight.detach()
-    features = dict(zip(data.image_rows, vit_features(model, data), strict=True))
+    large = lambda patches: torch.linalg.norm(patches, dim=-1) >= method.tau
+    sinks_first = [torch.cat([patches[large(patches)], patches[~large(patches)]]) for patches in vit_features(model, data)]
+    features = dict(zip(data.image_rows, sinks_first, strict=True))
     logits, kept_positions, losses = [], [], []
     for row in range(len(data.ids)):
         positions = np.flatnonzero(data.mask[row])
@@ -137,12 +140,22 @@ def test_logits_and_gradients_against_hugging_face():
 
     start = DiySink(method).initial(config, frozen, jax.random.key(0))
     (_, untrained), gradients = loss_and_gradients(start, frozen, everything, data.labels, graphdef, "full")
-    plain = plain_logits(frozen, data.batch(), abstract_model(config)[0])
-    np.testing.assert_allclose(untrained, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
+    front = SinkFront(SinkFrontConfig(tau=method.tau, positions="new"))
+    reordered = plain_logits(frozen, data.batch(), abstract_model(config, front)[0])
+    np.testing.assert_allclose(untrained, reordered, rtol=0, atol=1e-6 * np.abs(reordered).max())
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients["sink_projector"]))
 
     rng = np.random.default_rng(1)
     parameters = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), start)
+    alone = {"weights": parameters["weights"]}  # over the frozen projector, as both projectors with its parameters
+    both = {**start, **alone}
+    graph_alone = abstract_model(config, DiySink(dataclasses.replace(method, trains="weights")))[0]
+    (loss, logits), gradients = loss_and_gradients(both, frozen, batch, data.labels, graphdef, "full")
+    (loss_alone, logits_alone), of_alone = loss_and_gradients(alone, frozen, batch, data.labels, graph_alone, "full")
+    np.testing.assert_allclose(logits_alone, logits, rtol=0, atol=1e-6 * np.abs(logits).max())
+    assert_close(loss_alone, loss, "loss of the weights alone")
+    jax.tree.map(lambda a, b: assert_close(a, b, "gradient"), of_alone, {"weights": gradients["weights"]})
+
     (loss, logits), gradients = loss_and_gradients(parameters, frozen, batch, data.labels, graphdef, "full")
     expected, kept, expected_loss, reference = by_hand(model, data, method, parameters, routes)
     assert [len(positions) for positions in kept] == [
@@ -193,7 +206,7 @@ def test_projectors_are_used_in_the_backbones_dtype():
     assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype("float32")}
     model = assemble(abstract_model(config, DiySink(method))[0], half, start)
     features = jax.random.normal(jax.random.key(1), (1, 9, 40), jnp.bfloat16)
-    ours_, stock = model.trained(features, features[..., 0] > 0, None), model.projector(features)
+    ours_, stock = model.trained(features, features[..., 0] > 0, None, model.projector), model.projector(features)
     assert ours_.dtype == stock.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours_, stock)
 
@@ -238,7 +251,7 @@ def test_trained_stopped_and_resumed(run_config, tiny_model, tmp_path):
     assert all((now != then).any() for now, then in zip(jax.tree.leaves(stored), jax.tree.leaves(start), strict=True))
 
     vlm = open_trained(load_backbone(tiny_model), run.path)
-    assert vlm.method == run_config.get_method() and vlm.method.first_question("Why?") is None
+    assert vlm.method == run_config.get_method() and vlm.method.first_questions("Why?") == ()
     jax.tree.map(np.testing.assert_array_equal, vlm.trained, stored)
 
 
@@ -249,15 +262,16 @@ def test_questions_are_asked_in_two_steps(tiny_model, scenes, monkeypatch):
     vlm = base.with_method(method, method.initial(base.config, base.frozen, jax.random.key(0)))
     images = [scenes / f"images/{i}.png" for i in range(4)]
     prompts = ["How many?", "Colour?", "How many?", "Which one?"]
-    said = base.generate([None] * 4, [method.first_question(prompt) for prompt in prompts], 8)
-    routes = {text: (GLOBAL, LOCAL, BOTH)[i % 3] for i, text in enumerate(dict.fromkeys(said))}
-    monkeypatch.setattr(DiySink, "read_reply", lambda self, reply: routes[reply])
+    asked = list(zip(*([first.text for first in method.first_questions(prompt)] for prompt in prompts), strict=True))
+    said = list(zip(*(base.generate(images, texts, 8) for texts in asked), strict=True))  # both replies to each prompt
+    routes = {replies: (GLOBAL, LOCAL, BOTH)[i % 3] for i, replies in enumerate(dict.fromkeys(said))}
+    monkeypatch.setattr(DiySink, "read_replies", lambda self, replies: routes[replies])
     answers = vlm.generate(images, prompts, 4)
     assert len(set(routes.values())) > 1
 
     encoded = [vlm.processor.encode_question(prompt) for prompt in prompts]
     batch = vlm.pad_questions(encoded, [vlm.processor.pixels(image) for image in images])
-    batch = batch.replace(route=np.array([routes[text] for text in said], np.int32))
+    batch = batch.replace(route=np.array([routes[replies] for replies in said], np.int32))
     assert answers == [vlm.processor.decode(row) for row in vlm.generate_batch(batch, 4)]
     assert answers != [vlm.processor.decode(row) for row in vlm.generate_batch(batch.replace(route=np.zeros(4, np.int32)), 4)]
 

@@ -21,7 +21,7 @@ from lsg_jax.vlm import VLM
 TOLERANCE = 1e-4  # of the largest absolute value of the reference array
 PATCHES, LENGTH, LAYERS, NEW_TOKENS = 9, 40, 5, 8  # 40 tokens are two blocks of queries
 DIMS = (5, 30)
-CONFIG = VarConfig(tau=2.0, rho=0.45, min_visual=0.2, p=0.1, first_layer=1)
+CONFIG = VarConfig(tau=2.0, rho=0.45, min_visual=0.2, kept=0.1, first_layer=1)
 MODELS = {"heads": 4, "grouped heads": 2}  # key-value heads of 4
 
 
@@ -107,8 +107,8 @@ def edit(row, sinks, visual):
     others = visual & ~sinks
     if total < CONFIG.min_visual or on_sinks / total > CONFIG.rho or row[others].sum() == 0:
         return False
-    freed = (1 - CONFIG.p) * row[sinks].sum()
-    row[sinks] *= CONFIG.p
+    freed = (1 - CONFIG.kept) * row[sinks].sum()
+    row[sinks] *= CONFIG.kept
     row[others] += freed * row[others] / row[others].sum()
     return True
 
@@ -177,7 +177,7 @@ def test_cache_gives_the_logits_of_the_whole_sequence():
 def moved(weights, sinks, visual, **settings):
     """`redistribute` for one query of one head."""
     array = lambda x, dtype: np.asarray(x, dtype)[None]
-    config = VarConfig(**{"rho": 0.5, "min_visual": 0.2, "p": 0.6, **settings})
+    config = VarConfig(**{"rho": 0.5, "min_visual": 0.2, "kept": 0.6, **settings})
     out = redistribute(
         array(weights, np.float32)[:, None, None],
         sinks=array(sinks, bool),
@@ -193,8 +193,8 @@ def moved(weights, sinks, visual, **settings):
     [
         # text sink, visual sink, two other patches, text
         ("by hand", [0.4, 0.1, 0.1, 0.2, 0.2], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0], {}, [0.24, 0.06, 1 / 6, 1 / 3, 0.2]),
-        ("p = 1", [0.4, 0.1, 0.1, 0.2, 0.2], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0], {"p": 1.0}, None),
-        ("p = 0", [0.4, 0.1, 0.1, 0.2, 0.2], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0], {"p": 0.0}, [0, 0, 4 / 15, 8 / 15, 0.2]),
+        ("all kept", [0.4, 0.1, 0.1, 0.2, 0.2], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0], {"kept": 1.0}, None),
+        ("none kept", [0.4, 0.1, 0.1, 0.2, 0.2], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0], {"kept": 0.0}, [0, 0, 4 / 15, 8 / 15, 0.2]),
         ("no sink", [0.4, 0.1, 0.1, 0.2, 0.2], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0], {}, None),
         ("no visual sink", [0.5, 0.25, 0.25, 0.0, 0.0], [1, 0, 0, 0, 0], [0, 1, 1, 1, 0], {}, [0.3, 0.35, 0.35, 0, 0]),
         ("little of it visual", [0.8, 0.05, 0.1, 0.0, 0.05], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0], {}, None),
@@ -254,11 +254,11 @@ def test_text_alone_is_the_base_model():
     "settings, message",
     [
         ({"rho": 1.5}, r"var.rho is 1.5: it must lie in \[0, 1\]"),
-        ({"p": -0.1}, "var.p is -0.1"),
+        ({"kept": -0.1}, "var.kept is -0.1"),
         ({"min_visual": float("nan")}, "var.min_visual is nan"),
         ({"tau": 0.0}, r"var.tau is 0.0: it must lie in \(0, 1e6\]"),
         ({"tau": float("inf")}, "var.tau is inf"),
-        ({"first_layer": 4}, "var.first_layer is 4: it must be one of the layers before the last, 0 to 3"),
+        ({"first_layer": 4}, 'var.first_layer is 4: with var.rules = "paper" it must be one of the layers 0 to 3'),
         ({"first_layer": -1}, "var.first_layer is -1"),
     ],
 )

@@ -128,7 +128,7 @@ def test_received_attention_of_windows_is_that_of_a_block_diagonal_mask(windowed
     _, weights = attend(attention.q_proj(x), heads(attention.k_proj), heads(attention.v_proj), mask, return_weights=True)
     close(received.mean, received_attention(weights, used), atol=1e-6)
     close(received.mean.sum(-1), used.any(-1), atol=1e-5)
-    sinks = SinkConfig(criterion="attention", vit_tau=0.05)
+    sinks = SinkConfig(criterion="attention_share", vit_tau=0.05)
     chosen = encode(both.model, images, sinks).v_sink
     assert chosen.any() and not chosen[~images.used.reshape(chosen.shape)].any()
 

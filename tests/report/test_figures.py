@@ -10,12 +10,14 @@ import matplotlib
 import numpy as np
 import pytest
 import study_rows
+from matplotlib.figure import Figure
 
 from lsg_jax.errors import InputError
 from lsg_jax.eval.results import result_of
 from lsg_jax.report import figures
 from lsg_jax.report.gains import rows_of_ablation, rows_of_gains
-from lsg_jax.report.ratios import table_of_ratios
+from lsg_jax.report.heat_map import lines_of
+from lsg_jax.report.ratios import _draw_points, greatest_ratio, table_of_ratios
 from lsg_jax.report.stacks import rows_of_stack
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -101,14 +103,44 @@ def test_the_oracle_map_of_three_groups_without_benchmarks_that_count_points(tmp
 
 def check_best_cells(rows, table):
     cells = read(table)
-    assert len(cells) == len({(row["benchmark"], row["task"], row["layer"]) for row in rows})
+    assert len(cells) == 2 * len({(row["benchmark"], row["task"], row["layer"]) for row in rows})
     for cell in cells:
+        extreme = {"best": np.argmax, "worst": np.argmin}[cell.pop("which")]
+        tied = cell.pop("tied")
         place = (cell["benchmark"], cell["task"], int(cell["layer"]))
         own = [r for r in rows if (r["benchmark"], r["task"], r["layer"]) == place and set(r["coefficients"]) != {1.0}]
         if place == ("mmstar", "math", 1):  # was not measured
-            assert [cell[name] for name in ("coefficients", "value", "change", "low", "high")] == [""] * 5
+            assert [cell[name] for name in ("coefficients", "value", "change", "low", "high")] == [""] * 5 and tied == ""
         else:
-            assert [cell] == as_cells([own[int(np.argmax([row["change"] for row in own]))]])
+            assert [cell] == as_cells([own[int(extreme([row["change"] for row in own]))]]) and tied == "1"
+
+
+def test_the_oracle_map_hatches_what_may_be_zero_and_marks_ties(tmp_path):
+    rows = study_rows.sweep()
+    for row in rows:
+        if (row["task"], row["layer"]) == ("Count", 0):
+            row |= {"change": 0.0, "low": 0.0, "high": 0.0}
+    table, svg, _ = figures.draw_oracle_map(rows, tmp_path / "ties")
+    best = [cell for cell in read(table) if cell["which"] == "best"]
+    (tie,) = [cell for cell in best if (cell["task"], cell["layer"]) == ("Count", "0")]
+    assert tie["coefficients"] == "" and tie["tied"] == "3"
+    clear = [cell for cell in read(table) if cell["low"] and not float(cell["low"]) <= 0 <= float(cell["high"])]
+    unclear = [cell for cell in read(table) if cell["low"] and float(cell["low"]) <= 0 <= float(cell["high"])]
+    hatched = [path for path in ElementTree.parse(svg).getroot().iter(f"{SVG}path") if "url(#" in path.get("style", "")]
+    assert len(hatched) == len(unclear) and clear and unclear
+    assert {"circle: all tie", "hatched: interval covers 0   cross: not measured"} <= set(drawn_text(svg))
+
+
+def test_ratios_are_drawn_up_to_what_they_can_reach():
+    """Two groups, whose ratios sum to 1, and to 2 with gate.key_scale = 2; a deviation may reach beyond."""
+    for scale in (1.0, 2.0):
+        rows = [row | {"mean": scale * mean, "std": 0.3} for row, mean in zip(study_rows.ratios(), (0.9, 0.1) * 9, strict=True)]
+        assert greatest_ratio(rows) == scale
+        lines, figure = lines_of(study_rows.TASKS), Figure()
+        _draw_points(figure, rows, lines, study_rows.LAYERS, ["v_sink", "rest"], greatest_ratio(rows))
+        for axes in figure.axes:
+            ends = np.concatenate([np.concatenate(drawn.get_segments())[:, 0] for drawn in axes.collections])
+            assert ends.min() == 0 and ends.max() == scale and axes.get_xlim() == (0, scale)
 
 
 def test_attention_shares_are_means_over_heads_with_their_range(drawn):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import (
@@ -10,9 +11,14 @@ from lsg_jax.sinks.criteria import (
     dim_abs,
     dim_rms,
     group_visual_tokens,
+    has_massive_activations,
+    low_sink_scores,
     massive,
     norm,
+    persistence_adjusted,
+    sink_heads,
     sink_mask,
+    sink_value,
 )
 from lsg_jax.types import VisualTokens
 
@@ -88,7 +94,7 @@ def test_attention_share_counts_only_the_competing_tokens():
 
 
 @pytest.mark.parametrize(
-    ("criterion", "tau"), [("dim_abs", 100.0), ("dim_rms", 7.0), ("norm", 100.0), ("massive", 100.0), ("attention", 0.3)]
+    ("criterion", "tau"), [("dim_abs", 100.0), ("dim_rms", 7.0), ("norm", 100.0), ("massive", 100.0), ("attention_share", 0.3)]
 )
 def test_every_criterion_by_name_and_nothing_outside_the_valid_tokens(criterion, tau, features):
     settings = dict(dims=(7,), tau=tau, massive_ratio=1000.0, received=jnp.asarray(planted() + 0.01))
@@ -109,7 +115,7 @@ def test_bad_dimensions_are_errors(features):
 def test_what_a_criterion_needs_is_asked_for(features):
     settings = dict(dims=(7,), tau=1.0, massive_ratio=1.0, valid=jnp.ones((2, 12), bool))
     with pytest.raises(ValueError, match="attention that each token receives"):
-        sink_mask("attention", features, **settings)
+        sink_mask("attention_share", features, **settings)
     with pytest.raises(ValueError, match="unknown sink criterion"):
         sink_mask("l2", features, **settings)
 
@@ -135,3 +141,54 @@ def test_received_attention_and_group_mass_in_closed_form():
     groups = jnp.array([[[True, False], [False, True], [False, True]]])
     np.testing.assert_allclose(group_mass(weights, queries, groups), [[[0.35, 0.65], [0.05, 0.95]]], atol=1e-6)
     np.testing.assert_array_equal(received_attention(weights, jnp.zeros((1, 3), bool)), 0.0)
+
+
+def test_sinks_of_heads_equal_those_of_the_published_rule():
+    """Gu et al. divide column k of T tokens by T - k; so does this rendering, row by row without the padding."""
+    rng = np.random.default_rng(0)
+    length, valid = 9, np.ones((2, 9), bool)
+    valid[0, :3] = valid[1, 7:] = False
+    logits = rng.normal(size=(2, 4, length, length)) * 3
+    seen = np.tril(np.ones((length, length), bool)) & valid[:, None, None, :]
+    weights = np.asarray(jnp.where(seen, jnp.exp(logits), 0.0))
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    found = np.asarray(sink_heads(jnp.asarray(weights), jnp.asarray(valid), 0.3))
+    for row in range(2):
+        scores = torch.tensor(weights[row][:, valid[row]][:, :, valid[row]])
+        count = scores.shape[-1]
+        published = (scores / torch.arange(count, 0, -1)[None, None]).sum(-2) > 0.3
+        np.testing.assert_array_equal(found[row][:, valid[row]], published)
+        assert published.any() and not published.all()
+        assert not found[row][:, ~valid[row]].any()
+
+
+def test_a_model_has_massive_activations_where_both_thresholds_are_reached():
+    largest, median = np.array([99.0, 100.0, 150.0, 900.0]), np.array([0.01, 0.1, 0.16, 0.5])
+    np.testing.assert_array_equal(has_massive_activations(largest, median), [False, True, False, True])
+
+
+def test_lot_keeps_the_quarter_with_the_lowest_scores():
+    """Scores from their definition in PyTorch, threshold from numpy; none of the values is at the threshold."""
+    states = np.random.default_rng(0).normal(size=(3, 10, WIDTH)).astype(np.float32)
+    states[:, (2, 5), 7] = 40.0
+    nothing = jnp.zeros((3, 10))
+    values = sink_value("dim_rms", states, dims=(2, 7), received=nothing, among=nothing)
+    score, kept = low_sink_scores(values)
+    h = torch.tensor(states)
+    expected = (h[..., [2, 7]].abs().amax(-1) / (h.pow(2).mean(-1).sqrt() + 1e-6)).mean(0).numpy()
+    np.testing.assert_allclose(score, expected, rtol=1e-5)
+    np.testing.assert_array_equal(kept, expected < np.percentile(expected, 25))
+    assert kept.sum() == 3 and not kept[np.array([2, 5])].any()
+    assert low_sink_scores(jnp.ones((2, 4)))[1].all()
+
+
+def test_attention_of_persistent_places_is_lowered():
+    frames = torch.rand(4, 12, generator=torch.Generator().manual_seed(0))
+    frames[:, 3] += 2
+    power, mu = 1.1, 0.4
+    persistent = frames.mean(0).repeat(4, 1) ** power
+    low, high = persistent.amin(1, keepdim=True), persistent.amax(1, keepdim=True)
+    expected = frames - mu * (persistent - low) / (high - low)
+    np.testing.assert_allclose(persistence_adjusted(jnp.asarray(frames.numpy()), mu, power), expected, rtol=1e-5)
+    even = jnp.full((2, 3), 0.2)
+    np.testing.assert_array_equal(persistence_adjusted(even, mu), even)

@@ -60,6 +60,7 @@ def metrics(graded: Graded) -> Metrics:
 
 AI2D = Benchmark(
     name="ai2d",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

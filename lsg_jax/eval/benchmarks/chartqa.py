@@ -70,6 +70,7 @@ def metrics(graded: Graded) -> Metrics:
 
 CHARTQA = Benchmark(
     name="chartqa",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

@@ -89,6 +89,7 @@ def metrics(graded: Graded) -> Metrics:
 
 CV_BENCH = Benchmark(
     name="cv_bench",
+    kind="vision_centric",
     read=read,
     prompt=prompt,
     match=match,

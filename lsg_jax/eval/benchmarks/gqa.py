@@ -77,6 +77,7 @@ def metrics(graded: Graded) -> Metrics:
 
 GQA = Benchmark(
     name="gqa",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

@@ -105,6 +105,7 @@ def _two(item: Item) -> int:
 
 MME = Benchmark(
     name="mme",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

@@ -113,6 +113,7 @@ def metrics(graded: Graded) -> Metrics:
 
 MMSTAR = Benchmark(
     name="mmstar",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

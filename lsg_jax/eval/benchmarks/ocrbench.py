@@ -102,6 +102,7 @@ def metrics(graded: Graded) -> Metrics:
 
 OCRBENCH = Benchmark(
     name="ocrbench",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

@@ -93,6 +93,7 @@ def _scores(graded: Graded, mask: np.ndarray) -> Metrics:
 
 POPE = Benchmark(
     name="pope",
+    kind="hallucination",
     read=read,
     prompt=prompt,
     match=match,

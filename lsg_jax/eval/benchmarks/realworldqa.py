@@ -56,6 +56,7 @@ def metrics(graded: Graded) -> Metrics:
 
 REALWORLDQA = Benchmark(
     name="realworldqa",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

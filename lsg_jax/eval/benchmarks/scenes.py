@@ -52,6 +52,7 @@ def metrics(graded: Graded) -> Metrics:
 
 SCENES = Benchmark(
     name="scenes",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

@@ -87,6 +87,7 @@ def metrics(graded: Graded) -> Metrics:
 
 SCIENCEQA_IMG = Benchmark(
     name="scienceqa_img",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

@@ -81,6 +81,7 @@ def metrics(graded: Graded) -> Metrics:
 
 SEED_IMG = Benchmark(
     name="seed_img",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,

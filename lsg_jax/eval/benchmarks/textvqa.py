@@ -70,6 +70,7 @@ def metrics(graded: Graded) -> Metrics:
 
 TEXTVQA = Benchmark(
     name="textvqa",
+    kind="general",
     read=read,
     prompt=prompt,
     match=match,
