@@ -29,6 +29,9 @@ NO_SOURCE = -1
 NEWLINE = -2
 """In `Batch.source`: the model's newline embedding, which ends a row of patches. It is no visual token."""
 
+QUESTION, CONTENT = 1, 2
+"""In `Batch.words`: a token of the question, and one of a content word of it; 0 for every other token."""
+
 
 @flax.struct.dataclass
 class VisualInput:
@@ -72,6 +75,8 @@ class Batch:
         answer_index: int32 [B, A], index whose hidden state predicts answer slot a; 0 where unused.
         answer_target: int32 [B, A], token to predict; -100 where unused.
         row_id: int32 [B], position of the record in its data set, for error messages; -1 where unknown.
+        words: int8 [B, T], `QUESTION` and `CONTENT` for the tokens of the question after the last image, 0 elsewhere; None
+            unless the method reads them (Method.reads_words).
         route: int32 [B], parsed from the replies to the method's first questions (Method.first_questions); None without any.
     """
 
@@ -86,6 +91,7 @@ class Batch:
     answer_index: Array = None
     answer_target: Array = None
     row_id: Array = None
+    words: Array = None
     route: Array = None
 
     def without_images(self) -> Batch:

@@ -99,8 +99,9 @@ class VLM:
         """Tokenizer and image preparation, with another image aspect or text template than the model's if given."""
         if self.folder is None:
             raise InputError("this model was not loaded from a folder: it has no tokenizer")
-        template, bos = template or self.template, not self.method.without_bos
-        return Processor.from_folder(self.folder / "hf", self.config, image_aspect=image_aspect, template=template, bos=bos)
+        choices: dict[str, Any] = {"image_aspect": image_aspect, "template": template or self.template}
+        choices |= {"bos": not self.method.without_bos, "words": self.method.reads_words}
+        return Processor.from_folder(self.folder / "hf", self.config, **choices)
 
     @property
     def params(self) -> dict:

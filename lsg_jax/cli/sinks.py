@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_option, progress_bar, template_option
-from lsg_jax.errors import InputError
+from lsg_jax.errors import ConfigError, InputError
 
 PROMPT = "Describe the image."
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
@@ -64,6 +64,10 @@ def add(command: Command) -> None:
         help="use N images that can be read, evenly spaced by name (256)",
     )
     sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question that goes with each image")
+    text = "propose N register neurons of the vision tower instead, for the method `registers`"
+    number_option(sub, "--registers", int, "[1, 1e6]", metavar="N", help=text)
+    text = "with --registers: the norm from which a patch is an outlier; default: where the norms part"
+    number_option(sub, "--norm", float, "(0, 1e9]", metavar="X", help=text)
     template_option(sub)
     sub.add_argument("--json", action="store_true", help="print the evidence as JSON instead of the TOML")
 
@@ -114,21 +118,29 @@ def _named_images(paths: Sequence[Path], limit: int) -> list[Path]:
 
 def _calibrate(options: argparse.Namespace) -> None:
     import lsg_jax
-    from lsg_jax.analysis.calibrate import as_toml, calibrate
+    from lsg_jax.analysis import calibrate, registers
     from lsg_jax.files import write_atomic
 
+    if options.norm is not None and options.registers is None:
+        raise ConfigError("--norm goes with --registers")
     images, skipped = _images_below(options.images, options.limit)
     if options.out is not None and not options.out.parent.is_dir():
         raise InputError(f"--out {options.out}: there is no folder {options.out.parent}")
     vlm = lsg_jax.load(options.model, template=options.template)
     with progress_bar("calibrate") as progress:
-        result = calibrate(vlm, images, options.prompt, progress=progress)
+        if options.registers is None:
+            result = calibrate.calibrate(vlm, images, options.prompt, progress=progress)
+            text = calibrate.as_toml(result)
+        else:
+            result = registers.find_registers(
+                vlm, images, options.prompt, options.registers, norm=options.norm, progress=progress
+            )
+            text = registers.as_toml(result)
     result["skipped"] = [*skipped, *result["skipped"]]
     for each in result["skipped"]:
         logger.warning("skipped: %s", each)
     for warning in result["warnings"]:
         logger.warning("%s", warning)
-    text = as_toml(result)
     if options.out is not None:
         write_atomic(options.out, text.encode())
     print(json.dumps(result, allow_nan=False) if options.json else text, end="\n" if options.json else "")

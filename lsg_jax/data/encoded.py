@@ -22,6 +22,7 @@ class Encoded:
         image_sizes: (width, height) in pixels of the images whose tokens are in `ids`, in their order.
         num_tiles: squares, or native images, that the vision tower sees of them.
         patches: of each, filled up as in a batch (P).
+        words: int8 [n], `Batch.words` of the last n tokens of the prompt, the others being 0; None if they are not asked for.
     """
 
     ids: np.ndarray
@@ -31,6 +32,7 @@ class Encoded:
     image_sizes: tuple[ImageSize, ...] = ()
     num_tiles: int = 0
     patches: int = 0
+    words: np.ndarray | None = None
 
     @property
     def tiles(self) -> int:

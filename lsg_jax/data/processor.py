@@ -32,6 +32,7 @@ class Processor(TextProcessor):
         template: str | None = None,
         image_aspect: Aspect | None = None,
         bos: bool = True,
+        words: bool = False,
     ) -> Processor:
         """Opens the tokenizer, the chat template and the image token of a local folder, as `AutoProcessor` chooses them.
 
@@ -56,6 +57,7 @@ class Processor(TextProcessor):
                 chat_template=source,
                 image_token=token,
                 bos=bos,
+                words=words,
             )
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}") from None

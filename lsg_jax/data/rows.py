@@ -68,6 +68,8 @@ def pad_row(
     answer_target = np.full(max_answer_tokens, IGNORE, np.int32)
     answer_index[: len(targets)] = start + answered - 1  # whose hidden state predicts it
     answer_target[: len(targets)] = targets
+    end, words = start + encoded.num_prompt, encoded.words
+    read = {} if words is None else {"words": np.pad(words, (end - len(words), max_length - end))}
     return {
         "input_ids": input_ids,
         "attention_mask": valid,
@@ -77,6 +79,7 @@ def pad_row(
         "answer_index": answer_index,
         "answer_target": answer_target,
         "row_id": np.asarray(row_id, np.int32),
+        **read,
     }
 
 

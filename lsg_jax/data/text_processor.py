@@ -18,6 +18,7 @@ from lsg_jax.data.processor_files import default_of, image_token_id
 from lsg_jax.data.rows import patches_of
 from lsg_jax.data.templates import TEMPLATES, ChatTemplate, default_template, render
 from lsg_jax.data.tokenization import ChunkTokenizer
+from lsg_jax.data.words import word_kinds
 from lsg_jax.errors import ConfigError, InputError
 
 CHAT_TEMPLATE = "chat_template"
@@ -38,6 +39,7 @@ class TextProcessor:
             for an image in token ids, whatever `model.image_token_id` says. `chat_template` writes an image so too, if
             `model.image.tag` names nothing else.
         bos: whether a prompt begins with the BOS token, if the tokenizer adds it.
+        words: whether `encode` finds the content words of the question (`Encoded.words`).
 
     Attributes:
         model: the configuration, with `image_aspect` and the id of `image_token` applied.
@@ -56,10 +58,11 @@ class TextProcessor:
         chat_template: str | None = None,
         image_token: str = IMAGE_TAG,
         bos: bool = True,
+        words: bool = False,
     ):
         if image_aspect and depends_on_size(model.image):
             raise ConfigError("image_aspect: this model takes the whole image and its tiles as they are; leave it out")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.words = tokenizer, words
         self.image = dataclasses.replace(model.image, aspect=image_aspect) if image_aspect else model.image
         known_id = image_token_id(tokenizer, image_token)
         image_id = model.image_token_id if known_id is None else known_id
@@ -115,8 +118,8 @@ class TextProcessor:
 
         Raises:
             RecordError: `image_truncated`, `nothing_supervised` (no answer token is left), `tags_and_images_differ`,
-                `reserved_text`, `bad_text`, `image_token_in_text`, `image_size`, those of `ChatTemplate.render`, or, without an
-                answer, `prompt_too_long`.
+                `reserved_text`, `bad_text`, `image_token_in_text`, `image_size`, those of `ChatTemplate.render`; without an
+                answer, `prompt_too_long`; with `words`, `question_rewritten`.
         """
         shown = self.shown(prompt_turns, image_sizes)
         prompt, ending = self._render(prompt_turns, answer, image_sizes)
@@ -132,7 +135,18 @@ class TextProcessor:
             raise RecordError("prompt_too_long", f"the prompt has {num_prompt} tokens; at most {max_length} fit")
         if answer is not None and len(kept) <= num_prompt:
             raise RecordError("nothing_supervised", f"the prompt has {num_prompt} tokens; no answer fits into {max_length}")
-        return self._with_images(Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept)), shown)
+        encoded = Encoded(np.asarray(kept, np.int32), num_prompt, len(ids) - len(kept))
+        if self.words:
+            encoded = dataclasses.replace(encoded, words=self._words(prompt, prompt_turns[-1], image_sizes))
+        return self._with_images(encoded, shown)
+
+    def _words(self, prompt: str, question: Turn, image_sizes: Sequence[ImageSize] | None) -> np.ndarray:
+        """`Encoded.words`: of what comes after the last image of a rendered prompt."""
+        asked = self._protected(question, image_sizes).text.split(IMAGE_TAG)[-1]
+        text, place, offsets = self._chunks.offsets(prompt.split(IMAGE_TAG)[-1], asked)
+        if place is None:
+            raise RecordError("question_rewritten", "the template writes the question differently: its words cannot be found")
+        return word_kinds(text, place, offsets)
 
     def encode_conversation(
         self,

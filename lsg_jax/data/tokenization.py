@@ -34,6 +34,7 @@ class ChunkTokenizer:
         ConfigError: the tokenizer is a slow one.
     """
 
+    _STAND_IN = re.compile("\ue000lsg:c[0-9]+\ue001")
     _HIDDEN = re.compile("\ue000lsg:t([0-9]+)\ue001")
 
     def __init__(self, tokenizer: Any, *, image_token: str = IMAGE_TAG, mark_segments: bool = False, bos: bool = True):
@@ -116,12 +117,31 @@ class ChunkTokenizer:
         ids = ids[1:] if ids[:1] == [self._bos] else ids
         return [self._bos, *ids] if self._begins_with_bos else ids
 
+    def offsets(self, text: str, part: str) -> tuple[str, tuple[int, int] | None, list[tuple[int, int]]]:
+        """How a text without images is tokenized.
+
+        Args:
+            part: of the text.
+
+        Returns:
+            The text as the tokenizer sees it; where `part` first starts and ends in it, None if it does not occur; and where
+            each token does.
+        """
+        text, part = self._seen(text), self._seen(part).strip()
+        start = self._STAND_IN.sub(lambda m: " " * len(m[0]), text).find(part)
+        found = None if start < 0 else (start, start + len(part))
+        return text, found, self._backend.encode(text, add_special_tokens=False).offsets
+
     def _chunk(self, text: str) -> list[int]:
+        return [self._ids.get(i, i) for i in self._backend.encode(self._seen(text), add_special_tokens=False).ids]
+
+    def _seen(self, text: str) -> str:
+        """The text that the tokenizer is given."""
         text = self._pattern.sub(lambda m: self._stand_ins.get(m[0], m[0]), text)
         text = self._HIDDEN.sub(lambda m: self._literals[int(m[1])], text)
         if self._eats_space and text.startswith(" "):
             text = " " + text  # Metaspace turns a leading space into its mark; SentencePiece puts the mark before the space
-        return [self._ids.get(i, i) for i in self._backend.encode(text, add_special_tokens=False).ids]
+        return text
 
     def _continuation(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
         """Ids of the answer. The prompt's ids must stay as they are at generation, without an answer."""

@@ -47,6 +47,7 @@ def with_answer(
         weight=None if batch.weight is None else np.pad(batch.weight, (*room, (0, 0))),
         positions=None if batch.positions is None else _continued(batch.positions, max_new_tokens),
         block=None if batch.block is None else np.pad(batch.block, room, constant_values=-1),
+        words=None if batch.words is None else np.pad(batch.words, room),
     )
     return whole, prompt, answer
 

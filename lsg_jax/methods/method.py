@@ -15,6 +15,7 @@ from lsg_jax.methods.first_questions import FirstQuestion
 from lsg_jax.model.contrast import Contrasted
 from lsg_jax.model.multimodal import ConnectorTokens
 from lsg_jax.model.projector import any_member
+from lsg_jax.model.vision_layers import Registers
 from lsg_jax.types import Batch, Intervention, Sequence
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Method:
         trains: whether `lsg train` has something to train.
         trains_inputs: whether something is trained on which the decoder's inputs or its weights depend. The backward pass then
             goes through every layer, instead of stopping at the first that the intervention changes.
+        reads_words: whether it looks at the words of the question (`Batch.words`).
     """
 
     settings: Any = None
@@ -39,6 +41,7 @@ class Method:
     Settings: ClassVar[type[Table] | None] = None
     trains: ClassVar[bool] = False
     trains_inputs: ClassVar[bool] = False
+    reads_words: ClassVar[bool] = False
 
     def for_model(self, config: ModelConfig) -> Method:
         """Fills in settings that depend on the model.
@@ -87,6 +90,11 @@ class Method:
         return nnx.to_pure_dict(nnx.state(self.module(config, key)))
 
     # What is done to a batch.
+
+    @property
+    def registers(self) -> Registers | None:
+        """Tokens that the vision tower is given besides the patches; None for none."""
+        return None
 
     def first_questions(self, question: str) -> tuple[FirstQuestion, ...]:
         """The questions put to the base model before each prompt with an image, each by itself; () for none."""

@@ -14,6 +14,7 @@ from lsg_jax.config import GateConfig, ModelConfig, Part
 from lsg_jax.methods.method import BASE, Method
 from lsg_jax.model.contrast import Contrasted
 from lsg_jax.model.multimodal import ConnectorTokens, VisionLanguageModel
+from lsg_jax.model.vision_layers import Registers
 from lsg_jax.types import Batch, Intervention, Sequence
 
 TRAINED = "trained"
@@ -47,6 +48,11 @@ class MethodModel(VisionLanguageModel):
     def contrasted(self, logits: jax.Array, others: jax.Array) -> Contrasted:
         """`Method.contrasted`."""
         return self.method.contrasted(logits, others)
+
+    @property
+    def registers(self) -> Registers | None:
+        """`Method.registers`."""
+        return self.method.registers
 
     @property
     def gate(self) -> GateConfig | None:

@@ -7,10 +7,13 @@ from lsg_jax.methods.diysink import DiySink
 from lsg_jax.methods.eah import Eah
 from lsg_jax.methods.fixed import Fixed
 from lsg_jax.methods.full import Full
+from lsg_jax.methods.gated_output import GatedOutput
 from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.gift import Gift
 from lsg_jax.methods.lora import Lora
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.pai import Pai
+from lsg_jax.methods.registers import RegisterTokens
 from lsg_jax.methods.sink_front import SinkFront
 from lsg_jax.methods.vaf import Vaf
 from lsg_jax.methods.var import Var
@@ -23,9 +26,12 @@ METHODS: dict[str, type[Method]] = {
     "vaf": Vaf,
     "eah": Eah,
     "damro": Damro,
+    "gift": Gift,
     "sink_front": SinkFront,
     "diysink": DiySink,
+    "registers": RegisterTokens,
     "lora": Lora,
+    "gated_output": GatedOutput,
     "fixed": Fixed,
     "full": Full,
 }

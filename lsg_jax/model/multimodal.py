@@ -19,6 +19,7 @@ from lsg_jax.model.contrast import Contrasted, contrasted_positions
 from lsg_jax.model.language_model import DecoderOutput, LanguageModel
 from lsg_jax.model.projector import Projector, any_member
 from lsg_jax.model.rotary import token_positions
+from lsg_jax.model.vision_layers import Registers
 from lsg_jax.model.vision_tower import VisionTower
 from lsg_jax.sinks.criteria import sink_mask
 from lsg_jax.types import NEWLINE, Batch, Intervention, LayerView, Sequence, VisualInput, VisualTokens
@@ -94,11 +95,10 @@ class VisionLanguageModel(nnx.Module):
         """
         sinks = sinks or self.config.sinks
         batch, tiles = images.patches.shape[:2]
-        by_tile = jax.tree.map(lambda x: x.reshape(batch * tiles, *x.shape[2:]), images)
-        by_tile = by_tile.replace(patches=self._normalised(by_tile.patches))
+        by_tile = self.by_tile(images)
         layers = (*self.config.feature_layers, *self.config.deepstack)
         receive = sinks.criterion == "attention_share" or self.reads_class_attention
-        states, seen = self.vision_tower(by_tile, layers, receive=receive)
+        states, seen = self.vision_tower(by_tile, layers, receive=receive, registers=self.registers)
         if self.config.feature_select == "default":
             states = [state[:, 1:] for state in states]
         count = len(self.config.feature_layers)
@@ -127,6 +127,11 @@ class VisionLanguageModel(nnx.Module):
             received=received,
         )
         return dataclasses.replace(found, v_sink=by_row(mask if by_tile.used is None else mask & used))
+
+    def by_tile(self, images: VisualInput) -> VisualInput:
+        """The images as the vision tower takes them: without the axis S, normalised."""
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), images)
+        return flat.replace(patches=self._normalised(flat.patches))  # type: ignore[no-any-return]
 
     def _normalised(self, patches: jax.Array) -> jax.Array:
         """uint8 patches [..., h w C] -> float32, normalised by the processor's mean and std; float32 ones as they are."""
@@ -243,6 +248,11 @@ class VisionLanguageModel(nnx.Module):
             observe=observe,
             observe_attention=observe_attention,
         )
+
+    @property
+    def registers(self) -> Registers | None:
+        """Tokens that the vision tower is given besides the patches; None for none."""
+        return None
 
     @property
     def gate(self) -> GateConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -23,17 +24,40 @@ QK_NORM_EPS = 1e-6
 """InternViT's; its configuration does not state it."""
 
 
+@dataclass(frozen=True)
+class Registers:
+    """Tokens that a tower of squares appends to the patches, and MLP neurons whose activation they take over.
+
+    Attributes:
+        neurons: pairs of layer and neuron.
+        count: number of tokens.
+    """
+
+    neurons: tuple[tuple[int, ...], ...]
+    count: int
+
+
 @flax.struct.dataclass
 class Surroundings:
-    """What the layers of a native tower know of the patches. Both are None for a tower of squares.
+    """What the layers know of the patches. `used` and `rope` are of a native tower, the rest of one of squares; else None.
 
     Attributes:
         used: bool [B, P], patches that may be attended to.
         rope: cos and sin of the rotary angles, float32 [B, P, 1, H / 2] each.
+        moved: bool [L, F], neurons of each layer whose activation goes to the registers; [F] of one layer.
+        registers: the number of appended tokens, static.
     """
 
     used: jax.Array | None = None
     rope: tuple[jax.Array, jax.Array] | None = None
+    moved: jax.Array | None = None
+    registers: int = flax.struct.field(pytree_node=False, default=0)
+
+    def of_layer(self, layer: jax.Array | int) -> Surroundings:
+        """Those of one layer, which may be traced."""
+        if self.moved is None:
+            return self
+        return self.replace(moved=self.moved[layer])  # type: ignore[attr-defined, no-any-return]
 
 
 @flax.struct.dataclass
@@ -100,7 +124,8 @@ class VisionAttention(nnx.Module):
         out = self.out_proj(out.reshape(*x.shape[:2], *out.shape[2:]))
         if weights is None:
             return out, None
-        queries = jnp.ones(weights.shape[::2], bool) if used is None else used
+        patches = jnp.arange(weights.shape[2]) < weights.shape[2] - around.registers
+        queries = jnp.broadcast_to(patches, weights.shape[::2]) if used is None else used
         received = received_attention(weights, queries)
         if windowed:  # a mean over the queries of the window -> over those of the image
             share = queries.sum(-1, keepdims=True).reshape(len(x), -1, 1)
@@ -129,6 +154,7 @@ class VisionLayer(nnx.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.activation = config.hidden_act
         self.gated = config.gated_mlp
+        self.first_patch = int(config.has_class_token)
         self.layer_norm1 = make_norm(config, dtype=dtype)
         self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
         self.layer_norm2 = make_norm(config, dtype=dtype)
@@ -146,15 +172,44 @@ class VisionLayer(nnx.Module):
         self, x: jax.Array, around: Surroundings, *, windowed: bool = False, receive: bool = False
     ) -> tuple[jax.Array, Received | None]:
         """x [B, T, D] -> [B, T, D]; see VisionAttention."""
-        out, received = self.attention(self.layer_norm1(x), around, windowed=windowed, receive=receive)
-        x = x + (out if self.layer_scale1 is None else self.layer_scale1[...] * out)
-        out = self.mlp(self.layer_norm2(x))
-        return x + (out if self.layer_scale2 is None else self.layer_scale2[...] * out), received
+        x, received = self.attend(x, around, windowed=windowed, receive=receive)
+        neurons = self.neurons(x)
+        if around.moved is not None:
+            neurons = to_registers(neurons, around.moved, first_patch=self.first_patch, count=around.registers)
+        return self.feed(x, neurons), received
 
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        act = ACTIVATIONS[self.activation]
-        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x)) if self.gated else self.fc2(act(self.fc1(x)))
+    def attend(self, x: jax.Array, around: Surroundings, **attention: bool) -> tuple[jax.Array, Received | None]:
+        """x plus the output of the attention, and what VisionAttention returns besides; keywords as it takes them."""
+        out, received = self.attention(self.layer_norm1(x), around, **attention)
+        return x + (out if self.layer_scale1 is None else self.layer_scale1[...] * out), received
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """The activations of the MLP's neurons: [B, T, D] -> [B, T, F]."""
+        act, x = ACTIVATIONS[self.activation], self.layer_norm2(x)
+        return act(self.gate_proj(x)) * self.up_proj(x) if self.gated else act(self.fc1(x))
+
+    def feed(self, x: jax.Array, neurons: jax.Array) -> jax.Array:
+        """x plus the output of the MLP."""
+        out = self.down_proj(neurons) if self.gated else self.fc2(neurons)
+        return x + (out if self.layer_scale2 is None else self.layer_scale2[...] * out)
+
+
+def to_registers(neurons: jax.Array, moved: jax.Array, *, first_patch: int, count: int) -> jax.Array:
+    """Gives the largest activation of a neuron, with its sign, to the registers, and 0 to the patches.
+
+    Args:
+        neurons: [B, T, F], the class token first if there is one, the registers last.
+        moved: bool [F], neurons for which this is done.
+        first_patch: position of the first patch; what is before it keeps its activation.
+        count: number of registers.
+
+    Returns:
+        [B, T, F].
+    """
+    position = jnp.arange(neurons.shape[1])[:, None]
+    high, low = neurons.max(1, keepdims=True), neurons.min(1, keepdims=True)
+    given = jnp.where(position < len(position) - count, 0, jnp.where(high > -low, high, low))
+    return jnp.where(moved & (position >= first_patch), given, neurons)
 
 
 def axial_rope(place: jax.Array, theta: float, head_dim: int) -> tuple[jax.Array, jax.Array]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from lsg_jax.config import VisionConfig
 from lsg_jax.model.layers import LayerNorm, Linear, layer_at, stack_layers
-from lsg_jax.model.vision_layers import Received, Surroundings, VisionLayer, axial_rope
+from lsg_jax.model.vision_layers import Received, Registers, Surroundings, VisionLayer, axial_rope
 from lsg_jax.sharding import ROWS, constrain
 from lsg_jax.types import VisualInput
 
@@ -37,7 +39,12 @@ class VisionTower(nnx.Module):
             self.final_norm = LayerNorm(width, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(
-        self, images: VisualInput, feature_layers: tuple[int, ...], *, receive: bool = False
+        self,
+        images: VisualInput,
+        feature_layers: tuple[int, ...],
+        *,
+        receive: bool = False,
+        registers: Registers | None = None,
     ) -> tuple[list[jax.Array], Received | None]:
         """Hidden states of the layers asked for.
 
@@ -46,6 +53,7 @@ class VisionTower(nnx.Module):
                 `place` and, with a table, `table` and `table_weight`.
             feature_layers: indices as in HF `hidden_states`: 0 is the input of the first layer, -1 the output of the last,
                 after the final norm where there is one.
+            registers: tokens that every image is given besides; what is returned leaves them out.
 
         Returns:
             A list of [B, positions, D], the class token first where there is one; and with `receive` the attention that
@@ -54,8 +62,9 @@ class VisionTower(nnx.Module):
         total = self.config.num_layers + 1
         wanted = [layer % total if -total <= layer < total else _no_layer(layer, total) for layer in feature_layers]
         images = jax.tree.map(self.by_images, images)
-        x, around = self.embed(images), self.surroundings(images)
-        states = {0: x}
+        around = self.surroundings(images, registers)
+        x = self.embed(images, registers=around.registers)
+        states, positions = {0: x}, x.shape[1] - around.registers
         done, received = 0, None
         graphdef, stacked = nnx.split(self.layers)
         for stop in sorted(set(wanted) - {0}):
@@ -63,18 +72,38 @@ class VisionTower(nnx.Module):
             x = self._run(graphdef, stacked, x, around, range(done, last))
             if last < stop:
                 layer = nnx.merge(graphdef, layer_at(stacked, jnp.array(last)))
-                x, received = layer(x, around, windowed=self.config.is_windowed(last), receive=True)
+                x, received = layer(x, around.of_layer(last), windowed=self.config.is_windowed(last), receive=True)
             states[stop], done = x, stop
         if self.config.final_norm and total - 1 in states:
             states[total - 1] = self.final_norm(states[total - 1])
-        return [states[layer] for layer in wanted], received
+        of_patches = lambda made: jax.tree.map(lambda leaf: leaf[:, :positions], made)
+        return [of_patches(states[layer]) for layer in wanted], of_patches(received)
+
+    def watch(self, images: VisualInput, depth: int, see: Callable[[jax.Array, jax.Array], Any]) -> Any:
+        """What `see` makes of the first `depth` layers of a tower of squares, stacked over them.
+
+        Args:
+            see: called with the activations of the MLP's neurons [B, T, F] and the output of the layer [B, T, D].
+        """
+        images = jax.tree.map(self.by_images, images)
+        around, (graphdef, stacked) = self.surroundings(images), nnx.split(self.layers)
+
+        def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
+            layer = nnx.merge(graphdef, layer_at(stacked, index))
+            x, _ = layer.attend(self.by_images(x), around)
+            neurons = layer.neurons(x)
+            x = layer.feed(x, neurons)
+            return x, see(neurons, x)
+
+        return jax.lax.scan(body, self.embed(images), jnp.arange(depth))[1]
 
     def _run(self, graphdef: Any, stacked: Any, x: jax.Array, around: Surroundings, layers: range) -> jax.Array:
         """Runs consecutive layers. Where layers with windows and without take turns, each kind is compiled once."""
 
         def run(x: jax.Array, start: Any, windowed: bool, count: int) -> jax.Array:
             def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-                return nnx.merge(graphdef, layer_at(stacked, index))(self.by_images(x), around, windowed=windowed)[0], None
+                layer = nnx.merge(graphdef, layer_at(stacked, index))
+                return layer(self.by_images(x), around.of_layer(index), windowed=windowed)[0], None
 
             return jax.lax.scan(body, x, start + jnp.arange(count))[0]
 
@@ -103,15 +132,19 @@ class VisionTower(nnx.Module):
         """Shards images [B, ...] over all devices, so that weights are gathered and no activations are summed."""
         return constrain(x, self.mesh, (*ROWS, "tensor"))
 
-    def surroundings(self, images: VisualInput) -> Surroundings:
-        """Which patches may be attended to, and their rotary angles; nothing for a tower of squares."""
+    def surroundings(self, images: VisualInput, registers: Registers | None = None) -> Surroundings:
+        """Which patches may be attended to, and their rotary angles; of a tower of squares its registers alone."""
         c = self.config
         if not c.native:
-            return Surroundings()
+            if registers is None:
+                return Surroundings()
+            moved = np.zeros((c.num_layers, c.intermediate_size), bool)
+            moved[tuple(np.array(registers.neurons).T)] = True
+            return Surroundings(moved=jnp.asarray(moved), registers=registers.count)
         return Surroundings(jnp.asarray(images.used), axial_rope(jnp.asarray(images.place), c.rotary_theta or 0.0, c.head_dim))
 
-    def embed(self, images: VisualInput) -> jax.Array:
-        """Patches [B, P, values] -> [B, positions, D], the input of the first layer."""
+    def embed(self, images: VisualInput, *, registers: int = 0) -> jax.Array:
+        """Patches [B, P, values] -> [B, positions + registers, D], the input of the first layer."""
         c, patches = self.config, jnp.asarray(images.patches)
         batch, count, size = patches.shape
         fits = count % (c.window_patches or 1) == 0 if c.native else count == c.num_patches
@@ -125,6 +158,8 @@ class VisionTower(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(self.class_embedding[...], (batch, 1, x.shape[-1])), x], axis=1)
         if c.num_table_entries:
             x = x + (self.interpolated(images).astype(x.dtype) if c.native else self.position_embedding[...])
+        if registers:  # they have neither content nor position
+            x = jnp.pad(x, ((0, 0), (0, registers), (0, 0)))
         return self.pre_norm(x) if c.has_pre_norm else x
 
     def interpolated(self, images: VisualInput) -> jax.Array:

@@ -26,7 +26,7 @@ def edited(case, **settings):
     change = var.layer(slice_of(var.per_layer(layer, layer + 1)), hidden)
     prompt = change.edit(np.array(case["prompt"]["weights"], np.float32)[None], None)
     room = lambda mask: jnp.pad(jnp.asarray(mask), ((0, 0), (0, 1)))
-    kept = jnp.stack([room(change.sinks)] * 4)
+    kept = jnp.stack([room(change.kept)] * 4)
     after = var.while_decoding(KVCache(key=None, value=None, valid=room(visual), kept=kept), jnp.int32(hidden.shape[1]))
     token = hidden[:, :1]  # a sink, as a token of the answer may be
     change = after.layer(slice_of(after.per_layer(layer, layer + 1)), token)
