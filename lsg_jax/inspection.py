@@ -9,7 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.checkpoint import MANIFEST, METRICS, RunFolder, read_manifest, read_run, read_steps, verify_base
+from lsg_jax.checkpoint import (
+    MANIFEST,
+    METRICS,
+    SEEDS,
+    RunFolder,
+    read_manifest,
+    read_run,
+    read_seeds,
+    read_steps,
+    seed_folder,
+    verify_base,
+)
 from lsg_jax.config import ModelConfig, to_dict
 from lsg_jax.data import clevr, records
 from lsg_jax.data.prepared import PreparedRows
@@ -26,7 +37,7 @@ STUDIES = frozenset(
 
 
 def kind_of(path: Path) -> str:
-    """`model`, `run`, `records` or `gates`.
+    """`model`, `run`, `seeds`, `records` or `gates`.
 
     Raises:
         InputError: the path does not exist or is none of these.
@@ -50,6 +61,8 @@ def _kind(path: Path) -> str | None:
         return "model"
     if (path / "run.json").exists():
         return "run"
+    if (path / SEEDS).exists():
+        return "seeds"
     if any((path / layout.manifest).exists() for layout in (records.LAYOUT, clevr.LAYOUT)):
         return "records"
     return None
@@ -57,7 +70,7 @@ def _kind(path: Path) -> str | None:
 
 def describe(path: Path) -> dict[str, Any]:
     """The content of a folder or file as plain data."""
-    return {"model": _model, "run": _run, "records": _records, "gates": _gates}[kind_of(path)](path)
+    return {"model": _model, "run": _run, "seeds": _seeds, "records": _records, "gates": _gates}[kind_of(path)](path)
 
 
 def problems(path: Path) -> tuple[list[str], list[str]]:
@@ -136,6 +149,14 @@ def _run_problems(path: Path) -> list[str]:
     return found
 
 
+def _seeds_problems(path: Path) -> list[str]:
+    try:
+        read_seeds(path)  # its runs are folders below
+    except (InputError, CheckpointError) as error:
+        return [str(error)]
+    return []
+
+
 def _records_problems(path: Path) -> list[str]:
     try:
         _open(path, check=True)
@@ -147,6 +168,7 @@ def _records_problems(path: Path) -> list[str]:
 _CHECKS: dict[str, Callable[[Path], list[str]]] = {
     "model": lambda path: [str(problem) for problem in verify_base(path)],
     "run": _run_problems,
+    "seeds": _seeds_problems,
     "records": _records_problems,
 }
 
@@ -198,6 +220,14 @@ def _run(path: Path) -> dict[str, Any]:
         "gate": run.table("gate"),
         "sinks": to_dict(run.sinks),
     }
+
+
+def _seeds(path: Path) -> dict[str, Any]:
+    runs = {seed: seed_folder(path, seed) for seed in read_seeds(path)}
+    begun = {f"seed {seed}": _run(run) for seed, run in runs.items() if (run / "run.json").exists()}
+    shown = ("path", "saved steps", "total steps", "last loss")
+    each = {seed: {name: run[name] for name in shown} for seed, run in begun.items()}
+    return {"kind": "seeds", "path": str(path), "seeds": list(runs), **each}
 
 
 def _open(path: Path, *, check: bool) -> PreparedRows:

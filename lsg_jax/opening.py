@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_jax.checkpoint import LeafEntry, RunRecord, load_base, read_manifest, read_run, read_step
+from lsg_jax.checkpoint import LeafEntry, RunRecord, load_base, read_manifest, read_run, read_seeds, read_step, seed_folder
 from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict
 from lsg_jax.digest import text_sha256
@@ -153,6 +153,13 @@ def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGate
     source, layers = _split_layers(path)
     gates = _run_gates(source, backbone) if source.is_dir() else read_gates(source)
     return choose_gates(gates, layers, where=str(source)) if layers else gates
+
+
+def seed_sources(path: str | Path) -> dict[int, str]:
+    """The run of each seed of a folder of several (`train.seeds`), with the layers asked for; none for anything else."""
+    folder, layers = _split_layers(path)
+    chosen = "@" + ",".join(map(str, layers)) if layers else ""
+    return {seed: f"{seed_folder(folder, seed)}{chosen}" for seed in read_seeds(folder)}
 
 
 def _split_layers(path: str | Path) -> tuple[Path, tuple[int, ...]]:

@@ -25,6 +25,8 @@ from lsg_jax.files import read_toml
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.registry import METHODS
 
+LAST_SEED = 2**32 - 1
+
 
 def method_tables() -> dict[str, type[Table]]:
     """The settings of each method that has any, by the name of their table."""
@@ -70,11 +72,19 @@ class RunConfig(RunSettings):
             raise ConfigError(f'train.remat is "{self.train.remat}": independent gates recompute every layer, choose "full"')
         if method.gate is not None and self.data.conversations == "whole":
             raise ConfigError('data.conversations = "whole" has no one place for a gate to read at: choose "split"')
+        if (last := self.seed + self.train.seeds - 1) > LAST_SEED:
+            raise ConfigError(f"train.seeds: {self.train.seeds} seeds from {self.seed} on end at {last}, above {LAST_SEED}")
 
     @property
     def gate(self) -> GateConfig:
         """The table `gate`."""
         return self.tables[GateConfig.table]
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the records."""
+        order = self.data.order
+        return self.seed if order is None or order < 0 else order
 
     def get_method(self, name: str | None = None) -> Method:
         """The method of this name with its settings; None for the one that `method` names."""

@@ -273,6 +273,8 @@ class SinkMasks:
 class TrainState:
     """All that a training run changes. Of n independent gates, `opt_state` and `skipped` have a leading axis of n.
 
+    Of several seeds that are trained together, all but `step` have an axis of them in front.
+
     Attributes:
         trained: parameters of the gates or of another trained method, float32, a nested dict.
         opt_state: the optax state; holds slots for trained leaves only.

@@ -52,6 +52,8 @@ def plan_variants(
         raise ConfigError(f'method = "{config.method}": the reference of `lsg ablate` is gates, set method = "lsg"')
     if config.gate.independent:
         raise ConfigError("gate.layers: `lsg ablate` compares gates that are used together: name one layer, for example [10]")
+    if config.train.seeds > 1:
+        raise ConfigError("train.seeds: `lsg ablate` trains one seed of each variant: set it to 1, and `seed` to name another")
     config.get_method().for_model(model)
     runs, skipped = {REFERENCE: config}, []
     for name in _names(config, wanted):

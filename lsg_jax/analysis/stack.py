@@ -141,7 +141,7 @@ def stack_study(
     """
     singles, origin = _open_checked(config, sources)
     if settings.joint:
-        _check_records(config)
+        _check_training(config)
     asked = ask_all(config.eval)
     study = _Study(config, out, asked, selection(asked, settings.select), progress)
     alone, steps = study.grow(singles, settings.max_gates)
@@ -243,7 +243,9 @@ def _open_checked(config: RunConfig, sources: Sequence[str]) -> tuple[dict[int, 
     return singles, origin
 
 
-def _check_records(config: RunConfig) -> None:
+def _check_training(config: RunConfig) -> None:
+    if config.train.seeds > 1:
+        raise ConfigError("train.seeds: `lsg stack --joint` trains one seed: set it to 1, and `seed` to name another")
     if not config.data.records:
         raise ConfigError("--joint trains, but data.records is empty: name a folder that `lsg prepare` wrote")
     open_records(config.data.records)

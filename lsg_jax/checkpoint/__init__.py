@@ -10,6 +10,7 @@ from lsg_jax.checkpoint.manifest import MANIFEST, LeafEntry, Manifest, ModelSour
 from lsg_jax.checkpoint.problem import Problem
 from lsg_jax.checkpoint.run import Restored, RunFolder, read_step
 from lsg_jax.checkpoint.run_record import Computation, RunRecord, read_run
+from lsg_jax.checkpoint.seeds import SEEDS, read_seeds, seed_folder, write_seeds
 from lsg_jax.checkpoint.step_log import METRICS, read_steps
 from lsg_jax.checkpoint.steps import StepMeta
 from lsg_jax.checkpoint.writer import BaseWriter, LeafSpec
@@ -17,6 +18,7 @@ from lsg_jax.checkpoint.writer import BaseWriter, LeafSpec
 __all__ = [
     "MANIFEST",
     "METRICS",
+    "SEEDS",
     "BaseWriter",
     "Computation",
     "FolderLock",
@@ -34,8 +36,11 @@ __all__ = [
     "load_base",
     "read_manifest",
     "read_run",
+    "read_seeds",
     "read_step",
     "read_steps",
+    "seed_folder",
     "verify_base",
     "write_manifest",
+    "write_seeds",
 ]

@@ -106,14 +106,26 @@ class RunFolder:
             CheckpointError: the step was not saved, for the reason given.
                 Earlier steps are intact in either case.
         """
+        self.write(step, state, meta=meta)
+        self.delete_old()
+
+    def write(self, step: int, state: Any, *, meta: StepMeta = _NO_META) -> None:
+        """`save` without deleting anything."""
         if self._lock is None:
             raise RuntimeError("save() needs `with run.lock():`")
         stored = steps.to_stored(state)
         on_primary(lambda: self._check_order(step))
         steps.write_step(self.checkpoints, step, stored, meta)
-        on_primary(self._delete_old)
 
-    def latest(self, abstract: Any) -> Restored | None:
+    def delete_old(self) -> None:
+        """Deletes steps beyond `keep`."""
+        on_primary(lambda: self._delete(self.steps()[: -self.keep]))
+
+    def delete_after(self, step: int) -> None:
+        """Deletes steps later than `step`, which are to be computed again. Needs the lock."""
+        on_primary(lambda: self._delete([later for later in self.steps() if later > step]))
+
+    def latest(self, abstract: Any, *, up_to: int | None = None) -> Restored | None:
         """Restores the newest undamaged step; None if there are no steps.
 
         Damaged newer steps are skipped with a warning and, under the lock, moved to `quarantine/`.
@@ -121,11 +133,12 @@ class RunFolder:
         Args:
             abstract: pytree of arrays or `jax.ShapeDtypeStruct`; its shardings are used where present. Leaves under `trained`
                 are restored from `gates`, as `save` stored them.
+            up_to: passes over later steps; None for none.
 
         Raises:
             CheckpointError: names, shapes or dtypes differ from `abstract` (never cast), or every step is damaged.
         """
-        found = on_primary(lambda: self._find(abstract))
+        found = on_primary(lambda: self._find(abstract, up_to))
         header = share_bytes(json.dumps(to_dict(found[0]) if found else None).encode())
         if header == b"null":
             return None
@@ -201,20 +214,20 @@ class RunFolder:
                 f"{self.path}: step {step} was not saved: the latest step is {newest}; resume from it instead"
             )
 
-    def _delete_old(self) -> None:
-        for old in self.steps()[: -self.keep]:
+    def _delete(self, found: list[int]) -> None:
+        for old in found:
             # Renamed first, so that an interrupted deletion leaves no partial step.
             doomed = self.checkpoints / f"{old}.deleted"
             try:
                 os.rename(self.checkpoints / str(old), doomed)
                 shutil.rmtree(doomed)
             except OSError as error:
-                logger.warning("%s: old step %d could not be deleted: %s", self.path, old, error.strerror)
+                logger.warning("%s: step %d could not be deleted: %s", self.path, old, error.strerror)
 
-    def _find(self, abstract: Any) -> tuple[StepRecord, dict[str, StoredLeaf]] | None:
+    def _find(self, abstract: Any, up_to: int | None = None) -> tuple[StepRecord, dict[str, StoredLeaf]] | None:
         """The newest undamaged step; once there is one, the damaged newer ones are moved away."""
         damaged: list[tuple[int, DamagedStep]] = []
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if up_to is None or step <= up_to]):
             try:
                 record, stored = steps.read_stored(self.checkpoints, step)
             except DamagedStep as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.checkpoint.seeds import read_seeds, seed_folder
 from lsg_jax.config import SinkConfig, from_dict, to_dict
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.json_files import read_sealed
@@ -120,6 +121,9 @@ def read_run(path: str | Path, *, backbone: str | None = None) -> RunRecord:
     """
     file = Path(path) / RUN
     if not file.is_file():
+        if seeds := read_seeds(path):
+            each, one = ", ".join(map(str, seeds)), seed_folder(path, seeds[0])
+            raise InputError(f"{path}: holds the seeds {each}, each a run of its own: name one, as {one}")
         raise InputError(f"{path}: neither a run folder (no readable {RUN}) nor a gate file")
     content = read_sealed(file)
     found = content.pop("format", None)

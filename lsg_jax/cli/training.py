@@ -77,6 +77,8 @@ def _add_runs(command: Command) -> None:
     )
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    text = "short for --set train.seeds=N: N runs of it, in OUTPUT/seed0, ..."
+    number_option(sub, "--seeds", int, "[1, 1000]", metavar="N", help=text)
     process_options(sub)
 
     sub = command(
@@ -146,7 +148,8 @@ def _train(options: argparse.Namespace) -> None:
     from lsg_jax.train.goodput import start_of_process
     from lsg_jax.train.loop import train
 
-    config = load_run_config(options.config, options.overrides)
+    seeds = [] if options.seeds is None else [f"train.seeds={options.seeds}"]
+    config = load_run_config(options.config, [*options.overrides, *seeds])
     use_compile_cache()
     with progress_bar("train") as progress:
         folder = train(config, on_step=training_progress(progress), began=start_of_process())
@@ -159,7 +162,9 @@ def _eval(options: argparse.Namespace) -> None:
 
     import jax
 
-    from lsg_jax.eval.methods import open_methods
+    from lsg_jax.checkpoint import SEEDS
+    from lsg_jax.checkpoint.run_record import RUN
+    from lsg_jax.eval.methods import open_methods, seeds_of
     from lsg_jax.eval.runner import ask_all, evaluate
     from lsg_jax.eval.table import table
     from lsg_jax.opening import open_to_answer
@@ -175,16 +180,19 @@ def _eval(options: argparse.Namespace) -> None:
     check_output(out, folder=True)
     asked = ask_all(settings)  # a wrong file is reported before the model is loaded
     use_compile_cache()
-    gates = options.gates or (output if (output / "run.json").exists() else None)
+    gates = options.gates or (output if any((output / name).exists() for name in (RUN, SEEDS)) else None)
     base = open_to_answer(config)
     models = open_methods(base, config, options.method, gates)
     with progress_bar("eval") as progress:
-        result = evaluate(models, settings, out, asked=asked, progress=progress)
+        result = evaluate(models, settings, out, asked=asked, seeds=seeds_of(models), progress=progress)
     if jax.process_index() == 0:
         plain = dataclasses.asdict(result)
-        remove_drawings(out / "gains", out / "ratios")  # of an earlier evaluation, of other methods
+        # of an earlier evaluation, of other methods
+        remove_drawings(out / "gains", *(file.with_suffix("") for file in out.glob("ratios*.svg")))
         if len(models) > 1:
             draw_gains(rows_of_gains(result), out / "gains")
-        if result.ratios:
-            draw_gate_ratios(plain["ratios"], out / "ratios")
+        gated = dict.fromkeys(row.method for row in result.ratios)
+        for method in gated:
+            own = [row for row in plain["ratios"] if row["method"] == method]
+            draw_gate_ratios(own, out / ("ratios" if len(gated) == 1 else f"ratios_{method}"))
         print(json.dumps(plain, indent=2) if options.json else table(result.benchmarks))

@@ -25,12 +25,16 @@ class DataConfig(Table, name="data"):
 
     A conversation of several answers gives an example for each, with the turns before as prompt (`split`), since a gate reads
     at the end of a prompt. `whole` makes one example of it in which every answer counts, for methods that train no gates.
+
+    `order` seeds the order of the records. Without it, that is the run's `seed`; of several seeds (`train.seeds`) that share
+    their passes over the model, the first. -1 gives each seed an order of its own, and a run after the others.
     """
 
     records: str = ""  # folder written by `lsg prepare`
     max_length: Annotated[int, Range("[1, 1e8]")] = 1024  # tokens per example, image tokens included
     max_answer_tokens: Annotated[int, Range("[1, 1e8]")] = 256
     conversations: Literal["split", "whole"] = "split"
+    order: Annotated[int, Range("[-1, 4294967295]")] | None = None
     num_threads: Annotated[int, Range("[1, 1024]")] = 2
     prefetch: Annotated[int, Range("[1, 1e4]")] = 4  # batches
     image_aspect: Aspect | None = None  # None: as the model folder says
@@ -44,6 +48,8 @@ class TrainConfig(Table, name="train"):
     `sgd` is stochastic gradient descent with momentum `beta1`. `remat` names what is kept for the backward pass: only the input
     of each layer (`full`; in host memory with `offload`), also the wide activations of the MLP (`mlp`), all products with
     weights (`dots`), everything (`none`). `auto` is the fastest that fits the memory of the device.
+
+    `seeds` trains so many runs, from the seeds `seed`, `seed` + 1, ..., each into a folder of its own, OUTPUT/seed0, ...
     """
 
     batch_size: Annotated[int, Range("[1, 1e6]")] = 64  # over all devices
@@ -58,6 +64,7 @@ class TrainConfig(Table, name="train"):
     beta2: Annotated[float, Range("[0, 1)")] = 0.999
     clip_norm: Annotated[float, Range("(0, 1e12]")] = 1.0  # of the global gradient norm
     remat: Remat = "full"
+    seeds: Annotated[int, Range("[1, 1000]")] = 1
     accumulate: Annotated[int, Range("[1, 1e6]")] = 1  # parts of a batch that are computed in turn, for less memory
     max_skipped: Annotated[int, Range("[1, 1e6]")] = 5  # non-finite steps in a row before the run is aborted
     log_every: Annotated[int, Range("[1, 1e9]")] = 1  # steps

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lsg_jax.config import BenchmarkKind
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.eval.results import BASE
 from lsg_jax.methods.registry import METHODS
-from lsg_jax.opening import open_trained
+from lsg_jax.opening import open_trained, seed_sources
 from lsg_jax.run_config import RunConfig
 from lsg_jax.vlm import VLM
 
+SEED = "_seed"  # between the name of a method and the seed
+
 
 def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: str | Path | None = None) -> dict[str, VLM]:
-    """The model under each method, `base` first.
+    """The model under each method, `base` first; under each seed of a run of several, as `lsg_seed0` (`seeds_of`).
 
     Args:
         base: the model as it is.
@@ -36,9 +38,13 @@ def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: st
             raise ConfigError(f"--method {method}: unknown; known are {', '.join(METHODS)}")
         if method == BASE:
             continue
-        if method in models:
+        if method in models or method in seeds_of(models):
             raise ConfigError(f"--method {method}: named twice")
-        models[method] = _open(base, config, method, own or source)
+        held = own or source if METHODS[method].trains else None
+        seeds = {} if held is None else seed_sources(held)
+        models |= {f"{method}{SEED}{seed}": _open(base, config, method, run) for seed, run in seeds.items()}
+        if not seeds:
+            models[method] = _open(base, config, method, held)
     return models
 
 
@@ -46,6 +52,16 @@ def fit(model: VLM, kind: BenchmarkKind) -> VLM:
     """The model as its method is meant for benchmarks of this kind (`Method.for_benchmark`)."""
     method = model.method.for_benchmark(kind)
     return model if method == model.method else model.with_method(method, model.trained)
+
+
+def seeds_of(models: Iterable[str]) -> dict[str, list[str]]:
+    """Method -> those of the names of `open_methods` that are its seeds."""
+    found: dict[str, list[str]] = {}
+    for name in models:
+        method, seed, _ = name.partition(SEED)
+        if seed:
+            found.setdefault(method, []).append(name)
+    return found
 
 
 def _open(base: VLM, config: RunConfig, method: str, source: str | Path | None) -> VLM:

@@ -30,6 +30,23 @@ class Estimate:
     high: float | None
 
 
+@dataclass(frozen=True)
+class OverSeeds:
+    """A method over the seeds that it was trained from.
+
+    Attributes:
+        seeds: the methods that are its seeds.
+        methods: metric -> mean over the seeds; the interval is over questions, with these seeds.
+        change: metric -> the same of the difference from the base model.
+        deviation: metric -> standard deviation over the seeds (n - 1), of the value and of the change alike.
+    """
+
+    seeds: tuple[str, ...]
+    methods: Mapping[str, Estimate]
+    change: Mapping[str, Estimate]
+    deviation: Mapping[str, float | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
     """Scores of all methods on one benchmark. Metrics are in percent unless the benchmark says otherwise.
@@ -51,6 +68,7 @@ class BenchmarkResult:
         methods: method -> metric -> its value.
         change: method -> metric -> its difference from the base model.
         paired_test: method -> test of its scores against those of the base model.
+        over_seeds: method -> mean and deviation over its seeds, each of which is among `methods`.
         rows: method -> sha256 of its file of question rows; empty in results of versions that did not store it.
         settings: method -> its settings on this kind of benchmark, where they differ from those of `EvaluationResult.methods`.
     """
@@ -73,6 +91,7 @@ class BenchmarkResult:
     methods: Mapping[str, Mapping[str, Estimate]]
     change: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     paired_test: Mapping[str, PairedTest] = field(default_factory=dict)
+    over_seeds: Mapping[str, OverSeeds] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, MethodSettings] = field(default_factory=dict)
 
@@ -165,11 +184,16 @@ def result_of(tree: Mapping[str, Any]) -> EvaluationResult:
 
 
 def _benchmark(entry: Mapping[str, Any]) -> BenchmarkResult:
-    scores = lambda of: {m: {metric: Estimate(**at) for metric, at in metrics.items()} for m, metrics in of.items()}
+    estimates = lambda of: {metric: Estimate(**at) for metric, at in of.items()}
+    scores = lambda of: {method: estimates(metrics) for method, metrics in of.items()}
     tests = {method: PairedTest(**test) for method, test in entry.get("paired_test", {}).items()}
     settings = {method: MethodSettings(**own) for method, own in entry.get("settings", {}).items()}
+    seeds = {
+        method: OverSeeds(tuple(of["seeds"]), estimates(of["methods"]), estimates(of["change"]), of["deviation"])
+        for method, of in entry.get("over_seeds", {}).items()
+    }
     nested = {"methods": scores(entry["methods"]), "change": scores(entry.get("change", {})), "paired_test": tests}
-    return BenchmarkResult(**{**entry, **nested, "settings": settings})
+    return BenchmarkResult(**{**entry, **nested, "settings": settings, "over_seeds": seeds})
 
 
 # ------------------------------------------------------------------------------------------------------------- question rows

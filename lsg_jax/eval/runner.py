@@ -25,6 +25,7 @@ from lsg_jax.eval.results import (
     BenchmarkResult,
     Estimate,
     EvaluationResult,
+    OverSeeds,
     QuestionRow,
     RatioRow,
     questions_bytes,
@@ -39,6 +40,7 @@ from lsg_jax.stopping import stop_signals
 from lsg_jax.vlm import VLM
 
 MAX_NEW_TOKENS = 32  # where neither the run nor the protocol sets a limit
+NO_SEEDS: Mapping[str, Sequence[str]] = {}
 RATIO_DIGITS = 3  # of gate ratios in files: further digits depend on the batch size
 
 
@@ -102,6 +104,7 @@ def evaluate(
     out: Path,
     *,
     asked: dict[str, Asked] | None = None,
+    seeds: Mapping[str, Sequence[str]] = NO_SEEDS,
     progress: Progress = silent,
 ) -> EvaluationResult:
     """Answers every question of `config.benchmarks` under every method. All processes must call it.
@@ -112,6 +115,7 @@ def evaluate(
     Args:
         models: method -> the model under it; the others are compared with `base`.
         asked: `ask_all(config)`, if the caller has read the files before loading the model.
+        seeds: name of a method -> the models that are its seeds, for `BenchmarkResult.over_seeds`.
         progress: counts the questions of each benchmark and method.
 
     Raises:
@@ -133,7 +137,7 @@ def evaluate(
                 write_atomic(questions_file(out, name, method), data)
         rows = {method: bytes_sha256(data) for method, data in files.items()}
         settings = {m: settings_of(fitted[m]) for m in models if fitted[m] is not models[m]}
-        benchmarks[name] = replace(summary(test, graded), rows=rows, settings=settings)
+        benchmarks[name] = replace(summary(test, graded, seeds), rows=rows, settings=settings)
         for method, model in models.items():
             if model.gate is not None:
                 ratios += ratio_rows(method, name, test, answers[method], model.gate)
@@ -210,8 +214,8 @@ def grade(test: Asked, outputs: Sequence[str]) -> Graded:
     return Graded(test.items, [match.parsed for match in matches], score, np.ones((1, len(matches))), counts)
 
 
-def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
-    """Every metric of every method with its interval, and the change over the base model."""
+def summary(test: Asked, graded: Mapping[str, Graded], seeds: Mapping[str, Sequence[str]] = NO_SEEDS) -> BenchmarkResult:
+    """Every metric of every method with its interval, the change over the base model, and both over seeds."""
     benchmark = test.benchmark
     weight = resamples(benchmark, test.items)
     points = {method: benchmark.metrics(g) for method, g in graded.items()}
@@ -238,6 +242,21 @@ def summary(test: Asked, graded: Mapping[str, Graded]) -> BenchmarkResult:
         methods={m: _estimates(points[m], score_intervals(benchmark, graded[m], resampled[m])) for m in graded},
         change={m: _estimates(difference(points, m), _intervals(difference(resampled, m))) for m in others},
         paired_test={method: paired_test(graded[BASE].score, graded[method].score) for method in others},
+        over_seeds={method: _over_seeds(names, points, resampled) for method, names in seeds.items()},
+    )
+
+
+def _over_seeds(names: Sequence[str], points: Mapping[str, Metrics], resampled: Mapping[str, Metrics]) -> OverSeeds:
+    """Means over the methods of these names, and their deviation."""
+
+    def mean(of: Mapping[str, Metrics], base: int) -> Metrics:
+        return {metric: np.mean([of[n][metric] - base * of[BASE][metric] for n in names], axis=0) for metric in of[BASE]}
+
+    return OverSeeds(
+        seeds=tuple(names),
+        methods=_estimates(mean(points, 0), _intervals(mean(resampled, 0))),
+        change=_estimates(mean(points, 1), _intervals(mean(resampled, 1))),
+        deviation={metric: _number(np.std([points[n][metric][0] for n in names], ddof=1)) for metric in points[BASE]},
     )
 
 

@@ -16,10 +16,14 @@ def table(benchmarks: Mapping[str, BenchmarkResult]) -> str:
 
 
 def _benchmark(name: str, found: BenchmarkResult) -> str:
-    methods, changes = found.methods, found.change
-    if len(changes) > 1:  # scores of several methods would not fit on a screen
+    seeds = {name for over in found.over_seeds.values() for name in over.seeds}
+    methods = {m: scores for m, scores in found.methods.items() if m not in seeds}
+    changes = {m: scores for m, scores in found.change.items() if m not in seeds}
+    over_seeds = found.over_seeds
+    if len(changes) + len(over_seeds) > 1:  # scores of several methods would not fit on a screen
         methods = {BASE: methods[BASE]}
-    rows = [["metric", "majority", *(f"{m} [95 %]" for m in methods), *(f"{m}: change [95 %]" for m in changes)]]
+    headings = [f"{m} [95 %]" for m in methods] + [f"{m}: change [95 %]" for m in changes]
+    rows = [["metric", "majority", *headings, *(f"{m}: mean change [95 %] ± over seeds" for m in over_seeds)]]
     for metric, majority in found.majority.items():
         rows.append(
             [
@@ -27,6 +31,7 @@ def _benchmark(name: str, found: BenchmarkResult) -> str:
                 _value(majority),
                 *(_estimate(scores[metric]) for scores in methods.values()),
                 *(_estimate(scores[metric], sign="+") for scores in changes.values()),
+                *(f"{_estimate(of.change[metric], sign='+')} ± {_value(of.deviation[metric])}" for of in over_seeds.values()),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -36,7 +41,7 @@ def _benchmark(name: str, found: BenchmarkResult) -> str:
     ]
     lines = ["  ".join(row) for row in aligned]
     said = [*found.lacks, *([found.note] if found.note else [])]
-    return "\n".join([_title(name, found), *said, *lines, *_unread(found), *_tests(found)])
+    return "\n".join([_title(name, found), *said, *lines, *_by_seed(found), *_unread(found), *_tests(found)])
 
 
 def _title(name: str, found: BenchmarkResult) -> str:
@@ -46,6 +51,16 @@ def _title(name: str, found: BenchmarkResult) -> str:
     if found.partial:
         return f"{title}; PARTIAL, {found.questions} of {found.of}: no official score"
     return title + (f"; * official score: {found.score}" if found.score else "")
+
+
+def _by_seed(found: BenchmarkResult) -> list[str]:
+    """The scores of each seed: the official one, or the first."""
+    metric, lines = found.score or next(iter(found.majority)), []
+    for method, of in found.over_seeds.items():
+        each = ", ".join(_value(found.methods[name][metric].value) for name in of.seeds)
+        mean = f"{_estimate(of.methods[metric])} ± {_value(of.deviation[metric])}"
+        lines.append(f"{method}, {metric}: mean {mean} of {len(of.seeds)} seeds, {each}")
+    return lines
 
 
 def _unread(found: BenchmarkResult) -> list[str]:

@@ -25,6 +25,7 @@ from lsg_jax.methods.registry import name_of
 from lsg_jax.model.loss import answer_loss
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import abstract_batch, batch_rows, replicated, shard_params, state_shardings
+from lsg_jax.train.seeds import stack_seeds, together
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch
 from lsg_jax.vlm import PROMPT_BUCKET, answer_batch, read_batch
@@ -58,7 +59,11 @@ class Program:
 
 
 def train_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.bfloat16) -> Program:
-    """The training step of a configuration; `gate.independent` for gates of many layers in one run."""
+    """The training step of a configuration; `gate.independent` for gates of many layers in one run.
+
+    Of seeds that are not trained together it is the step of one.
+    """
+    train = config.train if together(config) else dataclasses.replace(config.train, seeds=1)
     method = trained_method(config, model)
     independent = method.independent
     graphdef, params = _sharded_model(model, mesh, method=method, dtype=dtype)
@@ -66,13 +71,15 @@ def train_program(config: RunConfig, model: ModelConfig, mesh: Mesh, *, dtype: A
     parts = {part: params.pop(part) for part in method.parts}
     trained = jax.tree.map(float32, parts) if parts else params.pop(TRAINED)
     state = jax.eval_shape(
-        lambda trained: init_state(trained, params, config=config.train, total_steps=100, independent=independent), trained
+        lambda trained: init_state(trained, params, config=train, total_steps=100, independent=independent), trained
     )
+    if train.seeds > 1:
+        state = jax.eval_shape(lambda state: stack_seeds([state] * train.seeds), state)
     state = _placed(state, state_shardings(state, mesh))
     batch = training_batch(config, model, mesh)
     return Program(
         name="each" if independent else "train",
-        function=compiled_step(graphdef, config.train, 100, mesh, independent=independent),
+        function=compiled_step(graphdef, train, 100, mesh, independent=independent),
         arguments=(state, params, batch),
         rows=config.train.batch_size,
         parts={"weights": params, "trained and optimiser": state, "batch": batch},

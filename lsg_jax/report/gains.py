@@ -48,6 +48,8 @@ LINES_A_COLUMN, MAX_COLUMNS = 45, 3
 def rows_of_gains(result: EvaluationResult, *, every_metric: bool = False) -> list[dict[str, Any]]:
     """The scores of an evaluation as rows of COLUMNS; rows of the base model have no change.
 
+    A row has the interval of its value besides, as `score`, and the mean over seeds its `deviation` over them.
+
     Args:
         every_metric: all metrics of each benchmark, not only its official score (its first metric where it has none).
     """
@@ -55,11 +57,26 @@ def rows_of_gains(result: EvaluationResult, *, every_metric: bool = False) -> li
     for name, benchmark in result.benchmarks.items():
         base = benchmark.methods[BASE]
         for metric in base if every_metric else [benchmark.score or next(iter(base))]:
+            place = {"benchmark": name, "metric": metric}
             for method, scores in benchmark.methods.items():
                 change = benchmark.change.get(method, {}).get(metric, NO_CHANGE)
-                numbers = {"value": scores[metric].value, "change": change.value, "low": change.low, "high": change.high}
-                rows.append({"benchmark": name, "metric": metric, "method": method, **numbers})
+                rows.append({**place, "method": method, **_numbers(scores[metric], change)})
+            for method, over in benchmark.over_seeds.items():
+                named = f"{METHODS.get(method, method)}, mean of {len(over.seeds)} seeds"
+                numbers = _numbers(over.methods[metric], over.change[metric])
+                rows.append({**place, "method": named, **numbers, "deviation": over.deviation[metric]})
     return rows
+
+
+def _numbers(score: Estimate, change: Estimate) -> dict[str, Any]:
+    return {"value": score.value, "change": change.value, "low": change.low, "high": change.high, "score": score}
+
+
+def score_text(row: Row) -> str:
+    """The value of a row of `rows_of_gains` with its interval and, of a mean over seeds, the deviation over them."""
+    score, deviation = row["score"], row.get("deviation")
+    text = interval_text(score.value, score.low, score.high, sign="")
+    return text if deviation is None else f"{text} ± {plain(deviation)}"
 
 
 def rows_of_ablation(rows: Sequence[Row]) -> list[dict[str, Any]]:

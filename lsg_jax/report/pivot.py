@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from lsg_jax.eval.benchmark import gain
 from lsg_jax.eval.results import BASE, EvaluationResult
 from lsg_jax.report.drawing import Row, interval_text, plain
-from lsg_jax.report.gains import METHODS, rows_of_gains
+from lsg_jax.report.gains import METHODS, rows_of_gains, score_text
 
 MAX_SENTENCES = 3
 
@@ -55,16 +55,16 @@ def pivot(caption: str, evaluations: Sequence[tuple[str, EvaluationResult]], *, 
     labels: dict[Key, str] = {}
     majority: dict[Key, str] = {}
     for run, result in evaluations:
-        own = {method: _Column(method, run, result.backbone) for method in result.methods}
+        own: dict[str, _Column] = {}
         for row in rows_of_gains(result, every_metric=every_metric):
             benchmark = result.benchmarks[row["benchmark"]]
             key = (row["benchmark"], row["metric"], benchmark.protocol, benchmark.questions, benchmark.of)
             part = f" ({benchmark.questions} of {benchmark.of})" if benchmark.partial else ""
             labels[key] = f"{row['benchmark']}, {row['metric']}{part}"
             majority[key] = plain(benchmark.majority.get(row["metric"]))
-            score = benchmark.methods[row["method"]][row["metric"]]
-            own[row["method"]].values[key] = score.value
-            own[row["method"]].cells[key] = _cell(row, interval_text(score.value, score.low, score.high, sign=""))
+            column = own.setdefault(row["method"], _Column(row["method"], run, result.backbone))
+            column.values[key] = row["value"]
+            column.cells[key] = _cell(row, score_text(row))
         for column in own.values():
             _add(columns, column)
     # several protocols of a benchmark in one table are told apart

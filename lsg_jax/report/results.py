@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.checkpoint import METRICS, RunRecord, read_run, read_step, read_steps
+from lsg_jax.checkpoint import METRICS, RunRecord, read_run, read_seeds, read_step, read_steps, seed_folder
 from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.errors import LsgError
 from lsg_jax.eval.results import BASE, BenchmarkResult, EvaluationResult, result_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import draw_gains, draw_gate_ratios, draw_loss, half_life
-from lsg_jax.report.gains import METHODS, rows_of_gains
+from lsg_jax.report.gains import METHODS, rows_of_gains, score_text
 from lsg_jax.report.parts import Details, Heading, Note, Paragraph, Part, Section, Table, drawing
 from lsg_jax.report.ratios import drawn_groups, table_of_ratios
 from lsg_jax.report.side_by_side import answer_parts
@@ -92,13 +92,19 @@ def eval_section(tree: Mapping[str, Any], folder: Path, *, title: str) -> Sectio
 
 def _other_gates(run: Path, result: EvaluationResult) -> bool:
     """Whether the gates of an evaluation inside a run folder differ from those of the run; False where it cannot be told."""
-    asked, gate = result.trained.get("lsg"), result.methods["lsg"].gate if "lsg" in result.methods else None
     with contextlib.suppress(LsgError, ValueError):  # no run, a damaged one, or one of other layers
-        if asked and gate and (record := read_run(run)).method == "lsg":
-            layers = record.table("gate")["layers"]
-            slots = [layers.index(layer) for layer in gate["layers"]]
-            return asked != tree_sha256({name: leaf[slots] for name, leaf in read_step(run)[1]["trained"].items()})
+        seeds = {f"lsg_seed{seed}": seed_folder(run, seed) for seed in read_seeds(run)}
+        return any(_is_other(result, method, folder) for method, folder in (seeds or {"lsg": run}).items())
     return False
+
+
+def _is_other(result: EvaluationResult, method: str, run: Path) -> bool:
+    asked, gate = result.trained.get(method), result.methods[method].gate if method in result.methods else None
+    if not (asked and gate and (record := read_run(run)).method == "lsg"):
+        return False
+    layers = record.table("gate")["layers"]
+    slots = [layers.index(layer) for layer in gate["layers"]]
+    return asked != tree_sha256({name: leaf[slots] for name, leaf in read_step(run)[1]["trained"].items()})
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
@@ -119,14 +125,13 @@ def _scores(caption: str, result: EvaluationResult) -> Table:
     lines = []
     for row in rows_of_gains(result, every_metric=True):
         benchmark = result.benchmarks[row["benchmark"]]
-        score = benchmark.methods[row["method"]][row["metric"]]
         test = benchmark.paired_test.get(row["method"])
         lines.append(
             [
                 f"{row['benchmark']}, {row['metric']}" + (" *" if row["metric"] == benchmark.score else ""),
                 METHODS.get(row["method"], row["method"]),
                 plain(benchmark.majority.get(row["metric"])),
-                interval_text(score.value, score.low, score.high, sign=""),
+                score_text(row),
                 "" if row["method"] == BASE else interval_text(row["change"], row["low"], row["high"]),
                 "" if test is None else f"{test.better} / {test.worse}, {test.p_value:.3g}",
             ]

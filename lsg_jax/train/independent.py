@@ -34,11 +34,11 @@ from lsg_jax.sharding import ROWS, constrain
 from lsg_jax.types import Batch, LayerChange
 
 
-def independent_gates(config: ModelConfig, method: Method, frozen: dict, key: jax.Array) -> dict:
+def independent_gates(config: ModelConfig, params: dict, key: jax.Array, *, method: Method) -> dict:
     """Stacked gates before the first step: each as a run of its own starts from the same key."""
     gate = method.settings
     one = dataclasses.replace(method, settings=dataclasses.replace(gate, layers=gate.layers[:1], independent=False))
-    alone = one.initial(config, frozen, key)
+    alone = one.initial(config, params, key)
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, len(gate.layers), axis=0), alone)
 
 

@@ -31,6 +31,7 @@ from lsg_jax.train.metrics import METRICS, MetricsLog
 from lsg_jax.train.profiler import StepProfiler
 from lsg_jax.train.remat import fastest_that_fits
 from lsg_jax.train.run_record import check_same, record_start
+from lsg_jax.train.seeds import SeedFolders, claim, members, seed_runs, stack_seeds, together
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.train.steps import OnStep, Steps
 from lsg_jax.train.trainer import Trainer
@@ -45,9 +46,11 @@ logger = logging.getLogger(__name__)
 def train(config: RunConfig, *, on_step: OnStep | None = None, began: float | None = None) -> Path:
     """Trains what `config.method` names and returns the run folder; continues the run that is there.
 
+    With several seeds (`train.seeds`) it holds a run folder for each.
+
     Args:
-        on_step: called on process 0 for each logged step, after the next is dispatched; the loss of independent gates is their
-            mean.
+        on_step: called on process 0 for each logged step, after the next is dispatched; the loss of independent gates, and of
+            seeds that are trained together, is their mean.
         began: `time.monotonic()` at which the start-up time begins to count; by default that of the call.
 
     Raises:
@@ -55,15 +58,29 @@ def train(config: RunConfig, *, on_step: OnStep | None = None, began: float | No
         BusyError: the folder is in use. NonFiniteError: too many steps in a row were not finite.
         Preempted: SIGTERM or SIGINT was received; the state is saved.
     """
-    run = RunFolder(config.output, keep=config.train.keep)
+    if config.train.seeds == 1:
+        _train(config, RunFolder(config.output, keep=config.train.keep), on_step, began)
+        return Path(config.output)
+    _trained_method(config)
+    claim(config)
+    if together(config):
+        logger.info("%s: seeds in one order of the records: they differ in initial values alone (data.order)", config.output)
+        _train(config, SeedFolders(config), on_step, began)
+    else:
+        for run in seed_runs(config).values():
+            train(run, on_step=on_step, began=began)
+            began = None
+    return Path(config.output)
+
+
+def _train(config: RunConfig, run: RunFolder | SeedFolders, on_step: OnStep | None, began: float | None) -> None:
     with run.lock():
         trainer = set_up(config, run, began)
         with contextlib.closing(trainer.data), stop_signals() as stopped:
             _loop(trainer, stopped, on_step)
-    return run.path
 
 
-def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Trainer:
+def set_up(config: RunConfig, run: RunFolder | SeedFolders, began: float | None = None) -> Trainer:
     """Loads model and data, compares them with the run that is there, and restores its newest sound step."""
     goodput = Goodput(began)
     mesh = sharding.make_mesh(config.mesh)
@@ -78,14 +95,18 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         vlm.make_processor(config.data.image_aspect, config.data.template),
         config.data,
         batch_size=config.train.batch_size,
-        seed=config.seed,
+        seed=config.order_seed,
         epochs=config.train.epochs,
         rows=sharding.local_rows(mesh, config.train.batch_size),
     )
     total = min(data.num_batches, config.train.max_steps or data.num_batches)
     files = read_manifest(config.model).preparation
-    computation = Computation(config.as_dict(), vlm.config.sinks, vlm.digest, data.digest, total, model_files=files)
-    check_same(run, computation)
+    computations = [
+        (folder, Computation(own.as_dict(), vlm.config.sinks, vlm.digest, data.digest, total, model_files=files))
+        for folder, own in members(run, config)
+    ]
+    for folder, computation in computations:
+        check_same(folder, computation)
 
     graphdef, _ = abstract_model(vlm.config, method, mesh=mesh)
     state = _initial_state(config, method, vlm, mesh, total)
@@ -96,7 +117,8 @@ def set_up(config: RunConfig, run: RunFolder, began: float | None = None) -> Tra
         logger.info("%s: %s at step %d of %d", run.path, where, restored.step, total)
     step = restored.step if restored else 0
     if step < total or not restored:
-        record_start(run, computation, mesh=mesh, step=step, dropped=data.dropped)
+        for folder, computation in computations:
+            record_start(folder, computation, mesh=mesh, step=step, dropped=data.dropped)
     goodput.now("init")
     shapes = sharding.abstract_batch(
         vlm.config,
@@ -141,13 +163,15 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 def _initial_state(config: RunConfig, method: Method, vlm: VLM, mesh: Mesh, total_steps: int) -> TrainState:
     """The state before the first step; takes the parts that are trained out of `vlm.frozen`."""
-    params, key = vlm.frozen, jax.random.key(config.seed)
-    if method.independent:
-        trained = independent_gates(vlm.config, method, params, key)
-    else:
-        trained = method.initial(vlm.config, params, key)
-    vlm.frozen = {part: params[part] for part in params if part not in trained}
-    state = init_state(trained, vlm.frozen, config=config.train, total_steps=total_steps, independent=method.independent)
+    params = vlm.frozen
+    initial = functools.partial(independent_gates, method=method) if method.independent else method.initial
+    each = [initial(vlm.config, params=params, key=jax.random.key(config.seed + i)) for i in range(config.train.seeds)]
+    vlm.frozen = {part: params[part] for part in params if part not in each[0]}
+    init = functools.partial(
+        init_state, frozen=vlm.frozen, config=config.train, total_steps=total_steps, independent=method.independent
+    )
+    states = [init(trained) for trained in each]
+    state = states[0] if len(states) == 1 else stack_seeds(states)
     return jax.device_put(state, sharding.state_shardings(state, mesh))
 
 
@@ -181,11 +205,12 @@ def _loop(trainer: Trainer, stopped: Callable[[], bool], on_step: OnStep | None)
         return
     goodput.now("init")
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(MetricsLog(trainer.run.path, trainer.config, after=first)) if is_primary() else None
-        steps = stack.enter_context(Steps(trainer, log, on_step))
+        runs = members(trainer.run, trainer.config) if is_primary() else []
+        logs = [stack.enter_context(MetricsLog(folder.path, own, after=first)) for folder, own in runs]
+        steps = stack.enter_context(Steps(trainer, logs, on_step))
         traced = config.profile if is_primary() else ()
         profiler = stack.enter_context(StepProfiler(trainer.run.path / "profile", traced, settle=steps.wait))
-        if log:
+        if logs:
             stack.callback(lambda: logger.info("%s: %s", trainer.run.path, goodput.summary()))
         for step in range(first + 1, total + 1):
             profiler.before(step)

@@ -19,8 +19,9 @@ A line of metrics.jsonl is the record of a step (n gated layers, G token groups)
 | positions_per_s | | train.batch_size x data.max_length / step_s: sequence positions, of images, prompts and padding too |
 | goodput | | seconds of this process so far by activity (goodput.py), and the share of `step` |
 
-For independent gates loss, correct, grad_norm and finite have the shape n. Other methods have no gates and ratios. In
-TensorBoard and Weights & Biases each number has a name of its own: `ratios/layer10/v_sink`, `goodput/share`.
+For independent gates loss, correct, grad_norm and finite have the shape n. Each of several seeds has a file of its own, whose
+seconds are those of all seeds that were trained together. Other methods have no gates and ratios. In TensorBoard and Weights &
+Biases each number has a name of its own: `ratios/layer10/v_sink`, `goodput/share`.
 """
 
 from __future__ import annotations
@@ -198,6 +199,7 @@ class WeightsAndBiases:
             project=project,
             id=text_sha256(started)[:16],
             resume="allow",
+            reinit="create_new",  # seeds that are trained together have a run each
             name=folder.resolve().name,
             dir=str(folder),
             config=record.config,

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lsg_jax.checkpoint import RunFolder
+from lsg_jax.checkpoint import RunFolder, read_seeds
 from lsg_jax.checkpoint.processes import on_primary
 from lsg_jax.checkpoint.run_record import RUN, Computation, GitRevision, RunRecord, Start, read_run
 from lsg_jax.config import to_dict
@@ -51,6 +51,8 @@ def check_same(run: RunFolder, computation: Computation) -> None:
     unused = {name for name, settings in method_tables().items() if settings is not used}
 
     def compare() -> None:
+        if read_seeds(run.path):
+            raise ConfigError(f"{run.path}: holds runs of several seeds; choose another output, or set train.seeds as it was")
         if not (run.path / RUN).exists():
             check_only(run.path, BESIDE_A_RUN, "run folder")
             return

@@ -16,6 +16,7 @@ from lsg_jax.model.loss import answer_loss, has_image
 from lsg_jax.sharding import compiler_options, replicated, state_shardings
 from lsg_jax.train.independent import losses_and_gradients
 from lsg_jax.train.optimizer import make_optimizer, trained_updates
+from lsg_jax.train.seeds import OVER_SEEDS
 from lsg_jax.types import IGNORE, Batch, TrainState
 
 
@@ -133,12 +134,16 @@ def _update(
 def compiled_step(graphdef: Any, config: TrainConfig, total_steps: int, mesh: Mesh, *, independent: bool = False) -> Any:
     """`train_step`, jitted: (state, frozen, batch) -> (state, metrics), the state donated, the metrics on every device.
 
-    One function for equal settings, so that a run resumed in the same process does not compile again.
+    One function for equal settings, so that a run resumed in the same process does not compile again. With several seeds
+    (`config.seeds`) state and metrics have an axis of them in front; what no seed changes is computed once.
     """
+    options: dict[str, Any] = {"config": config, "total_steps": total_steps, "independent": independent}
+    take: Any = functools.partial(train_step, graphdef=graphdef, **options)
+    if config.seeds > 1:
+        take = jax.vmap(take, in_axes=(OVER_SEEDS, None, None), out_axes=(OVER_SEEDS, 0))
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        options: dict[str, Any] = {"config": config, "total_steps": total_steps, "independent": independent}
-        state, metrics = train_step(state, frozen, batch, graphdef=graphdef, **options)
+        state, metrics = take(state, frozen, batch)
         return jax.lax.with_sharding_constraint((state, metrics), (state_shardings(state, mesh), replicated(mesh)))
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))

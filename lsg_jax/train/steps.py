@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +55,14 @@ class Steps:
     """Dispatches steps, and handles the metrics of each after the next is dispatched, so that the devices do not wait.
 
     A thread reads the metrics: the main thread may be waiting for data when a step ends, and the time of its end is recorded.
+
+    Args:
+        logs: one for each seed; none on other processes than 0.
     """
 
-    def __init__(self, trainer: Trainer, log: MetricsLog | None, on_step: OnStep | None):
-        self._trainer, self._log, self._on_step = trainer, log, on_step
+    def __init__(self, trainer: Trainer, logs: Sequence[MetricsLog], on_step: OnStep | None):
+        self._trainer, self._logs, self._on_step = trainer, logs, on_step
+        self._seeds = trainer.config.train.seeds
         self._first, total = int(trainer.state.step) + 1, trainer.total_steps
         # all at once: computed between steps, each would queue up after the step in flight
         schedule = learning_rate(trainer.config.train, total)
@@ -114,17 +118,19 @@ class Steps:
         finite = metrics["finite"]
         self._skipped = np.where(finite, 0, self._skipped + 1)
         spent = self._count(done, ready)
-        self._watch_sinks(done.step, metrics)
+        # of several seeds each value is a list
+        each = [{name: of[i] for name, of in metrics.items()} for i in range(self._seeds)] if self._seeds > 1 else [metrics]
+        self._watch_sinks(done.step, each[0])
         if done.step % config.train.log_every == 0 or done.step == total or not np.all(finite):
-            metrics |= {"learning_rate": self._rates[done.step - self._first], **spent}
+            common: dict[str, Any] = {"learning_rate": self._rates[done.step - self._first], **spent}
             positions = config.train.batch_size * config.data.max_length
-            for name, count in {"answer_tokens_per_s": metrics["tokens"], "positions_per_s": positions}.items():
-                metrics[name] = count / max(spent["step_s"], 1e-9)  # the clock may be coarse
-            metrics["goodput"] = self._trainer.goodput.as_metrics()
-            if self._log:
-                self._log.write({"step": done.step, **metrics})
+            for name, count in {"answer_tokens_per_s": each[0]["tokens"], "positions_per_s": positions}.items():
+                common[name] = count / max(spent["step_s"], 1e-9)  # the clock may be coarse
+            common["goodput"] = self._trainer.goodput.as_metrics()
+            for log, own in zip(self._logs, each, strict=False):  # no logs on other processes
+                log.write({"step": done.step, **own, **common})
             if self._on_step and is_primary():
-                self._on_step(done.step, total, metrics | {"loss": float(np.mean(metrics["loss"]))})
+                self._on_step(done.step, total, metrics | common | {"loss": float(np.mean(metrics["loss"]))})
         if not np.all(finite):
             self._not_finite(done, finite)
 
@@ -150,22 +156,29 @@ class Steps:
             goodput.until(done.dispatched, "compile")
         return {"data_wait_s": waited, "step_s": waited + goodput.until(ready, "step")}
 
-    def _not_finite(self, done: _InFlight, finite: bool | list[bool]) -> None:
-        """Warns of a skipped step, or aborts after too many in a row; for independent gates, if none is finite."""
-        config, where = self._trainer.config, ""
-        if isinstance(finite, list):
-            gate = config.get_method().gate
-            assert gate is not None
-            layers = [layer for layer, good in zip(gate.layers, finite, strict=True) if not good]
-            where = f" at layers {layers}"
+    def _not_finite(self, done: _InFlight, finite: Any) -> None:
+        """Warns of a skipped step, or aborts after too many in a row; of several gates or seeds, if none is finite."""
+        config = self._trainer.config
+        if self._seeds == 1:
+            where = self._layers(finite)
+        else:
+            seeds = enumerate(finite, start=config.seed)
+            where = ", ".join(f" of seed {seed}{self._layers(good)}" for seed, good in seeds if not np.all(good))
         records = host_array(done.row_id).tolist()
         what = f"step {done.step}: loss or gradient{where} is not finite, records {records}"
         in_a_row = int(np.min(self._skipped))
         if in_a_row >= config.train.max_skipped:
             remedy = "lower train.learning_rate, or look at these records"
             raise NonFiniteError(f"{self._trainer.run.path}: {what}; {in_a_row} steps in a row: {remedy}")
-        if self._log:
+        if self._logs:
             logger.warning("%s; step skipped", what)
+
+    def _layers(self, finite: bool | list[bool]) -> str:
+        """The layers of independent gates that are not finite."""
+        gate = self._trainer.config.get_method().gate
+        if gate is None or not isinstance(finite, list):
+            return ""
+        return f" at layers {[layer for layer, good in zip(gate.layers, finite, strict=True) if not good]}"
 
 
 def _read(metrics: dict[str, jax.Array]) -> tuple[dict[str, Any], float]:

@@ -10,6 +10,7 @@ from lsg_jax.checkpoint import RunFolder, StepMeta
 from lsg_jax.data.pipeline import TrainingData
 from lsg_jax.run_config import RunConfig
 from lsg_jax.train.goodput import Goodput
+from lsg_jax.train.seeds import SeedFolders
 from lsg_jax.types import Batch, TrainState
 from lsg_jax.vlm import VLM
 
@@ -30,7 +31,7 @@ class Trainer:
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]
     state: TrainState
     total_steps: int
-    run: RunFolder
+    run: RunFolder | SeedFolders
     goodput: Goodput
 
     def save(self) -> None:

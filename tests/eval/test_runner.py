@@ -95,6 +95,30 @@ def test_summary_of_base_and_gated():
     assert "+25.00 [" in first and "+50.00 [" in first and "75.00" not in first
 
 
+def test_summary_over_seeds():
+    """Deviations by hand: 75, 50 and 100 of 100 deviate by 25; that of the mean is the bootstrap's, with seeds fixed."""
+    asked = ask(MADE, "", EvalConfig())
+    right = [item.answers[0] for item in ITEMS]
+    wrong = {"base": 12, "lsg_seed3": 6, "lsg_seed4": 12, "lsg_seed5": 0}
+    graded = {method: grade(asked, ["?"] * count + right[count:]) for method, count in wrong.items()}
+    seeds = [method for method in wrong if method != "base"]
+    entry = summary(asked, graded, {"lsg": seeds})
+    over = entry.over_seeds["lsg"]
+    assert over.seeds == tuple(seeds) and entry.methods.keys() == wrong.keys()
+    assert over.deviation["accuracy"] == pytest.approx(25.0)
+    # one that answers each question right as often as the seeds do in the mean
+    mean_graded = replace(graded["base"], score=np.mean([graded[seed].score for seed in seeds], axis=0))
+    pooled = summary(asked, {"base": graded["base"], "mean": mean_graded})
+    for ours, theirs in [(over.methods, pooled.methods["mean"]), (over.change, pooled.change["mean"])]:
+        assert ours["accuracy"].value == pytest.approx(theirs["accuracy"].value)
+        assert (ours["accuracy"].low, ours["accuracy"].high) == pytest.approx((theirs["accuracy"].low, theirs["accuracy"].high))
+    lines = table({"made": entry}).splitlines()
+    assert "lsg: mean change [95 %] ± over seeds" in lines[1] and "lsg_seed" not in lines[1]
+    assert "+25.00 [" in lines[2] and lines[2].endswith("] ± 25.00")
+    assert any(line.startswith("lsg, accuracy: mean 75.00 [") and line.endswith(" 75.00, 50.00, 100.00") for line in lines)
+    assert [line.split(" against")[0] for line in lines if " against base" in line] == seeds  # a paired test for each
+
+
 def test_a_metric_that_is_no_number_is_null():
     nothing = replace(MADE, metrics=lambda graded: {"none": mean(graded, np.zeros(24, bool))})
     asked = ask(nothing, "", EvalConfig())
@@ -158,7 +182,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
         backbone="0",
         methods={"base": MethodSettings(), "lsg": MethodSettings(gate={"layers": [1]})},
         settings={"limit": None},
-        benchmarks={"made": summary(asked, graded)},
+        benchmarks={"made": summary(asked, graded, {"both": ["base", "lsg"]})},
         ratios=tuple(ratio_rows("lsg", "made", asked, answers, GateConfig(layers=(1,)))),
     )
     write_result(tmp_path, result)

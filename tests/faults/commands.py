@@ -74,6 +74,7 @@ COMMANDS = [
     Command("plant", "plant {inputs}/sinky out --layers 1 --scenes 8", then_refused=True),
     Command("train", "train {inputs}/run.toml"),
     Command("train-each", "train {inputs}/each.toml"),
+    Command("train-seeds", "train {inputs}/run.toml --seeds 2"),
     Command("eval", "eval {inputs}/run.toml --gates {inputs}/run --out out"),
     Command("sweep", "sweep {inputs}/run.toml --coefficients 0.5,1.5 2,1 --batch-size 4 --out out"),
     Command("stack", "stack {inputs}/run.toml --gates {inputs}/g0.safetensors {inputs}/g1.safetensors --max-gates 2 --out out"),

@@ -36,6 +36,7 @@ from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig, load_run_config
 from lsg_jax.sharding import answering_mesh, make_mesh, place_rows
 from lsg_jax.train.loop import set_up
+from lsg_jax.train.seeds import SeedFolders
 
 SINKS = SinkConfig(criterion="norm", vit_tau=10.0)
 
@@ -65,10 +66,17 @@ def run_config(tiny_model, records, tmp_path_factory):
 
 
 def test_the_planned_step_is_the_one_that_is_trained(run_config):
-    for config in (run_config, dataclasses.replace(run_config.with_settings(LoraConfig(layer=2)), method="lora"), "each"):
+    seeds = dataclasses.replace(run_config, output=f"{run_config.output}-seeds", train=TrainConfig(batch_size=2, seeds=2))
+    for config in (
+        run_config,
+        seeds,
+        dataclasses.replace(run_config.with_settings(LoraConfig(layer=2)), method="lora"),
+        "each",
+    ):
         if config == "each":
             config = run_config.with_settings(GateConfig(independent=True))
-        run = RunFolder(f"{run_config.output}-{config.method}-{config.gate.independent}", keep=1)
+        folder = RunFolder(f"{run_config.output}-{config.method}-{config.gate.independent}", keep=1)
+        run = SeedFolders(config) if config is seeds else folder
         with run.lock():
             trainer = set_up(config, run)
         batch = place_rows(next(trainer.data), trainer.vlm.mesh, config.train.batch_size)
