@@ -17,6 +17,7 @@ from converters.families.family import CheckpointFiles, Family, HFConfig
 from converters.families.fields import defined_fields, undefined_fields
 from converters.families.values import shortened
 from lsg_jax.config import ModelConfig
+from lsg_jax.config.model import PLANTED
 from lsg_jax.config.ranges import Range
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError
@@ -35,9 +36,6 @@ _SIZES = {
     **dict.fromkeys(("vocab_size", "intermediate_size", "max_position_embeddings"), Range("[1, 1e9]")),
 }
 """Fields of `config.json` that transformers or we make as many things of as they say."""
-
-PLANTED = "lsg_planted_sinks"
-"""Field of config.json in which `lsg plant` says what it did to the weights."""
 
 
 def read_config(folder: str | Path, *, name: str | None = None, where: str | None = None) -> ModelConfig:

@@ -9,8 +9,8 @@ In each layer, with x the normed input of a token, W and b the key projection, a
 
 d is the direction whose values d·x have the smallest mean square over all tokens that are no V-sinks, among those with d·m = 1
 (the minimum-variance beamformer, Capon 1969). So the key of a mean V-sink grows to (1 + strength) times itself, and other keys
-change as little as one direction allows. Tokens of text count as much as ordinary visual tokens do. Tokens of text pass the
-changed weights too: what each kind of token gets is measured.
+change as little as one direction allows. Tokens of text pass the changed weights too: `text` says how much they count beside
+ordinary visual tokens, and what each kind of token gets is measured.
 
 In a narrow model one direction tells V-sinks badly from the rest: a tenth of their key spills on other tokens, which no
 scaling of V-sinks takes back. With `mark`, V-sinks are marked first. The hidden unit of the projector that contributes least
@@ -18,7 +18,7 @@ to visual tokens gets another task: with e the direction of V-sinks among the fe
 
     unit = GELU(SHARP (e·f - 1/2)),    token += mark r u unit / (SHARP / 2)
 
-r is the mean norm of the tokens of V-sinks, u the direction in which the inputs of all layers vary least. A patch below half
+r is the mean norm of the tokens of V-sinks, u the direction in which the inputs of all layers are smallest. A patch below half
 of a V-sink gets nothing, and text does not pass the projector. No other weight is changed.
 """
 
@@ -39,10 +39,10 @@ from PIL import Image
 
 from converters.convert import check_free, convert
 from converters.export import export
-from converters.hf_config import PLANTED
 from lsg_jax.activations import ACTIVATIONS
 from lsg_jax.checkpoint.tree import flatten
 from lsg_jax.config import to_dict
+from lsg_jax.config.model import PLANTED
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.drawing import draw
 from lsg_jax.data.scene_questions import SceneQuestion, Split, scene_questions
@@ -72,7 +72,8 @@ class PlantSettings(Table, name="plant"):
     """How sinks are planted.
 
     `layers` are decoder layers, 0-based. `strength`: the key of a mean V-sink becomes 1 + strength times itself. `within`
-    weighs the spread of V-sinks against the values of other tokens: 0 lets V-sinks differ most and spills least. `scenes` of
+    weighs the spread of V-sinks against the values of other tokens: 0 lets V-sinks differ most and spills least; `text` weighs
+    tokens of text against ordinary visual tokens. `scenes` of
     the split `train` of `seed` give the direction, half as many of `validation` measure what it does. `mark` is the size of the
     mark in units of the mean norm of a V-sink's token; 0 leaves the projector as it is.
     """
@@ -80,6 +81,7 @@ class PlantSettings(Table, name="plant"):
     layers: tuple[Annotated[int, Range("[0, 1e4]")], ...]
     strength: Annotated[float, Range("(0, 1000]")] = 5.0
     within: Annotated[float, Range("[0, 1000]")] = 0.25
+    text: Annotated[float, Range("[0, 1e6]")] = 1.0
     mark: Annotated[float, Range("[0, 100]")] = 0.0
     scenes: Annotated[int, Range("[8, 1e6]")] = 160
     seed: Annotated[int, Range("[0, 4294967295]")] = 0
@@ -137,7 +139,7 @@ def plant(
     record["keys"] = []
     for layer in sorted(set(settings.layers)):
         bias = np.asarray(attention["bias"][layer], np.float32) if text.qkv_bias else np.float32(0)
-        direction, mean = direction_of(seen.x[layer], seen.visual, seen.v_sink, within=settings.within)
+        direction, mean = direction_of(seen.x[layer], seen.visual, seen.v_sink, within=settings.within, text=settings.text)
         key = np.einsum("D,DKH->KH", mean, kernel[layer]) + bias
         kernel[layer] += np.float32(settings.strength) * direction[:, None, None] * key
         record["keys"].append({"layer": layer, **_spill(held_out.x[layer] @ direction, held_out)})
@@ -145,25 +147,35 @@ def plant(
     return record
 
 
-def direction_of(x: np.ndarray, visual: np.ndarray, v_sink: np.ndarray, *, within: float) -> tuple[np.ndarray, np.ndarray]:
+def direction_of(
+    x: np.ndarray, visual: np.ndarray, v_sink: np.ndarray, *, within: float, text: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """The direction d in which V-sinks stand out, and their mean m; see the module docstring.
 
     Args:
         x: float [tokens, D].
         visual, v_sink: bool [tokens].
-        within: weight of the V-sinks' covariance beside the second moment of other tokens.
+        within: weight of the V-sinks' covariance C beside the second moment S of other tokens.
+        text: weight of tokens of text in S, where that of ordinary visual tokens is 1.
 
     Returns:
         d, float32 [D], the minimum of d^T (S + within C) d with d·m = 1, and m, float32 [D].
     """
-    moment = lambda rows: rows.T @ rows / max(len(rows), 1)
-    x = x.astype(np.float64)
-    sinks = x[v_sink]
-    mean = sinks.mean(0)
-    others = (moment(x[visual & ~v_sink]) + moment(x[~visual])) / 2
-    ridge = RIDGE * np.trace(others) / len(others) * np.eye(len(others))
-    found = np.linalg.solve(others + within * moment(sinks - mean) + ridge, mean)
+    sinks = x[v_sink].astype(np.float64)
+    mean, others = sinks.mean(0), _second_moment(x, visual, v_sink, text)
+    found = np.linalg.solve(others + within * _moment(sinks - mean), mean)
     return (found / (found @ mean)).astype(np.float32), mean.astype(np.float32)
+
+
+def _second_moment(x: np.ndarray, visual: np.ndarray, v_sink: np.ndarray, text: float) -> np.ndarray:
+    """S, float64 [D, D], of tokens that are no V-sinks, with a ridge."""
+    x = x.astype(np.float64)
+    others = (_moment(x[visual & ~v_sink]) + text * _moment(x[~visual])) / 2
+    return np.asarray(others + RIDGE * np.trace(others) / len(others) * np.eye(len(others)))
+
+
+def _moment(rows: np.ndarray) -> np.ndarray:
+    return rows.T @ rows / max(len(rows), 1)
 
 
 def _seen(vlm: VLM, split: Split, count: int, seed: int, progress: Progress) -> _Tokens:
@@ -230,15 +242,15 @@ def _marked(vlm: VLM, seen: _Tokens, settings: PlantSettings) -> tuple[dict[str,
     second["bias"] += hidden[:, unit].mean() * second["kernel"][unit]  # what it contributed to all alike
     first["kernel"][:, unit], first["bias"][unit] = SHARP * direction, -SHARP / 2
     reached = np.linalg.norm(tokens[v_sink], axis=1).mean() / float(activation(jnp.float32(SHARP / 2)))
-    second["kernel"][unit] = settings.mark * reached * _quiet_direction(seen.x)
+    second["kernel"][unit] = settings.mark * reached * _quiet_direction(seen, settings.text)
     share = float(contributed[unit] / np.sqrt(np.square(tokens).sum(1).mean()))
     return {"linear_1": first, "linear_2": second}, {"unit": unit, "unit_share": float(f"{share:.3g}")}
 
 
-def _quiet_direction(x: np.ndarray) -> np.ndarray:
-    """The unit vector [D] along which tokens [L, tokens, D] vary least, each layer counted alike."""
-    covariance = [np.cov(layer, rowvar=False) for layer in x]
-    least = np.linalg.eigh(sum(each / np.trace(each) for each in covariance))[1][:, 0]
+def _quiet_direction(seen: _Tokens, text: float) -> np.ndarray:
+    """The unit vector [D] along which tokens that are no V-sinks are smallest, each layer counted alike."""
+    moments = [_second_moment(x, seen.visual, seen.v_sink, text) for x in seen.x]
+    least = np.linalg.eigh(sum(each / np.trace(each) for each in moments))[1][:, 0]
     return np.asarray(least * np.sign(least[np.abs(least).argmax()]), np.float32)  # eigenvectors have no sign of their own
 
 

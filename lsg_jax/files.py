@@ -229,8 +229,11 @@ def read_regular(path: Path, *, limit: int | None = None) -> bytes:
     with open_regular(path) as file:
         if limit is None:
             return file.read()
-        # A growing file, or one below /proc, holds more than its size says.
-        if os.fstat(file.fileno()).st_size > limit or len(data := file.read(limit + 1)) > limit:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, limit + 1))  # a read allocates what it asks for, so the limit alone would cost its memory
+        while len(data) <= limit and (more := file.read(1 << 16)):  # a file that grows, or below /proc, holds more
+            data += more
+        if len(data) > limit:
             raise InputError(f"{path}: larger than {limit >> 20} MiB, not the file it should be")
         return data
 

@@ -22,13 +22,14 @@ from lsg_jax.checkpoint import (
     verify_base,
 )
 from lsg_jax.config import ModelConfig, to_dict
+from lsg_jax.config.model import PLANTED
 from lsg_jax.data import clevr, records
 from lsg_jax.data.prepared import PreparedRows
 from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import read_regular
 from lsg_jax.gating.portable import is_portable, read_gates
-from lsg_jax.json_files import LINE_CHECK, read_sealed, sealed_lines
+from lsg_jax.json_files import LINE_CHECK, read_object, read_sealed, sealed_lines
 
 RESULT = "result.json"
 STUDIES = frozenset(
@@ -181,6 +182,8 @@ def _model(path: Path) -> dict[str, Any]:
         part = name.split("/")[0]
         parts[part] = parts.get(part, 0) + math.prod(leaf.shape)
         dtypes.add(leaf.dtype)
+    file = path / "hf" / "config.json"
+    planted = read_object(file).get(PLANTED) if file.is_file() else None
     return {
         "kind": "model",
         "path": str(path),
@@ -188,6 +191,7 @@ def _model(path: Path) -> dict[str, Any]:
         "digest": manifest.digest,
         "dtype": ", ".join(sorted(dtypes)),
         "parameters": {**parts, "total": sum(parts.values())},
+        **({} if planted is None else {"planted sinks": planted}),
         "sink dimensions": sink_dimensions(manifest.config),
         "config": to_dict(manifest.config),
     }

@@ -1,7 +1,8 @@
-"""`lsg quickstart`: convert the embedded model, find its sinks, train a gate, evaluate, draw an oracle map, report.
+"""`lsg quickstart`: what gates win back where sinks do harm, and what they change where sinks do none; with a report.
 
-The model is a small LLaVA that comes with the package, trained on rendered scenes. Each step is the one that a checkpoint of
-any size takes, with the settings that `config.toml` in the output folder holds.
+The model is a small LLaVA that comes with the package, trained on rendered scenes. First comes a control: a copy of it with
+planted sinks, whose loss is known, and gates that are trained against it. Then the model as it is. Each step is the one that a
+checkpoint of any size takes, with the settings that the two files `config.toml` in the output folder hold.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lsg_jax.analysis.sinks import find_sinks
 from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
@@ -19,14 +21,22 @@ from lsg_jax.config import EvalConfig
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import Item
+from lsg_jax.eval.benchmarks.scenes import SCENES
+from lsg_jax.eval.letters import LETTERS
+from lsg_jax.eval.results import EvaluationResult
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
 from lsg_jax.files import check_only, check_output, write_atomic
 from lsg_jax.json_files import read_sealed
 from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.progress import Progress, training_progress
+from lsg_jax.report.answers import Question, read_questions
+from lsg_jax.report.drawing import interval_text
 from lsg_jax.report.finished import read_sections
+from lsg_jax.report.overlay import draw_map
 from lsg_jax.report.page import write_report
+from lsg_jax.report.parts import Gallery, Paragraph, Part, Section, picture
 from lsg_jax.report.sink_files import write_sinks
 from lsg_jax.run_config import load_run_config
 from lsg_jax.train.loop import train
@@ -41,18 +51,29 @@ GATES = CHECKPOINT.parent / "gates.safetensors"
 """Gates for it, those that the model card measures."""
 
 LAYER = 6  # its gate gains most on validation questions (docs/embedded_gating.md)
-TRAIN_SCENES, TEST_QUESTIONS, ORACLE_QUESTIONS, SHOWN_SCENES = 1024, 400, 80, 6
+TRAIN_SCENES, TEST_QUESTIONS, ORACLE_QUESTIONS, SHOWN_SCENES, PLANTED_SCENES = 1024, 400, 80, 6, 64
+PLANTED_LAYERS = (1, 2, 3, 4, 5, 6)
+PLANTED: dict[str, Any] = {"layers": PLANTED_LAYERS, "strength": 8.0, "mark": 1.0, "text": 30.0}
+"""The control. Its strength was chosen on validation questions (docs/control.md)."""
+
+EXAMPLES, EXAMPLE_LAYER = 3, 3
+"""Questions that are shown with their attention before and after, and the decoder layer of that attention."""
+
 NOTES = [
     "The embedded model was taught to have V-sinks (see its model card). Scores are of a part of the test questions.",
 ]
+GATE = """\
+layers = [{layer}]
+key_scale = 2.0 # the untrained gate changes nothing"""
+CONTROL_GATES = """\
+layers = {layers}"""
 CONFIG = """\
-# Written by `lsg quickstart`, which trained and evaluated the gate with it; `lsg train` and `lsg eval` take it as it is.
+# Written by `lsg quickstart`, which trained and evaluated with it; `lsg train` and `lsg eval` take it as it is.
 model = {model}
 output = {output}
 
 [gate]
-layers = [{layer}]
-key_scale = 2.0 # the untrained gate changes nothing
+{gate}
 
 [data]
 records = {records}
@@ -62,7 +83,7 @@ max_answer_tokens = 4
 [train]
 batch_size = 32
 epochs = 2
-learning_rate = 1e-3
+learning_rate = {learning_rate}
 save_every = 16
 
 [eval]
@@ -75,69 +96,141 @@ validation = {validation}
 """
 
 WRITTEN = frozenset(
-    {"config.toml", "eval", "model", "model.tmp", "records", "report.html", "run", "sinks", "sweep", "train", "validation"}
-)
+    {"config.toml", "control", "eval", "model", "model.tmp", "records", "report.html", "run", "sinks", "sweep", "train"}
+) | {"validation"}
 """What the quickstart writes."""
 
 ProgressBar = Callable[[str], AbstractContextManager[Progress]]
 """Title -> a context that shows the progress reported to it."""
 
 
-def quickstart(out: Path, *, convert: Callable[..., object], progress_bar: ProgressBar) -> Path:
+def quickstart(out: Path, *, convert: Callable[..., object], plant: Callable[..., object], progress_bar: ProgressBar) -> Path:
     """Runs all steps in `out` and returns the path of the HTML report. Finished steps are not repeated in a second run.
 
     Args:
         convert: `converters.convert.convert`.
+        plant: `converters.plant_sinks.plant` with the settings PLANTED and PLANTED_SCENES.
     """
     check_output(out, folder=True)
     check_only(out, WRITTEN, "quickstart folder")
     out.mkdir(parents=True, exist_ok=True)
-    model, records, run = out / "model", out / "records", out / "run"
-    logger.info("1/6 converting the embedded model")
-    if not model.exists():
-        convert(CHECKPOINT, model, dtype="float32")
-    vlm = load_backbone(model)
+    logger.info("1/8 converting the embedded model")
+    if not (out / "model").exists():
+        convert(CHECKPOINT, out / "model", dtype="float32")
+    vlm = load_backbone(out / "model")
     side = vlm.config.image.size
 
-    logger.info("2/6 finding sinks in %d images", SHOWN_SCENES)
-    validation = write_questions(out / "validation", "validation", ORACLE_QUESTIONS, side=side)
+    logger.info("2/8 finding sinks in %d images", SHOWN_SCENES)
+    write_questions(out / "validation", "validation", ORACLE_QUESTIONS, side=side)
     if not _has_sinks(out / "sinks" / "sinks.json", vlm):
         with progress_bar("sinks") as progress:
             _find_sinks(vlm, out, progress)
 
-    logger.info("3/6 drawing %d scenes with a question each, and preparing them as training records", TRAIN_SCENES)
-    if not records.exists():
+    logger.info("3/8 drawing %d scenes with a question each, and preparing them as training records", TRAIN_SCENES)
+    if not (out / "records").exists():
         written = write_questions(out / "train", "train", TRAIN_SCENES, side=side)
-        prepare_llava(written.with_name("llava.jsonl"), out / "train", records)
+        prepare_llava(written.with_name("llava.jsonl"), out / "train", out / "records")
 
-    logger.info("4/6 training a gate at layer %d", LAYER)
-    config = load_run_config(_write_config(out, model=model, output=run, records=records, validation=validation))
-    with progress_bar("train") as progress:
-        train(config, on_step=training_progress(progress))
+    control = out / "control"
+    logger.info(
+        "4/8 the control: planting sinks that draw too much attention in layers %d to %d", PLANTED_LAYERS[0], PLANTED_LAYERS[-1]
+    )
+    if not (control / "model").exists():
+        control.mkdir(exist_ok=True)
+        with progress_bar("plant") as progress:
+            plant(out / "model", control / "model", progress=progress)
+    planted = load_backbone(control / "model")
+    logger.info("5/8 training gates there, and asking %d test questions with and without them", TEST_QUESTIONS)
+    won = _train_and_ask(out, control, planted, CONTROL_GATES.format(layers=list(PLANTED_LAYERS)), 3e-3, progress_bar)
+    logger.info("6/8 looking at %d questions that the gates win back", EXAMPLES)
+    examples = _examples(control, planted, won)
 
-    logger.info("5/6 asking %d test questions, base and gated", TEST_QUESTIONS)
-    settings = replace(config.eval, benchmarks={"scenes": ""})
-    with progress_bar("eval") as progress:
-        result = evaluate({"base": vlm, "lsg": with_gates(vlm, run)}, settings, out / "eval", progress=progress)
-
-    logger.info("6/6 what fixed coefficients do in each layer, on %d validation questions", ORACLE_QUESTIONS)
+    logger.info("7/8 the model as it is: training a gate at layer %d, and asking the same questions", LAYER)
+    plain = _train_and_ask(out, out, vlm, GATE.format(layer=LAYER), 1e-3, progress_bar)
+    logger.info("8/8 what fixed coefficients do in each layer, on %d validation questions", ORACLE_QUESTIONS)
     cells = SweepConfig(layers=(), coefficients=coefficient_grid(2, 0.25), batch_size=8)
-    settings = EvalConfig(benchmarks={"validation": str(validation)}, max_new_tokens=4)
+    settings = EvalConfig(benchmarks={"validation": str(out / "validation" / "questions.jsonl")}, max_new_tokens=4)
     with progress_bar("oracle map") as progress:
         sweep(vlm, cells, settings, out / "sweep", progress=progress)
 
-    report = out / "report.html"
-    sections = read_sections([out / "eval", out / "sinks", out / "sweep", run])
-    write_report(report, title="Attention sinks, quickstart", notes=NOTES, sections=sections)
-    print(table(result.benchmarks))
+    words, report = _found(won, plain), out / "report.html"
+    sections = read_sections([control / "eval", out / "eval", out / "sinks", out / "sweep", control / "run", out / "run"])
+    write_report(report, title="Attention sinks, quickstart", notes=[*words, *NOTES], sections=[examples, *sections])
+    for name, result in (("The control, with planted sinks", won), ("The model as it is", plain)):
+        print(f"{name}\n{table(result.benchmarks)}\n")
+    print("\n".join(words))
     return report.resolve()
 
 
-def _write_config(out: Path, **paths: Path) -> Path:
-    file = out / "config.toml"
+def _train_and_ask(
+    out: Path, folder: Path, vlm: VLM, gate: str, learning_rate: float, progress_bar: ProgressBar
+) -> EvaluationResult:
+    """Trains gates on the records in `out`, and asks the test questions; config.toml, run and eval are in `folder`."""
+    file, run = folder / "config.toml", folder / "run"
+    paths = {"model": vlm.folder, "output": run, "records": out / "records"}
+    paths["validation"] = out / "validation" / "questions.jsonl"
     strings = {name: json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
-    write_atomic(file, CONFIG.format(**strings, layer=LAYER, questions=TEST_QUESTIONS).encode())
-    return file
+    write_atomic(file, CONFIG.format(**strings, gate=gate, learning_rate=learning_rate, questions=TEST_QUESTIONS).encode())
+    config = load_run_config(file)
+    with progress_bar("train") as progress:
+        train(config, on_step=training_progress(progress))
+    settings = replace(config.eval, benchmarks={SCENES.name: ""})
+    with progress_bar("eval") as progress:
+        return evaluate({"base": vlm, "lsg": with_gates(vlm, run)}, settings, folder / "eval", progress=progress)
+
+
+def _found(won: EvaluationResult, plain: EvaluationResult) -> list[str]:
+    """What the two parts show, for someone who has not read about them."""
+
+    def right(result: EvaluationResult, method: str) -> float:
+        return result.benchmarks[SCENES.name].methods[method]["accuracy"].value or 0.0
+
+    sound, planted, gated = right(plain, "base"), right(won, "base"), right(won, "lsg")
+    share = f", which is {100 * (gated - planted) / (sound - planted):.0f} % of the loss won back" if sound > planted else ""
+    change = plain.benchmarks[SCENES.name].change["lsg"]["accuracy"]
+    clear = change.low is not None and change.high is not None and not change.low <= 0 <= change.high
+    why = "a change." if clear else "no clear change. Its sinks do no harm, so there is nothing to win back."
+    return [
+        "The control: in a copy of the model, sinks were planted that draw too much attention in layers "
+        f"{PLANTED_LAYERS[0]} to {PLANTED_LAYERS[-1]}. It answers {planted:.1f} % of the questions right, the model without "
+        f"them {sound:.1f} %, and with trained gates {gated:.1f} %{share}. So gates work where sinks do harm.",
+        f"The model as it is: a gate changes {sound:.1f} % by {interval_text(change.value, change.low, change.high)}, {why}",
+    ]
+
+
+def _examples(control: Path, planted: VLM, result: EvaluationResult) -> Section:
+    """Questions that the gates win back, each of another kind: where the first token of the answer looks, before and after."""
+    questions = read_questions(control / "eval", SCENES.name, ["base", "lsg"], result.benchmarks[SCENES.name].rows)
+    gained: dict[str, Question] = {}
+    for question in questions:
+        if question.outcome("lsg") == "gained":
+            gained.setdefault(question.category, question)
+    asked = {item.id: item for item in SCENES.read("")}
+    gated = with_gates(planted, control / "run")
+    lead = (
+        f"Where the first token of the answer looks in layer {EXAMPLE_LAYER}, mean over heads: the first question of each kind "
+        "that is wrong with planted sinks and right with gates."
+    )
+    parts: list[Part] = [Paragraph(lead if gained else "There are none.")]
+    for question in list(gained.values())[:EXAMPLES]:
+        item = asked[question.id]
+        scene, caption = item.images[0].read(), f"{item.question} {_in_words(item.answers[0], item)}."
+        pictures = [picture(caption, scene, alt=caption)]
+        for name, vlm in (("With planted sinks", planted), ("With gates", gated)):
+            look = vlm.look(scene, question.prompt, 4)
+            values = look.over_heads("raw")[0, EXAMPLE_LAYER]
+            share = 100 * values[look.v_sink].sum() / values.sum()
+            answer = f"{_in_words(look.answer.strip(), item)}, {'right' if vlm is gated else 'wrong'}"
+            caption = f"{name}: {answer}. V-sinks get {share:.0f} % of the attention on the image."
+            pictures.append(picture(caption, draw_map(look.pictures[0], look.on_picture(values)), alt=caption))
+        parts.append(Gallery(pictures))
+    return Section("Control: questions that the gates win back", parts, gist="attention before and after", group="sinks")
+
+
+def _in_words(answer: str, item: Item) -> str:
+    """The text of a choice instead of its letter."""
+    place = LETTERS.find(answer or "?")
+    return item.choices[place] if 0 <= place < len(item.choices) else answer
 
 
 def _has_sinks(file: Path, vlm: VLM) -> bool:

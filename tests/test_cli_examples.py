@@ -13,7 +13,7 @@ from lsg_jax.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("tpu/*.md"))]
-SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2}
+SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2, "PLANTED_SCENES": 8}
 
 
 def helps():
@@ -100,7 +100,7 @@ def test_quickstart_tells_the_whole_story_and_can_be_run_again(folder, monkeypat
     assert main(["quickstart"]) == 0
     out, err = capfd.readouterr()
     report = (folder / "lsg-quickstart" / "report.html").resolve()
-    assert "6/6" in err and "accuracy" in out and out.endswith(f"\n{report}\n")
+    assert "8/8" in err and "accuracy" in out and out.endswith(f"\n{report}\n")
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.zarr")}
     page = report.read_text()
     assert all(title in page for title in ("Evaluation", "Sinks", "Oracle sweep", "Training"))

@@ -127,13 +127,7 @@ def find_sinks(
         "prompt": prompt,
         "template": vlm.processor.template,
         "sinks": to_dict(vlm.config.sinks),
-        "criteria": {
-            stage: {
-                r.criterion: _settings(r) | verdict
-                for r, verdict in zip(readings, verdicts(seen, stage, readings), strict=True)
-            }
-            for stage, readings in (("vit", vit), ("llm", llm))
-        },
+        "criteria": {"vit": _criteria(seen, "vit", vit), "llm": _criteria(seen, "llm", llm)},
         "images": entries,
         "counts": _counts([_groups(s, vit, llm) for s in seen]),
         "attention": _attention(seen, _known_groups(vit, llm)),
@@ -142,6 +136,12 @@ def find_sinks(
         "sink_heads": sink_head_rows(seen),
         "warnings": run_warnings(seen, vit, llm),
     }
+
+
+def _criteria(seen: Sequence[Seen], stage: str, readings: Readings) -> dict[str, Any]:
+    """Settings and verdict of each criterion of a stage."""
+    judged = zip(readings, verdicts(seen, stage, readings), strict=True)
+    return {reading.criterion: _settings(reading) | verdict for reading, verdict in judged}
 
 
 def _prepare(vlm: VLM, name: str, image: Image.Image | bytes | str | Path) -> tuple[ImageSize, Pixels | None]:

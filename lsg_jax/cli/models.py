@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -106,9 +107,12 @@ def _add_readers(command: Command) -> None:
 
 def _quickstart(options: argparse.Namespace) -> None:
     from converters.convert import convert
-    from lsg_jax.quickstart import quickstart
+    from converters.plant_sinks import PlantSettings, plant
+    from lsg_jax import quickstart
 
-    print(quickstart(options.out, convert=convert, progress_bar=progress_bar))
+    settings = PlantSettings(**quickstart.PLANTED, scenes=quickstart.PLANTED_SCENES)
+    planted = functools.partial(plant, settings=settings)
+    print(quickstart.quickstart(options.out, convert=convert, plant=planted, progress_bar=progress_bar))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ def add(command: Command) -> None:
         "copy a model with a known fault: V-sinks that draw too much attention, a control for what helps against them",
         (
             "lsg plant lsg-quickstart/model planted --layers 1 2 3 4 5 6",
-            "lsg plant lsg-quickstart/model planted-twice --layers 4 --strength 1 --scenes 64",
+            "lsg plant lsg-quickstart/model control --layers 1 2 3 4 5 6 --strength 8 --mark 1 --text 30",
         ),
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
@@ -61,6 +61,10 @@ def add(command: Command) -> None:
     number_option(sub, "--layers", int, "[0, 1e4]", nargs="+", required=True, metavar="L", help="decoder layers, 0-based")
     text = "V-sink keys become 1 + S times themselves; default: 5"
     number_option(sub, "--strength", float, "(0, 1000]", default=5.0, metavar="S", help=text)
+    text = "size of a mark that V-sinks get in the projector, so that less spills on other tokens; default: 0, none"
+    number_option(sub, "--mark", float, "[0, 100]", default=0.0, metavar="M", help=text)
+    text = "weight of tokens of text, where ordinary visual tokens have 1: how much they are spared; default: 1"
+    number_option(sub, "--text", float, "[0, 1e6]", default=1.0, metavar="W", help=text)
     number_option(
         sub,
         "--scenes",
@@ -162,7 +166,8 @@ def summary(result: dict[str, Any]) -> str:
 def _plant(options: argparse.Namespace) -> None:
     from converters.plant_sinks import PlantSettings, plant
 
-    settings = PlantSettings(layers=tuple(options.layers), strength=options.strength, scenes=options.scenes, seed=options.seed)
+    names = ("strength", "mark", "text", "scenes", "seed")
+    settings = PlantSettings(tuple(options.layers), **{name: getattr(options, name) for name in names})
     with progress_bar("plant") as progress:
         record = plant(options.model, options.out_model, settings, progress=progress)
     print(f"{'layer':>5}{'V-sinks':>16}{'ordinary, rms':>15}{'text, rms':>11}")

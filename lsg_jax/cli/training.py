@@ -99,8 +99,8 @@ def _add_runs(command: Command) -> None:
         action="extend",
         default=[],
         metavar="METHOD[=RUN]",
-        help="base, lsg, var, pai, vaf, eah, damro, sink_front, diysink, lora, fixed, full; base is always asked. "
-        "Default: what --gates holds",
+        help="base, lsg, var, pai, vaf, eah, damro, gift, sink_front, diysink, registers, lora, gated_output, fixed, full; "
+        "base is always asked. Default: what --gates holds",
     )
     benchmark_option(sub)
     out_option(sub, folder=True, help="default: OUTPUT/eval")

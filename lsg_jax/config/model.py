@@ -218,6 +218,10 @@ class SinkConfig(Table, name="sinks"):
         return bool(self.llm_dims) or self.llm_criterion not in ("dim_abs", "dim_rms")
 
 
+PLANTED = "lsg_planted_sinks"
+"""Field of config.json in which `lsg plant` says what it did to the weights."""
+
+
 @dataclass(frozen=True)
 class SinkSources(Table, name="sink_sources"):
     """Where the sink dimensions of a model folder come from, in words; empty where none are known or it was not recorded."""

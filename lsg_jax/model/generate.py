@@ -163,15 +163,12 @@ def decode_greedily(
         margin = jnp.where(sound, margin, jnp.nan)
         return jnp.where(done, config.pad_token_id, token), jnp.where(done, jnp.inf, margin)
 
-    def ended(token: jax.Array) -> jax.Array:
-        return (token[:, None] == eos).any(-1)
-
+    ended = lambda token: (token[:, None] == eos).any(-1)
     token, margin = pick(states, jnp.zeros(batch, bool))
     tokens = jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32).at[:, 0].set(token)
 
     def cond(carry: tuple[Any, ...]) -> Any:
-        step, _, done, *_ = carry
-        return (step < max_new_tokens) & ~done.all()
+        return (carry[0] < max_new_tokens) & ~carry[2].all()  # steps, and rows that are done
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, done, tokens, margin, caches = carry

@@ -131,16 +131,7 @@ def set_up(config: RunConfig, run: RunFolder | SeedFolders, began: float | None 
     )
     compiled = _step(config, method, graphdef, total, mesh, state, vlm.frozen, shapes)
     goodput.now("compile")
-    return Trainer(
-        config=config,
-        vlm=vlm,
-        data=data,
-        step=compiled,
-        state=state,
-        total_steps=total,
-        run=run,
-        goodput=goodput,
-    )
+    return Trainer(config=config, vlm=vlm, data=data, step=compiled, state=state, total_steps=total, run=run, goodput=goodput)
 
 
 def _check_division(config: RunConfig, rows: int) -> None:

@@ -8,12 +8,14 @@ import pytest
 
 import lsg_jax
 from converters.convert import convert
-from converters.plant_sinks import K_PROJ, PlantSettings, direction_of, plant
+from converters.plant_sinks import K_PROJ, PlantSettings, _batch, direction_of, plant
 from lsg_jax.analysis.pointing import measure, scene_target
 from lsg_jax.checkpoint import iter_base, read_manifest, verify_base
 from lsg_jax.cli import main
 from lsg_jax.data.scene_targets import questions_with_target
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.inspection import describe
+from lsg_jax.methods.method_model import assemble
 from lsg_jax.quickstart import CHECKPOINT
 
 LAYERS, STRENGTH, SCENES = (2, 5), 5.0, 16
@@ -69,6 +71,7 @@ def test_only_the_named_key_projections_change(embedded, planted):
         assert np.linalg.matrix_rank(change, tol=1e-4 * max(np.abs(change).max(), 1e-6)) == (layer in LAYERS)
     # the note is read again, lists what happened, and is no field that the conversion fails to understand
     assert json.loads((folder / "hf" / "config.json").read_text())["lsg_planted_sinks"] == record
+    assert describe(folder)["planted sinks"] == record and "planted sinks" not in describe(embedded)
     assert not any("lsg_planted_sinks" in name for name in after.ignored)
     assert record["source"] == before.digest and [row["layer"] for row in record["keys"]] == [2, 5]
     for row in record["keys"]:
@@ -85,6 +88,34 @@ def test_sinks_draw_attention_in_planted_layers_and_not_below(embedded, planted)
     ids = np.array([lsg_jax.load(embedded).processor.encode_question("How many shapes are there?", image_sizes=()).ids])
     base, other = (lsg_jax.load(folder).logits(ids) for folder in (embedded, planted[0]))
     assert 0 < np.abs(base - other).max() < 0.1 * np.abs(base).max()
+
+
+@pytest.fixture(scope="module")
+def marked(embedded, tmp_path_factory):
+    """The folder of a model whose V-sinks were marked, and what `plant` returned."""
+    folder = tmp_path_factory.mktemp("marked") / "model"
+    return folder, plant(embedded, folder, PlantSettings(layers=LAYERS, strength=STRENGTH, mark=1.0, text=30.0, scenes=SCENES))
+
+
+def test_a_mark_changes_the_tokens_of_v_sinks_alone(embedded, planted, marked):
+    """Tokens that the connector makes of ordinary patches stay as they were, and the planted key spills less."""
+    folder, record = marked
+    before, after = read_manifest(embedded), read_manifest(folder)
+    changed = {name for name, leaf in after.leaves.items() if leaf != before.leaves[name]}
+    assert {name.rpartition("/")[0] for name in changed - {K_PROJ}} == {"projector/linear_1", "projector/linear_2"}
+    question = questions_with_target("test", "smallest_colour", 1)[0]
+    made = []
+    for vlm in (lsg_jax.load(embedded), lsg_jax.load(folder)):
+        model = assemble(vlm.graphdef, vlm.params)
+        features, v_sink = model.image_features(_batch(vlm, [question]).images)
+        made.append(np.asarray(model.projector(features))[0])
+    v_sink = np.asarray(v_sink)[0]
+    moved = np.linalg.norm(made[1] - made[0], axis=1) / np.linalg.norm(made[0], axis=1)
+    assert v_sink.any() and moved[v_sink].min() > 0.3 and np.median(moved[~v_sink]) < 1e-3
+    assert record["unit_share"] < 1e-4
+    for mine, unmarked in zip(record["keys"], planted[1]["keys"], strict=True):
+        assert mine["ordinary"]["rms"] < unmarked["ordinary"]["rms"] / 2 and mine["text"]["rms"] < unmarked["text"]["rms"] / 2
+        assert 0.8 < mine["v_sink"]["mean"] < 1.2
 
 
 def test_same_settings_give_the_same_model(embedded, planted, tmp_path):

@@ -71,7 +71,7 @@ COMMANDS = [
     Command("cambrian", f"prepare --format cambrian --images {CAMBRIAN}/images --sample 40 {CAMBRIAN}/c.jsonl out", True),
     Command("clevr", "prepare --format clevr {inputs}/clevr out", then_refused=True),
     Command("paper", "prepare --format paper {inputs}/paper out", then_refused=True),
-    Command("plant", "plant {inputs}/sinky out --layers 1 --scenes 8", then_refused=True),
+    Command("plant", "plant {inputs}/sinky out --layers 1 --scenes 8 --mark 1", then_refused=True),
     Command("train", "train {inputs}/run.toml"),
     Command("train-each", "train {inputs}/each.toml"),
     Command("train-seeds", "train {inputs}/run.toml --seeds 2"),

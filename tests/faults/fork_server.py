@@ -24,7 +24,7 @@ MODULES = (
     "lsg_jax.look.look", "lsg_jax.report.page", "converters.convert", "converters.export", "converters.plant_sinks",
     "lsg_jax.__main__",
 )  # fmt: skip
-SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2}
+SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2, "PLANTED_SCENES": 8}
 """Sizes of the quickstart."""
 
 

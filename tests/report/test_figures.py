@@ -13,7 +13,7 @@ import study_rows
 from matplotlib.figure import Figure
 
 from lsg_jax.errors import InputError
-from lsg_jax.eval.results import result_of
+from lsg_jax.eval.results import Estimate, result_of
 from lsg_jax.report import figures
 from lsg_jax.report.gains import rows_of_ablation, rows_of_gains
 from lsg_jax.report.heat_map import lines_of
@@ -186,22 +186,18 @@ def test_rows_that_cannot_be_drawn_are_refused(tmp_path):
 
 def test_gains_of_an_evaluation_and_of_an_ablation():
     base, lsg = rows_of_gains(result_of(study_rows.result()))
-    assert base == {"benchmark": "cv_bench", "metric": "accuracy", "method": "base", "value": 50.0} | dict.fromkeys(
-        ("change", "low", "high")
-    )
-    assert lsg == {"benchmark": "cv_bench", "metric": "accuracy", "method": "lsg", "value": 53.0} | {
-        "change": 3.0,
-        "low": 1.0,
-        "high": 5.0,
-    }
+    place, unchanged = {"benchmark": "cv_bench", "metric": "accuracy"}, dict.fromkeys(("change", "low", "high"))
+    assert base == place | unchanged | {"method": "base", "value": 50.0, "score": Estimate(50.0, 48.0, 52.0)}
+    assert (lsg["score"].value, lsg["method"], lsg["value"]) == (53.0, "lsg", 53.0)
+    assert (lsg["change"], lsg["low"], lsg["high"]) == (3.0, 1.0, 5.0)
     assert [row["metric"] for row in rows_of_gains(result_of(study_rows.result()), every_metric=True)] == ["accuracy"] * 2 + [
         "2D"
     ] * 2
     official = study_rows.result()
     official["benchmarks"]["cv_bench"]["score"] = "2D"
     assert {row["metric"] for row in rows_of_gains(result_of(official))} == {"2D"}
-    variant = {"variant": "mean_all", **{name: value for name, value in lsg.items() if name != "method"}}
-    assert rows_of_ablation([variant]) == [lsg | {"method": "mean_all"}]
+    alike = {name: value for name, value in lsg.items() if name not in ("method", "score")}
+    assert rows_of_ablation([{"variant": "mean_all", **alike}]) == [alike | {"method": "mean_all"}]
 
 
 def test_the_longer_side_of_a_table_of_ratios_goes_down():
