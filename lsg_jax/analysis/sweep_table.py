@@ -32,7 +32,7 @@ class Grader:
         self._seen: dict[tuple[str, ...], tuple[Metrics, Metrics]] = {}
         self._base = self._metrics(base)
         self._base_intervals = score_intervals(test.benchmark, grade(test, base), self._base[1])
-        self._questions = {task: len(items_of(test.items, task)) for task in self._base[0]}
+        self._questions = {task: len(items_of(test.benchmark, test.items, task)) for task in self._base[0]}
 
     def base_rows(self) -> list[Row]:
         """`{benchmark, task, value, low, high, questions}` for each task of the base model, and `reason` if value is null."""

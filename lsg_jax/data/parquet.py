@@ -176,6 +176,17 @@ class Row:
     def get(self, column: str, default: Any = None) -> Any:
         return self.values.get(column, default)
 
+    def text(self, column: str) -> str:
+        """The text of a requested column. Raises InputError for any other cell, such as an empty one."""
+        return _text(self.values[column], self.where, column)
+
+    def texts(self, column: str) -> tuple[str, ...]:
+        """The texts of a requested column of lists; () for an empty cell. Raises InputError for any other."""
+        value = self.values[column]
+        if value is None or isinstance(value, list):
+            return tuple(_text(each, self.where, column) for each in value or ())
+        raise InputError(f"{self.where}: {column} is {str(value)[:80]!r}, no list of texts")
+
     def images(self, column: str = "image") -> tuple[ImageCell, ...]:
         """The image of a column; () if the cell is null."""
         return () if self.file.is_null(self.number, column) else (ImageCell(self.file, self.number, column),)
@@ -184,6 +195,12 @@ class Row:
     def where(self) -> str:
         """`file: row n`, for error messages."""
         return f"{self.file.path}: row {self.number}"
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {column} is {'empty' if value is None else str(value)[:80]}, no text")
+    return value
 
 
 def read_rows(path: str, *, needs: Iterable[str], images: Iterable[str] = (), optional: Iterable[str] = ()) -> list[Row]:

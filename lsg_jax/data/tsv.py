@@ -41,6 +41,9 @@ class TsvRow:
     def get(self, column: str, default: Any = None) -> Any:
         return self.values.get(column, default)
 
+    def text(self, column: str) -> str:
+        return self.values[column]
+
     def images(self) -> tuple[TsvImage, ...]:
         """The image of the row, or of the row whose index its cell holds; () if the cell is empty. Raises InputError."""
         text = self.values["image"]

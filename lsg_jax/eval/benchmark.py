@@ -169,12 +169,13 @@ class Benchmark:
         metrics: all aggregates that are reported anywhere, whatever the protocol.
         official: protocol -> name of the metric that is the official score. A protocol without rules for this benchmark is left
             out; the rules of `paper` are used then, and the result says so.
-        kind: what it is about, for methods with settings for each kind: those that the papers of these methods name, the others
-            are general.
+        kind: what it is about, for methods with settings for each kind: hallucination, or vision-centric where the papers of
+            these methods name it so; the others are general.
         size: rows of the official file; None: a file of any size is complete (own questions).
         groups: field -> its values in the official file. A run that lacks one is partial, and its result names it.
         whole: field -> size of the groups that its equal values make (pairs). A run that has only a part of one is partial.
         files: PATH -> the files that are read, for the digests of the result.
+        behind: metric -> whether it is about an item, for metrics of some items whose name names no field or value of these.
         note: items -> how this scoring differs from the owner's, or on which files it depends; "" if there is nothing to say.
         unit: field; items of equal value are resampled together because they are not independent (several questions about one
             image). None: each item is a unit.
@@ -194,6 +195,7 @@ class Benchmark:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     whole: Mapping[str, GroupSize] = field(default_factory=dict)
     files: Callable[[str], Sequence[Path]] = named_files
+    behind: Mapping[str, Callable[[Item], bool]] = field(default_factory=dict)
     note: Callable[[Sequence[Item]], str] = lambda items: ""
     unit: str | None = None
     guess_by: str | None = None

@@ -29,14 +29,23 @@ def image_file(name: str, folders: Sequence[Path]) -> ImageFile:
     return ImageFile(next((path for path in paths if is_file(path)), paths[-1]))
 
 
+def check_folder(path: str, file: str) -> None:
+    """Raises InputError for a folder that has neither the owner's `file` nor a Parquet file."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.rglob("*.parquet")):
+        raise InputError(f"{path}: neither {file} nor a Parquet file in it")
+
+
 def with_their_images(items: Sequence[Item], where: str) -> list[Item]:
     """The items whose image files exist, and those without images: a folder of some images makes a partial run.
 
     Raises:
-        InputError: no image exists.
+        InputError: there are no items, or images that they need, but none of these exists.
     """
+    if not items:
+        raise InputError(f"{where}: no questions in it")
     kept = [item for item in items if all(isinstance(image, ImageFile) and is_file(image.path) for image in item.images)]
-    if not any(item.images for item in kept):
-        expected = next(image for item in items for image in item.images)
+    expected = next((image for item in items for image in item.images), None)
+    if expected is not None and not any(item.images for item in kept):
         raise InputError(f"{where}: no image of its questions is there, such as {getattr(expected, 'path', '')}")
     return kept

@@ -38,15 +38,22 @@ def score_intervals(benchmark: Benchmark, graded: Graded, resampled: Metrics) ->
     }
 
 
-def items_of(items: Sequence[Item], metric: str) -> list[Item]:
-    """The questions behind a metric such as `task: Count` or `adversarial: f1`: those with a field it names, or all."""
-    named = set(metric.split(": "))
-    return [item for item in items if not named.isdisjoint(item.fields.values())] or list(items)
+def items_of(benchmark: Benchmark, items: Sequence[Item], metric: str) -> list[Item]:
+    """The questions behind a metric: as the benchmark says (`Benchmark.behind`), else by the parts of its name.
+
+    `task: Count` or `adversarial: f1` are of those with a field of such a value; where none has it, `skill: algebra` or
+    `hard: qAcc` of those with a field of that name; others are of all.
+    """
+    if metric in benchmark.behind:
+        return [item for item in items if benchmark.behind[metric](item)]
+    named = {metric, *metric.split(": ")}
+    by_value = [item for item in items if not named.isdisjoint(item.fields.values())]
+    return by_value or [item for item in items if not named.isdisjoint(item.fields)] or list(items)
 
 
 def count_units(benchmark: Benchmark, items: Sequence[Item], metric: str) -> int:
     """How many units the questions behind a metric are."""
-    return len({_unit(benchmark, item) for item in items_of(items, metric)})
+    return len({_unit(benchmark, item) for item in items_of(benchmark, items, metric)})
 
 
 def _unit(benchmark: Benchmark, item: Item) -> str:

@@ -25,16 +25,21 @@ def letter_match(item: Item, letter: str | None) -> Match:
 
 def answer_letter(index: object, choices: Sequence[str], where: str) -> str:
     """The letter of the correct choice from its position, 0 for A. Raises InputError if there is no such choice."""
-    position = int(str(index)) if str(index).isdecimal() else -1
+    position = int(str(index)) if is_number(str(index)) else -1
     if not 0 <= position < min(len(choices), len(LETTERS)):
-        raise InputError(f"{where}: answer {index!r} is no position among {len(choices)} choices, counted from 0")
+        raise InputError(f"{where}: answer {repr(index)[:80]} is no position among {len(choices)} choices, counted from 0")
     return LETTERS[position]
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number from 0 on, of at most 18 digits: Python refuses to read one of thousands."""
+    return text.isdecimal() and len(text) <= 18
 
 
 def check_letter(letter: object, count: int, where: str) -> str:
     """The correct letter as given in the file. Raises InputError unless it is one of the first `count`."""
     if not isinstance(letter, str) or len(letter) != 1 or letter not in LETTERS[:count]:
-        raise InputError(f"{where}: answer {letter!r} is none of {', '.join(LETTERS[:count])}")
+        raise InputError(f"{where}: answer {repr(letter)[:80]} is none of {', '.join(LETTERS[:count])}")
     return letter
 
 

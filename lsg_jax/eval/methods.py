@@ -26,7 +26,8 @@ def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: st
         source: run folder or gate file.
 
     Raises:
-        ConfigError: an unknown method, one that is named twice, or one that the model cannot carry.
+        ConfigError: an unknown method, one that is named twice, one with a SOURCE that is not trained, or one that the model
+            cannot carry.
         InputError: a trained method without a source, or whose source holds another method.
     """
     models = {BASE: base}
@@ -38,6 +39,8 @@ def open_methods(base: VLM, config: RunConfig, wanted: Sequence[str], source: st
             raise ConfigError(f"--method {method}: unknown; known are {', '.join(METHODS)}")
         if method == BASE:
             continue
+        if own and not METHODS[method].trains:
+            raise ConfigError(f"--method {text}: {method} is not trained; its settings are those of the table [{method}]")
         if method in models or method in seeds_of(models):
             raise ConfigError(f"--method {method}: named twice")
         held = own or source if METHODS[method].trains else None

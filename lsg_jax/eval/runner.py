@@ -175,12 +175,21 @@ def ask(benchmark: Benchmark, path: str, config: EvalConfig) -> Asked:
         benchmark=benchmark,
         path=path,
         items=items,
-        prompts=[benchmark.prompt(item, rules) for item in items],
+        prompts=[_prompt(benchmark, item, rules, path) for item in items],
         rules=rules,
         rows=rows,
         files={str(file): file_sha256(file) for file in benchmark.files(path)} if path else {},
         max_new_tokens=config.max_new_tokens or benchmark.max_new_tokens.get(rules, MAX_NEW_TOKENS),
     )
+
+
+def _prompt(benchmark: Benchmark, item: Item, rules: Protocol, path: str) -> str:
+    prompt = benchmark.prompt(item, rules)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: question {item.id}: it holds half of a surrogate pair, which is no character") from None
+    return prompt
 
 
 def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress) -> list[Answer]:
@@ -223,6 +232,7 @@ def summary(test: Asked, graded: Mapping[str, Graded], seeds: Mapping[str, Seque
     difference = lambda of, method: {metric: of[method][metric] - of[BASE][metric] for metric in of[BASE]}
     others = [method for method in graded if method != BASE] if BASE in graded else []
     majority = benchmark.metrics(grade(test, _most_frequent(test)))
+    scores = {m: _estimates(points[m], score_intervals(benchmark, graded[m], resampled[m])) for m in graded}
     return BenchmarkResult(
         path=test.path,
         files=test.files,
@@ -239,22 +249,31 @@ def summary(test: Asked, graded: Mapping[str, Graded], seeds: Mapping[str, Seque
         score=test.score,
         unread={method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},
         majority={name: _number(values[0]) for name, values in majority.items()},
-        methods={m: _estimates(points[m], score_intervals(benchmark, graded[m], resampled[m])) for m in graded},
+        methods=scores,
         change={m: _estimates(difference(points, m), _intervals(difference(resampled, m))) for m in others},
         paired_test={method: paired_test(graded[BASE].score, graded[method].score) for method in others},
-        over_seeds={method: _over_seeds(names, points, resampled) for method, names in seeds.items()},
+        over_seeds={method: _over_seeds(names, points, resampled, scores) for method, names in seeds.items()},
     )
 
 
-def _over_seeds(names: Sequence[str], points: Mapping[str, Metrics], resampled: Mapping[str, Metrics]) -> OverSeeds:
-    """Means over the methods of these names, and their deviation."""
+def _over_seeds(
+    names: Sequence[str],
+    points: Mapping[str, Metrics],
+    resampled: Mapping[str, Metrics],
+    scores: Mapping[str, Mapping[str, Estimate]],
+) -> OverSeeds:
+    """Means over the methods of these names, and their deviation. Seeds that are all right have the interval of one."""
 
     def mean(of: Mapping[str, Metrics], base: int) -> Metrics:
         return {metric: np.mean([of[n][metric] - base * of[BASE][metric] for n in names], axis=0) for metric in of[BASE]}
 
+    methods = _estimates(mean(points, 0), _intervals(mean(resampled, 0)))
+    for metric, found in methods.items():
+        if found.low == found.high and len({scores[n][metric] for n in names}) == 1:
+            methods[metric] = scores[names[0]][metric]
     return OverSeeds(
         seeds=tuple(names),
-        methods=_estimates(mean(points, 0), _intervals(mean(resampled, 0))),
+        methods=methods,
         change=_estimates(mean(points, 1), _intervals(mean(resampled, 1))),
         deviation={metric: _number(np.std([points[n][metric][0] for n in names], ddof=1)) for metric in points[BASE]},
     )

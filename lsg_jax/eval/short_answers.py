@@ -35,7 +35,7 @@ def yes_or_no(answer: object, where: str) -> str:
     """The correct answer of a yes/no question in lower case. Raises InputError, which starts with `where`, for any other."""
     text = str(answer).strip().lower().removesuffix(".")
     if text not in ("yes", "no"):
-        raise InputError(f"{where}: answer {answer!r} is neither yes nor no")
+        raise InputError(f"{where}: answer {repr(answer)[:80]} is neither yes nor no")
     return text
 
 

@@ -56,7 +56,9 @@ class VarConfig(Table, name="var"):
 
     @classmethod
     def renamed(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        """`p` of earlier versions, the share that sinks keep, became `kept`."""
+        """`p` of earlier versions, the share that sinks keep, became `kept`. Raises ConfigError if both are there."""
+        if {"p", "kept"} <= tree.keys():
+            raise ConfigError("var.p is the earlier name of var.kept: give one of them")
         return {"kept" if name == "p" else name: value for name, value in tree.items()}
 
     def filled(self, kind: BenchmarkKind = "general") -> VarConfig:

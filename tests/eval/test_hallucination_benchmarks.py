@@ -20,6 +20,7 @@ from lsg_jax.eval.benchmarks.coco_objects import OBJECTS, by_rule, from_synonyms
 from lsg_jax.eval.benchmarks.hallusionbench import COLUMNS, HALLUSIONBENCH
 from lsg_jax.eval.benchmarks.mmstar import MMSTAR
 from lsg_jax.eval.benchmarks.mmvp import MMVP
+from lsg_jax.eval.benchmarks.vstar import VSTAR
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.runner import ask, grade, summary
 from lsg_jax.eval.table import table
@@ -152,6 +153,7 @@ def test_wrong_chair_files(tmp_path):
         ({"listed": "1 8"}, "no image 8 in instances_val2014.json"),
         ({"listed": "1\n1"}, "id 1 occurs more than once"),
         ({"synonyms": "dog, puppy"}, r"synonyms.txt: no line has person, bicycle"),
+        ({"listed": "\n"}, "no questions in it"),
         ({"images": ()}, "no image of its questions is there, such as .*1.jpg"),
     ]):  # fmt: skip
         with pytest.raises(InputError, match=message):
@@ -303,6 +305,17 @@ def test_wrong_hallusionbench_files(tmp_path):
         (lambda r: r[0].update(filename=None), "entry 0: visual_input 1, but 0 images"),
         (lambda r: r.clear(), "expected a list of questions"),
     ])  # fmt: skip
+    halved = hallusion_folder(tmp_path / "half", lambda r: r[0].update(question="a \ud800"))
+    with pytest.raises(InputError, match="question VD_illusion_0_0_0: it holds half of a surrogate pair"):
+        ask(HALLUSIONBENCH, str(halved), EvalConfig())
+
+
+def test_hallusionbench_without_figures_alone_is_asked(tmp_path):
+    def without_figures(rows):
+        rows[:] = [row for row in rows if row["visual_input"] == "0"]
+
+    asked = ask(HALLUSIONBENCH, str(hallusion_folder(tmp_path / "text", without_figures)), EvalConfig())
+    assert asked.items and not any(item.images for item in asked.items) and asked.missing["visual_input"] == ["1", "2"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- MMVP
@@ -363,7 +376,14 @@ def test_wrong_mmvp_files(tmp_path):
         (lambda r: r[1].update({"Correct Answer": "(c)"}), "row 2: answer 'C' is none of A, B"),
         (lambda r: r[1].update({"Index": "1"}), "id 1 occurs more than once"),
         (lambda r: r[1].update({"Index": "x"}), "row 2: Index 'x' is no number from 1"),
+        (lambda r: r[1].update({"Index": "9" * 5000}), "row 2: Index '9+' is no number from 1"),
     ])  # fmt: skip
+
+
+def test_a_folder_of_neither_kind_says_what_it_lacks(tmp_path):
+    for benchmark, file in ((MMVP, "Questions.csv"), (HALLUSIONBENCH, "HallusionBench.json"), (VSTAR, "test_questions.jsonl")):
+        with pytest.raises(InputError, match=f"neither {file} nor a Parquet file in it"):
+            benchmark.read(str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------- MMStar's own scorer

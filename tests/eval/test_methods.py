@@ -52,6 +52,11 @@ def test_what_is_asked_for_is_opened_once_and_base_comes_first(base, fresh_gates
     "wanted, error, message",
     [
         (["vra"], ConfigError, "--method vra: unknown; known are base, lsg, var, "),
+        (
+            ["fixed=run"],
+            ConfigError,
+            r"--method fixed=run: fixed is not trained; its settings are those of the table \[fixed\]",
+        ),
         (["fixed", "fixed"], ConfigError, "--method fixed: named twice"),
         (["lora"], InputError, "method lora: there is no trained run; name one as --method lora=RUN"),
         (["var"], ConfigError, "set sinks.llm_dims"),

@@ -306,10 +306,26 @@ BAD_FILES = [
         {"metadata": {"split": "testmini", "task": "x", "skills": ["logical reasoning"]}},
         "unknown task x; known: figure",
     ),
+    ("mmbench", {"question": None}, "row 0: question is empty, no text"),
+    ("mmbench", {"category": None}, "row 0: category is empty, no text"),
+    ("mmbench", {"index": "9" * 5000}, "is no number"),
+    ("mmmu", {"question": None}, "row 0: question is empty, no text"),
+    ("vizwiz", {"question": None}, "row 0: question is empty, no text"),
+    ("vizwiz", {"answers": "x" * 10}, "row 0: answers is 'xxxxxxxxxx', no list of texts"),
+    ("mathvista", {"query": None}, "row 0: query is empty, no text"),
+    ("mathvista", {"precision": -1.0}, "row 0: precision '-1.0' is no number of digits"),
+    ("mathvista", {"metadata": None}, "row 0: metadata without split, task or skills"),
     ("vstar", {"label": "C"}, "row 0: answer 'C' is none of A, B"),
     ("vstar", {"category": "colour"}, "unknown category colour; known: direct_attributes"),
 ]
 COLUMN = {"mmbench": "category", "mmmu": "image_7", "vizwiz": "answers", "mathvista": "query", "vstar": "label"}
+
+
+def test_an_empty_precision_is_none_however_it_is_written(tmp_path):
+    items = read(
+        "mathvista", tmp_path, row_of("mathvista", precision=float("nan")), row_of("mathvista", pid="2", precision=2.0)
+    )
+    assert [item.fields["precision"] for item in items] == ["0", "2"]
 
 
 def test_a_wrong_file_says_what_is_wrong(tmp_path):

@@ -119,6 +119,14 @@ def test_summary_over_seeds():
     assert [line.split(" against")[0] for line in lines if " against base" in line] == seeds  # a paired test for each
 
 
+def test_seeds_that_are_all_right_have_the_interval_of_one():
+    asked = ask(MADE, "", EvalConfig())
+    right = grade(asked, [item.answers[0] for item in ITEMS])
+    entry = summary(asked, {"base": right, "lsg_seed0": right, "lsg_seed1": right}, {"lsg": ["lsg_seed0", "lsg_seed1"]})
+    assert entry.over_seeds["lsg"].methods == entry.methods["lsg_seed0"]
+    assert entry.over_seeds["lsg"].methods["accuracy"].low == pytest.approx(60.967, abs=1e-3)  # Wilson's, of 6 pictures
+
+
 def test_a_metric_that_is_no_number_is_null():
     nothing = replace(MADE, metrics=lambda graded: {"none": mean(graded, np.zeros(24, bool))})
     asked = ask(nothing, "", EvalConfig())

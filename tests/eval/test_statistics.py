@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from lsg_jax.eval.benchmark import Benchmark, Graded, Item, by, macro, mean
-from lsg_jax.eval.intervals import resamples, score_intervals
+from lsg_jax.eval.benchmark import LOWER, Benchmark, Graded, Item, by, macro, mean
+from lsg_jax.eval.intervals import items_of, resamples, score_intervals
+from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.statistics import PairedTest, interval, paired_test, resample_weights, wilson
 
 
@@ -91,3 +92,24 @@ def test_all_right_and_all_wrong_have_wilsons_interval():
     graded = replace(graded, items=of_pairs)
     found = score_intervals(pairs, graded, metrics(replace(graded, weight=resamples(pairs, of_pairs))))
     assert found["kind: b"] == pytest.approx((0, 100 * bound(5)))
+
+
+def test_the_questions_behind_a_metric_are_counted_whatever_its_name_looks_like():
+    made = lambda **fields: Item(str(fields), "?", ("yes",), fields=fields)
+    pairs = [("VD", "0", "easy"), ("VD", "1", "easy"), ("VS", "2", "hard")]
+    cases = {
+        "mathvista": [made(task="t", **{f"skill: {name}": "yes"}) for name in ("arithmetic reasoning", "logical reasoning")],
+        "hallusionbench": [made(category=category, **{part: pair}) for category, pair, part in pairs],
+        "amber": [made(dimension=name) for name in ("generative", "generative", "existence", "existence", "relation")],
+        "mmbench": [made(question=name, rotation=turn) for name in "ab" for turn in "012"],
+        "mme": [made(category=name) for name in ("OCR", "count", "code_reasoning")],
+    }
+    counts = {
+        "mathvista": {"accuracy": 2, "task: t": 2, "skill: logical reasoning": 1},
+        "hallusionbench": {"aAcc": 3, "easy: qAcc": 2, "hard: qAcc": 1, "VS: fAcc": 1},
+        "amber": {f"hal{LOWER}": 2, "cover": 2, "f1": 3, "existence: f1": 2, "amber_score": 5},
+        "mmbench": {"plain": 2, "circular": 6},
+        "mme": {"perception": 2, "cognition": 1, "total": 3, "count: acc": 1},
+    }
+    for name, items in cases.items():
+        assert {metric: len(items_of(BENCHMARKS[name], items, metric)) for metric in counts[name]} == counts[name]

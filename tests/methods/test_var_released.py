@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from lsg_jax.config import from_dict
+from lsg_jax.errors import ConfigError
+from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.methods.var import Var, VarConfig, attention_redistribution
 from lsg_jax.types import KVCache
 
@@ -53,6 +55,11 @@ def test_each_set_of_rules_has_its_own_values_and_layers():
         kind: Var(VarConfig()).for_benchmark(kind).settings.rho for kind in ("general", "hallucination", "vision_centric")
     }
     assert by_kind == {"general": 0.8, "hallucination": 0.5, "vision_centric": 0.9}
+    kinds = {name: benchmark.kind for name, benchmark in BENCHMARKS.items() if benchmark.kind != "general"}
+    assert kinds == {
+        **dict.fromkeys(("pope", "chair", "amber", "hallusionbench"), "hallucination"),
+        **dict.fromkeys(("cv_bench", "mmvp"), "vision_centric"),
+    }
     assert Var(VarConfig(rho=0.3)).for_benchmark("hallucination").settings.rho == 0.3
     assert Var(VarConfig(rules="released")).for_benchmark("vision_centric").settings.rho == 0.5
     mask = np.ones((1, 3), bool)
@@ -63,4 +70,6 @@ def test_each_set_of_rules_has_its_own_values_and_layers():
     assert enabled == [[False, False, True, True, False], [False, False, True, True, True]]
     old = from_dict(VarConfig, {"tau": 20.0, "rho": 0.5, "min_visual": 0.2, "p": 0.6, "first_layer": 2}, where="run.json")
     assert old == VarConfig(rho=0.5, kept=0.6)  # what earlier versions computed
+    with pytest.raises(ConfigError, match=r"var\.p is the earlier name of var\.kept: give one of them"):
+        from_dict(VarConfig, {"p": 0.6, "kept": 0.4}, where="c.toml")
     assert Var(VarConfig(rules="released")).without_bos and not Var(VarConfig()).without_bos

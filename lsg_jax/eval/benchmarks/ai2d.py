@@ -24,9 +24,9 @@ def read(path: str) -> list[Item]:
     return [
         Item(
             id=str(number),
-            question=row["question"],
-            answers=(answer_letter(row["answer"], row["options"], row.where),),
-            choices=tuple(row["options"]),
+            question=row.text("question"),
+            answers=(answer_letter(row["answer"], row.texts("options"), row.where),),
+            choices=row.texts("options"),
             images=row.images(),
         )
         for number, row in enumerate(read_rows(path, needs=("question", "options", "answer"), images=("image",)))

@@ -236,8 +236,13 @@ def metrics(graded: Graded) -> Metrics:
     }
 
 
+def _is_description(item: Item) -> bool:
+    return item.fields["dimension"] == GENERATIVE
+
+
 AMBER = Benchmark(
     name="amber",
+    kind="hallucination",
     read=read,
     prompt=prompt,
     match=match,
@@ -246,6 +251,10 @@ AMBER = Benchmark(
     size=15220,
     groups={"dimension": DIMENSIONS},
     files=files,
+    behind={
+        **dict.fromkeys([f"chair{LOWER}", "cover", f"hal{LOWER}", f"cog{LOWER}"], _is_description),
+        **dict.fromkeys(["accuracy", "precision", "recall", "f1"], lambda item: not _is_description(item)),
+    },
     note=lambda items: (
         "nouns by rule; the owner tags them and forgives similar words by their vectors, so chair is higher here"
     ),

@@ -154,6 +154,7 @@ def metrics(graded: Graded) -> Metrics:
 
 CHAIR = Benchmark(
     name="chair",
+    kind="hallucination",
     read=read,
     prompt=prompt,
     match=match,

@@ -22,11 +22,11 @@ def read(path: str) -> list[Item]:
     if {"query", "label"} <= columns:
         rows = read_rows(path, needs=["query", "label", "human_or_machine"], images=["image"])
         kinds = [{"0": "human", "1": "augmented"}.get(str(row["human_or_machine"]), row["human_or_machine"]) for row in rows]
-        parts = [(row["query"], row["label"]) for row in rows]
+        parts = [(row.text("query"), row["label"]) for row in rows]
     else:
         rows = read_rows(path, needs=["type", "question", "answer"], images=["image"])
         kinds = [str(row["type"]).removesuffix("_test") for row in rows]
-        parts = [(row["question"], row["answer"]) for row in rows]
+        parts = [(row.text("question"), row["answer"]) for row in rows]
     check_values(kinds, CATEGORIES, what="question type", where=path)
     return [
         Item(str(number), question, _answers(answer, row), images=row.images(), fields={"category": kind})

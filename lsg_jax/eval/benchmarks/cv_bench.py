@@ -38,11 +38,11 @@ def read(path: str) -> list[Item]:
 
 
 def _item(row: Row, number: int) -> Item:
-    choices = tuple(map(str, row["choices"]))
+    choices = row.texts("choices")
     name = f"{row['type']}-{row.get('idx', number)}"
     return Item(
         id=name,
-        question=row["question"],
+        question=row.text("question"),
         answers=(check_letter(str(row["answer"]).strip("()"), len(choices), row.where),),
         choices=choices,
         images=row.images(),

@@ -37,8 +37,8 @@ def read(path: str) -> list[Item]:
         items.append(
             Item(
                 id=str(row["id"]),
-                question=row["question"],
-                answers=(row["answer"],),
+                question=row.text("question"),
+                answers=(row.text("answer"),),
                 images=images[name],
                 fields={"image": name, **_types(row)},
             )

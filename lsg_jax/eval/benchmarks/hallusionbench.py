@@ -30,7 +30,7 @@ from lsg_jax.eval.benchmark import (
     mean,
     mean_of_groups,
 )
-from lsg_jax.eval.image_files import image_file, with_their_images
+from lsg_jax.eval.image_files import check_folder, image_file, with_their_images
 from lsg_jax.eval.short_answers import yes_or_no_word
 from lsg_jax.files import is_file
 from lsg_jax.json_files import read_json
@@ -53,6 +53,7 @@ def read(path: str) -> list[Item]:
     if file is not None:
         items = _of_json(file)
     else:
+        check_folder(path, FILE)
         rows = read_rows(path, needs=COLUMNS)
         images = lambda row: row.images() if "image" in row.file.columns else ()  # the split without figures may have none
         items = [_item(row.values, images(row), row.where) for row in rows]
@@ -139,6 +140,7 @@ GROUP_SIZE = {name: (lambda item, name=name: item.data[name]) for name in SETS}
 
 HALLUSIONBENCH = Benchmark(
     name="hallusionbench",
+    kind="hallucination",
     read=read,
     prompt=prompt,
     match=match,

@@ -7,6 +7,7 @@ cannot be compared with those here: the answer is found by rule, then scored as 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from lsg_jax.config import Protocol
 from lsg_jax.data.parquet import Row, read_rows
@@ -44,7 +45,7 @@ def read(path: str) -> list[Item]:
     see `Benchmark.read`.
     """
     needs = ["pid", "query", "choices", "precision", "answer", "answer_type", "metadata"]
-    rows = [row for row in read_rows(path, needs=needs, images=["decoded_image"]) if row["metadata"]["split"] == "testmini"]
+    rows = [row for row in read_rows(path, needs=needs, images=["decoded_image"]) if _about(row)["split"] == "testmini"]
     if not rows:
         raise InputError(f"{path}: no row of split testmini; answers of the test split are not public")
     about = [row["metadata"] for row in rows]
@@ -56,23 +57,40 @@ def read(path: str) -> list[Item]:
     return items
 
 
+def _about(row: Row) -> dict[str, Any]:
+    about = row["metadata"]
+    if not isinstance(about, dict) or not {"split", "task", "skills"} <= about.keys():
+        raise InputError(f"{row.where}: metadata without split, task or skills")
+    return about
+
+
+def _digits(row: Row) -> int:
+    """`precision`, 0 for an empty cell, which some writers make NaN."""
+    value = row["precision"]
+    if value is None or value != value:
+        return 0
+    if not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise InputError(f"{row.where}: precision {str(value)[:80]!r} is no number of digits")
+    return int(value)
+
+
 def _item(row: Row) -> Item:
     kind, about = row["answer_type"], row["metadata"]
-    answer, choices = str(row["answer"]), tuple(map(str, row["choices"] or ()))
+    answer, choices = str(row["answer"]), row.texts("choices")
     if kind == "text":
         if answer not in choices:
             raise InputError(f"{row.where}: answer {answer[:80]!r} is none of the choices")
         answer = LETTERS[choices.index(answer)]
     return Item(
         id=str(row["pid"]),
-        question=row["query"],
+        question=row.text("query"),
         answers=(answer,),
         choices=choices,
         images=row.images("decoded_image"),
         fields={
             "answer_type": kind,
             "task": about["task"],
-            "precision": str(int(row["precision"] or 0)),
+            "precision": str(_digits(row)),
             **{f"skill: {skill}": "yes" for skill in about["skills"] or ()},
         },
     )
@@ -95,7 +113,7 @@ def match(item: Item, output: str, protocol: Protocol) -> Match:
     answer = item.answers[0]
     if protocol == "cambrian":
         text = output.lower().strip()
-        if item.choices:
+        if item.fields["answer_type"] == "text":
             same = [at for at, choice in enumerate(item.choices) if choice == item.choices[LETTERS.index(answer)]]
             answer = LETTERS[same[-1]]
         return Match(text, float(cambrian_relaxed_match(answer.lower(), text)))

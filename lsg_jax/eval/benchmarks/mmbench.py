@@ -20,6 +20,7 @@ from lsg_jax.eval.letters import (
     cambrian_letter,
     check_letter,
     chosen_letter,
+    is_number,
     letter_match,
     lmms_letter,
     vlmevalkit_letter,
@@ -70,18 +71,18 @@ def _cell(row: Row | TsvRow, column: str) -> str:
 def _item(row: Row | TsvRow) -> Item:
     choices = tuple(takewhile(bool, (_cell(row, letter) for letter in CHOICES)))
     index = str(row["index"]).removesuffix(".0")
-    if not index.isdecimal():
+    if not is_number(index):
         raise InputError(f"{row.where}: index {index[:80]!r} is no number")
     return Item(
         id=index,
-        question=row["question"],
+        question=row.text("question"),
         answers=(check_letter(row["answer"], len(choices), row.where),),
         choices=choices,
         images=row.images(),
         fields={
             "question": str(int(index) % ROTATION),
             "rotation": str(int(index) // ROTATION),
-            "category": row["category"],
+            "category": row.text("category"),
             "l2_category": _cell(row, "L2-category") or _cell(row, "l2-category"),
             "hint": _cell(row, "hint"),
         },
@@ -181,6 +182,7 @@ MMBENCH = Benchmark(
     size=4329,
     groups={"l2_category": L2_CATEGORIES},
     whole={"question": rotations},
+    behind={"plain": lambda item: item.fields["rotation"] == "0"},
     unit="question",
     max_new_tokens={"paper": 1024, "lmms_eval": 1024, "vlmevalkit": 2048, "cambrian": 512},
 )

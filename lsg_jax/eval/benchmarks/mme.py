@@ -31,7 +31,7 @@ def read(path: str) -> list[Item]:
     questions: dict[str, list[str]] = defaultdict(list)
     items = []
     for row in rows:
-        category, question = row["category"], row["question"]
+        category, question = row["category"], row.text("question")
         pair = f"{category}/{str(row['question_id']).removeprefix(category + '/')}"
         questions[pair].append(question)
         items.append(
@@ -106,6 +106,10 @@ def _two(item: Item) -> int:
 MME = Benchmark(
     name="mme",
     kind="general",
+    behind={
+        "perception": lambda item: item.fields["category"] in PERCEPTION,
+        "cognition": lambda item: item.fields["category"] in COGNITION,
+    },
     read=read,
     prompt=prompt,
     match=match,

@@ -62,12 +62,12 @@ def _item(row: Row) -> Item:
         answers: tuple[str, ...] = (check_letter(answer, len(choices), row.where),)
     else:
         answers = _list(answer, row.where) if answer.startswith("[") else (answer,)
-    named = sorted(set(_TAG.findall("\n".join((row["question"], *choices)))))
+    named = sorted(set(_TAG.findall("\n".join((row.text("question"), *choices)))))
     images = [image for number in named for image in row.images(f"image_{number}")]
     if len(images) != len(named):
         raise InputError(f"{row.where}: {', '.join(f'<image {number}>' for number in named)}, but {len(images)} images")
     fields = {"kind": kind, "subject": subject, "domain": DOMAIN_OF[subject], "answer": answer}
-    return Item(row["id"], row["question"], answers, choices, tuple(images), fields)
+    return Item(row["id"], row.text("question"), answers, choices, tuple(images), fields)
 
 
 def _list(text: str, where: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def read(path: str) -> list[Item]:
     items = [
         Item(
             id=str(row["index"]),
-            question=row["question"],
+            question=row.text("question"),
             answers=(check_letter(row["answer"], 4, row.where),),
             images=row.images(),
             fields={"category": row["category"], "l2_category": row["l2_category"]},

@@ -17,8 +17,8 @@ from lsg_jax.data.parquet import named_files, read_rows
 from lsg_jax.data.prompts import multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, ImageSource, Item, Match, Metrics, check_unique, mean, mean_of_groups
-from lsg_jax.eval.image_files import ImageFile, with_their_images
-from lsg_jax.eval.letters import cambrian_text, check_letter, chosen_letter, letter_match, lmms_mmvp_letter
+from lsg_jax.eval.image_files import ImageFile, check_folder, with_their_images
+from lsg_jax.eval.letters import cambrian_text, check_letter, chosen_letter, is_number, letter_match, lmms_mmvp_letter
 from lsg_jax.files import is_file, read_regular
 
 QUESTIONS = "Questions.csv"
@@ -29,6 +29,7 @@ def read(path: str) -> list[Item]:
     """Items with the fields `pair`, from 1 to 150, and `options` as in the file. Raises InputError: see `Benchmark.read`."""
     table = _table(path)
     if table is None:
+        check_folder(path, QUESTIONS)
         rows = read_rows(path, needs=COLUMNS, images=("image",))
         items = [_item([str(row[name]) for name in COLUMNS], row.images(), row.where) for row in rows]
     else:
@@ -52,7 +53,8 @@ def _table(path: str) -> Path | None:
 def _csv_rows(table: Path) -> list[list[str]]:
     """The cells of COLUMNS of every row. Raises InputError: no such columns, a row that lacks one, or no rows."""
     try:
-        header, *rows = csv.reader(io.StringIO(read_regular(table).decode("utf-8-sig"), newline=""), strict=True)
+        text = read_regular(table).decode("utf-8-sig")
+        header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
     except (csv.Error, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"{table}: no CSV table with a header: {error}") from None
     names = ["Index" if name.strip() == "lndex" else name.strip() for name in header]  # the published file has this typo
@@ -68,11 +70,11 @@ def _csv_rows(table: Path) -> list[list[str]]:
 
 def _item(cells: Sequence[str], images: tuple[ImageSource, ...], where: str) -> Item:
     index, question, options, answer = (cell.strip() for cell in cells)
-    if not index.isdecimal() or int(index) < 1:
-        raise InputError(f"{where}: Index {index!r} is no number from 1")
+    if not is_number(index) or int(index) < 1:
+        raise InputError(f"{where}: Index {index[:80]!r} is no number from 1")
     before, *texts = re.split(r"\([ab]\)", options)
     if before.strip() or len(texts) != 2:
-        raise InputError(f"{where}: Options {options!r} are not `(a) text (b) text`")
+        raise InputError(f"{where}: Options {options[:80]!r} are not `(a) text (b) text`")
     return Item(
         id=index,
         question=question,
@@ -112,6 +114,7 @@ def _two(item: Item) -> int:
 
 MMVP = Benchmark(
     name="mmvp",
+    kind="vision_centric",
     read=read,
     prompt=prompt,
     match=match,

@@ -37,7 +37,7 @@ def read(path: str) -> list[Item]:
     return [
         Item(
             id=str(number),
-            question=row["question"],
+            question=row.text("question"),
             answers=_answers(row),
             images=row.images(),
             fields={"category": row["question_type"], "group": GROUPS[row["question_type"]], "dataset": row["dataset"]},

@@ -24,7 +24,7 @@ def read(path: str) -> list[Item]:
     items = [
         Item(
             id=f"{row['category']}/{row['question_id']}",  # each split counts from 1
-            question=row["question"],
+            question=row.text("question"),
             answers=(yes_or_no(row["answer"], row.where),),
             images=row.images(),
             fields={"category": row["category"], "image": str(row["image_source"])},

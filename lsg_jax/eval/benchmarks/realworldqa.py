@@ -26,7 +26,7 @@ def _item(row: Row, number: int) -> Item:
     kind = "letter" if answer.upper() in ("A", "B", "C", "D") else "short"
     return Item(
         id=str(number),
-        question=row["question"],
+        question=row.text("question"),
         answers=(answer.upper() if kind == "letter" else answer,),
         images=row.images(),
         fields={"kind": kind},

@@ -30,9 +30,9 @@ def read(path: str) -> list[Item]:
     items = [
         Item(
             id=str(number),
-            question=row["question"],
-            answers=(answer_letter(row["answer"], row["choices"], row.where),),
-            choices=tuple(row["choices"]),
+            question=row.text("question"),
+            answers=(answer_letter(row["answer"], row.texts("choices"), row.where),),
+            choices=row.texts("choices"),
             images=images,
             fields={"hint": row["hint"] or ""} | ({"subject": row["subject"]} if row.get("subject") else {}),
         )

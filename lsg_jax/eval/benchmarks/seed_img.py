@@ -48,7 +48,7 @@ def _item(row: Row) -> Item:
     name = str(row["question_id"])
     return Item(
         id=name,
-        question=row["question"],
+        question=row.text("question"),
         answers=(check_letter(row["answer"], len(CHOICES), row.where),),
         choices=tuple(str(row[choice]) for choice in CHOICES),
         images=row.images(),

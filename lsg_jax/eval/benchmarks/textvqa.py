@@ -29,12 +29,12 @@ def read(path: str) -> list[Item]:
 
 
 def _item(row: Row) -> Item:
-    answers = tuple(map(str, row["answers"] or ()))
+    answers = row.texts("answers")
     if len(answers) != ANNOTATORS:
         raise InputError(f"{row.where}: question {row['question_id']} has {len(answers)} answers; expected {ANNOTATORS}")
     return Item(
         id=str(row["question_id"]),
-        question=row["question"],
+        question=row.text("question"),
         answers=answers,
         images=row.images(),
         fields={"image": str(row["image_id"]), "ocr_tokens": ", ".join(row["ocr_tokens"] or ())},

@@ -33,12 +33,12 @@ def read(path: str) -> list[Item]:
 
 
 def _item(row: Row) -> Item:
-    answers = tuple(map(str, row["answers"] or ()))
+    answers = row.texts("answers")
     if len(answers) != ANNOTATORS:
         raise InputError(f"{row.where}: question {row['question_id']} has {len(answers)} answers; expected {ANNOTATORS}")
     kind = row.get("answer_type") or row.get("category")
     fields = {"answer_type": kind} if kind else {}
-    return Item(str(row["question_id"]), row["question"], answers, images=row.images(), fields=fields)
+    return Item(str(row["question_id"]), row.text("question"), answers, images=row.images(), fields=fields)
 
 
 def prompt(item: Item, protocol: Protocol) -> str:

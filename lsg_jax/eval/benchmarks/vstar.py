@@ -14,7 +14,7 @@ from lsg_jax.data.parquet import named_files, read_rows
 from lsg_jax.data.prompts import LETTER_SUFFIX
 from lsg_jax.eval.benchmark import Benchmark, Graded, ImageSource, Item, Match, Metrics, by, check_unique, check_values, mean
 from lsg_jax.eval.benchmarks.questions import json_rows
-from lsg_jax.eval.image_files import ImageFile, with_their_images
+from lsg_jax.eval.image_files import ImageFile, check_folder, with_their_images
 from lsg_jax.eval.letters import (
     cambrian_letter,
     check_letter,
@@ -25,6 +25,7 @@ from lsg_jax.eval.letters import (
 )
 from lsg_jax.files import is_file
 
+FILE = "test_questions.jsonl"
 CATEGORIES = ("direct_attributes", "relative_position")
 COLUMNS = ("question_id", "text", "label", "category")
 
@@ -35,6 +36,7 @@ def read(path: str) -> list[Item]:
     """Items with the field `category`; choices and request stay in the question. Raises InputError: see `Benchmark.read`."""
     file = _json_file(path)
     if file is None:
+        check_folder(path, FILE)
         rows = read_rows(path, needs=COLUMNS, images=["image"])
         items = [_item(row.values, row.where, row.images()) for row in rows]
     else:
@@ -50,7 +52,7 @@ def _json_file(path: str) -> Path | None:
     """The JSONL file that `path` names or holds; None if it names Parquet files."""
     if path.endswith(".jsonl"):
         return Path(path)
-    file = Path(path) / "test_questions.jsonl"
+    file = Path(path) / FILE
     return file if is_file(file) else None
 
 
