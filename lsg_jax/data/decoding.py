@@ -24,6 +24,9 @@ _PER_PIXEL = {"PNG": 4.0, "GIF": 5.0, "BMP": 6.0, "PPM": 12.0, "WEBP": 16.1, "AV
 MAX_NUMBERS, MAX_RATIONALS, MAX_EXIF = 1 << 18, 1 << 14, 16
 """Numbers in a tag of a TIFF (as strips of one row, of 65,535 rows and 4 planes), and segments of EXIF in a JPEG."""
 
+BLOCK = 64 << 20
+"""Bytes of the pieces in which Pillow stores large images; see `give_back`."""
+
 _EXIF = re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL)
 _AS_RGB = 4  # bytes a pixel of an RGB image
 
@@ -59,6 +62,16 @@ def _piece_of_tiff(image: Image.Image) -> int:
 
 def _listed(value: object) -> list[object]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def give_back() -> None:
+    """Lets the memory of a large image return to the system when it is freed.
+
+    Pillow's own pieces of 16 MiB stay with the thread that allocated them, where glibc keeps blocks of up to 32 MiB for reuse:
+    eight threads that decode in turn held eight images.
+    """
+    if Image.core.get_block_size() < BLOCK:
+        Image.core.set_block_size(BLOCK)
 
 
 def check_decodable(image: Image.Image) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -219,16 +218,6 @@ def test_a_file_that_is_longer_than_its_size_says_is_not_read_whole(tmp_path, mo
     with pytest.raises(InputError, match="larger than"):
         read_regular(tmp_path / "grown", limit=50)
     assert read_regular(tmp_path / "grown", limit=100) == bytes(100)
-
-
-def test_a_small_file_is_read_in_little_memory(tmp_path):
-    """Each thread of `lsg prepare` took the 64 MiB of the limit for a file of a kilobyte."""
-    (tmp_path / "small").write_bytes(bytes(1000))
-    tracemalloc.start()
-    read_regular(tmp_path / "small", limit=1 << 26)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
 
 
 def test_special_files_are_not_opened(tmp_path):
