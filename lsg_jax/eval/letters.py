@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from lsg_jax.config import Protocol
 from lsg_jax.data.prompts import LETTER_SUFFIX, multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Item, Match
@@ -210,3 +211,14 @@ def cambrian_word(output: str) -> str | None:
     words = output.upper().split()
     word = words[0].rstrip(".:,") if words else ""
     return word if len(word) == 1 and word in LETTERS else None
+
+
+def choice_match(item: Item, output: str, protocol: Protocol, *, lmms: Callable[[str], str | None]) -> Match:
+    """The letter as the protocol reads it; `lmms` is the reader of lmms-eval, which differs from benchmark to benchmark."""
+    if protocol == "lmms_eval":
+        return letter_match(item, lmms(output))
+    if protocol == "vlmevalkit":
+        return letter_match(item, vlmevalkit_letter(output, item.choices))
+    if protocol == "cambrian":
+        return letter_match(item, cambrian_letter(output))
+    return letter_match(item, chosen_letter(output, len(item.choices)))

@@ -224,27 +224,24 @@ def observe(
         value = jnp.full(prompt.shape, jnp.nan)
         if not llm.unknown:
             value = sink_value(llm.criterion, view.hidden, dims=llm.dims, received=received, among=visual.mask)
-        found = {
-            "weights": weights[0][..., places],
-            "l_sink": group_visual_tokens(visual, raised).l_sink[0, places],
-            "l_value": value[0, places],
-        }
+        l_sink = group_visual_tokens(visual, raised).l_sink[0, places]
+        found = {"weights": weights[0][..., places], "l_sink": l_sink, "l_value": value[0, places]}
         return found | ({"hidden": view.hidden[0]} if layers else {})
 
-    wanted = True if received_matters else rows
-    seen = model(batch, sequence=sequence, observe=observe_layer, observe_attention=wanted).observed
+    seen = model(batch, sequence=sequence, observe=observe_layer, observe_attention=received_matters or rows).observed
     order = model.connect(encoded.features, encoded.v_sink, batch, model.language_model.embed(batch.input_ids)).order
-    result = {
+    of_layers: dict[str, jax.Array] = {}
+    if layers:
+        of_layers["hidden"] = seen["hidden"][jnp.array(layers)].astype(jnp.float32)
+        of_layers["attention"] = _whole_attention(model, batch, sequence, seen["hidden"], layers)
+    return {
         **seen,
         "v_sink": visual.v_sink[0, places],
         "visual": visual.mask[0, places],
         "v_value": _v_value(model, encoded.features, batch, places, vit),
         "order": None if order is None else order[0],
+        **of_layers,
     }
-    if layers:
-        result["hidden"] = seen["hidden"][jnp.array(layers)].astype(jnp.float32)
-        result["attention"] = _whole_attention(model, batch, sequence, seen["hidden"], layers)
-    return result
 
 
 def _v_value(model: Any, features: jax.Array, batch: Batch, places: jax.Array, vit: Reading) -> jax.Array:

@@ -11,12 +11,9 @@ from lsg_jax.data.prompts import LETTER_SUFFIX
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, mean
 from lsg_jax.eval.letters import (
     LETTERS,
-    cambrian_letter,
     check_letter,
-    chosen_letter,
-    letter_match,
+    choice_match,
     lmms_first_letter,
-    vlmevalkit_letter,
     vlmevalkit_prompt,
 )
 
@@ -63,13 +60,7 @@ def prompt(item: Item, protocol: Protocol) -> str:
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
     """The letter as the protocol reads it."""
-    if protocol == "lmms_eval":
-        return letter_match(item, lmms_first_letter(output))
-    if protocol == "vlmevalkit":
-        return letter_match(item, vlmevalkit_letter(output, item.choices))
-    if protocol == "cambrian":
-        return letter_match(item, cambrian_letter(output))
-    return letter_match(item, chosen_letter(output, len(item.choices)))
+    return choice_match(item, output, protocol, lmms=lmms_first_letter)
 
 
 def metrics(graded: Graded) -> Metrics:

@@ -16,11 +16,8 @@ from lsg_jax.eval.benchmark import Benchmark, Graded, ImageSource, Item, Match, 
 from lsg_jax.eval.benchmarks.questions import json_rows
 from lsg_jax.eval.image_files import ImageFile, check_folder, with_their_images
 from lsg_jax.eval.letters import (
-    cambrian_letter,
     check_letter,
-    chosen_letter,
-    letter_match,
-    vlmevalkit_letter,
+    choice_match,
     vlmevalkit_prompt,
 )
 from lsg_jax.files import is_file
@@ -105,13 +102,7 @@ def _lmms_letter(output: str) -> str | None:
 
 def match(item: Item, output: str, protocol: Protocol) -> Match:
     """The letter as the protocol reads it."""
-    if protocol == "lmms_eval":
-        return letter_match(item, _lmms_letter(output))
-    if protocol == "vlmevalkit":
-        return letter_match(item, vlmevalkit_letter(output, item.choices))
-    if protocol == "cambrian":
-        return letter_match(item, cambrian_letter(output))
-    return letter_match(item, chosen_letter(output, len(item.choices)))
+    return choice_match(item, output, protocol, lmms=_lmms_letter)
 
 
 def metrics(graded: Graded) -> Metrics:
