@@ -5,8 +5,9 @@
 It is a list of `lsg` commands, which are printed; what is finished is kept. `strength` plants sinks of several strengths and
 asks 400 validation questions, as they are and with the keys of V-sinks scaled back. For the strength that was chosen there,
 `gates` trains gates of three seeds in the planted layers, and others elsewhere, and asks the 2,000 test questions; `signals`
-trains gates that read other signals; `map` draws the oracle map; `each` trains a gate at each layer alone and stacks them;
-`text` asks questions without their images. Then it prints the bounds that must hold, and exits with 1 if one does not.
+trains gates that read other signals; `map` draws the oracle map; `text` asks questions without their images. `layer` plants
+sinks in one layer alone, draws the map of that, trains a gate at each layer alone and stacks them. Then it prints the bounds
+that must hold, and exits with 1 if one does not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lsg_jax.quickstart import CHECKPOINT, PLANTED, PLANTED_LAYERS, PLANTED_SCEN
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
 STRENGTHS, STRENGTH = (2, 4, 8, 16), int(PLANTED["strength"])
+ONE_LAYER, ITS_STRENGTH = 3, 24
 ASKED, RECORDS, SEEDS, SIDE = 400, 1024, 3, 112
 GATES = ("gate.key_scale=1.0", "train.learning_rate=3e-3")
 ELSEWHERE = [0, 7]
@@ -68,12 +70,12 @@ def lsg(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "lsg_jax", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def model(out: Path, strength: int = STRENGTH) -> Path:
+def model(out: Path, strength: int = STRENGTH, layers: tuple[int, ...] = PLANTED_LAYERS) -> Path:
     """The folder of the model with planted sinks, which is made if it is not there; without any for strength 0."""
-    folder = out / "models" / (f"planted-{strength}" if strength else "embedded")
+    folder = out / "models" / (f"planted-{strength}-at-{'-'.join(map(str, layers))}" if strength else "embedded")
     if not folder.exists():
         settings = ["--mark", PLANTED["mark"], "--text", PLANTED["text"], "--scenes", PLANTED_SCENES]
-        lsg("plant", out / "models" / "embedded", folder, "--layers", *PLANTED_LAYERS, "--strength", strength, *settings)
+        lsg("plant", out / "models" / "embedded", folder, "--layers", *layers, "--strength", strength, *settings)
     return folder
 
 
@@ -81,25 +83,25 @@ def validation(out: Path) -> str:
     return f"validation={out / 'validation' / 'questions.jsonl'}"
 
 
-def configured(out: Path, name: str, *overrides: str, strength: int = STRENGTH) -> list[object]:
-    """CONFIG and its settings for a run of that name."""
-    paths = [f"model={model(out, strength)}", f"data.records={out / 'records'}", f"output={out / 'runs' / name}"]
+def configured(out: Path, name: str, *overrides: str, planted: Path | None = None) -> list[object]:
+    """CONFIG and its settings for a run of that name; on the model of STRENGTH, unless `planted` is another."""
+    paths = [f"model={planted or model(out)}", f"data.records={out / 'records'}", f"output={out / 'runs' / name}"]
     return [CONFIG, "--set", *paths, *overrides]
 
 
-def trained(out: Path, name: str, layers: list[int] | str, *more: str) -> Path:
+def trained(out: Path, name: str, layers: list[int] | str, *more: str, planted: Path | None = None) -> Path:
     """The run of gates at these layers."""
-    lsg("train", *configured(out, name, f"gate.layers={layers}", *GATES, *more))
+    lsg("train", *configured(out, name, f"gate.layers={layers}", *GATES, *more, planted=planted))
     return out / "runs" / name
 
 
 def asked(
-    out: Path, name: str, benchmark: str, *how: object, strength: int = STRENGTH, overrides: tuple[str, ...] = ()
+    out: Path, name: str, benchmark: str, *how: object, planted: Path | None = None, overrides: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """result.json of an evaluation; `how` says which methods."""
     folder = out / "eval" / name
     if not (folder / "result.json").exists():
-        config = configured(out, name, *overrides, strength=strength)
+        config = configured(out, name, *overrides, planted=planted)
         lsg("eval", *config, *how, "--benchmark", benchmark, "--out", folder)
     found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["benchmarks"]
     return next(iter(found.values()))  # type: ignore[no-any-return]
@@ -115,7 +117,7 @@ def choose_strength(out: Path) -> Held:
     for strength in (0, *STRENGTHS):
         scaled = (f"fixed.layers={list(PLANTED_LAYERS)}", f"fixed.coefficients=[{1 / (1 + strength)}, 1.0]")
         name = f"strength-{strength}"
-        found = asked(out, name, validation(out), "--method", "fixed", strength=strength, overrides=scaled)
+        found = asked(out, name, validation(out), "--method", "fixed", planted=model(out, strength), overrides=scaled)
         lost[strength] = accuracy(found)
         print(f"{strength:8}{lost[strength]:11.2f}{accuracy(found, 'fixed'):31.2f}", flush=True)
     enough = [strength for strength in STRENGTHS if lost[0] - lost[strength] >= 15]
@@ -123,7 +125,7 @@ def choose_strength(out: Path) -> Held:
 
 
 def train_gates(out: Path) -> Held:
-    sound = asked(out, "sound", "scenes", "--method", "base", strength=0)
+    sound = asked(out, "sound", "scenes", "--method", "base", planted=model(out, 0))
     run = trained(out, "planted", list(PLANTED_LAYERS), f"train.seeds={SEEDS}", "data.order=-1")
     seeds = (f"train.seeds={SEEDS}", "data.order=-1", f"gate.layers={list(PLANTED_LAYERS)}", *GATES)
     found = asked(out, "planted", "scenes", "--gates", run, overrides=seeds)
@@ -175,29 +177,39 @@ def other_signals(out: Path) -> Held:
 
 
 def oracle_map(out: Path) -> Held:
-    folder = out / "sweep"
-    if not (folder / "sweep.json").exists():
-        lsg("sweep", *configured(out, "sweep"), "--benchmark", validation(out), "--step", 0.25, "--out", folder)
-    study = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    best = {row["layer"]: row["change"] for row in study["best"] if row["task"] in ("accuracy", "official")}
-    print("layer  best change\n" + "\n".join(f"{layer:5}{value:+13.2f}" for layer, value in sorted(best.items())))
+    best = _map(out, "sweep", model(out))
     first = sorted(best, key=best.__getitem__, reverse=True)[:5]
     return [("the five layers that gain most in the oracle map are planted ones", set(first) <= set(PLANTED_LAYERS))]
 
 
-def each_layer(out: Path) -> Held:
-    run = trained(out, "each", "each", "train.remat=full")
+def _map(out: Path, name: str, planted: Path) -> dict[int, float]:
+    """The largest change of validation accuracy that coefficients of one layer bring about, by layer."""
+    folder = out / name
+    if not (folder / "sweep.json").exists():
+        lsg("sweep", *configured(out, name, planted=planted), "--benchmark", validation(out), "--step", 0.25, "--out", folder)
+    study = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    best = {row["layer"]: row["change"] for row in study["best"] if row["task"] in ("accuracy", "official")}
+    print("layer  best change\n" + "\n".join(f"{layer:5}{value:+13.2f}" for layer, value in sorted(best.items())))
+    return best
+
+
+def one_layer(out: Path) -> Held:
+    planted = model(out, ITS_STRENGTH, (ONE_LAYER,))
+    sound = accuracy(asked(out, "sound", "scenes", "--method", "base", planted=model(out, 0)))
+    best = _map(out, "sweep-one-layer", planted)
+    run = trained(out, "each", "each", "train.remat=full", planted=planted)
     folder = out / "stack"
     if not (folder / "stack.json").exists():
-        config = configured(out, "stack")
+        config = configured(out, "stack", planted=planted)
         benchmarks = ("--benchmark", validation(out), "scenes", "--select", "validation")
         lsg("stack", *config, "--gates", run, *benchmarks, "--out", folder)
     steps = json.loads((folder / "stack.json").read_text(encoding="utf-8"))["steps"]
     for step in steps:
         print(f"{'+'.join(map(str, step['layers'])):16}{step['value']:7.2f}{step['change']:+7.2f}")
+    print(sound)
     return [
-        ("the best single gate is in a planted layer", steps[0]["layers"][0] in PLANTED_LAYERS),
-        ("the stack takes two planted layers first", set(steps[1]["layers"]) <= set(PLANTED_LAYERS)),
+        (f"layer {ONE_LAYER} gains most in the oracle map", max(best, key=best.__getitem__) == ONE_LAYER),
+        (f"the stack takes the gate at layer {ONE_LAYER} first", steps[0]["layers"] == [ONE_LAYER]),
     ]
 
 
@@ -214,7 +226,7 @@ STEPS: dict[str, Callable[[Path], Held]] = {
     "gates": train_gates,
     "signals": other_signals,
     "map": oracle_map,
-    "each": each_layer,
+    "layer": one_layer,
     "text": text_alone,
 }
 
