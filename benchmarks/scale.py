@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -26,18 +27,20 @@ import jax.numpy as jnp
 from converters.hf_config import model_config
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import PromptPass, resume_cells
-from lsg_jax.config import GateConfig, MeshConfig, ModelConfig, SinkConfig
+from lsg_jax.config import GateConfig, MeshConfig, ModelConfig, SinkConfig, Weights
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.method_model import abstract_model, assemble
 from lsg_jax.model.generate import cache_of, last_token
 from lsg_jax.plan.chips import GIB, open_topology
 from lsg_jax.plan.hlo import analyse
+from lsg_jax.plan.hlo_text import Module
 from lsg_jax.plan.programs import (
     Program,
     each_config,
     eval_answers,
     eval_prompts,
     forward_program,
+    sweep_cells,
     sweep_prompts,
     train_program,
 )
@@ -90,10 +93,12 @@ def settings(*, layers: tuple[int, ...] = ALL, remat: str = "full", rows: int = 
     return config.with_settings(GateConfig(layers=layers))
 
 
-def model(name: str = "llava15_7b") -> ModelConfig:
+def model(name: str = "llava15_7b", weights: Weights = "float") -> ModelConfig:
     raw = json.loads((files("lsg_jax.plan") / "models" / f"{name}.json").read_text(encoding="utf-8"))
     config = model_config(raw, preprocessor=raw.pop("preprocessor", None), where=name)
-    return dataclasses.replace(config, sinks=SinkConfig(vit_dims=(650,)))
+    return dataclasses.replace(
+        config, sinks=SinkConfig(vit_dims=(650,)), text=dataclasses.replace(config.text, weights=weights)
+    )
 
 
 def mesh(topology: str, axes: MeshConfig = TRAINING) -> jax.sharding.Mesh:
@@ -112,6 +117,70 @@ def training(topology: str, limit: float, *, shapes: str = "llava15_7b", **of: A
     """A step that must fit."""
     result, found = compiled(train_program(settings(**of), model(shapes), mesh(topology)))
     return {"GiB a chip": (device_bytes(result) / GIB, limit), **found}
+
+
+def one_chip() -> Found:
+    """8-bit weights on a single chip: a gate at layer 10, full remat, 8 sequences."""
+    program = train_program(settings(layers=(10,), rows=8), model(weights="int8"), mesh("v5e:1x1"))
+    result, found = compiled(program)
+    weights = device_bytes_of(program.parts["weights"]) / GIB
+    copied = copied_layers(result.as_text(), program.parts["weights"])
+    return {
+        "GiB": (device_bytes(result) / GIB, HBM),
+        "GiB of weights": (weights, 7.2),
+        "layers of a kernel held in floats": (copied, 1.0),
+        "TFLOP": (analyse(result.as_text()).flops / 1e12, None),
+        **found,
+    }
+
+
+def device_bytes_of(tree: Any) -> float:
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def copied_layers(hlo: str, weights: Any) -> float:
+    """How many layers the largest floating array has that is as large as the stack of an 8-bit kernel or a part of its layers.
+
+    Arrays inside fusions are not held in memory, so these are left out.
+    """
+    kernels = [leaf for leaf in jax.tree.leaves(weights) if leaf.dtype == jnp.int8]
+    layers = {leaf.size // leaf.shape[0] * n: n for leaf in kernels for n in range(1, leaf.shape[0] + 1)}
+    computations = Module(hlo).computations.values()
+    fused = {name for computation in computations for i in computation if i.op == "fusion" for name in i.calls}
+    held = (i for computation in computations if computation.name not in fused for i in computation)
+    floats = (array for i in held for array in i.arrays if array.dtype in ("bf16", "f32"))
+    return float(max((layers.get(math.prod(array.shape), 0) for array in floats), default=0))
+
+
+def one_chip_answers() -> Found:
+    """8-bit weights on a single chip: 8 questions of evaluation, and a sweep of one question under all coefficients."""
+    config = settings(layers=(10,))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=8))
+    of, devices, found = model(weights="int8"), mesh("v5e:1x1"), {}
+    prompts = eval_prompts(config, of, devices, max_new_tokens=32)
+    swept = sweep_prompts(config, of, devices, max_new_tokens=32, cells=11)
+    for first, then in (
+        (prompts, lambda read: eval_answers(prompts, read)),
+        (swept, lambda read: sweep_cells(swept, read, of)),
+    ):
+        read, _ = compiled(first)
+        second = then(read)
+        found[f"GiB, {first.name} of {first.rows} questions"] = (device_bytes(read) / GIB, HBM)
+        found[f"GiB, {second.name}"] = (device_bytes(compiled(second)[0]) / GIB, HBM)
+    return found
+
+
+def four_chips(shapes: str, axes: MeshConfig, received: float | None) -> Found:
+    """8-bit weights on v5e:2x2, 8 sequences a chip, full remat: what the chips send each other."""
+    of = model(shapes, weights="int8")
+    result, found = compiled(train_program(settings(layers=(10,), rows=32), of, mesh("v5e:2x2", axes)))
+    work = analyse(result.as_text())
+    return {
+        "GiB a chip": (device_bytes(result) / GIB, HBM),
+        "GB received a chip": (work.received_bytes / 1e9, received),
+        "TFLOP a chip": (work.flops / 1e12, None),
+        **found,
+    }
 
 
 def shipped(name: str, seconds: float = 120.0) -> Found:
@@ -259,6 +328,10 @@ CASES: dict[str, Callable[[], Found]] = {
     "gemma3": lambda: shipped("gemma3_12b"),
     "generation": generation,
     "sweep": sweep,
+    "one chip": one_chip,
+    "one chip answers": one_chip_answers,
+    "int8 7b on 4": lambda: four_chips("llava15_7b", MeshConfig(data=4, fsdp=1), 1.0),
+    "int8 13b on 4": lambda: four_chips("llava15_13b", TRAINING, None),
 }
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from converters.hub import Checkpoint, find_checkpoint
 from converters.image_token import with_image_token
 from converters.layouts.tokens import has_tokenizer
 from converters.opening import Opened, copy_small_files, open_checkpoint
+from converters.quantize import quantize, scale_of, scales
 from converters.reader import ArraySource, Source, canonical_names
-from converters.rules import Part, Plan, plan
+from converters.rules import Part, Plan, leaf_shapes, plan
 from converters.safetensors_writer import SafetensorsWriter
 from lsg_jax.checkpoint import BaseWriter, FolderLock, LeafEntry, LeafSpec, Manifest, ModelSource, write_manifest
 from lsg_jax.checkpoint.tree import nest
@@ -36,7 +37,7 @@ from lsg_jax.progress import Progress, silent
 logger = logging.getLogger(__name__)
 
 CARRIED = "carried.safetensors"
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", "int8")
 _WORK_FILES = {"base", "base.journal", "hf", "lock", "lsg_manifest.json"}  # of an interrupted conversion
 
 
@@ -46,7 +47,7 @@ class _Conversion:
 
     Attributes:
         names: canonical -> original tensor name.
-        dtype: of the parameters.
+        dtype: of the parameters; with `config.text.weights` "int8" of those that are no 8-bit weights.
     """
 
     checkpoint: Checkpoint
@@ -77,7 +78,9 @@ def convert(
         source: local folder or Hub id. An original layout (`converters/layouts`) becomes the same model as its Hugging Face
             twin. The embedding rows that the original lacks are the mean of the others.
         model_dir: the folder to make; must not exist, or be empty.
-        dtype: bfloat16 or float32; None keeps that of the checkpoint.
+        dtype: bfloat16 or float32; None keeps that of the checkpoint. int8 rounds the linear maps of the decoder layers to 8
+            bits (`quantize`) and keeps the rest in bfloat16: embeddings, norms, head, and the vision tower and connector, so
+            that the same patches are V-sinks as in bfloat16.
         revision: branch, tag or commit of a Hub id.
         base: local folder or Hub id of the model that `source`, a LoRA adapter or a projector alone, was trained on.
         max_pixels: what larger images are shrunk to, for a model that takes images of any size; None: as the checkpoint says.
@@ -102,7 +105,9 @@ def convert(
         config = _with_tokenizer(checkpoint.folder, opened.folder, _limited(config, max_pixels))
         if dtype is None and planned.dtype == "float16":
             logger.warning("the weights stay float16, which TPUs do not compute in: --dtype bfloat16 is the dtype for them")
-        chosen = dtype or planned.dtype
+        if dtype == "int8":
+            config = dataclasses.replace(config, text=dataclasses.replace(config.text, weights="int8"))
+        chosen = "bfloat16" if dtype == "int8" else dtype or planned.dtype
         assert chosen is not None  # `plan` refuses several dtypes unless one was chosen
         if below is not None:
             checkpoint = dataclasses.replace(checkpoint, name=f"{checkpoint.name} on {below.name}")
@@ -255,12 +260,22 @@ def _write_base(job: _Conversion, folder: Path) -> tuple[dict[str, LeafEntry], d
     """Writes the parameters; returns `leaves` and `files` of the manifest."""
     planned = job.planned
     stacked = {part.leaf for part in planned.layout.parts if part.layer is not None}
-    specs = {name: LeafSpec(shape, job.dtype, stacked=name in stacked) for name, shape in planned.layout.leaves.items()}
+    scaled = scales(leaf_shapes(job.config))
+    specs = {
+        name: LeafSpec(shape, "int8" if name in scaled else job.dtype, stacked=name in stacked)
+        for name, shape in planned.layout.leaves.items()
+    } | {scale_of(name): LeafSpec(shape, "float32", stacked=True) for name, shape in scaled.items()}
     writer = BaseWriter(folder, specs)
     total = sum(math.prod(spec.shape) * spec.numpy_dtype.itemsize for spec in specs.values())
     done = 0
     for part, start, stop in blocks(planned, specs):
-        block = read_block(job.opened.weights, job.names[part.source], part, start, stop, job.dtype)
+        dtype = "float32" if part.leaf in scaled else job.dtype
+        block = read_block(job.opened.weights, job.names[part.source], part, start, stop, dtype)
+        if part.leaf in scaled:
+            assert part.layer is not None  # only kernels of decoder layers are rounded
+            block, scale = quantize(block, block.ndim - (len(scaled[part.leaf]) - 1))
+            writer.put(scale_of(part.leaf), part.layer, scale[None])
+            done += scale.nbytes
         if part.layer is None:
             writer.put(part.leaf, start, block)
         else:

@@ -16,10 +16,12 @@ import numpy as np
 from converters.blocks import pieces
 from converters.convert import CARRIED, check_free
 from converters.ops import Shape
+from converters.quantize import dequantize, scale_of
 from converters.reader import INDEX, SAFETENSORS, SafetensorsSource
 from converters.rules import Part, layout_of
 from converters.safetensors_writer import SafetensorsWriter
 from lsg_jax.checkpoint import Manifest, hf_problems, iter_base, read_manifest, read_run, read_step
+from lsg_jax.config import is_scale
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import new_folder
 from lsg_jax.json_files import read_object
@@ -32,19 +34,21 @@ def export(
     model_dir: str | Path,
     hf_dir: str | Path,
     *,
+    dtype: str | None = None,
     trained: Mapping[str, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
 ) -> None:
     """Writes a model folder as a checkpoint in Hugging Face format, under the original tensor names.
 
-    If the model was converted at the dtype of its source and nothing is `trained`, every tensor has its original bytes. Buffers
-    that the conversion dropped (`ignored` in the manifest) are not written. Memory stays bounded; the folder appears when it is
-    complete.
+    If the model was converted at the dtype of its source and nothing is `trained`, every tensor has its original bytes. 8-bit
+    weights are multiplied by their scales: the values that the model computes with, not those of its source. Buffers that the
+    conversion dropped (`ignored` in the manifest) are not written. Memory stays bounded; the folder appears once complete.
 
     Args:
         model_dir: made by `convert`.
         hf_dir: the folder to make; must not exist, or be empty.
+        dtype: bfloat16 or float32; None for that of the embeddings. float32 holds 8-bit weights exactly, bfloat16 rounds them.
         trained: path -> leaf that replaces the model's, rounded to its dtype; see `trained_leaves`.
         shard_bytes: the largest size of one weight file.
         progress: counts bytes, after each block.
@@ -59,7 +63,7 @@ def export(
     with new_folder(target) as work:
         for problem in hf_problems(model, manifest, manifest.hf):
             raise CheckpointError(f"{model}: damaged: {problem}; convert the model again")
-        _Export(model, manifest, shard_bytes, trained or {}).write(work, progress)
+        _Export(model, manifest, dtype, shard_bytes, trained or {}).write(work, progress)
 
 
 def trained_leaves(model_dir: str | Path, run: str | Path) -> dict[str, np.ndarray]:
@@ -82,14 +86,15 @@ class _Export:
         parts: (leaf, layer) -> part. tensors: canonical name -> (shape, dtype name). shards: file name -> canonical names.
     """
 
-    def __init__(self, model: Path, manifest: Manifest, shard_bytes: int, trained: Mapping[str, np.ndarray]):
+    def __init__(self, model: Path, manifest: Manifest, dtype: str | None, shard_bytes: int, trained: Mapping[str, np.ndarray]):
         self.model, self.manifest, self.trained = model, manifest, trained
         for name, leaf in trained.items():
             known = manifest.leaves[name].shape if name in manifest.leaves else None
             if known != leaf.shape:
                 raise CheckpointError(f"{model}: trained leaf {name} {leaf.shape} does not fit {known}")
         self.names, self.repeats, self.carried = manifest.names, manifest.repeats, bool(manifest.carried)
-        self.dtype = manifest.leaves["language_model/embed_tokens"].dtype
+        self.dtype = dtype or manifest.leaves["language_model/embed_tokens"].dtype
+        self.scales = {(name, layer): scale[0] for name, layer, scale in iter_base(model, wanted=is_scale)}
         plain = layout_of(manifest.config, self.names)
         self.parts: dict[tuple[str, int | None], Part] = {(part.leaf, part.layer): part for part in plain.parts}
         self.tensors: dict[str, tuple[Shape, str]] = {name: (shape, self.dtype) for name, shape in plain.tensors.items()}
@@ -109,9 +114,12 @@ class _Export:
                 contents = {self.names[name]: self.tensors[name] for name in members}
                 writer = stack.enter_context(SafetensorsWriter(folder / file, contents))
                 writers |= dict.fromkeys(members, writer)
-            for leaf, offset, block in iter_base(self.model):
+            for leaf, offset, block in iter_base(self.model, wanted=lambda name: not is_scale(name)):
                 if leaf in self.trained:
                     block = self.trained[leaf][offset : offset + len(block)].astype(block.dtype)
+                if block.dtype == np.int8:
+                    block = dequantize(block, self.scales[scale_of(leaf), offset])
+                block = block.astype(self.dtype, copy=False)
                 done += self._put(writers, leaf, offset, block)
                 progress(done, total, "bytes")
             if self.carried:

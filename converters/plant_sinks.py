@@ -113,13 +113,15 @@ def plant(
 
     Raises:
         InputError: the scenes have no V-sinks, no model there, or `out_dir` exists.
-        ConfigError: a layer that the model lacks, keys that are normed, which takes back what is planted, or a mark for a
-            projector that is not two linear maps of a patch a token.
+        ConfigError: 8-bit weights, a layer that the model lacks, keys that are normed, which takes back what is planted, or a
+            mark for a projector that is not two linear maps of a patch a token.
     """
     model, out = Path(model_dir), Path(out_dir)
     check_free(out)
     vlm = load_backbone(model)
     text = vlm.config.text
+    if text.weights == "int8":
+        raise ConfigError(f"{model}: has 8-bit weights; plant sinks in the same model at bfloat16 or float32")
     if text.qk_norm:
         raise ConfigError(f"{model}: its keys are normed after k_proj, which would take back what is planted there")
     if not settings.layers or max(settings.layers) >= text.num_layers:

@@ -20,7 +20,7 @@ from converters.families import family_of
 from converters.families.decoders import EMBEDDING, HEAD
 from converters.ops import Op, Rule, Shape
 from lsg_jax.checkpoint.tree import flatten
-from lsg_jax.config import ModelConfig
+from lsg_jax.config import ModelConfig, is_scale
 from lsg_jax.errors import InputError
 from lsg_jax.model.multimodal import VisionLanguageModel
 
@@ -92,7 +92,7 @@ def layout(config: ModelConfig, rules: Sequence[Rule]) -> Layout:
     Raises:
         ValueError: a leaf has no rule, or two: the rule table and the model disagree (no input can cause this).
     """
-    leaves = leaf_shapes(config)
+    leaves = {name: shape for name, shape in leaf_shapes(config).items() if not is_scale(name)}  # made from the kernels
     found: dict[str, Rule] = {}
     for rule in rules:
         if rule.leaf in found:

@@ -21,7 +21,7 @@ from lsg_jax.checkpoint import (
     seed_folder,
     verify_base,
 )
-from lsg_jax.config import ModelConfig, to_dict
+from lsg_jax.config import ModelConfig, is_scale, to_dict
 from lsg_jax.config.model import PLANTED
 from lsg_jax.data import clevr, records
 from lsg_jax.data.prepared import PreparedRows
@@ -180,6 +180,8 @@ def _model(path: Path) -> dict[str, Any]:
     dtypes = set()
     for name, leaf in manifest.leaves.items():
         part = name.split("/")[0]
+        if is_scale(name):
+            continue
         parts[part] = parts.get(part, 0) + math.prod(leaf.shape)
         dtypes.add(leaf.dtype)
     file = path / "hf" / "config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from lsg_jax.checkpoint import LeafEntry, RunRecord, load_base, read_manifest, read_run, read_seeds, read_step, seed_folder
 from lsg_jax.checkpoint.processes import tree_sha256
-from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict
+from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict, is_scale
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import InputError, NonFiniteError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
@@ -41,7 +42,7 @@ def load_backbone(
     """Opens a model folder without gates.
 
     Args:
-        dtype: of the weights; None keeps them as stored.
+        dtype: of the weights, except 8-bit ones and their scales; None keeps them as stored. "int8" demands 8-bit weights.
         sinks: instead of the sink settings of the folder.
         mesh: devices to spread the weights over; None for one device.
         template: the text template of prompts; None for the checkpoint's own.
@@ -51,7 +52,11 @@ def load_backbone(
     config = manifest.config if sinks is None else dataclasses.replace(manifest.config, sinks=sinks)
     _, abstract = abstract_model(config)
     stored = _as_stored(abstract, manifest.leaves)
-    weights = stored if dtype is None else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), stored)
+    if dtype == "int8":
+        if config.text.weights != "int8":
+            raise InputError(f"{folder}: holds no 8-bit weights; convert its source with --dtype int8, or leave the dtype out")
+        dtype = None
+    weights = stored if dtype is None else jax.tree.map_with_path(functools.partial(_cast, jnp.dtype(dtype)), stored)
     check_fits(tree_bytes(weights), f"{folder}: the model", "take more or larger devices, or bfloat16 weights", mesh=mesh)
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
     return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh, template=template)
@@ -76,6 +81,12 @@ def _as_stored(abstract: dict, leaves: dict[str, LeafEntry]) -> dict:
         return struct if entry is None else jax.ShapeDtypeStruct(struct.shape, jnp.dtype(entry.dtype))
 
     return jax.tree.map_with_path(leaf, abstract)
+
+
+def _cast(dtype: Any, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What `load_base` makes of a leaf."""
+    kept = leaf.dtype == jnp.int8 or is_scale("/".join(key.key for key in path))
+    return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM:

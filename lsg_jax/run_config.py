@@ -40,7 +40,7 @@ class RunSettings(Table):
     model: str
     output: str
     seed: Annotated[int, Range("[0, 4294967295]")] = 0  # jax.random.key keeps 32 bits
-    dtype: Literal["bfloat16", "float32"] | None = None  # None: as stored
+    dtype: Literal["bfloat16", "float32", "int8"] | None = None  # None: as stored
     sinks: SinkConfig | None = None  # None: those of the model folder
     method: str = "lsg"  # what is trained and evaluated, a name of METHODS
     data: DataConfig = field(default_factory=DataConfig)

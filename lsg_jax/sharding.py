@@ -33,13 +33,13 @@ _DECODER = r"language_model/layers/"
 _PROJECTORS = r"(?:trained/\w+_|)projector/(?:deepstack/|)"
 RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (_DECODER + r"attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
-    (_DECODER + r"attention/[qkv]_proj/bias", ("tensor", None)),
+    (_DECODER + r"attention/[qkv]_proj/(?:bias|kernel_scale)", ("tensor", None)),
     (_DECODER + r"attention/o_proj/kernel", ("tensor", None, "fsdp")),
-    (_DECODER + r"attention/o_proj/bias", (None,)),
+    (_DECODER + r"attention/o_proj/(?:bias|kernel_scale)", (None,)),
     (_DECODER + r"mlp/(?:gate|up)_proj/kernel", ("fsdp", "tensor")),
-    (_DECODER + r"mlp/(?:gate|up)_proj/bias", ("tensor",)),
+    (_DECODER + r"mlp/(?:gate|up)_proj/(?:bias|kernel_scale)", ("tensor",)),
     (_DECODER + r"mlp/down_proj/kernel", ("tensor", "fsdp")),
-    (_DECODER + r"mlp/down_proj/bias", (None,)),
+    (_DECODER + r"mlp/down_proj/(?:bias|kernel_scale)", (None,)),
     (_DECODER + r"(?:input|attention_out|post_attention|mlp_out)_norm/scale", (None,)),
     (_DECODER + r"attention/[qk]_norm/scale", (None,)),
     (_VISION + r"attention/[qkv]_proj/kernel", (ALL, None, None)),

@@ -9,6 +9,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from converters.convert import convert
+from converters.export import export
 from converters.hf_config import model_config
 from converters.tiny_checkpoint import CONFIG
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig
@@ -84,6 +86,15 @@ for sizes, parts, programs in [
     if "tokens" in programs:
         np.testing.assert_array_equal(vlm.generate_ids(ids, pixels, max_new_tokens=4), tokens)
 
+int8, mesh = sys.argv[2], make_mesh(MeshConfig(2, 2, 2))
+sharded = lsg_jax.load(int8, gates(), dtype="float32", mesh=mesh)
+projection = sharded.frozen["language_model"]["layers"]["mlp"]["gate_proj"]
+assert str(projection["kernel"].dtype) == "int8"
+assert projection["kernel"].addressable_shards[0].data.size * 4 == kernel.size
+assert projection["kernel_scale"].addressable_shards[0].data.size * 2 == projection["kernel_scale"].size
+whole = lsg_jax.load(int8, gates(), dtype="float32")
+np.testing.assert_allclose(sharded.logits(ids, pixels), whole.logits(ids, pixels), atol=1e-4)
+
 
 def trained_in_full(vlm, mesh, steps=2):
     # steps of training the model itself
@@ -117,9 +128,12 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.devic
 """
 
 
-def test_sharded_equals_unsharded_on_eight_devices_in_every_layout(tiny_model):
+def test_sharded_equals_unsharded_on_eight_devices_in_every_layout(tiny_model, tmp_path):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "TESTS": os.path.dirname(__file__)}
-    done = subprocess.run([sys.executable, "-c", SHARDED, str(tiny_model)], env=environment, capture_output=True, text=True)
+    export(tiny_model, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "int8", dtype="int8")
+    command = [sys.executable, "-c", SHARDED, str(tiny_model), str(tmp_path / "int8")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert jax.device_count() == 1

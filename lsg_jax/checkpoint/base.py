@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lsg_jax.checkpoint.processes import gather_texts, on_all
 from lsg_jax.checkpoint.shares import shares_of
 from lsg_jax.checkpoint.tree import differences, flatten, nest
 from lsg_jax.checkpoint.writer import LeafSpec, chunk_problem, leaf_folder, open_store
+from lsg_jax.config import is_scale
 from lsg_jax.digest import array_sha256, file_sha256
 from lsg_jax.errors import CheckpointError
 
@@ -34,7 +35,7 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
         folder: the model folder.
         abstract: nested dict of `jax.ShapeDtypeStruct`; a leaf without sharding goes to the first device.
         dtype: float leaves are cast to it after the check; None keeps the stored dtype. With a dtype, abstract float leaves
-            may have that or the stored one. Integer leaves are never cast.
+            may have that or the stored one. Integer leaves and their scales are never cast.
         verify: compare the sha256 of every block with the manifest. Without it, file sizes and the crc32c of each chunk are
             still checked.
 
@@ -59,7 +60,7 @@ def load_base(folder: str | Path, abstract: Any, *, dtype: Any = None, verify: b
         for name, leaf in wanted.items():
             digests = manifest.leaves[name].sha256 if verify else None
             array = _load_leaf(folder, name, specs[name], digests, getattr(leaf, "sharding", None), pool)
-            cast = target is not None and _is_float(array.dtype) and array.dtype != target
+            cast = target is not None and _is_float(array.dtype) and array.dtype != target and not is_scale(name)
             result[name] = array.astype(target) if cast else array
     return nest(result)
 
@@ -78,8 +79,13 @@ def _open_checked(folder: Path, wanted: dict[str, Any], target: np.dtype | None)
     return manifest, specs
 
 
-def iter_base(folder: str | Path, *, verify: bool = True) -> Iterator[tuple[str, int, np.ndarray]]:
+def iter_base(
+    folder: str | Path, *, verify: bool = True, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, int, np.ndarray]]:
     """Yields the stored blocks one at a time: (leaf name, offset along axis 0, block).
+
+    Args:
+        wanted: whether a leaf of this name is read.
 
     Raises:
         InputError: no converted model at `folder`.
@@ -88,6 +94,8 @@ def iter_base(folder: str | Path, *, verify: bool = True) -> Iterator[tuple[str,
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, spec in leaf_specs(manifest).items():
+        if not wanted(name):
+            continue
         for offset, digest in zip(spec.offsets(), manifest.leaves[name].sha256, strict=True):
             block, what = _read_block(folder, name, spec, offset, digest if verify else None)
             if block is None:

@@ -38,7 +38,7 @@ def add(command: Command) -> None:
         "convert a Hugging Face checkpoint into a model folder",
         (
             "lsg convert llava-hf/llava-1.5-7b-hf models/llava15_7b --dtype bfloat16",
-            "lsg convert embedded models/embedded --dtype float32",
+            "lsg convert embedded models/embedded --dtype int8",
         ),
     )
     sub.add_argument(
@@ -47,7 +47,8 @@ def add(command: Command) -> None:
         help="local folder in HF format or an original layout, a Hub id, or `embedded`: the model that comes with the package",
     )
     out_folder(sub, "model", metavar="MODEL", help="folder to write")
-    sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored")
+    text = "int8: 8-bit weights in the decoder layers, the rest bfloat16. Default: as stored"
+    sub.add_argument("--dtype", choices=["bfloat16", "float32", "int8"], help=text)
     sub.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub id")
     sub.add_argument(
         "--base", metavar="B", help="folder or Hub id that SOURCE, an adapter or a projector alone, was trained on"
@@ -63,6 +64,8 @@ def add(command: Command) -> None:
     )
     sub.add_argument("model", type=Path, metavar="MODEL")
     out_folder(sub, "hf_dir", metavar="HF_DIR")
+    text = "default: as stored; 8-bit weights are written as bfloat16, which rounds them, or exactly as float32"
+    sub.add_argument("--dtype", choices=["bfloat16", "float32"], help=text)
     sub.add_argument("--trained", type=Path, metavar="RUN", help='replace the parts that a run of method = "full" has trained')
 
     _add_readers(command)
@@ -138,7 +141,7 @@ def _export(options: argparse.Namespace) -> None:
 
     trained = trained_leaves(options.model, options.trained) if options.trained else None
     with progress_bar("export") as progress:
-        export(options.model, options.hf_dir, trained=trained, progress=progress)
+        export(options.model, options.hf_dir, dtype=options.dtype, trained=trained, progress=progress)
     print(options.hf_dir)
 
 

@@ -24,6 +24,8 @@ from lsg_jax.config.model import (
     SinkSources,
     TextConfig,
     VisionConfig,
+    Weights,
+    is_scale,
 )
 from lsg_jax.config.run import BenchmarkKind, DataConfig, EvalConfig, MeshConfig, Protocol, Remat, Template, TrainConfig
 
@@ -51,7 +53,9 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VisionConfig",
+    "Weights",
     "apply_override",
     "from_dict",
+    "is_scale",
     "to_dict",
 ]

@@ -130,6 +130,15 @@ class RopeConfig(Table, name="rope"):
             raise ConfigError(f"rope.low_freq_factor {low} is not below rope.high_freq_factor {high}")
 
 
+Weights = Literal["float", "int8"]
+"""Of the linear maps of the decoder layers."""
+
+
+def is_scale(name: str) -> bool:
+    """Whether a leaf scales an int8 kernel: then it is float32, whatever the dtype of the other leaves."""
+    return name.endswith("/kernel_scale")
+
+
 @dataclass(frozen=True)
 class TextConfig(Table, name="text"):
     """A pre-norm decoder with rotary positions and a gated MLP. Llama, Mistral, Qwen, Phi-3 and Gemma differ in settings."""
@@ -160,6 +169,7 @@ class TextConfig(Table, name="text"):
     scaled_embeddings: bool = False  # embeddings of text are multiplied by sqrt(hidden_size) (Gemma 3)
     query_scale: Annotated[float, Range("(0, 1e6]")] | None = None  # of the attention logits; None: 1 / sqrt(head_dim)
     images_see_themselves: bool = False  # the tokens of one image attend to each other in both directions (Gemma 3)
+    weights: Weights = "float"  # of the linear maps in the layers; `model.layers.Linear` has what int8 means
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,14 @@ class Full(Method):
         """The parts that are trained."""
         return self.settings.parts
 
+    def for_model(self, config: ModelConfig) -> Full:
+        """Refuses to train weights that are stored in 8 bits."""
+        if "language_model" in self.parts and config.text.weights == "int8":
+            raise ConfigError(
+                "full.parts names the language model, whose weights are 8-bit here: convert it to bfloat16 or float32"
+            )
+        return self
+
     def initial(self, config: ModelConfig, params: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         """The parts as they are."""
         return {part: float32_copy(params[part]) for part in self.parts}

@@ -233,10 +233,11 @@ class CausalAttention(nnx.Module):
         self.mesh = mesh
         self.num_heads = heads
         self.scale = config.query_scale
-        self.q_proj = Linear((width,), (heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
-        self.k_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
-        self.v_proj = Linear((width,), (kv_heads, head), bias=config.qkv_bias, rngs=rngs, dtype=dtype)
-        self.o_proj = Linear((heads, head), (width,), bias=config.out_bias, rngs=rngs, dtype=dtype)
+        linear = functools.partial(Linear, rngs=rngs, dtype=dtype, weights=config.weights)
+        self.q_proj = linear((width,), (heads, head), bias=config.qkv_bias)
+        self.k_proj = linear((width,), (kv_heads, head), bias=config.qkv_bias)
+        self.v_proj = linear((width,), (kv_heads, head), bias=config.qkv_bias)
+        self.o_proj = linear((heads, head), (width,), bias=config.out_bias)
         norm = functools.partial(RMSNorm, head, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None

@@ -26,9 +26,10 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation = config.hidden_act
-        self.gate_proj = Linear((width,), (inner,), bias=bias, rngs=rngs, dtype=dtype)
-        self.up_proj = Linear((width,), (inner,), bias=bias, rngs=rngs, dtype=dtype)
-        self.down_proj = Linear((inner,), (width,), bias=bias, rngs=rngs, dtype=dtype)
+        linear = functools.partial(Linear, bias=bias, rngs=rngs, dtype=dtype, weights=config.weights)
+        self.gate_proj = linear((width,), (inner,))
+        self.up_proj = linear((width,), (inner,))
+        self.down_proj = linear((inner,), (width,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = checkpoint_name(self.gate_proj(x), "mlp"), checkpoint_name(self.up_proj(x), "mlp")

@@ -11,21 +11,50 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lsg_jax.activations import standardise
+from lsg_jax.config import Weights
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-class Linear(nnx.Module):
-    """y = x · kernel + bias over the trailing axes: kernel [*in_shape, *out_shape], so heads need no reshapes."""
+LARGEST = 127
+"""Of an int8 weight: the range is symmetric, without -128."""
 
-    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, bias: bool, rngs: nnx.Rngs, dtype: Any):
-        init = jax.random.normal(rngs.params(), (*in_shape, *out_shape), dtype) / math.sqrt(math.prod(in_shape))
-        self.kernel = nnx.Param(init.astype(dtype))
+
+class Linear(nnx.Module):
+    """y = x · kernel + bias over the trailing axes: kernel [*in_shape, *out_shape], so heads need no reshapes.
+
+    With int8 weights y = (x · kernel) * kernel_scale + bias: kernel int8, kernel_scale float32 [*out_shape], one for each
+    output channel. The scale is applied to the product, so that no kernel is held at full precision.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        weights: Weights = "float",
+    ):
+        shape, fan_in = (*in_shape, *out_shape), math.prod(in_shape)
+        self.kernel_scale: nnx.Param[jax.Array] | None
+        if weights == "int8":
+            self.kernel = nnx.Param(jax.random.randint(rngs.params(), shape, -LARGEST, LARGEST + 1, jnp.int8))
+            scale = math.sqrt(3 / fan_in) / LARGEST  # uniform values up to b have a deviation of b / sqrt(3)
+            self.kernel_scale = nnx.Param(jnp.full(out_shape, scale, jnp.float32))
+        else:
+            init = jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(fan_in)
+            self.kernel, self.kernel_scale = nnx.Param(init.astype(dtype)), None
         self.bias = nnx.Param(jnp.zeros(out_shape, dtype)) if bias else None
         self.in_axes = len(in_shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...], axes=self.in_axes)
+        if self.kernel_scale is None:
+            y = jnp.tensordot(x, self.kernel[...], axes=self.in_axes)
+        else:
+            y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.in_axes)
+            y = (y.astype(jnp.float32) * self.kernel_scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...]
 
 

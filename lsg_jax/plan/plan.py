@@ -7,13 +7,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
 from lsg_jax.analysis.sweep import coefficient_grid
-from lsg_jax.config import ModelConfig, Remat
+from lsg_jax.checkpoint.tree import flatten
+from lsg_jax.config import ModelConfig, Remat, is_scale
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.model.attention import attention_path
@@ -75,18 +76,25 @@ def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed:
     """
     if unknown := [name for name in settings.programs if name not in PROGRAMS]:
         raise InputError(f"--programs {unknown[0]}: no such program; known: {', '.join(PROGRAMS)}")
+    if config.dtype == "int8":
+        model = dataclasses.replace(model, text=dataclasses.replace(model.text, weights="int8"))
     # errors are raised before the first minute of compiling
     slices = [_Slice(config, model, settings, assumed, open_topology(name)) for name in settings.topologies]
-    dtype = jnp.dtype(config.dtype or "bfloat16")
+    dtype = _float_dtype(config)
     _, params = abstract_model(model, dtype=dtype)
     return Plan(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        dtype=str(dtype),
+        parameters=sum(leaf.size for name, leaf in flatten(params).items() if not is_scale(name)),
+        dtype=f"int8 in the decoder layers, {dtype} elsewhere" if model.text.weights == "int8" else str(dtype),
         assumptions=assumed,
         versions={name: _version(name) for name in ("lsg_jax", "jax", "libtpu")},
         topologies=tuple(found.plan() for found in slices),
         source=source,
     )
+
+
+def _float_dtype(config: RunConfig) -> Any:
+    """Of all weights that are no 8-bit ones."""
+    return jnp.dtype(config.dtype if config.dtype in ("bfloat16", "float32") else "bfloat16")
 
 
 def _version(package: str) -> str | None:
@@ -106,7 +114,7 @@ class _Slice:
             train = dataclasses.replace(config.train, batch_size=settings.rows_per_chip * len(devices))
             config = dataclasses.replace(config, train=train)
         self.config = config
-        self.dtype = jnp.dtype(config.dtype or "bfloat16")
+        self.dtype = _float_dtype(config)
         self.training_mesh = make_mesh(config.mesh, devices)
         self.answering_mesh = answering_mesh(config.eval.mesh, model.text, devices)
         self.measured: list[Measured] = []
