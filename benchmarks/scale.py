@@ -139,17 +139,23 @@ def device_bytes_of(tree: Any) -> float:
 
 
 def copied_layers(hlo: str, weights: Any) -> float:
-    """How many layers the largest floating array has that is as large as the stack of an 8-bit kernel or a part of its layers.
+    """How many layers the largest floating array holds that has the shape of an 8-bit kernel, or of some layers of its stack.
 
     Arrays inside fusions are not held in memory, so these are left out.
     """
-    kernels = [leaf for leaf in jax.tree.leaves(weights) if leaf.dtype == jnp.int8]
-    layers = {leaf.size // leaf.shape[0] * n: n for leaf in kernels for n in range(1, leaf.shape[0] + 1)}
+    kernels = [leaf.shape[1:] for leaf in jax.tree.leaves(weights) if leaf.dtype == jnp.int8]
+    matrices = [(math.prod(shape[:axes]), math.prod(shape[axes:])) for shape in kernels for axes in range(1, len(shape))]
+    one_layer = {tuple(sorted(shape)) for shape in (*kernels, *matrices)}
     computations = Module(hlo).computations.values()
     fused = {name for computation in computations for i in computation if i.op == "fusion" for name in i.calls}
     held = (i for computation in computations if computation.name not in fused for i in computation)
-    floats = (array for i in held for array in i.arrays if array.dtype in ("bf16", "f32"))
-    return float(max((layers.get(math.prod(array.shape), 0) for array in floats), default=0))
+    floats = (array.shape for i in held for array in i.arrays if array.dtype in ("bf16", "f32"))
+    most = 0
+    for shape in floats:
+        wide = [size for size in shape if size > 1]
+        stacks = [(1, wide), *((size, wide[:i] + wide[i + 1 :]) for i, size in enumerate(wide))]
+        most = max([most, *(layers for layers, rest in stacks if tuple(sorted(rest)) in one_layer)])
+    return float(most)
 
 
 def one_chip_answers() -> Found:

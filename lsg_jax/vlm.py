@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from lsg_jax.answer_programs import answer_batch, read_batch
 from lsg_jax.checkpoint.processes import host_array
 from lsg_jax.config import Aspect, GateConfig, ModelConfig, SinkConfig, Template
 from lsg_jax.config.ranges import Range
@@ -30,7 +31,7 @@ from lsg_jax.methods.first_questions import FirstQuestion, routes
 from lsg_jax.methods.method import BASE, Method
 from lsg_jax.methods.method_model import abstract_model, assemble, join_trained
 from lsg_jax.methods.registry import name_of
-from lsg_jax.model.generate import Generated, ReadPrompts, answer_prompts, read_prompts
+from lsg_jax.model.generate import Generated, ReadPrompts
 from lsg_jax.model.loss import answer_loss, answer_slots
 from lsg_jax.model_inputs import is_visual, make_batch
 from lsg_jax.types import IGNORE, Batch, KVCache, VisualInput, VisualTokens
@@ -325,12 +326,24 @@ class VLM:
 
     def generate_in_full(self, batch: Batch, max_new_tokens: int) -> Generated:
         """`generate_batch` with the margins and, of a gated model, the ratios float32 [gated layers, B, G]; on the host."""
+        batch = self.as_asked(batch, max_new_tokens)
+        read, cache = read_batch(self.params, batch, self.graphdef, max_new_tokens)
+        return self.answer_read(batch, read, cache, max_new_tokens)
+
+    def as_asked(self, batch: Batch, max_new_tokens: int) -> Batch:
+        """The batch as the programs of `answer_programs` take it.
+
+        Raises:
+            ConfigError: the model has too few positions for the answers, or their keys and values do not fit.
+        """
         Range(f"[1, {self.config.text.max_positions}]").check(max_new_tokens, "max_new_tokens", int)  # positions of the model
         rows, length = batch.input_ids.shape
         check_answers(self, rows, length + max_new_tokens, "lower max_new_tokens or the batch size")
         # the answer slots are not used, and would only add shapes to compile
-        batch = dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
-        read, cache = read_batch(self.params, batch, self.graphdef, max_new_tokens)
+        return dataclasses.replace(batch, answer_index=None, answer_target=None, row_id=None)
+
+    def answer_read(self, batch: Batch, read: ReadPrompts, cache: KVCache, max_new_tokens: int) -> Generated:
+        """The answers to prompts that were read, as `generate_in_full` returns them."""
         asked = batch.without_images()
         tokens, steps, margin, ratios = answer_batch(self.params, asked, read, cache, self.graphdef, max_new_tokens)
         steps = int(host_array(steps))
@@ -382,17 +395,3 @@ def _visual_tokens(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array
 @functools.partial(jax.jit, static_argnums=2)
 def _ratios(params: dict, batch: Batch, graphdef: Any) -> jax.Array | None:
     return assemble(graphdef, params)(batch).ratios
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def read_batch(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
-    """`model.generate.read_prompts`, jitted."""
-    return read_prompts(assemble(graphdef, params), batch, max_new_tokens=max_new_tokens)
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def answer_batch(
-    params: dict, batch: Batch, read: ReadPrompts, cache: KVCache, graphdef: Any, max_new_tokens: int
-) -> Generated:
-    """`model.generate.answer_prompts`, jitted."""
-    return answer_prompts(assemble(graphdef, params), batch, read, cache, max_new_tokens=max_new_tokens)

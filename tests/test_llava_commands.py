@@ -14,6 +14,7 @@ from PIL import Image
 
 import lsg_jax
 from converters.convert import convert
+from lsg_jax.answer_programs import read_first, read_rest
 from lsg_jax.cli import main
 from lsg_jax.config import EvalConfig, GateConfig
 from lsg_jax.data.layout import lay_out
@@ -24,7 +25,6 @@ from lsg_jax.eval.benchmarks.questions import QUESTIONS
 from lsg_jax.eval.image_files import ImageFile
 from lsg_jax.gating.portable import PortableGates, write_gates
 from lsg_jax.methods.gates import Gates
-from lsg_jax.vlm import read_batch
 
 PINPOINTS = [[42, 84], [84, 42], [84, 84], [42, 126]]
 SIZES = [(60, 200), (200, 60), (77, 90), (42, 42), (300, 101), (99, 100)]  # width, height
@@ -92,9 +92,10 @@ def test_trained_and_evaluated(folder, prepared, capfd):
         in capfd.readouterr().err
     )
     lsg("train", folder / "run.toml")
-    before = read_batch._cache_size()
+    before = read_first._cache_size(), read_rest._cache_size()
     lsg("eval", folder / "run.toml", "--out", folder / "eval")
-    shapes = (read_batch._cache_size() - before) / 2  # base and gated
+    shapes, of_gates = read_first._cache_size() - before[0], read_rest._cache_size() - before[1]
+    assert shapes == of_gates
     assert shapes <= 4  # six sizes: (3 or 4, 5) tiles x (up to 64, 128) tokens
     lsg("eval", folder / "run.toml", "--out", folder / "alone", "--set", "eval.batch_size=1")
     for method in ("base", "lsg"):

@@ -7,20 +7,22 @@ alone on its device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lsg_jax.config import EvalConfig
 from lsg_jax.data.processor import Processor
-from lsg_jax.eval.batches import batches, encode_item
+from lsg_jax.eval.batches import QuestionBatch, batches, encode_item
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.eval.together import Together
 from lsg_jax.memory import check_answers
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.first_questions import routes
 from lsg_jax.model.generate import Generated
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
+from lsg_jax.types import Batch
 from lsg_jax.vlm import PROMPT_BUCKET, REPLY_TOKENS, VLM
 
 
@@ -36,7 +38,8 @@ class Answer:
     ratios: np.ndarray | None = None
 
 
-OnBatch = Callable[[dict[int, Answer]], None]
+OnBatch = Callable[[str, dict[int, Answer]], None]
+"""Called with the name of a model and its new answers by position."""
 
 
 def answer(
@@ -47,55 +50,124 @@ def answer(
     *,
     max_new_tokens: int,
     known: Mapping[int, Answer] | None = None,
-    on_batch: OnBatch | None = None,
+    on_batch: Callable[[dict[int, Answer]], None] | None = None,
 ) -> list[Answer]:
-    """The model's answer to every item, in their order. All processes must call it.
+    """`answer_all` of one model."""
+    save = None if on_batch is None else lambda _, new: on_batch(new)
+    found = answer_all({"": vlm}, items, prompts, config, max_new_tokens=max_new_tokens, known={"": known or {}}, on_batch=save)
+    return found[""]
+
+
+def answer_all(
+    models: Mapping[str, VLM],
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    config: EvalConfig,
+    *,
+    max_new_tokens: int,
+    known: Mapping[str, Mapping[int, Answer]] | None = None,
+    on_batch: OnBatch | None = None,
+) -> dict[str, list[Answer]]:
+    """The answer of each model to every item, in their order. All processes must call it.
 
     Args:
+        models: by name; one, or several that may answer together (`together.groups`).
         prompts: the user's turn of each item.
         max_new_tokens: of each answer; `config.max_new_tokens` is ignored.
-        known: answers by position that are not computed again, the same in every process.
-        on_batch: called after each batch with the new answers by position.
+        known: by model, answers by position that are not computed again, the same in every process.
+        on_batch: called after each batch of a model.
 
     Raises:
         InputError: a prompt is too long or its tags are not its images, or an image cannot be read; names the item.
         NonFiniteError: logits of an item are not finite; names the item. Answers of its batch are not kept.
     """
-    processor = vlm.make_processor(config.image_aspect, config.template)
-    outputs = dict(known or {})
-    left = [i for i in range(len(items)) if i not in outputs]
-    routes = ask_routes(vlm, items, prompts, config, which=left)
-    text_only = not any(item.images for item in items)
-    encode = lambda i, sizes: encode_item(processor, items[i], prompts[i], sizes, config.max_length)
+    job = _Answers(models, items, prompts, config, max_new_tokens, known or {}, on_batch)
+    everything: Sequence[int] = range(len(items))
+    if job.routes is not None:
+        everything = [i for i in everything if i in job.routes]
+    undecided = job.run(models, everything, config.batch_size)
+    for name, which in undecided.items():
+        job.run({name: models[name]}, which, 1)
+    return {name: [found[i] for i in range(len(items))] for name, found in job.outputs.items()}
 
-    def run(which: Sequence[int], batch_size: int, near_tie: float) -> list[int]:
-        """Answers the questions; returns the positions of near ties, which stay open."""
-        size = batch_size * batch_rows(vlm.mesh)
-        least, remedy = PROMPT_BUCKET + max_new_tokens, "lower eval.batch_size or eval.max_new_tokens"
-        check_answers(vlm, size, least, remedy)
-        rows = local_rows(vlm.mesh, size)
-        undecided = []
-        for batch in batches(processor, items, which, encode, size=size, rows=rows, threads=config.num_threads, known=outputs):
-            members = batch.members
-            local = vlm.pad_questions([batch.encoded[members[row]] for row in rows], batch.pixels)
-            if text_only:
-                local = local.without_images()
-            if routes is not None:
-                local = replace(local, route=np.array([routes[members[row]] for row in rows], np.int32))
-            made = vlm.generate_in_full(place_rows(local, vlm.mesh, size), max_new_tokens)
-            check_finite(made.margin, [f"question {items[i].id}" for i in members], vlm.method)
-            near = {i for i, margin in zip(members, made.margin, strict=True) if margin < near_tie} - outputs.keys()
-            other = near | outputs.keys()
-            new = {i: _answer(processor, made, row, items[i]) for row, i in enumerate(members) if i not in other}
-            undecided += sorted(near)
-            outputs.update(new)
-            if on_batch and new:
-                on_batch(new)
+
+class _Answers:
+    """The answers of models to items. `outputs`: name of a model -> its answers by position, so far."""
+
+    def __init__(
+        self,
+        models: Mapping[str, VLM],
+        items: Sequence[Item],
+        prompts: Sequence[str],
+        config: EvalConfig,
+        max_new_tokens: int,
+        known: Mapping[str, Mapping[int, Answer]],
+        on_batch: OnBatch | None,
+    ):
+        self.items, self.prompts, self.config, self.limit, self.on_batch = items, prompts, config, max_new_tokens, on_batch
+        self.outputs = {name: dict(known.get(name, {})) for name in models}
+        # the text of a question is tokenized in one way for all; its words are found where a method reads them
+        self.reader = next((model for model in models.values() if model.method.reads_words), next(iter(models.values())))
+        self.processor = self.reader.make_processor(config.image_aspect, config.template)
+        self.text_only = not any(item.images for item in items)
+        self.near_tie = 0.0 if config.batch_size == 1 else near_tie_of(self.reader, config)
+        self.routes = None
+        if len(models) == 1:
+            left = [i for i in range(len(items)) if not self.is_known(i)]
+            self.routes = ask_routes(self.reader, items, prompts, config, which=left)
+
+    def is_known(self, position: int) -> bool:
+        """Whether every model has answered a question."""
+        return all(position in found for found in self.outputs.values())
+
+    def run(self, models: Mapping[str, VLM], which: Sequence[int], batch_size: int) -> dict[str, list[int]]:
+        """Answers the questions; returns the positions of near ties, which stay open where a batch has several questions."""
+        mesh, items, config = self.reader.mesh, self.items, self.config
+        size = batch_size * batch_rows(mesh)
+        remedy = "lower eval.batch_size or eval.max_new_tokens"
+        for model in models.values():
+            check_answers(model, size, PROMPT_BUCKET + self.limit, remedy)
+        rows = local_rows(mesh, size)
+        undecided: dict[str, list[int]] = {name: [] for name in models}
+        together = Together(models) if len(models) > 1 and not self.text_only else None
+        encode = lambda i, sizes: encode_item(self.processor, items[i], self.prompts[i], sizes, config.max_length)
+        known, threads = {i for i in which if all(i in self.outputs[name] for name in models)}, config.num_threads
+        asked = batches(self.processor, items, which, encode, size=size, rows=rows, threads=threads, known=known)
+        for batch in asked:
+            local = self._local(batch, rows)
+            placed = place_rows(local, mesh, size)
+            left = [name for name in models if not all(i in self.outputs[name] for i in batch.members)]
+            made: Iterator[tuple[str, Generated]]
+            if together is None or placed.images is None:
+                made = ((name, models[name].generate_in_full(placed, self.limit)) for name in left)
+            else:
+                made = together.answers(left, placed, self.limit)
+            for name, found in made:
+                undecided[name] += self._keep(name, models[name], batch.members, found, batch_size)
         return undecided
 
-    near_tie = 0.0 if config.batch_size == 1 else near_tie_of(vlm, config)
-    run(run(range(len(items)) if routes is None else left, config.batch_size, near_tie), 1, 0.0)
-    return [outputs[i] for i in range(len(items))]
+    def _local(self, batch: QuestionBatch, rows: Sequence[int]) -> Batch:
+        """The rows of a batch that this process holds."""
+        members = batch.members
+        local = self.reader.pad_questions([batch.encoded[members[row]] for row in rows], batch.pixels)
+        if self.text_only:
+            local = local.without_images()
+        if self.routes is not None:
+            local = replace(local, route=np.array([self.routes[members[row]] for row in rows], np.int32))
+        return local
+
+    def _keep(self, name: str, model: VLM, members: Sequence[int], made: Generated, batch_size: int) -> list[int]:
+        """Keeps the answers of a batch; returns the positions of near ties."""
+        items, outputs = self.items, self.outputs[name]
+        check_finite(made.margin, [f"question {items[i].id}" for i in members], model.method)
+        near_tie = self.near_tie if batch_size > 1 else 0.0
+        near = {i for i, margin in zip(members, made.margin, strict=True) if margin < near_tie} - outputs.keys()
+        other = near | outputs.keys()
+        new = {i: _answer(self.processor, made, row, items[i]) for row, i in enumerate(members) if i not in other}
+        outputs.update(new)
+        if self.on_batch and new:
+            self.on_batch(name, new)
+        return sorted(near)
 
 
 def ask_routes(

@@ -70,6 +70,8 @@ class BenchmarkResult:
         paired_test: method -> test of its scores against those of the base model.
         over_seeds: method -> mean and deviation over its seeds, each of which is among `methods`.
         rows: method -> sha256 of its file of question rows; empty in results of versions that did not store it.
+        work: decoder layers in the passes over the prompts, summed over questions and methods: `layers_run`, `layers_naive` if
+            each method ran alone, and their ratio `share`. Near ties that were asked again do not count.
         settings: method -> its settings on this kind of benchmark, where they differ from those of `EvaluationResult.methods`.
     """
 
@@ -93,6 +95,7 @@ class BenchmarkResult:
     paired_test: Mapping[str, PairedTest] = field(default_factory=dict)
     over_seeds: Mapping[str, OverSeeds] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
+    work: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, MethodSettings] = field(default_factory=dict)
 
     @property

@@ -13,7 +13,7 @@ from lsg_jax.checkpoint.processes import is_primary, on_primary, share_bytes, tr
 from lsg_jax.config import EvalConfig, GateConfig, Protocol, to_dict
 from lsg_jax.digest import bytes_sha256, file_sha256, json_sha256, text_sha256
 from lsg_jax.errors import InputError, Preempted
-from lsg_jax.eval.answering import Answer, answer
+from lsg_jax.eval.answering import Answer, answer_all
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics, is_whole
 from lsg_jax.eval.identity import meaning_of, question_sha256, settings_of, surroundings, text_files, with_hashed_images
@@ -33,6 +33,7 @@ from lsg_jax.eval.results import (
     write_result,
 )
 from lsg_jax.eval.statistics import interval, paired_test
+from lsg_jax.eval.together import groups, work_of
 from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.progress import Progress, silent
@@ -129,7 +130,7 @@ def evaluate(
     ratios: list[RatioRow] = []
     for name, test in asked.items():
         fitted = {m: fit(model, test.benchmark.kind) for m, model in models.items()}
-        answers = {m: _answers(model, f"{name}.{m}", test, config, out, progress) for m, model in fitted.items()}
+        answers, work = _answers(fitted, name, test, config, out, progress)
         graded = {method: grade(test, [answer.text for answer in found]) for method, found in answers.items()}
         files = {method: questions_bytes(question_rows(test, found, graded[method])) for method, found in answers.items()}
         if is_primary():
@@ -137,7 +138,7 @@ def evaluate(
                 write_atomic(questions_file(out, name, method), data)
         rows = {method: bytes_sha256(data) for method, data in files.items()}
         settings = {m: settings_of(fitted[m]) for m in models if fitted[m] is not models[m]}
-        benchmarks[name] = replace(summary(test, graded, seeds), rows=rows, settings=settings)
+        benchmarks[name] = replace(summary(test, graded, seeds), rows=rows, settings=settings, work=work)
         for method, model in models.items():
             if model.gate is not None:
                 ratios += ratio_rows(method, name, test, answers[method], model.gate)
@@ -192,24 +193,30 @@ def _prompt(benchmark: Benchmark, item: Item, rules: Protocol, path: str) -> str
     return prompt
 
 
-def _answers(model: VLM, name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress) -> list[Answer]:
-    meaning = meaning_of(model, config, max_new_tokens=test.max_new_tokens)
-    log = AnswerLog(out / "answers", name, meaning, test.items, test.prompts)
-    known = log.known()
-    done = len(known)
+def _answers(
+    models: Mapping[str, VLM], name: str, test: Asked, config: EvalConfig, out: Path, progress: Progress
+) -> tuple[dict[str, list[Answer]], dict[str, float]]:
+    """The answers of each model to the questions of a benchmark, and `BenchmarkResult.work`."""
+    limit, total = test.max_new_tokens, len(models) * len(test.items)
+    meanings = {method: meaning_of(model, config, max_new_tokens=limit) for method, model in models.items()}
+    logs = {m: AnswerLog(out / "answers", f"{name}.{m}", meaning, test.items, test.prompts) for m, meaning in meanings.items()}
+    known = {method: log.known() for method, log in logs.items()}
+    done = sum(map(len, known.values()))
     with stop_signals() as stopped:
 
-        def save(new: dict[int, Answer]) -> None:
+        def save(method: str, new: dict[int, Answer]) -> None:
             nonlocal done
-            log.add(new)
+            logs[method].add(new)
             done += len(new)
-            progress(done, len(test.items), name)
-            if stopped() and done < len(test.items):
-                raise Preempted(
-                    f"{out}: stopped at {done} of {len(test.items)} answers of {name}; run the same command to go on"
-                )
+            progress(done, total, f"{name}.{method}")
+            if stopped() and done < total:
+                raise Preempted(f"{out}: stopped at {done} of {total} answers of {name}; run the same command to go on")
 
-        return answer(model, test.items, test.prompts, config, max_new_tokens=test.max_new_tokens, known=known, on_batch=save)
+        found: dict[str, list[Answer]] = {}
+        split = groups(models)
+        for group in split:
+            found |= answer_all(group, test.items, test.prompts, config, max_new_tokens=limit, known=known, on_batch=save)
+    return {method: found[method] for method in models}, work_of(split, len(test.items))
 
 
 # -------------------------------------------------------------------------------------------------------------------- grading

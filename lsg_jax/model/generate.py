@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from lsg_jax.model.attention import take_rows
 from lsg_jax.model.contrast import contrasted_positions
 from lsg_jax.model.language_model import DecoderOutput
-from lsg_jax.model.multimodal import VisionLanguageModel
+from lsg_jax.model.multimodal import ImageFeatures, VisionLanguageModel
 from lsg_jax.model.rotary import position_offset
 from lsg_jax.sharding import ROWS, constrain
 from lsg_jax.types import Array, Batch, Intervention, KVCache, Sequence, VisualTokens
@@ -67,6 +68,26 @@ class ReadPrompts:
     contrast: Contrast | None = None
 
 
+@flax.struct.dataclass
+class Prefix:
+    """What the unchanged model computed of a batch of prompts with images, for models that change it in higher layers only.
+
+    Attributes:
+        encoded: of the images.
+        sequence: what the decoder ran on.
+        states: [B, T, D] each, what enters the layers `starts`.
+        key, value: [max(starts), B, K, S, H], of the layers below the last of them.
+        starts: ascending, the first of them 0. Static.
+    """
+
+    encoded: ImageFeatures
+    sequence: Sequence
+    states: tuple[jax.Array, ...]
+    key: jax.Array
+    value: jax.Array
+    starts: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
 def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> Generated:
     """Greedy continuation of each row; padding may be on either side.
 
@@ -79,9 +100,65 @@ def generate(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -
 
 def read_prompts(model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int) -> tuple[ReadPrompts, KVCache]:
     """The first half of `generate`: the pass over the prompts, and a cache with room for their answers."""
-    sequence, room = model.sequence(batch), max_new_tokens
+    sequence = model.sequence(batch)
     rows = last_token(sequence.valid)[:, None]
-    out = model(batch, sequence=sequence, keep_kv=True, room=room, rows=rows)
+    out = model(batch, sequence=sequence, keep_kv=True, room=max_new_tokens, rows=rows)
+    return _read(model, batch, sequence, out, max_new_tokens)
+
+
+def read_with_prefix(
+    model: VisionLanguageModel, batch: Batch, *, max_new_tokens: int, starts: tuple[int, ...]
+) -> tuple[ReadPrompts, KVCache, Prefix]:
+    """`read_prompts` of the unchanged model, which also keeps what other models go on from (`read_from`).
+
+    Args:
+        batch: with images.
+        starts: `Prefix.starts`.
+    """
+    assert batch.images is not None
+    encoded, room = model.encode_images(batch.images), max_new_tokens
+    sequence = model.sequence(batch, encoded)
+    kv, states = model.language_model.empty_kv(sequence.x, room), [sequence.x]
+    for begin, end in itertools.pairwise(starts):
+        entering = sequence.replace(x=states[-1])  # type: ignore[attr-defined]
+        below = model.language_model(entering, start=begin, stop=end, keep_kv=True, room=room, kv=kv)
+        assert below.key is not None and below.value is not None
+        kv = below.key, below.value
+        states.append(below.hidden)
+    entering = sequence.replace(x=states[-1])  # type: ignore[attr-defined]
+    rows = last_token(sequence.valid)[:, None]
+    key, value = (of[: starts[-1]] for of in kv)
+    out = model.language_model(entering, rows=rows, start=starts[-1], keep_kv=True, room=room, kv=kv)
+    return *_read(model, batch, sequence, out, room), Prefix(encoded, sequence, tuple(states), key, value, starts)
+
+
+def read_from(
+    model: VisionLanguageModel, batch: Batch, prefix: Prefix, *, max_new_tokens: int, start: int | None
+) -> tuple[ReadPrompts, KVCache]:
+    """`read_prompts` of a model that changes nothing below layer `start`, from there on.
+
+    Args:
+        prefix: of the unchanged model, from the same batch.
+        start: one of `prefix.starts`; None for a model that makes other tokens of the same features.
+    """
+    sequence, room = prefix.sequence, max_new_tokens
+    rows = last_token(sequence.valid)[:, None]
+    if start is None:
+        sequence = model.sequence(batch, prefix.encoded)
+        return _read(model, batch, sequence, model(batch, sequence=sequence, keep_kv=True, room=room, rows=rows), room)
+    key, value = model.language_model.empty_kv(sequence.x, room)
+    kv = key.at[:start].set(prefix.key[:start]), value.at[:start].set(prefix.value[:start])
+    entering = sequence.replace(x=prefix.states[prefix.starts.index(start)])  # type: ignore[attr-defined]
+    change = model.intervention(batch, sequence)
+    out = model.language_model(entering, change, rows=rows, start=start, keep_kv=True, room=room, kv=kv)
+    return _read(model, batch, sequence, out, room)
+
+
+def _read(
+    model: VisionLanguageModel, batch: Batch, sequence: Sequence, out: DecoderOutput, room: int
+) -> tuple[ReadPrompts, KVCache]:
+    """What is kept of a pass over prompts, with the pass that its logits are contrasted with."""
+    rows = last_token(sequence.valid)[:, None]
     contrast = None
     if (other := model.contrast(batch, sequence)) is not None:
         beside = model.language_model(other, keep_kv=True, room=room, rows=rows)

@@ -95,10 +95,12 @@ class LanguageModel(nnx.Module):
         intervention: Intervention | None = None,
         *,
         rows: jax.Array | None = None,
+        start: int = 0,
         stop: int | None = None,
         differentiate: bool = False,
         keep_kv: bool = False,
         room: int = 0,
+        kv: KeysAndValues | None = None,
         remat: str = "none",
         observe: Callable[[LayerView], Any] | None = None,
         observe_attention: bool | jax.Array = False,
@@ -109,10 +111,11 @@ class LanguageModel(nnx.Module):
 
         Args:
             rows: int32 [B, A], positions whose output is wanted; None for all.
-            stop: the number of layers to run; None for all.
+            start, stop: the layers to run, `stop` excluded, None for all from `start` on, which `sequence.x` enters.
             differentiate: inputs or weights are trained, so the backward pass goes through every layer. Otherwise it stops at
                 the first changed layer, and only the intervention's `per_layer` gets a gradient.
             keep_kv: return keys and values, with `room` empty positions after them.
+            kv: keys and values of layers that ran before, with that room, where those of these layers are written.
             remat: what the forward pass keeps of a layer for the backward pass (TrainConfig).
             observe: called with a LayerView in each layer; its results are stacked.
             observe_attention: whether it sees the attention weights of all queries; int32 [B, A] for those at these positions.
@@ -120,7 +123,7 @@ class LanguageModel(nnx.Module):
         runner, stop = self.runner(sequence, intervention), self.config.num_layers if stop is None else stop
         last_apart = rows is not None and _last_layer_apart(stop, rows.shape[1])
         scanned = stop - 1 if last_apart else stop
-        first = stop if intervention is None else min(stop, intervention.first_layer)
+        first = stop if intervention is None else max(start, min(stop, intervention.first_layer))
 
         def body(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any], rows: jax.Array | None = None) -> tuple[Any, Any]:
             (x, kv), (index, inputs) = carry, xs
@@ -131,11 +134,12 @@ class LanguageModel(nnx.Module):
 
         # prevent_cse is not needed: a scan already keeps the recomputation apart from the forward pass
         step = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-        inputs = lambda start, stop: intervention.per_layer(start, stop) if intervention and start >= first else None
-        carry, parts = (sequence.x, self._empty_kv(sequence.x, room) if keep_kv else None), []
-        for start, end in ((0, min(first, scanned)), (first, scanned)):
-            if start < end:
-                carry, part = jax.lax.scan(step, carry, (jnp.arange(start, end), inputs(start, end)))
+        inputs = lambda begin, end: intervention.per_layer(begin, end) if intervention and begin >= first else None
+        empty = self.empty_kv(sequence.x, room) if keep_kv and kv is None else kv
+        carry, parts = (sequence.x, empty), []
+        for begin, end in ((start, min(first, scanned)), (first, scanned)):
+            if begin < end:
+                carry, part = jax.lax.scan(step, carry, (jnp.arange(begin, end), inputs(begin, end)))
                 parts.append(part)
             if end == first and not differentiate:
                 carry = jax.lax.stop_gradient(carry)
@@ -150,7 +154,7 @@ class LanguageModel(nnx.Module):
         key, value = kv or (None, None)
         return DecoderOutput(x, key, value, ratios, kept, observed)
 
-    def _empty_kv(self, x: jax.Array, room: int) -> KeysAndValues:
+    def empty_kv(self, x: jax.Array, room: int) -> KeysAndValues:
         """Zeros for the keys and values of all layers on x [B, T, D], which the layers fill in place."""
         c = self.config
         shape = (c.num_layers, x.shape[0], c.num_kv_heads, x.shape[1] + room, c.head_dim)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import answer_cells, run_prompts
+from lsg_jax.answer_programs import answer_batch, read_batch
 from lsg_jax.config import GateConfig, ModelConfig
 from lsg_jax.data.layout import longest_layout, most_patches, most_tiles, tile_bucket
 from lsg_jax.errors import ConfigError
@@ -28,7 +29,7 @@ from lsg_jax.sharding import abstract_batch, batch_rows, replicated, shard_param
 from lsg_jax.train.seeds import stack_seeds, together
 from lsg_jax.train.step import compiled_step, init_state
 from lsg_jax.types import Batch
-from lsg_jax.vlm import PROMPT_BUCKET, answer_batch, read_batch
+from lsg_jax.vlm import PROMPT_BUCKET
 
 TEXT_ROOM = 128  # tokens of a question beside its image, system prompt included
 SEPARATORS = 3  # most tokens in front of a tile that has a text of its own, the last one's end included

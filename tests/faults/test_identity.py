@@ -70,15 +70,16 @@ def case(base, scenes, tmp_path, monkeypatch):
     folder, asked = tmp_path / "scenes", {}
     models = {"base": base, "lsg": with_gates(base, gates())}
 
-    def answer(model, items, prompts, config, *, max_new_tokens, known, on_batch):
-        new = [i for i in range(len(items)) if i not in known]
-        asked[next(name for name, of in case.models.items() if of is model)] = len(new)
-        for i in new:
-            known[i] = Answer(f"{prompts[i]} {len(items[i].images[0].read())}", np.full((2, 2), 0.5, np.float32))
-            on_batch({i: known[i]})
-        return [known[i] for i in range(len(items))]
+    def answer_all(models, items, prompts, config, *, max_new_tokens, known, on_batch):
+        for name in models:
+            new = [i for i in range(len(items)) if i not in known[name]]
+            asked[name] = len(new)
+            for i in new:
+                known[name][i] = Answer(f"{prompts[i]} {len(items[i].images[0].read())}", np.full((2, 2), 0.5, np.float32))
+                on_batch(name, {i: known[name][i]})
+        return {name: [known[name][i] for i in range(len(items))] for name in models}
 
-    monkeypatch.setattr(runner, "answer", answer)
+    monkeypatch.setattr(runner, "answer_all", answer_all)
     case = Case(models, CONFIG, folder, asked)
     case.run()
     assert asked == {"base": 12, "lsg": 12}
