@@ -112,13 +112,15 @@ def plant(
         `unit_share`, the part of the norm of a token that the unit contributed before (root mean square).
 
     Raises:
-        InputError: the scenes have no V-sinks, no model there, or `out_dir` exists.
+        InputError: the scenes have no V-sinks, no model there or a planted one, or `out_dir` exists.
         ConfigError: 8-bit weights, a layer that the model lacks, keys that are normed, which takes back what is planted, or a
             mark for a projector that is not two linear maps of a patch a token.
     """
     model, out = Path(model_dir), Path(out_dir)
     check_free(out)
     vlm = load_backbone(model)
+    if (file := model / "hf" / "config.json").is_file() and PLANTED in read_object(file):
+        raise InputError(f"{model}: sinks were planted there already; plant into the model that it was made from")
     text = vlm.config.text
     if text.weights == "int8":
         raise ConfigError(f"{model}: has 8-bit weights; plant sinks in the same model at bfloat16 or float32")

@@ -17,7 +17,9 @@ from typing import Any
 
 from lsg_jax.analysis.sinks import find_sinks
 from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
-from lsg_jax.config import EvalConfig
+from lsg_jax.config import EvalConfig, to_dict
+from lsg_jax.config.model import PLANTED as PLANT_RECORD
+from lsg_jax.config.ranges import Table
 from lsg_jax.data.records import prepare_llava
 from lsg_jax.data.scene_questions import write_questions
 from lsg_jax.errors import InputError
@@ -28,7 +30,7 @@ from lsg_jax.eval.results import EvaluationResult
 from lsg_jax.eval.runner import evaluate
 from lsg_jax.eval.table import table
 from lsg_jax.files import check_only, check_output, write_atomic
-from lsg_jax.json_files import read_sealed
+from lsg_jax.json_files import read_object, read_sealed
 from lsg_jax.opening import load_backbone, with_gates
 from lsg_jax.progress import Progress, training_progress
 from lsg_jax.report.answers import Question, read_questions
@@ -104,12 +106,18 @@ ProgressBar = Callable[[str], AbstractContextManager[Progress]]
 """Title -> a context that shows the progress reported to it."""
 
 
-def quickstart(out: Path, *, convert: Callable[..., object], plant: Callable[..., object], progress_bar: ProgressBar) -> Path:
+def quickstart(
+    out: Path, *, convert: Callable[..., object], plant: Callable[..., object], planting: Table, progress_bar: ProgressBar
+) -> Path:
     """Runs all steps in `out` and returns the path of the HTML report. Finished steps are not repeated in a second run.
 
     Args:
         convert: `converters.convert.convert`.
-        plant: `converters.plant_sinks.plant` with the settings PLANTED and PLANTED_SCENES.
+        plant: `converters.plant_sinks.plant`.
+        planting: its settings, those of PLANTED and PLANTED_SCENES.
+
+    Raises:
+        InputError: a finished step in `out` belongs to another model or other settings.
     """
     check_output(out, folder=True)
     check_only(out, WRITTEN, "quickstart folder")
@@ -138,7 +146,8 @@ def quickstart(out: Path, *, convert: Callable[..., object], plant: Callable[...
     if not (control / "model").exists():
         control.mkdir(exist_ok=True)
         with progress_bar("plant") as progress:
-            plant(out / "model", control / "model", progress=progress)
+            plant(out / "model", control / "model", planting, progress=progress)
+    check_planted(control / "model", planting, vlm.digest)
     planted = load_backbone(control / "model")
     logger.info("5/8 training gates there, and asking %d test questions with and without them", TEST_QUESTIONS)
     won = _train_and_ask(out, control, planted, CONTROL_GATES.format(layers=list(PLANTED_LAYERS)), 3e-3, progress_bar)
@@ -160,6 +169,21 @@ def quickstart(out: Path, *, convert: Callable[..., object], plant: Callable[...
         print(f"{name}\n{table(result.benchmarks)}\n")
     print("\n".join(words))
     return report.resolve()
+
+
+def check_planted(folder: Path, planting: Table, source: str) -> None:
+    """Refuses a control that was planted with other settings, or into another model than that of digest `source`.
+
+    Raises:
+        InputError: names the folder to remove, and the first setting that differs.
+    """
+    file = folder / "hf" / "config.json"
+    found = read_object(file).get(PLANT_RECORD)
+    for name, due in {"source": source, **to_dict(planting)}.items():
+        has = found.get(name) if isinstance(found, dict) else None
+        if has != due:
+            differs = "into another model" if name == "source" else f"with {name} {has} instead of {due}"
+            raise InputError(f"{folder}: its sinks were planted {differs}; remove {folder.parent} and run it again")
 
 
 def _train_and_ask(

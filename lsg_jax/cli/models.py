@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from pathlib import Path
 
@@ -113,9 +112,9 @@ def _quickstart(options: argparse.Namespace) -> None:
     from converters.plant_sinks import PlantSettings, plant
     from lsg_jax import quickstart
 
-    settings = PlantSettings(**quickstart.PLANTED, scenes=quickstart.PLANTED_SCENES)
-    planted = functools.partial(plant, settings=settings)
-    print(quickstart.quickstart(options.out, convert=convert, plant=planted, progress_bar=progress_bar))
+    planting = PlantSettings(**quickstart.PLANTED, scenes=quickstart.PLANTED_SCENES)
+    report = quickstart.quickstart(options.out, convert=convert, plant=plant, planting=planting, progress_bar=progress_bar)
+    print(report)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lsg_jax.data.parquet_check import OPTIONS, fatal_file
 from lsg_jax.errors import InputError
@@ -34,13 +34,18 @@ class ImageCell:
             value = value[0]
         if isinstance(value, dict):
             value, name = value.get("bytes"), value.get("path")
-            if value is None:
+            if value is None and name:
                 raise InputError(f"{where}: {self.column} holds a path ({name}) and no image; use the file with images in it")
         if isinstance(value, str):
             value = from_base64(value, f"{where}: {self.column}")
         if not isinstance(value, bytes) or not value:
             raise InputError(f"{where}: {self.column} holds no image")
         return value
+
+
+def no_image(where: str, column: str) -> NoReturn:
+    """Raises InputError for the empty cell of a question that would be asked without its image."""
+    raise InputError(f"{where}: {column} is empty, but every question here has an image; is the file whole? Download it again")
 
 
 def from_base64(text: str, where: str) -> bytes:
@@ -187,9 +192,11 @@ class Row:
             return tuple(_text(each, self.where, column) for each in value or ())
         raise InputError(f"{self.where}: {column} is {str(value)[:80]!r}, no list of texts")
 
-    def images(self, column: str = "image") -> tuple[ImageCell, ...]:
-        """The image of a column; () if the cell is null."""
-        return () if self.file.is_null(self.number, column) else (ImageCell(self.file, self.number, column),)
+    def images(self, column: str = "image", *, required: bool = True) -> tuple[ImageCell, ...]:
+        """The image of a column; () if the cell is empty and need not hold one. Raises InputError for another empty cell."""
+        if self.file.is_null(self.number, column):
+            return no_image(self.where, column) if required else ()
+        return (ImageCell(self.file, self.number, column),)
 
     @property
     def where(self) -> str:

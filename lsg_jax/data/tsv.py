@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.data.parquet import from_base64
+from lsg_jax.data.parquet import from_base64, no_image
 from lsg_jax.errors import InputError
 from lsg_jax.files import is_file
 
@@ -42,16 +42,19 @@ class TsvRow:
         return self.values.get(column, default)
 
     def text(self, column: str) -> str:
+        """The text of a cell. Raises InputError for an empty one."""
+        if not self.values[column]:
+            raise InputError(f"{self.where}: {column} is empty, no text")
         return self.values[column]
 
     def images(self) -> tuple[TsvImage, ...]:
-        """The image of the row, or of the row whose index its cell holds; () if the cell is empty. Raises InputError."""
-        text = self.values["image"]
-        if text and len(text) <= MAX_INDEX:
+        """The image of the row, or of the row whose index its cell holds. Raises InputError if there is none."""
+        text = self.values["image"] or no_image(self.where, "image")
+        if len(text) <= MAX_INDEX:
             if text not in self.shared:
                 raise InputError(f"{self.where}: image {text} is the index of no row with an image")
             text = self.shared[text]
-        return (TsvImage(text, self.where),) if text else ()
+        return (TsvImage(text, self.where),)
 
 
 def read_tsv(path: str, *, needs: Iterable[str], optional: Iterable[str] = ()) -> list[TsvRow]:

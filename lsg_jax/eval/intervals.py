@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics
+from lsg_jax.eval.benchmark import LOWER, Benchmark, Graded, Item, Metrics
 from lsg_jax.eval.statistics import interval, resample_weights, wilson
 
 Interval = tuple[float, float]
@@ -46,7 +46,7 @@ def items_of(benchmark: Benchmark, items: Sequence[Item], metric: str) -> list[I
     """
     if metric in benchmark.behind:
         return [item for item in items if benchmark.behind[metric](item)]
-    named = {metric, *metric.split(": ")}
+    named = {metric, *metric.removesuffix(LOWER).split(": ")}
     by_value = [item for item in items if not named.isdisjoint(item.fields.values())]
     return by_value or [item for item in items if not named.isdisjoint(item.fields)] or list(items)
 
@@ -65,4 +65,5 @@ def _bounds(values: np.ndarray, lowest: float, highest: float, units: int) -> In
     if low != high or lowest == highest or low not in (lowest, highest):
         return low, high
     below, above = wilson(units if low == highest else 0, units)
-    return lowest + (highest - lowest) * below, lowest + (highest - lowest) * above
+    one, other = (lowest + (highest - lowest) * share for share in (below, above))
+    return min(one, other), max(one, other)  # where lower is better, the lowest is the larger number

@@ -9,8 +9,9 @@ Tokens less than `cutoff` times as probable under l as the best are not chosen.
 
 As in the released code (coder-gx/DAMRO, its version for transformers): the attention is that of the layer whose output enters
 the connector, softmax(q k^T / sqrt(D)) over the whole width D, all heads as one; and the patches follow each other by falling
-attention, at the positions behind the text before the image. Several images of a prompt, which that code has no rule for, have
-their own patches each.
+attention, at the positions behind the text before the image. Of an image that is cut into tiles (LLaVA-NeXT) they are patches
+of the whole image, the first tile, and one newline ends them. Several images of a prompt, which that code has no rule for,
+have their own patches each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lsg_jax.methods.method import Method, check_one_square
 from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.methods.pai import without_tokens
 from lsg_jax.model.contrast import Contrasted, contrast
-from lsg_jax.types import Batch, Sequence
+from lsg_jax.types import NEWLINE, NO_SOURCE, Batch, Sequence
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Damro(Method):
     Settings = DamroConfig
 
     def for_model(self, config: ModelConfig) -> Damro:
-        """Refuses a model without a class token, or whose visual tokens are not the patches of one square."""
-        check_one_square(config, "damro")
+        """Refuses a model without a class token, or that shows no whole image with a token a patch."""
+        if config.image.kind != "anyres" or config.image.max_tiles is not None:
+            check_one_square(config, "damro")
         if not config.vision.has_class_token:
             raise ConfigError("damro reads the attention of the vision tower's class token, and this tower has none")
         if config.feature_select != "default":
@@ -81,12 +83,37 @@ class Damro(Method):
             return None
         ranked = jnp.argsort(-sequence.class_attention, axis=-1, stable=True)
         source, places = jnp.asarray(batch.source)[..., 0], jnp.arange(sequence.valid.shape[1])
-        number = source % ranked.shape[-1]  # of a patch in its image, whose tokens lie in a row
+        number = source % ranked.shape[-1]  # of a patch in its tile
         shown = jnp.take_along_axis(ranked.reshape(len(ranked), -1), jnp.maximum(source, 0), axis=1)
-        take = jnp.where(sequence.visual.mask, places - number + shown, places)
-        few = without_tokens(sequence, ~sequence.visual.mask | (number < self.settings.patches))
+        whole = of_whole_images(source, ranked.shape[-1])
+        take = jnp.where(whole, places - number + shown, places)
+        kept = (source == NO_SOURCE) | (whole & (number < self.settings.patches)) | first_newlines(source, whole)
+        few = without_tokens(sequence, kept)
         return dataclasses.replace(few, x=jnp.take_along_axis(sequence.x, take[..., None], axis=1))
 
     def contrasted(self, logits: jax.Array, others: jax.Array) -> Contrasted:
         """(1 + alpha) l - alpha l_few."""
         return contrast(logits, others, weight=self.settings.alpha, cutoff=self.settings.cutoff)
+
+
+def of_whole_images(source: jax.Array, patches: int) -> jax.Array:
+    """bool [B, T], the tokens that show all patches of a tile in a row: the whole image, which comes before its tiles.
+
+    The tiles beside it lie side by side, row by row, with newlines between.
+
+    Args:
+        source: int32 [B, T], as `Batch.source` without its axis K.
+        patches: of one tile.
+    """
+    number, places = source % patches, jnp.arange(source.shape[1])
+    first, last = places - number, places - number + patches - 1
+    at = lambda place: jnp.take_along_axis(source, jnp.clip(place, 0, source.shape[1] - 1), axis=1)
+    return (source >= 0) & (at(first) == source - number) & (at(last) == source - number + patches - 1)
+
+
+def first_newlines(source: jax.Array, whole: jax.Array) -> jax.Array:
+    """bool [B, T], of each image the first newline behind the tokens `whole` bool [B, T]; none where there are no newlines."""
+    newline = source == NEWLINE
+    count = jnp.cumsum(newline, axis=1)
+    before = jax.lax.cummax(jnp.where(whole, count, -1), axis=1)  # newlines in front of the image
+    return newline & (count == before + 1)

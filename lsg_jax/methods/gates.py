@@ -65,7 +65,10 @@ def check_gate(gate: GateConfig, config: ModelConfig, *, name: str = "gate") -> 
     if list(gate.layers) != sorted(set(gate.layers)):
         raise ConfigError(f"{name}.layers must ascend and name no layer twice: {list(gate.layers)}")
     if gate.grouping != "l_sink_rest" and not sinks.knows_v_sinks:
-        raise ConfigError("no V-sink dimensions are known for this model: set sinks.vit_dims, or another sinks.criterion")
+        raise ConfigError(
+            "no V-sink dimensions are known for this model: set sinks.vit_dims, or another sinks.criterion; a table [sinks] "
+            "replaces all sink settings of the model folder"
+        )
     if gate.grouping != "v_sink_rest":
         if sinks.llm_criterion == "attention_share":
             raise ConfigError("sinks.llm_criterion attention_share is only known after the keys are scaled: choose another")

@@ -116,6 +116,7 @@ class AttentionRedistribution:
         dims: the model's sink dimensions (`sinks.llm_dims`), static.
         cached: bool [L, B, S], which keys of a cache are sinks; None where the tokens of the sequence are the keys.
         slot: int32 [], the cache slot of the one token.
+        prompt: bool [B, T], tokens that may be sinks; None where all may.
     """
 
     visual: jax.Array
@@ -125,6 +126,7 @@ class AttentionRedistribution:
     dims: tuple[int, ...] = flax.struct.field(pytree_node=False)
     cached: Any = None
     slot: Any = None
+    prompt: Any = None
 
     @property
     def first_layer(self) -> int:
@@ -138,8 +140,8 @@ class AttentionRedistribution:
         """The edit of the layer that `hidden` [B, T, D] enters, and its sinks bool [B, T]."""
         enabled, cached = inputs
         sinks = dim_rms(hidden, self.dims, self.config.tau)
-        if self.config.rules == "released" and cached is not None:
-            sinks = jnp.zeros_like(sinks)  # a token of the answer
+        if self.prompt is not None:
+            sinks &= self.prompt
         keys = sinks if cached is None else jax.lax.dynamic_update_slice_in_dim(cached, sinks, self.slot, axis=1)
 
         def edit(weights: jax.Array, queries: jax.Array | None) -> jax.Array:
@@ -159,6 +161,7 @@ class AttentionRedistribution:
             queries=self.visual.any(axis=1, keepdims=True),
             cached=cache.kept,
             slot=slot,
+            prompt=None if self.config.rules == "paper" else jnp.zeros_like(self.visual[:, :1]),
         )
 
 
@@ -220,6 +223,10 @@ class Var(Method):
         if sequence.visual is None:
             return None
         dims, num_layers = model.config.sinks.llm_dims, model.config.text.num_layers
-        return attention_redistribution(
+        found = attention_redistribution(
             self.settings, visual=sequence.visual.mask, valid=sequence.valid, dims=dims, num_layers=num_layers
         )
+        if self.settings.rules == "paper":
+            return found
+        prompt = jnp.arange(sequence.valid.shape[1]) <= jnp.asarray(batch.gate_position)[:, None]
+        return found.replace(prompt=prompt)  # type: ignore[attr-defined, no-any-return]

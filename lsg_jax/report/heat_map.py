@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lsg_jax.report.drawing import FAINT, PAPER, STROKE
+from lsg_jax.report.drawing import FAINT, PAPER, RIM, STROKE
 
 LINE_HEIGHT = 0.185  # inches of a line of the map
 BAR_WIDTH = 0.11  # inches
@@ -105,10 +105,10 @@ def label_lines(axes: Any, lines: Lines) -> None:
             label.set_fontweight("bold")
 
 
-def mark_cells(axes: Any, marked: np.ndarray) -> None:
-    """Draws a circle into the cells where bool [lines, layers] is true."""
-    where = np.argwhere(marked)
-    axes.scatter(where[:, 1], where[:, 0], s=8, facecolors="none", edgecolors=FAINT, linewidths=0.6)
+def mark_cells(axes: Any, marked: np.ndarray, *, filled: bool = False) -> None:
+    """Draws a circle, or a dot that is visible on any colour, into the cells where bool [lines, layers] is true."""
+    where, look = np.argwhere(marked), {"facecolors": RIM, "edgecolors": STROKE} if filled else {"facecolors": "none"}
+    axes.scatter(where[:, 1], where[:, 0], s=8, linewidths=0.6, **({"edgecolors": FAINT} | look))
 
 
 def hatch_cells(axes: Any, marked: np.ndarray) -> None:

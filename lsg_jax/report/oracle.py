@@ -25,7 +25,8 @@ COEFFICIENTS = "cividis"
 def draw_oracle_map(rows: Sequence[Row], stem: Path | Kept, *, groups: Sequence[str] = ()) -> list[Path]:
     """Heat maps over tasks and layers: the best and the worst change over the coefficients, and those that gave the best.
 
-    A change whose interval covers 0 is hatched, a cell without a value has a cross. Where all coefficients tie, none is drawn.
+    A change whose interval covers 0 is hatched, a cell without a value has a cross. Where all coefficients tie, none is drawn;
+    where several do, the first of them, with a dot.
     The best of many settings, chosen on the same questions, is an upper bound and no estimate of what a gate would reach.
     Benchmarks scored in points (MME) are drawn only if all are: beside percentages their changes would take up the whole
     colour scale.
@@ -97,7 +98,7 @@ def _draw_changes(panels: Sequence[Any], cells: Sequence[Row], lines: Lines, lay
         mesh = draw_map(axes, lines, layers, change, colours=CHANGES, limits=(-bound, bound), across=1)
         hatch_cells(axes, (low <= 0) & (high >= 0))
         axes.set_title(title)
-        axes.set_title("hatched: interval covers 0   cross: not measured", loc="right", fontsize=7)
+        axes.set_title("hatched: interval covers 0; cross: not measured", loc="right", fontsize=7)
         draw_bar(axes.figure, mesh, [axes], lines, unit)
 
 
@@ -108,12 +109,14 @@ def _draw_coefficients(
     known = {_place(cell): cell["tied"][0] for cell in cells}
     top = max(1.0, *(coefficient for values in known.values() for coefficient in values))
     tie = lines.table(tied, layers) > 0
+    some = lines.table({_place(cell): float(len(cell["tied"]) > 1) for cell in cells}, layers) > 0
     for axes, (index, name) in zip(panels, free.items(), strict=True):
         table = lines.table({place: values[index] for place, values in known.items()}, layers)
         mesh = draw_map(axes, lines, layers, table, colours=COEFFICIENTS, limits=(0.0, top), across=len(panels), left_out=tie)
         mark_cells(axes, tie)
+        mark_cells(axes, some & ~tie, filled=True)
         axes.set_title(f"Coefficient of {name}")
     for axes in panels[1:]:
         axes.tick_params(labelleft=False)
-    panels[-1].set_title("circle: all tie", loc="right", fontsize=7)
+    panels[0].set_xlabel("decoder layer\ncircle: all tie; dot: several, the first is drawn")
     draw_bar(panels[0].figure, mesh, list(panels), lines, "at the best change")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from lsg_jax.eval.benchmark import gain
 from lsg_jax.eval.best_cells import WHERE_WORDS, WHICH, extreme_cells, extreme_layer, where_words
 from lsg_jax.report.drawing import distinct, interval_text, look_of, plain
 from lsg_jax.report.figures import (
@@ -89,8 +90,8 @@ def sweep_section(study: Study, *, title: str) -> Section:
     groups = study.get("groups", ())
     caption = (
         "The best and the worst change over fixed coefficients, and the coefficients that gave the best, by task and layer. "
-        "Hatched: the interval covers 0; circle: all coefficients tie. The best of several settings on the same questions is "
-        "an upper bound."
+        "Hatched: the interval covers 0; circle: all coefficients tie; dot: several tie, and the first is drawn. The best of "
+        "several settings on the same questions is an upper bound."
     )
     parts.append(drawing(partial(draw_oracle_map, groups=groups), study["rows"], "oracle", caption))
     lines = []
@@ -104,15 +105,20 @@ def sweep_section(study: Study, *, title: str) -> Section:
     header = ["task", "best change", "layer", named, "worst change", "layer", "coefficients"]
     parts.append(Table(f"The best and the worst cell of each task; {WHERE_WORDS}", header, lines))
     gist = f"{len(lines)} tasks, {len(distinct(cells, 'layer'))} layers"
-    clear = [cell for cell in cells if cell["low"] is not None and cell["low"] > 0]
+    clear = [cell for cell in cells if cell["low"] is not None and min(_gains(cell, "low", "high")) > 0]
     found = ["No fixed coefficients clearly improve any task at any layer."]
     if clear:
-        best = max(clear, key=lambda cell: cell["change"])
+        best = max(clear, key=lambda cell: _gains(cell, "change"))
         found = [
             f"Fixed coefficients clearly improve a task at a layer in {len(clear)} of {len(cells)} cases, most "
             f"{best['benchmark']}, {best['task']}, at layer {best['layer']}: {_change(best)}, an upper bound."
         ]
     return Section(title, parts, gist=gist, found=found, settings=used_settings(study))
+
+
+def _gains(cell: Mapping[str, Any], *names: str) -> list[float]:
+    """Changes of a cell, or ends of its interval, positive where they are for the better."""
+    return [gain(cell["task"], cell[name]) for name in names]
 
 
 def stack_section(study: Study, *, title: str) -> Section:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lsg_jax.data.scene_targets import questions_with_target
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.inspection import describe
 from lsg_jax.methods.method_model import assemble
-from lsg_jax.quickstart import CHECKPOINT
+from lsg_jax.quickstart import CHECKPOINT, check_planted
 
 LAYERS, STRENGTH, SCENES = (2, 5), 5.0, 16
 
@@ -139,3 +140,25 @@ def test_errors_and_command(embedded, tiny_model, tmp_path, capfd, caplog):
     assert code == 0 and stdout.endswith(f"\n{tmp_path / 'm'}\n") and stdout.startswith("layer"), err
     assert "lsg_planted_sinks" not in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_quickstart_refuses_a_control_of_other_settings(embedded, planted):
+    folder, settings = planted[0], PlantSettings(layers=LAYERS, strength=STRENGTH, scenes=SCENES)
+    digest = read_manifest(embedded).digest
+    check_planted(folder, settings, digest)
+    for changed, source, message in (
+        (replace(settings, strength=8.0), digest, "with strength 5.0 instead of 8.0"),
+        (replace(settings, layers=(2,)), digest, r"with layers \[2, 5\] instead of \[2\]"),
+        (settings, "0" * 64, "into another model"),
+    ):
+        with pytest.raises(InputError, match=f"{folder}: its sinks were planted {message}; remove {folder.parent} and run"):
+            check_planted(folder, changed, source)
+    with pytest.raises(InputError, match="planted into another model"):  # nothing was planted there
+        check_planted(embedded, settings, digest)
+
+
+def test_a_planted_model_is_not_planted_again(planted, tmp_path):
+    """What inspect says of a model would leave out what was done before."""
+    with pytest.raises(InputError, match="sinks were planted there already; plant into the model that it was made from"):
+        plant(planted[0], tmp_path / "twice", PlantSettings(layers=(1,), scenes=SCENES))
+    assert not (tmp_path / "twice").exists()

@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from golden.hallucination_cases import MMSTAR_OUTPUTS
 from PIL import Image
 
+from lsg_jax.config import EvalConfig
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Graded
 from lsg_jax.eval.benchmarks.ai2d import AI2D
@@ -23,6 +25,8 @@ from lsg_jax.eval.benchmarks.realworldqa import REALWORLDQA
 from lsg_jax.eval.benchmarks.scienceqa_img import SCIENCEQA_IMG
 from lsg_jax.eval.benchmarks.seed_img import SEED_IMG
 from lsg_jax.eval.letters import chosen_letter
+from lsg_jax.eval.registry import find_benchmark
+from lsg_jax.eval.runner import ask
 
 BENCHMARKS = {b.name: b for b in (MMSTAR, CV_BENCH, SCIENCEQA_IMG, AI2D, SEED_IMG, REALWORLDQA)}
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "choice.json").read_text(encoding="utf-8"))
@@ -209,6 +213,11 @@ def test_groups_of_the_others(tmp_path):
         ("scienceqa_img", lambda rows: rows[0].update(answer=2), "row 0: answer 2 is no position among 2 choices"),
         ("scienceqa_img", lambda rows: rows[0].update(answer=-1), "row 0: answer -1 is no position among 2 choices"),
         ("scienceqa_img", lambda rows: rows[0].update(image=None), "no question has an image"),
+        ("mmstar", lambda rows: rows[3].update(image=None), "row 3: image is empty, but every question here has an image"),
+        ("cv_bench", lambda rows: rows[1].update(image=None), "row 1: image is empty, but every question here has an image"),
+        ("ai2d", lambda rows: rows[0].update(image=None), "row 0: image is empty, but every question here has an image"),
+        ("seed_img", lambda rows: rows[0].update(image=None), "row 0: image is empty, but every question here has an image"),
+        ("realworldqa", lambda rows: rows[0].update(image=None), "row 0: image is empty, but every question here has an image"),
         ("ai2d", lambda rows: rows[0].update(answer="C"), "row 0: answer 'C' is no position among 4 choices, counted from 0"),
         ("ai2d", lambda rows: rows[0].update(answer="4"), "row 0: answer '4' is no position"),
         ("seed_img", lambda rows: rows[0].update(question_type_id=12), "unknown question_type_id 12; known: 1, 2"),
@@ -246,6 +255,13 @@ def test_images_as_bytes_struct_base64_or_list_of_one(tmp_path):
     several = write(tmp_path / "two.parquet", [{**TABLES["ai2d"][0], "image": [cell(), cell()]}])
     with pytest.raises(InputError, match=r"two.parquet: row 0: image holds 2 images, expected one"):
         AI2D.read(several)[0].images[0].read()
+    for path, message in (
+        (None, "image holds no image"),
+        ("a.png", r"image holds a path \(a.png\) and no image; use the file"),
+    ):
+        rows = [TABLES["ai2d"][0], {**TABLES["ai2d"][0], "image": {"bytes": None, "path": path}}]
+        with pytest.raises(InputError, match=f"row 1: {message}"):
+            AI2D.read(write(tmp_path / "none.parquet", rows))[1].images[0].read()
 
 
 def test_questions_without_image_and_videos_are_left_out(tmp_path):
@@ -271,3 +287,14 @@ def test_mmstar_options_are_split_from_the_question():
         "No options": ("No options", ()),
     }
     assert {question: split_question(question) for question in cases} == cases
+
+
+def test_mmstars_own_letters_equal_the_recorded_ones(tmp_path):
+    recorded = json.loads((Path(__file__).parents[1] / "golden" / "hallucination.json").read_text(encoding="utf-8"))["mmstar"]
+    item = MMSTAR.read(write(tmp_path / "m.parquet", TABLES["mmstar"]))[0]
+    for answer, outputs in recorded.items():
+        asked = replace(item, answers=(answer,))
+        assert [text for text in MMSTAR_OUTPUTS if MMSTAR.match(asked, text, "mmstar").score] == outputs
+    assert MMSTAR.prompt(item, "mmstar") == f"{item.question}\nAnswer the question directly."
+    asked = ask(find_benchmark("mmstar", "m"), str(tmp_path / "m.parquet"), EvalConfig(protocol="mmstar"))
+    assert (asked.rules, asked.max_new_tokens) == ("mmstar", 512)

@@ -174,6 +174,9 @@ def test_mmbench_reads_the_owners_table(tmp_path):
         (("\tl2-category", "\tl3"), "unknown l2-category ; known"),
         (("\tanswer\t", "\tright\t"), "no column answer; there are index, question"),
         (("\t7\t", "\t9\t"), "row 1: image 9 is the index of no row with an image"),
+        (("\tWhich?\t", "\t\t"), "row 0: question is empty, no text"),
+        (("\tocr\t7", "\t\t7"), "row 1: category is empty, no text"),
+        (("\t7\tcoarse", "\t\tcoarse"), "row 1: image is empty, but every question here has an image"),
         (("\tcoarse", "\tcoarse\tcoarse"), "cannot be read as tab-separated values: CSV parse error"),
     ]:
         table.with_name("wrong.tsv").write_text(table.read_text().replace(*change))
@@ -241,10 +244,11 @@ def test_mmmu_images_of_questions_and_choices(tmp_path):
     again = asks(question="Is <image 1> like <image 2>? See <image 1>.")
     assert MMMU.prompt(again, "paper").startswith("Is <image> like <image>? See <image 1>.\n(A) a")
     assert [each.read() for each in twice.images] == [each.read() for each in again.images] == [b"image 1", b"image 2"]
-    assert asks(question="No image?").images == ()
+    untagged = asks(question="Which?")  # it has an image all the same
+    assert [each.read() for each in untagged.images] == [b"image 1"]
     only_second = asks(question="Which?", options="['<image 2>', '<image 3>']", image_3=image(3))
     assert [each.read() for each in only_second.images] == [b"image 2", b"image 3"]
-    for item in (twice, again, only_second):
+    for item in (twice, again, untagged, only_second):
         for protocol in MMMU.official:  # no tag is lost, and none is there without an image
             question_turn(MMMU.prompt(item, protocol), len(item.images))
 
@@ -284,6 +288,10 @@ def test_a_part_of_a_file_is_read_and_its_plain_answer_is_right(name, tmp_path):
 
 
 BAD_FILES = [
+    ("mmbench", {"image": None}, "row 0: image is empty, but every question here has an image"),
+    ("vizwiz", {"image": None}, "row 0: image is empty, but every question here has an image"),
+    ("mathvista", {"decoded_image": None}, "row 0: decoded_image is empty, but every question here has an image"),
+    ("vstar", {"image": None}, "row 0: image is empty, but every question here has an image"),
     ("mmbench", {"answer": "D"}, "row 0: answer 'D' is none of A, B, C"),
     ("mmbench", {"L2-category": "smell"}, "unknown l2-category smell; known: attribute_reasoning"),
     ("mmbench", {"answer": "nan"}, "no row of split dev with an answer; answers of the test split are not public"),
@@ -294,6 +302,7 @@ BAD_FILES = [
     ("mmmu", {"question_type": "essay"}, "unknown question_type essay; known: multiple-choice, open"),
     ("mmmu", {"options": "a, b"}, "row 0: 'a, b' is no list of texts"),
     ("mmmu", {"answer": "C", "options": "['a', 'b']"}, "row 0: answer 'C' is none of A, B"),
+    ("mmmu", {"image_1": None, "question": "Which?"}, "row 0: <image 1>, but 0 images"),
     ("mmmu", {"image_2": None, "question": "<image 1> or <image 2>?"}, "row 0: <image 1>, <image 2>, but 1 images"),
     ("vizwiz", {"answers": ["x"] * 9}, "row 0: question VizWiz_val_0.jpg has 9 answers; expected 10"),
     ("vizwiz", {"category": "smell"}, "unknown answer_type smell; known: number"),

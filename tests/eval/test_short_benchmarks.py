@@ -272,6 +272,8 @@ def without(rows, column):
 
 
 BAD_FILES = [
+    *((name, lambda r: [*r[:-1], {**r[-1], "image": None}], "image is empty, but every question here has an image")
+      for name in ("pope", "mme", "textvqa", "chartqa", "ocrbench")),
     ("pope", lambda r: without(r, "image_source"), "no column image_source; there are id, question, answer"),
     ("pope", lambda r: without(r, "image"), "no column image; there are"),
     ("pope", lambda r: [*r, {**r[0], "category": "hard"}], "unknown category hard; known: adversarial, popular, random"),
@@ -311,6 +313,9 @@ def test_bad_gqa_files(tmp_path):
         GQA.read(str(folder))
     write(folder, [{"id": "n2", "image": IMAGE}], "images.parquet")
     with pytest.raises(InputError, match=r"instructions\.parquet: row 0: image n1 of question 7 is in no images table"):
+        GQA.read(str(folder))
+    write(folder, [{"id": "n1", "image": IMAGE}, {"id": "n3", "image": None}], "images.parquet")
+    with pytest.raises(InputError, match=r"images\.parquet: row 1: image is empty, but every question here has an image"):
         GQA.read(str(folder))
     write(folder, [{"id": "n1", "image": IMAGE}], "images.parquet")
     write(folder, gqa_rows() * 2, "instructions.parquet")

@@ -77,7 +77,9 @@ def test_all_right_and_all_wrong_have_wilsons_interval():
     def metrics(found):
         parts = {f"kind: {name}": value for name, value in by(found, "kind").items()}
         points = 20 * parts["kind: a"]
-        return {"all": mean(found), **parts, "kind: a: points": points, "yes": 0 * mean(found) + 100.0}
+        return {"all": mean(found), **parts, "kind: a: points": points, "yes": 0 * mean(found) + 100.0} | {
+            f"{name}{LOWER}": 100.0 - value for name, value in parts.items()
+        }
 
     made = Benchmark("made", None, None, None, metrics, {})
     resampled = metrics(replace(graded, weight=resamples(made, items)))
@@ -86,6 +88,8 @@ def test_all_right_and_all_wrong_have_wilsons_interval():
     assert found["kind: a"] == pytest.approx((100 - 100 * bound(20), 100))
     assert found["kind: b"] == pytest.approx((0, 100 * bound(10)))
     assert found["kind: a: points"] == pytest.approx((2000 - 2000 * bound(20), 2000))
+    assert found[f"kind: a{LOWER}"] == pytest.approx((0, 100 * bound(20)))
+    assert found[f"kind: b{LOWER}"] == pytest.approx((100 - 100 * bound(10), 100))
     assert found["yes"] == (100, 100)  # the answers being right or wrong does not decide it
     pairs = replace(made, unit="pair")  # two questions about an image count once
     of_pairs = [replace(item, fields={**item.fields, "pair": f"{item.fields['kind']}{i // 6}"}) for i, item in enumerate(items)]

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import re
-import shutil
 import threading
 import time
 
@@ -15,13 +14,12 @@ from broken_images import file_of
 from explored import HEADS, HOSTILE, LAYERS, TELLING, MadeAsker, made_look
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+from report import chromium
 
 from lsg_jax.errors import InputError
 from lsg_jax.look.page import notebook_html, page_html
 from lsg_jax.look.server import Explorer, bind, make_app
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PHONE = {"width": 390, "height": 844}
 PICTURE = Image.effect_noise((60, 45), 60).convert("RGB")
 
 
@@ -29,7 +27,7 @@ PICTURE = Image.effect_noise((60, 45), 60).convert("RGB")
 def browser():
     if os.environ.get("LSG_NO_BROWSER") == "1":
         pytest.skip("LSG_NO_BROWSER=1: the page is not tested in a browser")
-    found = next((path for path in map(shutil.which, NAMES) if path), None)
+    found = chromium.find()
     assert found, "apt-get install chromium; or set LSG_NO_BROWSER=1 to leave out the tests in a browser"
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -335,8 +333,7 @@ def test_refused_images_and_failures(page, served):
     url, asker = served
     page.goto(url)
     page.locator(".primary").click()
-    error = page.locator(".error")
-    expect(error).to_have_text("Add an image first.")
+    expect(error := page.locator(".error")).to_have_text("Add an image first.")
     page.locator("#file").set_input_files([{"name": "a.png", "mimeType": "image/png", "buffer": b"<!doctype html>"}])
     expect(error).to_have_text("a.png: an HTML page, not an image; the download failed")
     assert len(page.problems) == 1 and "400" in page.problems.pop()  # the browser's own line
@@ -349,7 +346,7 @@ def test_refused_images_and_failures(page, served):
     expect(error).to_have_text("8.bmp: 8 pictures are the most: remove one first")
     for _ in range(8):
         page.get_by_label("Remove picture 1").click()
-    page.locator("#file").set_input_files([{"name": "b.bmp", "mimeType": "image/bmp", "buffer": file_of("BMP")}])
+    page.locator("#file").set_input_files(pictures[0])
     expect(page.locator(".chosen img")).to_have_count(1)
     expect(error).to_be_empty()
     page.locator("textarea").fill("a" * 20_001)
@@ -391,14 +388,13 @@ def test_progress_and_a_later_question(page, served):
 def test_phone_and_dark(page, served):
     for dark in (False, True):
         page.emulate_media(color_scheme="dark" if dark else "light")
-        page.set_viewport_size(PHONE)
+        page.set_viewport_size({"width": 390, "height": 844})
         ask(page, served[0])
         page.get_by_text("Scale keys by layer").click()
         page.locator("[name=right]").select_option("Coefficients")
         expect(page.locator(".pane")).to_have_count(2)
         assert page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
-        small = page.evaluate("""() => [...document.querySelectorAll("button, select, .question > *, .view label")]
-            .filter((each) => each.offsetParent && each.getBoundingClientRect().right > innerWidth).length""")
-        assert small == 0
+        assert page.evaluate("""() => [...document.querySelectorAll("button, select, .question > *, .view label")]
+            .every((each) => !each.offsetParent || each.getBoundingClientRect().right <= innerWidth)""")
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(21, 23, 26)" if dark else "rgb(255, 255, 255)")

@@ -5,10 +5,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from family_models import IMAGE, family_inputs, preprocessor, tiny_family
 from hf_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY, state_arrays, tiny_hf
 from PIL import Image
-from renderings import NEW_TOKENS, padded, pair, rows
+from renderings import NEW_TOKENS, embed, features_of, padded, pair, rows
 from transformers import LlavaNextImageProcessorPil
 
 import lsg_jax
@@ -93,6 +94,37 @@ def test_the_second_pass_reads_the_text_alone(name):
     logits = vlm.logits(**inputs)
     for row, length in enumerate(valid.sum(1)):
         np.testing.assert_array_equal(logits[row, length - 1 : length - 1 + NEW_TOKENS].argmax(-1), tokens[row])
+
+
+def test_damro_of_tiles_contrasts_the_whole_image():
+    """As its code for LLaVA-NeXT: the best patches of the first tile, one newline. Row 0 has two images side by side."""
+    hf, base = tiny_hf("clip", "llama", image_grid_pinpoints=PINPOINTS), model("llava_next")
+    inputs, image = arrays("llava_next")
+    first = len(lay_out(SIZES[0][0], base.config).token_ids)
+    row = inputs["input_ids"][0]
+    end = 4 + first  # of the first image; three tokens of text follow it
+    inputs["input_ids"][0] = np.concatenate([row[:end], row[end + 3 :], row[end : end + 3]])
+    ids, valid = inputs["input_ids"], inputs["attention_mask"].astype(bool)
+    plain = base.logits(**inputs)
+    found = base.with_method(Damro(DamroConfig(patches=4, cutoff=0))).logits(**inputs)
+    np.testing.assert_allclose(found[2], plain[2], atol=1e-6)
+    shown = iter(inputs["pixel_values"])
+    for row in (0, 1):
+        pieces, at = [], 0
+        for size in SIZES[row]:
+            begins = at + int(np.argmax(ids[row, at:] == image))
+            features, attention = features_of(hf, next(shown)[:1])
+            best = features[0][attention[0].argsort(descending=True)[:4]]
+            projected = hf.model.multi_modal_projector(best)
+            pieces += [embed(hf, ids[row, at:begins], None), projected, hf.model.image_newline[None]]
+            at = begins + len(lay_out(size, base.config).token_ids)
+        behind = valid[row].sum() - at
+        pieces.append(embed(hf, ids[row, at : at + behind], None))
+        with torch.no_grad():
+            few = hf(inputs_embeds=torch.cat(pieces)[None]).logits[0, -behind:].numpy()
+        expected = 3 * plain[row, at : at + behind] - 2 * few
+        assert np.abs(expected - plain[row, at : at + behind]).max() > 0.05
+        np.testing.assert_allclose(found[row, at : at + behind], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

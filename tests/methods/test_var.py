@@ -1,6 +1,7 @@
 """VAR against a PyTorch rendering of its equations, head by head and query by query, and its edge cases."""
 
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -158,15 +159,16 @@ def test_generation_equals_pytorch_without_a_cache(monkeypatch):
         np.testing.assert_array_equal(var.generate_ids(*inputs(side), NEW_TOKENS), expected[:, LENGTH:].numpy())
 
 
-def test_cache_gives_the_logits_of_the_whole_sequence():
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, rules="released")], ids=["paper", "released"])
+def test_cache_gives_the_logits_of_the_whole_sequence(config):
     """Our decoding against our own run over the text that it wrote, and not by its tokens alone."""
-    var = ours("grouped heads")
+    var = pair("grouped heads")[1].with_method(Var(config), sinks=SinkConfig(llm_dims=DIMS))
     ids, pixels, mask = inputs("right")
     written = var.generate_in_full(var.batch(ids, pixels, mask), NEW_TOKENS)
     tokens, lengths = written.tokens, mask.sum(1)
     for row, length in enumerate(lengths):  # the answers go where the padding was
         ids[row, length : length + NEW_TOKENS - 1], mask[row, : length + NEW_TOKENS - 1] = tokens[row, :-1], 1
-    logits = var.logits(ids, pixels, mask)
+    logits = var.logits(ids, pixels, mask, lengths - 1)
     for row, length in enumerate(lengths):
         chosen = logits[row, length - 1 : length - 1 + NEW_TOKENS]
         np.testing.assert_array_equal(chosen.argmax(-1), tokens[row])

@@ -120,15 +120,22 @@ def test_the_oracle_map_hatches_what_may_be_zero_and_marks_ties(tmp_path):
     for row in rows:
         if (row["task"], row["layer"]) == ("Count", 0):
             row |= {"change": 0.0, "low": 0.0, "high": 0.0}
+        if row["task"].startswith("Depth") and row["layer"] == 1 and row["coefficients"] != [1.0, 0.0]:
+            row |= {"change": 50.0, "low": 49.0, "high": 51.0}
     table, svg, _ = figures.draw_oracle_map(rows, tmp_path / "ties")
     best = [cell for cell in read(table) if cell["which"] == "best"]
     (tie,) = [cell for cell in best if (cell["task"], cell["layer"]) == ("Count", "0")]
     assert tie["coefficients"] == "" and tie["tied"] == "3"
+    (some,) = [cell for cell in best if cell["task"].startswith("Depth") and cell["layer"] == "1"]
+    assert some["coefficients"] == "0.0 1.0" and some["tied"] == "2"
+    dots = [use for use in ElementTree.parse(svg).getroot().iter(f"{SVG}use") if "fill: #fefefe" in use.get("style", "")]
+    assert len(dots) == 1
     clear = [cell for cell in read(table) if cell["low"] and not float(cell["low"]) <= 0 <= float(cell["high"])]
     unclear = [cell for cell in read(table) if cell["low"] and float(cell["low"]) <= 0 <= float(cell["high"])]
     hatched = [path for path in ElementTree.parse(svg).getroot().iter(f"{SVG}path") if "url(#" in path.get("style", "")]
     assert len(hatched) == len(unclear) and clear and unclear
-    assert {"circle: all tie", "hatched: interval covers 0   cross: not measured"} <= set(drawn_text(svg))
+    marks = {"circle: all tie; dot: several, the first is drawn", "hatched: interval covers 0; cross: not measured"}
+    assert marks <= set(drawn_text(svg))
 
 
 def test_ratios_are_drawn_up_to_what_they_can_reach():

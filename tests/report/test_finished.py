@@ -8,6 +8,8 @@ from pages import HOSTILE, check_structure, write, write_run, write_work
 from PIL import Image
 
 from lsg_jax.cli import main
+from lsg_jax.eval.benchmark import LOWER
+from lsg_jax.report.sections import sweep_section
 
 
 @pytest.fixture
@@ -101,3 +103,18 @@ def test_files_that_lsg_did_not_write_are_refused(work, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert out.read_text() == "kept"
+
+
+def test_a_sweep_counts_a_clear_fall_as_an_improvement_where_lower_is_better():
+    task = f"chair_s{LOWER}"
+    cell = {"benchmark": "chair", "task": task, "value": 30.0, "questions": 9}
+    changes = {0: (-6.0, -9.0, -3.0), 1: (6.0, 3.0, 9.0), 2: (-1.0, -2.0, 0.5)}  # better, worse, unclear
+    rows = [
+        {**cell, "layer": layer, "coefficients": [0.0, 1.0], "change": change, "low": low, "high": high}
+        for layer, (change, low, high) in changes.items()
+    ]
+    section = sweep_section({"rows": rows, "groups": ["v_sink", "rest"]}, title="Sweep")
+    assert section.found == [
+        f"Fixed coefficients clearly improve a task at a layer in 1 of 3 cases, most chair, {task}, at layer 0: "
+        "\u22126.00 [\u22129.00, \u22123.00], an upper bound."
+    ]

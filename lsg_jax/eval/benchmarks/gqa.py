@@ -24,11 +24,12 @@ def read(path: str) -> list[Item]:
     """
     questions = read_rows(path, needs=["id", "imageId", "question", "answer"], optional=["types"])
     try:
-        images = {str(row["id"]): row.images() for row in read_rows(path, needs=["id"], images=["image"])}
+        shown = read_rows(path, needs=["id"], images=["image"])
     except InputError:
         raise InputError(
             f"{path}: no table with the columns id and image; give a folder or glob that holds testdev_balanced_images too"
         ) from None
+    images = {str(row["id"]): row.images() for row in shown}
     items = []
     for row in questions:
         name = str(row["imageId"])

@@ -55,7 +55,8 @@ def read(path: str) -> list[Item]:
     else:
         check_folder(path, FILE)
         rows = read_rows(path, needs=COLUMNS)
-        images = lambda row: row.images() if "image" in row.file.columns else ()  # the split without figures may have none
+        # the split without figures may have no such column
+        images = lambda row: row.images(required=False) if "image" in row.file.columns else ()
         items = [_item(row.values, images(row), row.where) for row in rows]
     for name, known in GROUPS.items():
         check_values((item.fields[name] for item in items), known, what=name, where=path)

@@ -62,8 +62,8 @@ def _item(row: Row) -> Item:
         answers: tuple[str, ...] = (check_letter(answer, len(choices), row.where),)
     else:
         answers = _list(answer, row.where) if answer.startswith("[") else (answer,)
-    named = sorted(set(_TAG.findall("\n".join((row.text("question"), *choices)))))
-    images = [image for number in named for image in row.images(f"image_{number}")]
+    named = sorted(set(_TAG.findall("\n".join((row.text("question"), *choices))))) or ["1"]
+    images = [image for number in named for image in row.images(f"image_{number}", required=False)]
     if len(images) != len(named):
         raise InputError(f"{row.where}: {', '.join(f'<image {number}>' for number in named)}, but {len(images)} images")
     fields = {"kind": kind, "subject": subject, "domain": DOMAIN_OF[subject], "answer": answer}

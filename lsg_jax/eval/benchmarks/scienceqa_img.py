@@ -37,7 +37,7 @@ def read(path: str) -> list[Item]:
             fields={"hint": row["hint"] or ""} | ({"subject": row["subject"]} if row.get("subject") else {}),
         )
         for number, row in enumerate(rows)
-        if (images := row.images())
+        if (images := row.images(required=False))
     ]
     if not items:
         raise InputError(f"{path}: no question has an image")
