@@ -238,6 +238,27 @@ def each() -> Found:
     return {"GiB a chip": (device_bytes(result) / GIB, HBM), **received, **found}
 
 
+def seeds() -> Found:
+    """Gates of three seeds in one run, against one seed: the compiled step at layer 10, the traced one also higher."""
+    of, devices = model(), mesh("v5e:4x4")
+
+    def step(layer: int, count: int) -> Program:
+        config = settings(layers=(layer,))
+        return train_program(dataclasses.replace(config, train=dataclasses.replace(config.train, seeds=count)), of, devices)
+
+    flops = lambda program: traced_flops(program.function, *program.arguments)
+    low, high = (flops(step(layer, 1)) for layer in (10, 24))
+    result, found = compiled(step(10, 3))
+    work = analyse(result.as_text()).flops
+    return {
+        "GiB a chip": (device_bytes(result) / GIB, 8.0),
+        "TFLOP a chip": (work / 1e12, None),
+        "FLOPs of three seeds, of one": (work * devices.size / low, 2.75),
+        "the same at layer 24": (flops(step(24, 3)) / high, 2.0),
+        **found,
+    }
+
+
 def generation() -> Found:
     """64 questions on eight chips, with tensor parallelism over all of them."""
     config = settings(layers=(10,))
@@ -327,6 +348,7 @@ CASES: dict[str, Callable[[], Found]] = {
     "one gate": lambda: step_work((10,), 1.75),
     "full": lambda: training("v5e:4x4", 4.0),
     "each": each,
+    "seeds": seeds,
     "7b on 8": lambda: training("v5e:2x4", HBM, rows=32),
     "13b on 16": lambda: training("v5e:4x4", HBM, shapes="llava15_13b", layers=tuple(range(40))),
     "qwen25-vl": lambda: shipped("qwen25_vl_7b"),

@@ -203,10 +203,14 @@ class Intervention(Protocol):
 
     Attributes:
         first_layer: the lowest layer that it changes, static.
+        last_layer: the highest, static; None for the model's last, and where it gives `ratios` or `kept`.
     """
 
     @property
     def first_layer(self) -> int: ...
+
+    @property
+    def last_layer(self) -> int | None: ...
 
     def per_layer(self, start: int, stop: int) -> Any:
         """Scan inputs of the layers from `start` to `stop`: a pytree of arrays with a leading layer axis.

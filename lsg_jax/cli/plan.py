@@ -100,6 +100,8 @@ def _plan(options: argparse.Namespace) -> None:
     assumed = assume(config, utilisation=options.utilisation, records=options.records, questions=options.questions)
     result = plan(config, model, settings, assumed, source=source)
     print(json.dumps(as_json(result), indent=2) if options.json else table(result))
+    if result.failed is not None:
+        raise result.failed
 
 
 def _model_config(config: Any, given: Path | None) -> tuple[Any, str]:

@@ -103,6 +103,8 @@ class KeyScaling:
     sinks: SinkConfig = flax.struct.field(pytree_node=False)
     gate: Any = flax.struct.field(pytree_node=False, default=None)  # graphdef of one SinkGate; None: fixed coefficients
 
+    last_layer = None
+
     @classmethod
     def for_batch(
         cls,

@@ -57,6 +57,10 @@ class HeadBroadcast:
     def first_layer(self) -> int:
         return self.config.layer
 
+    @property
+    def last_layer(self) -> int:
+        return self.config.layer
+
     def per_layer(self, start: int, stop: int) -> jax.Array:
         """bool [stop - start], the layer that is edited."""
         return jnp.arange(self.num_layers)[start:stop] == self.config.layer

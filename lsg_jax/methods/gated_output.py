@@ -84,6 +84,8 @@ class HeadFactors:
     bias: jax.Array
     first_layer: int = flax.struct.field(pytree_node=False)
 
+    last_layer = None
+
     def per_layer(self, start: int, stop: int) -> tuple[jax.Array, jax.Array]:
         """Scan inputs of the layers from `start` to `stop`."""
         return self.kernel[start:stop], self.bias[start:stop]

@@ -147,6 +147,8 @@ class GazeShift:
     saliency: Any = None
     cached: Any = None
 
+    last_layer = None
+
     def per_layer(self, start: int, stop: int) -> Any:
         """Scan inputs of the layers from `start` to `stop`."""
         return jax.tree.map(lambda leaf: leaf[start:stop], (self.enabled, self.cached))

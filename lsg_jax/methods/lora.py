@@ -93,6 +93,8 @@ class LowRankChange:
     scale: jax.Array
     first_layer: int = flax.struct.field(pytree_node=False)
 
+    last_layer = None
+
     def per_layer(self, start: int, stop: int) -> tuple[Any, jax.Array]:
         """Scan inputs of the layers from `start` to `stop`."""
         copies = jax.tree.map(lambda factor: jnp.broadcast_to(factor, (stop - start, *factor.shape)), self.factors)

@@ -31,6 +31,10 @@ class ScoreEdit:
     def first_layer(self) -> int:
         return self.layers[0]
 
+    @property
+    def last_layer(self) -> int:
+        return self.layers[1] - 1
+
     def per_layer(self, start: int, stop: int) -> jax.Array:
         """bool [stop - start], layers that are edited."""
         number = jnp.arange(self.num_layers)[start:stop]

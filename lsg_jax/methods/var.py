@@ -132,6 +132,8 @@ class AttentionRedistribution:
     def first_layer(self) -> int:
         return self.config.first_layer
 
+    last_layer = None
+
     def per_layer(self, start: int, stop: int) -> Any:
         """Scan inputs of the layers from `start` to `stop`."""
         return jax.tree.map(lambda leaf: leaf[start:stop], (self.enabled, self.cached))

@@ -277,7 +277,8 @@ class CausalAttention(nnx.Module):
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         query_of = lambda x, rope: turned(project("q_proj", x), self.q_norm, rope)
         if change.watched is not None and cache is None:
-            change = change.with_received(self._received(functools.partial(query_of, x, rope), key, scope, change.watched))
+            seen_by = functools.partial(received_by_head, scale=self.scale, causal=scope.causal)
+            change = change.with_received(seen_by(query_of(x, rope), key, mask, change.watched))
         if rows is not None:
             x, mask = take_rows(x, rows), take_rows(mask, rows)
             rope = take_rows(rope[0], rows), take_rows(rope[1], rows)
@@ -301,10 +302,3 @@ class CausalAttention(nnx.Module):
         if change.head_gate is not None:
             out = (out * change.head_gate(x)[..., None]).astype(out.dtype)
         return project("o_proj", out), kept, weights
-
-    def _received(self, query: Callable[[], jax.Array], key: jax.Array, scope: Scope, watched: jax.Array) -> jax.Array:
-        """`received_by_head`, computed in layers that watch a query alone."""
-        found = lambda: received_by_head(query(), key, scope.mask, watched, scale=self.scale, causal=scope.causal)
-        nothing = lambda: jnp.zeros((watched.shape[0], self.num_heads, watched.shape[1]), jnp.float32)
-        received: jax.Array = jax.lax.cond(watched.any(), found, nothing)
-        return received

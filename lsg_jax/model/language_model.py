@@ -105,7 +105,7 @@ class LanguageModel(nnx.Module):
         observe: Callable[[LayerView], Any] | None = None,
         observe_attention: bool | jax.Array = False,
     ) -> DecoderOutput:
-        """Runs the layers over whole sequences: one scan below the first layer that the intervention changes, one from it on.
+        """Runs the layers over whole sequences: one scan below those that the intervention changes, one of them, one above.
 
         With `rows`, the last layer computes only keys and values elsewhere, unless that would not pay (`_last_layer_apart`).
 
@@ -124,6 +124,7 @@ class LanguageModel(nnx.Module):
         last_apart = rows is not None and _last_layer_apart(stop, rows.shape[1])
         scanned = stop - 1 if last_apart else stop
         first = stop if intervention is None else max(start, min(stop, intervention.first_layer))
+        above = stop if intervention is None or intervention.last_layer is None else min(stop, intervention.last_layer + 1)
 
         def body(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any], rows: jax.Array | None = None) -> tuple[Any, Any]:
             (x, kv), (index, inputs) = carry, xs
@@ -134,10 +135,10 @@ class LanguageModel(nnx.Module):
 
         # prevent_cse is not needed: a scan already keeps the recomputation apart from the forward pass
         step = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-        inputs = lambda begin, end: intervention.per_layer(begin, end) if intervention and begin >= first else None
+        inputs = lambda begin, end: intervention.per_layer(begin, end) if intervention and first <= begin < above else None
         empty = self.empty_kv(sequence.x, room) if keep_kv and kv is None else kv
         carry, parts = (sequence.x, empty), []
-        for begin, end in ((start, min(first, scanned)), (first, scanned)):
+        for begin, end in ((start, min(first, scanned)), (first, min(above, scanned)), (max(first, above), scanned)):
             if begin < end:
                 carry, part = jax.lax.scan(step, carry, (jnp.arange(begin, end), inputs(begin, end)))
                 parts.append(part)
@@ -148,8 +149,7 @@ class LanguageModel(nnx.Module):
             carry, part = body(carry, (jnp.int32(scanned), of_last), rows)
             parts.append(jax.tree.map(lambda leaf: leaf[None], part))
         (x, kv), (ratios, kept, observed) = carry, map(_concatenate, zip(*parts, strict=True))
-        if kept is not None:
-            kept = jnp.pad(kept, ((stop - len(kept), 0), (0, 0), (0, 0)))
+        kept = None if kept is None else jnp.pad(kept, ((first, stop - first - len(kept)), (0, 0), (0, 0)))
         x = take_rows(x, rows) if rows is not None and not last_apart else x
         key, value = kv or (None, None)
         return DecoderOutput(x, key, value, ratios, kept, observed)

@@ -68,6 +68,8 @@ class PlanSettings:
 def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed: Assumptions, *, source: str = "") -> Plan:
     """Compiles the programs of a configuration for every topology and measures them.
 
+    An error, or a stop, after the first program was measured ends the plan: it is in `failed`, beside what was finished.
+
     Args:
         source: where the shapes of `model` were found, for the result.
 
@@ -82,13 +84,22 @@ def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed:
     slices = [_Slice(config, model, settings, assumed, open_topology(name)) for name in settings.topologies]
     dtype = _float_dtype(config)
     _, params = abstract_model(model, dtype=dtype)
+    failed: BaseException | None = None
+    try:
+        for one in slices:
+            one.measure()
+    except (Exception, KeyboardInterrupt) as error:
+        if not slices[0].measured:
+            raise
+        failed = error
     return Plan(
         parameters=sum(leaf.size for name, leaf in flatten(params).items() if not is_scale(name)),
         dtype=f"int8 in the decoder layers, {dtype} elsewhere" if model.text.weights == "int8" else str(dtype),
         assumptions=assumed,
         versions={name: _version(name) for name in ("lsg_jax", "jax", "libtpu")},
-        topologies=tuple(found.plan() for found in slices),
+        topologies=tuple(one.plan() for one in slices if one.measured),
         source=source,
+        failed=failed,
     )
 
 
@@ -123,9 +134,12 @@ class _Slice:
         if set(settings.programs) & set(TRAINING):
             self.check()
 
-    def plan(self) -> SlicePlan:
+    def measure(self) -> None:
+        """Compiles the programs one after the other; `plan` tells of those that are done."""
         for name in self.settings.programs:
             getattr(self, name)()
+
+    def plan(self) -> SlicePlan:
         return SlicePlan(
             topology=self.topology,
             training_mesh=dict(self.training_mesh.shape),
@@ -160,22 +174,29 @@ class _Slice:
         if config.get_method().independent:
             self.each()
             return
-        step = lambda policy, rows: self.run(self.training(config, policy, rows), f", remat {policy}")
-        rows = config.train.batch_size
+        rows, before = config.train.batch_size, len(self.measured)
+
+        def step(policy: Remat, rows: int) -> Measured:
+            return dataclasses.replace(self.run(self.training(config, policy, rows), f", remat {policy}"), remat=policy)
+
+        def tried(policy: Remat) -> Measured:
+            self.measured.append(step(policy, rows))
+            return self.measured[-1]
+
         chosen, own = self.settings.policies, config.train.remat
         if chosen is None:
-            found = try_policies(POLICIES, lambda p: step(p, rows), also=[own] if own in POLICIES else [])
+            found = try_policies(POLICIES, tried, also=[own] if own in POLICIES else [])
         else:
-            found = [dataclasses.replace(step(policy, rows), remat=policy) for policy in chosen]
+            found = [tried(policy) for policy in chosen]
         best = fastest(found)
-        self.measured += [dataclasses.replace(one, take=one is best) for one in found]
+        self.measured[before:] = [dataclasses.replace(one, take=one is best) for one in found]
         if best is not None:
             self.taken["train"] = best
         if self.settings.find_largest:
             start = best or found[-1]
             largest = largest_batch(
                 start,
-                lambda rows: step(start.remat, rows),
+                lambda rows: step(start.remat, rows),  # type: ignore[arg-type]
                 unit=batch_rows(self.training_mesh) * config.train.accumulate,
                 limit_gib=self.topology.chip.hbm_gib,
             )
@@ -220,12 +241,12 @@ class _Slice:
     def in_turn(self, prompts: Program, then: Callable[[Compiled], Program]) -> None:
         """Measures a program, and the one that takes its outputs."""
         first, compiled = self.compile(prompts, f"{prompts.name}, {prompts.rows} questions")
-        found = {prompts.name: first}
+        self.measured.append(first)
+        self.taken[prompts.name] = first
         if compiled is not None:
             program = then(compiled)
-            found[program.name] = self.run(program)
-        self.measured += found.values()
-        self.taken |= found
+            self.measured.append(self.run(program))
+            self.taken[program.name] = self.measured[-1]
 
     def check(self) -> None:
         """Raises ConfigError for settings that `lsg train` refuses."""

@@ -112,7 +112,7 @@ def eval_prompts(
     method = BASE if method.independent else method.for_model(model)
     graphdef, params = _sharded_model(model, mesh, method=method, dtype=dtype)
     rows = config.eval.batch_size * batch_rows(mesh)
-    batch = question_batch(model, mesh, rows, config.eval.max_length)
+    batch = question_batch(model, mesh, rows, config.eval.max_length, method=method)
     parts = {"weights": params, "batch": batch}
     return Program("eval prompts", read_batch, (params, batch), rows, parts, static=(graphdef, max_new_tokens))
 
@@ -241,14 +241,21 @@ def training_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Batch:
     )
 
 
-def question_batch(model: ModelConfig, mesh: Mesh, rows: int, longest: int | None = None) -> Batch:
+def question_batch(model: ModelConfig, mesh: Mesh, rows: int, longest: int | None = None, *, method: Method = BASE) -> Batch:
     """Questions with the largest image each, as `lsg eval` places them on the mesh; `prompt_tokens` long.
 
     Args:
         longest: `eval.max_length`; None for any length.
+        method: whose questions they are: it may read their words, or the replies to others (`Batch.words`, `Batch.route`).
     """
     tiles, patches = tile_bucket(most_tiles(model, longest)), most_patches(model, longest)
-    return abstract_batch(model, mesh, rows, prompt_tokens(model, longest), tiles=tiles, patches=patches)
+    batch = abstract_batch(model, mesh, rows, prompt_tokens(model, longest), tiles=tiles, patches=patches)
+    of = lambda like, dtype: jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+    return dataclasses.replace(
+        batch,
+        words=of(batch.input_ids, jnp.int8) if method.reads_words else None,
+        route=of(batch.gate_position, jnp.int32) if method.first_questions("") else None,
+    )
 
 
 def prompt_tokens(model: ModelConfig, longest: int | None = None) -> int:

@@ -14,6 +14,7 @@ from lsg_jax.eval.runner import MAX_NEW_TOKENS
 from lsg_jax.plan.chips import Topology
 from lsg_jax.plan.measure import Measured
 from lsg_jax.run_config import RunConfig
+from lsg_jax.train.seeds import together
 
 RECORDS = 10_000  # of the paper's sample of Cambrian-7M
 BENCHMARKS_OF_THE_PAPER = ("cv_bench", "mmstar")
@@ -85,8 +86,10 @@ def recipe(
     rows: list[tuple[str, str, float]] = []
     for name in ("train", "each"):
         if name in seconds:
-            steps = training_steps(config, assumed.records, measured[name].rows)
-            rows.append((name, f"{steps} steps", steps * seconds[name]))
+            steps, seeds = training_steps(config, assumed.records, measured[name].rows), config.train.seeds
+            runs = 1 if together(config) else seeds
+            how = "" if seeds == 1 else f", {seeds} seeds {'together' if runs == 1 else 'one after the other'}"
+            rows.append((name, f"{steps} steps{how}", runs * steps * seconds[name]))
     if "sweep prompts" in seconds and "sweep cells" in seconds:
         batches = math.ceil(assumed.questions / measured["sweep prompts"].rows)
         once = seconds["sweep prompts"] + layers * seconds["sweep cells"]

@@ -47,6 +47,7 @@ class Plan:
 
     Attributes:
         parameters: of the model. source: where its shapes were found.
+        failed: the error that ended it before all programs were measured; None for a whole plan.
     """
 
     parameters: int
@@ -55,6 +56,7 @@ class Plan:
     versions: Mapping[str, str | None]
     topologies: tuple[SlicePlan, ...]
     source: str = field(default="", kw_only=True)
+    failed: BaseException | None = field(default=None, kw_only=True)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": {"parameters": plan.parameters, "dtype": plan.dtype, "from": plan.source},
         "assumptions": asdict(plan.assumptions),
         "versions": dict(plan.versions),
+        "whole": plan.failed is None,
         "topologies": [_slice(found) for found in plan.topologies],
     }
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
+from lsg_jax.config import Remat
 from lsg_jax.plan.measure import Measured
 
 VERIFICATIONS = 3
 
 
-def try_policies(policies: Iterable[str], run: Callable[[str], Measured], *, also: Iterable[str] = ()) -> list[Measured]:
+def try_policies(policies: Iterable[Remat], run: Callable[[Remat], Measured], *, also: Iterable[Remat] = ()) -> list[Measured]:
     """Measures remat policies, the fastest first, up to the first that fits, and those of `also`."""
-    found: list[Measured] = []
+    found: dict[Remat, Measured] = {}
     for policy in policies:
-        found.append(replace(run(policy), remat=policy))
-        if found[-1].fits:
+        found[policy] = run(policy)
+        if found[policy].fits:
             break
-    tried = {measured.remat for measured in found}
-    return found + [replace(run(policy), remat=policy) for policy in also if policy not in tried]
+    return [*found.values(), *(run(policy) for policy in also if policy not in found)]
 
 
 def fastest(measured: Iterable[Measured]) -> Measured | None:

@@ -15,7 +15,11 @@ from lsg_jax.cli import main
 from lsg_jax.cli.plan import _model_config
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import InputError
+from lsg_jax.methods.eah import EahConfig
+from lsg_jax.methods.first_questions import routes
+from lsg_jax.methods.gift import Gift, GiftConfig
 from lsg_jax.methods.lora import LoraConfig
+from lsg_jax.methods.method import BASE
 from lsg_jax.opening import load_backbone
 from lsg_jax.plan import chips
 from lsg_jax.plan.chips import CHIPS, Topology, open_topology, parse_topology
@@ -23,6 +27,7 @@ from lsg_jax.plan.hlo import analyse
 from lsg_jax.plan.measure import Measured, Seconds, needed_gib
 from lsg_jax.plan.programs import (
     each_config,
+    eval_prompts,
     question_batch,
     shard_bytes,
     sweep_cells,
@@ -89,14 +94,21 @@ def test_the_planned_step_is_the_one_that_is_trained(run_config):
     assert planned.function is train_program(each_config(run_config, trainer.vlm.config), trainer.vlm.config, mesh).function
 
 
-def test_planned_questions_are_those_that_are_asked(run_config, tiny_model):
+@pytest.mark.parametrize("name", ["base", "gift", "diysink"])
+def test_planned_questions_are_those_that_are_asked(run_config, tiny_model, name):
+    method = dataclasses.replace(run_config, method=name).get_method() if name != "base" else BASE
     vlm = load_backbone(tiny_model, sinks=SINKS)
+    if method.reads_words:
+        vlm = vlm.with_method(Gift(GiftConfig(saliency_layer=1, first_layer=2, last_layer=3)))
     encoded = vlm.processor.encode_question("What is it?")
     side = vlm.config.image.size
     asked = vlm.pad_questions([encoded] * 4, [np.zeros((1, side, side, 3), np.uint8)] * 4)
     asked = dataclasses.replace(asked, answer_index=None, answer_target=None, row_id=None)
+    if first := method.first_questions("What is it?"):
+        asked = dataclasses.replace(asked, route=routes(method, [(0, one) for one in first], ["simple"] * len(first), range(4)))
+    assert (asked.words is not None, asked.route is not None) == (name == "gift", name == "diysink")
     mesh = answering_mesh(None, vlm.config.text)
-    planned = question_batch(vlm.config, mesh, 4)
+    planned = question_batch(vlm.config, mesh, 4, method=method)
     sequences = {asked.input_ids.shape, asked.source.shape}
     longer = lambda x, like: (x.shape[0], like.shape[1], *x.shape[2:]) if x.shape in sequences else x.shape
     jax.tree.map(lambda a, p: (longer(a, p), a.dtype) == (p.shape, p.dtype) or pytest.fail(f"{a.shape} {p}"), asked, planned)
@@ -113,6 +125,26 @@ def test_a_sweep_is_compiled_from_prompts_to_cells(run_config, tiny_model):
     for program, made in ((prompts, compiled), (cells, cells.compile())):
         traced = traced_flops(lambda *a, p=program: p.function(*a, *p.static), *program.arguments, trips=program.trips)
         assert analyse(made.as_text(), trips=program.trips).flops == pytest.approx(traced, rel=0.02)
+
+
+def test_the_layer_that_eah_looks_at_counts_once(run_config, tiny_model):
+    model = load_backbone(tiny_model, sinks=SINKS).config
+    mesh, text = answering_mesh(None, model.text), model.text
+
+    def flops(threshold):
+        config = dataclasses.replace(run_config.with_settings(EahConfig(threshold=threshold)), method="eah")
+        program = eval_prompts(config, model, mesh, max_new_tokens=3, dtype=jnp.float32)
+        compiled = analyse(program.compile().as_text(), trips=program.trips).flops
+        traced = traced_flops(lambda *a: program.function(*a, *program.static), *program.arguments, trips=program.trips)
+        return np.array([compiled, traced]), program.arguments[1].input_ids.shape
+
+    with_eah, (rows, length) = flops(0.01)
+    compiled, traced = with_eah - flops(1.0)[0]
+    block = length // 4  # queries, each with the keys up to its end
+    sums = 2 * rows * text.num_heads * block * block * (1 + 2 + 3 + 4)
+    scores, queries = sums * text.head_dim, 2 * rows * length * text.hidden_size * text.num_heads * text.head_dim
+    assert traced == scores + sums + queries
+    assert sums <= compiled <= traced  # XLA computes scores and queries once for the attention and for its sums
 
 
 def test_the_largest_batch_of_a_line_is_found_in_few_compilations():
@@ -133,7 +165,7 @@ def test_the_largest_batch_of_a_line_is_found_in_few_compilations():
 def test_policies_are_tried_until_one_fits():
     def run(policy):
         bounds = {"none": None, "dots": 2.0, "mlp": 2.5, "full": 3.0}
-        return measured(bound=bounds[policy])
+        return dataclasses.replace(measured(bound=bounds[policy]), remat=policy)
 
     found = try_policies(("none", "dots", "mlp", "full"), run, also=("full",))
     assert [one.remat for one in found] == ["none", "dots", "full"]
@@ -174,6 +206,10 @@ def test_costs_are_steps_and_batches_times_seconds(run_config):
     costs = recipe(programs, config, 32, topology, assumed)
     assert {cost.part: cost.hours for cost in costs} == pytest.approx(hours)
     assert {cost.part: cost.chip_hours for cost in costs} == pytest.approx({name: 16 * h for name, h in hours.items()})
+    for order, times, how in ((None, 1, "3 seeds together"), (-1, 3, "3 seeds one after the other")):
+        seeds = dataclasses.replace(config, data=DataConfig(order=order), train=dataclasses.replace(config.train, seeds=3))
+        cost = recipe(programs, seeds, 32, topology, assumed)[0]
+        assert (cost.runs, cost.hours) == (f"{steps} steps, {how}", pytest.approx(times * hours["train"]))
 
 
 def test_links_of_a_slice():

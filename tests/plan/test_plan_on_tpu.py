@@ -1,6 +1,7 @@
 """Ahead-of-time compilation for TPUs that are not there: counts against closed forms, and a whole plan."""
 
 import json
+import tomllib
 from dataclasses import replace
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from converters.hf_config import read_config
 from lsg_jax.cli import main
 from lsg_jax.config import MeshConfig
+from lsg_jax.errors import InputError
 from lsg_jax.model.splash_attention import splash_attention
 from lsg_jax.plan.chips import open_topology
 from lsg_jax.plan.hlo import Work, analyse
@@ -17,9 +20,10 @@ from lsg_jax.plan.hlo_text import Array
 from lsg_jax.plan.kernels import Kernel, kernel_flops
 from lsg_jax.plan.measure import Measured, Seconds, measure
 from lsg_jax.plan.plan import plan
-from lsg_jax.plan.programs import Program
+from lsg_jax.plan.programs import Program, shard_bytes, train_program
 from lsg_jax.plan.table import table
 from lsg_jax.plan.traced import traced_flops
+from lsg_jax.run_config import run_config
 from lsg_jax.sharding import make_mesh
 
 
@@ -165,6 +169,65 @@ def test_what_a_plan_concludes(lsg_plan, monkeypatch):
     assert "train, remat dots *: 2000 collective-permutes" in text
     rows = [line.split() for line in text.splitlines() if line.startswith("v5e:") and " dots " in line]
     assert [row[:4] for row in rows] == [["v5e:2x2", "4", "32", "dots"], ["v5e:4x4", "16", "128", "dots"]]
+
+
+def test_what_was_measured_before_an_error_is_printed(capfd, monkeypatch, tmp_path, tiny_hf_folder):
+    """The error of a later program, policy or topology, and a stop; an error of the first program leaves nothing to print."""
+    found = Measured(
+        program="",
+        rows=8,
+        memory_gib={"peak": 1.0},
+        compile_s=0.0,
+        seconds=Seconds(1.0, 0.5, 0.25, 2.0),
+        work=Work(1e12, 1e9),
+    )
+    (tmp_path / "run.toml").write_text(CONFIG)
+
+    def planned(good, error, topologies, programs, *more):
+        left = iter([found] * good)
+
+        def measured(program, topology, what, *, utilisation):
+            if (one := next(left, None)) is None:
+                raise error
+            return replace(one, program=program.name), None
+
+        monkeypatch.setattr("lsg_jax.plan.plan.measure", measured)
+        arguments = ["--model-config", tiny_hf_folder, "--topology", *topologies, "--programs", *programs, *more]
+        code = main(["plan", str(tmp_path / "run.toml"), *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return code, out, [line for line in err.splitlines() if not line.endswith("compiling")]
+
+    refused, one = InputError("the disk is gone"), ["v5e:2x2"]
+    for code, error, programs, more in (
+        (65, refused, ["forward", "train"], []),
+        (75, KeyboardInterrupt(), ["train"], ["--remat", "dots", "full"]),
+        (1, ValueError("a loop of unknown length"), ["train"], ["--remat", "dots"]),  # of the largest batch
+    ):
+        ended, out, err = planned(1, error, one, programs, *more, "--json")
+        result = json.loads(out)
+        assert ended == code and len(err) == 1 and err[0].startswith("lsg plan: "), err
+        assert not result["whole"]
+        assert [program["program"] for program in result["topologies"][0]["programs"]] == programs[:1]
+    code, out, err = planned(1, refused, ["v5e:2x2", "v5e:4x4"], ["forward"], "--batch", "16")
+    assert (code, err) == (65, ["lsg plan: the disk is gone"]) and "v5e:2x2: 4 chips" in out and "v5e:4x4" not in out
+    assert planned(0, refused, one, ["forward"]) == (65, "", err)
+
+
+def test_the_step_of_several_seeds(tiny_hf_folder, mesh):
+    """Every chip holds the gates and optimiser states of all, and the compiled program shares what the traced one does."""
+    config = run_config(tomllib.loads(CONFIG), where="test")
+    model = replace(read_config(tiny_hf_folder), sinks=config.sinks)
+    flops, state = {}, {}
+    for seeds in (1, 3):
+        program = train_program(replace(config, train=replace(config.train, seeds=seeds, remat="full")), model, mesh)
+        compiled = program.compile()
+        flops[seeds], state[seeds] = 4 * analyse(compiled.as_text()).flops, program.parts["trained and optimiser"]
+        assert flops[seeds] == pytest.approx(traced_flops(program.function, *program.arguments), rel=0.05)
+        assert compiled.memory_analysis().argument_size_in_bytes >= sum(map(shard_bytes, program.parts.values()))
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state[seeds]))
+        assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(compiled.output_shardings))
+    assert shard_bytes(state[3]) == 3 * shard_bytes(state[1]) - 2 * state[1].step.dtype.itemsize  # they take the same steps
+    assert flops[3] < 2.7 * flops[1]
 
 
 def test_what_does_not_fit_says_by_how_much(mesh):
