@@ -5,7 +5,8 @@
 JPEGs of about 95 kB (640 x 480, smooth noise of several scales) are generated, padded to squares and resized to 336 x 336: by
 the function alone in threads, and through `TrainingData` with tokens and batches. Each run is pinned to as many cores as it
 has threads. CPU seconds are counted as well, for machines that are busy with other work. Then the tiny model is trained on
-these JPEGs at its own image size, and the waiting time of each step is read from its log.
+these JPEGs at its own image size, and the waiting time of each step is read from its log. Last, the share of padding of batches
+under several `data.buckets`, for examples whose lengths are drawn (`drawn_lengths`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--records", type=int, default=10_000, help="records of the start-up measurement")
     arguments.add_argument("--steps", type=int, default=60, help="training steps")
+    arguments.add_argument("--examples", type=int, default=100_000, help="examples whose padding is counted")
     args = arguments.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     photos = [jpeg(seed) for seed in range(16)]
@@ -49,9 +51,10 @@ def main() -> None:
         photo_records = write_records(work / "photos", photos, max(args.images, BATCH * 8))
         results: dict[str, Any] = {
             "settings": {"jpeg_bytes": round(statistics.mean(map(len, photos))), "jpeg_size": [WIDTH, HEIGHT], "side": SIDE}
-            | {name: getattr(args, name) for name in ("images", "repeats", "records", "steps")},
+            | {name: getattr(args, name) for name in ("images", "repeats", "records", "steps", "examples")},
             "images": images_per_second(model, photos, photo_records, args),
             "start_up": start_up(model, work, args.records),
+            "padding": padding(args.examples),
             "waiting": waiting(model, photo_records, work, args.steps),
             "versions": versions(),
         }
@@ -159,7 +162,7 @@ def timed(task: Callable[[], int]) -> tuple[float, float]:
 def by_function(made: Any, photos: list[bytes], count: int, threads: int) -> Callable[[], int]:
     def run() -> int:
         with ThreadPoolExecutor(threads) as pool:
-            return sum(pixels.shape[0] == SIDE for pixels in pool.map(made.pixels, (photos * count)[:count]))
+            return sum(pixels.shape[1] == SIDE for pixels in pool.map(made.pixels, (photos * count)[:count]))
 
     return run
 
@@ -206,19 +209,23 @@ def cores(count: int) -> Iterator[None]:
         os.sched_setaffinity(0, everything)
 
 
-def start_up(model: Path, work: Path, count: int) -> dict[str, float]:
-    """Seconds to open records and tokenise all of them, before the first step."""
+def start_up(model: Path, work: Path, count: int) -> list[dict[str, float]]:
+    """Seconds to open records and check them before the first step, which tokenises all of them for several lengths."""
     from lsg_jax.config import DataConfig
     from lsg_jax.data.pipeline import TrainingData
 
     small = io.BytesIO()
     Image.new("RGB", (64, 48), "teal").save(small, "JPEG")
     records = write_records(work / "many", [small.getvalue()], count)
-    settings = DataConfig(max_length=LENGTH, max_answer_tokens=ANSWER)
-    made, wall, cpu = llava_processor(model), time.perf_counter(), time.process_time()
-    with closing(TrainingData(records, made, settings, batch_size=BATCH, seed=0, epochs=1)) as data:
-        assert data.num_examples == count
-    return {"records": count, "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    found = []
+    for buckets in (1, 4):
+        settings = DataConfig(max_length=LENGTH, max_answer_tokens=ANSWER, buckets=buckets)
+        made, wall, cpu = llava_processor(model), time.perf_counter(), time.process_time()
+        with closing(TrainingData(records, made, settings, batch_size=BATCH, seed=0, epochs=1)) as data:
+            assert data.num_examples == count
+        spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        found.append({"records": count, "buckets": buckets} | spent)
+    return found
 
 
 def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, float]:
@@ -247,17 +254,49 @@ def waiting(model: Path, records: Path, work: Path, steps: int) -> dict[str, flo
     }
 
 
+def drawn_lengths(count: int) -> np.ndarray:
+    """Tokens of examples as a mix like LLaVA's may have them for LLaVA-1.5; drawn, not counted.
+
+    Of 100 examples 94 have an image: its 576 tokens, 43 of system prompt and roles, and a text whose tokens are log-normal with
+    median 70 and sigma 0.8. The others are texts alone, with median 400 and sigma 0.9. All are cut at LENGTH.
+    """
+    rng = np.random.default_rng(0)
+    beside, alone = rng.lognormal(np.log(70), 0.8, count), rng.lognormal(np.log(400), 0.9, count)
+    return np.where(rng.random(count) < 0.94, 576 + 43 + beside, 43 + alone).clip(1, LENGTH).astype(np.int32)
+
+
+def padding(count: int) -> list[dict[str, Any]]:
+    """Share of padding in two epochs of batches of 64, for numbers of buckets."""
+    from lsg_jax.data.lengths import arrange, choose_lengths, unit_of
+
+    tokens, rng = drawn_lengths(count), np.random.default_rng(1)
+    order = np.concatenate([rng.permutation(count) for _ in range(2)])
+    found = []
+    for buckets in (1, 2, 3, 4, 8):
+        chosen = choose_lengths(tokens, max_length=LENGTH, most=buckets, unit=unit_of(LENGTH)) if buckets > 1 else (LENGTH,)
+        batches, of = arrange(order, np.searchsorted(chosen, tokens), 64)
+        positions = 64 * np.asarray(chosen)[of].sum()
+        found.append({"buckets": buckets, "lengths": chosen, "padding": 1 - tokens[batches].sum() / positions})
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
     lines = [f"JPEGs of {results['settings']['jpeg_bytes'] / 1000:.1f} kB, {WIDTH} x {HEIGHT} -> uint8 {SIDE} x {SIDE}", ""]
     lines += ["| run | images / s | / s / core | best / s / core | / CPU second |", "|---|---|---|---|---|"]
     for name, rate in results["images"].items():
         lines.append("| " + " | ".join([name, *(f"{rate[column]:.0f}" for column in rate)]) + " |")
-    start, wait = results["start_up"], results["waiting"]
-    lines += ["", f"Start-up: {start['records']} records in {start['seconds']:.1f} s ({start['cpu_seconds']:.1f} CPU s)"]
+    wait = results["waiting"]
+    lines.append("")
+    for start in results["start_up"]:
+        took = f"{start['seconds']:.1f} s ({start['cpu_seconds']:.1f} CPU s)"
+        lines.append(f"Start-up with data.buckets = {start['buckets']}: {start['records']} records in {took}")
     lines.append(
         f"Tiny model, {wait['steps']} steps of {wait['step_ms']:.0f} ms: waits for data {wait['wait_ms_median']:.2f} ms "
         f"(at most {wait['wait_ms_max']:.1f}), {100 * wait['share']:.2f} % of the time"
     )
+    lines += ["", "| data.buckets | lengths | padding |", "|---|---|---|"]
+    for row in results["padding"]:
+        lines.append(f"| {row['buckets']} | {', '.join(map(str, row['lengths']))} | {100 * row['padding']:.1f} % |")
     return "\n".join(lines)
 
 

@@ -80,6 +80,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     from lsg_jax.plan.plan import PlanSettings, plan
     from lsg_jax.plan.recipe import assume
+    from lsg_jax.plan.record_lengths import record_lengths
     from lsg_jax.plan.results import as_json
     from lsg_jax.plan.table import table
     from lsg_jax.run_config import load_run_config
@@ -97,7 +98,14 @@ def _plan(options: argparse.Namespace) -> None:
         rows_per_chip=options.rows_per_chip,
         find_largest=options.largest_batch,
     )
-    assumed = assume(config, utilisation=options.utilisation, records=options.records, questions=options.questions)
+    trains = bool({"train", "each"} & {*settings.programs})
+    assumed = assume(
+        config,
+        utilisation=options.utilisation,
+        records=options.records,
+        questions=options.questions,
+        lengths=record_lengths(config, model) if trains else None,
+    )
     result = plan(config, model, settings, assumed, source=source)
     print(json.dumps(as_json(result), indent=2) if options.json else table(result))
     if result.failed is not None:

@@ -21,10 +21,14 @@ Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]
 
 @dataclass(frozen=True)
 class DataConfig(Table, name="data"):
-    """Where training examples come from and the one shape they are padded to.
+    """Where training examples come from, and the lengths they are padded to.
 
     A conversation of several answers gives an example for each, with the turns before as prompt (`split`), since a gate reads
     at the end of a prompt. `whole` makes one example of it in which every answer counts, for methods that train no gates.
+
+    With `buckets` = 1 every row is padded to `max_length`. With more, a batch holds examples of similar length and is padded to
+    one of so many lengths, or of fewer where those leave hardly more padding. They follow from the records. A program is
+    compiled for each.
 
     `order` seeds the order of the records. Without it, that is the run's `seed`; of several seeds (`train.seeds`) that share
     their passes over the model, the first. -1 gives each seed an order of its own, and a run after the others.
@@ -33,6 +37,7 @@ class DataConfig(Table, name="data"):
     records: str = ""  # folder written by `lsg prepare`
     max_length: Annotated[int, Range("[1, 1e8]")] = 1024  # tokens per example, image tokens included
     max_answer_tokens: Annotated[int, Range("[1, 1e8]")] = 256
+    buckets: Annotated[int, Range("[1, 64]")] = 1  # most lengths that batches are padded to
     conversations: Literal["split", "whole"] = "split"
     order: Annotated[int, Range("[-1, 4294967295]")] | None = None
     num_threads: Annotated[int, Range("[1, 1024]")] = 2

@@ -1,28 +1,32 @@
-"""Prepared records -> a resumable stream of batches of one fixed shape (Grain)."""
+"""Prepared records -> a resumable stream of batches of few shapes (Grain)."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lsg_jax.config import DataConfig
 from lsg_jax.config.ranges import Range
-from lsg_jax.data.conversation import RecordError, examples
-from lsg_jax.data.encoded import Encoded
+from lsg_jax.data.conversation import RecordError
+from lsg_jax.data.lengths import arrange, choose_lengths, unit_of
 from lsg_jax.data.processor import Processor
-from lsg_jax.data.records import PreparedRecords, Record, open_records
-from lsg_jax.data.rows import patches_of, to_batch
+from lsg_jax.data.records import open_records
+from lsg_jax.data.rows import to_batch
+from lsg_jax.data.usable import encode_example, usable_examples
 from lsg_jax.errors import InputError
 from lsg_jax.types import Batch
 
 logger = logging.getLogger(__name__)
 
 _POSITION = "global_next_index"  # Grain's name: counts the examples of all processes
+
+
+Place: TypeAlias = Callable[[int, int], tuple[int, int]]
+"""(number of a batch, row in it) -> the example there, and the length that the batch is padded to."""
 
 
 class TrainingData(Iterator[Batch]):
@@ -32,18 +36,25 @@ class TrainingData(Iterator[Batch]):
     constructor checks the text of every example, and tokenizes it where its length leaves doubt. Examples that have no answer
     token after truncation are dropped there, the same ones in every run.
 
+    With several `data.buckets` the constructor tokenizes all examples and chooses the lengths (`data/lengths.py`). An example
+    whose turn has come waits until its bucket fills a batch, past the end of an epoch too. At the end of the last epoch, those
+    that still wait make batches across buckets.
+
     The global batch does not depend on the number of processes or the mesh. Several processes may need the same rows of it.
 
-    Batches hold uint8 pixels (zeros for text-only rows), with room for the most tiles of any example; T = `data.max_length`,
+    Batches hold uint8 pixels (zeros for text-only rows), with room for the most tiles of any example; T is one of `lengths`,
     A = `data.max_answer_tokens`, and B = `len(rows)`. `row_id` is the row in the prepared records.
 
     Args:
         batch_size: rows in the global batch.
+        steps: batches that are read at most; None for those of all epochs.
         rows: the rows of it that this process reads, ascending (`sharding.local_rows`); all by default.
 
     Attributes:
         num_examples: examples per epoch.
-        num_batches: batches over all epochs; an incomplete last batch is dropped.
+        num_batches: batches in all; an incomplete last batch is dropped.
+        lengths: ascending; `data.max_length` alone with one bucket.
+        padding: share of padding in the positions of all batches; None with one bucket, as lengths are not known then.
         dropped: number of dropped examples by reason (`nothing_supervised`, `image_truncated`).
         truncated: number of examples whose answer was truncated to `max_length` or `max_answer_tokens`.
         digest: sha256 that identifies the records.
@@ -63,6 +74,7 @@ class TrainingData(Iterator[Batch]):
         batch_size: int,
         seed: int,
         epochs: int,
+        steps: int | None = None,
         rows: Sequence[int] | None = None,
     ):
         for name, value in (("batch_size", batch_size), ("epochs", epochs)):
@@ -70,14 +82,11 @@ class TrainingData(Iterator[Batch]):
         self._records = open_records(records_path)
         self._processor = processor
         self._data = data
-        self._limits = {"max_length": data.max_length, "max_answer_tokens": data.max_answer_tokens}
         self._seed = seed
         self.digest = self._records.digest
-        self.dropped: dict[str, int] = {}
-        self.truncated = 0
-        self.tiles, self.patches = 1, 0
-        self._index = self._usable_examples()
-        self.patches = patches_of(self.patches, processor.model)
+        usable = usable_examples(self._records, processor, data, lengths=data.buckets > 1)
+        self._index, self.dropped, self.truncated = usable.index, usable.dropped, usable.truncated
+        self.tiles, self.patches = usable.tiles, usable.patches
         self.num_examples = len(self._index)
         if not self.num_examples:
             raise InputError(f"{records_path}: no example is usable: {self.left_out}")
@@ -86,10 +95,13 @@ class TrainingData(Iterator[Batch]):
             raise InputError(f"batch of {batch_size} is larger than the {self.num_examples} examples of {records_path}{also}")
         if self.dropped:
             logger.warning("%s: %s", records_path, self.left_out)
-        self.num_batches = self.num_examples * epochs // batch_size
+        self.num_batches = min(self.num_examples * epochs // batch_size, steps or self.num_examples * epochs)
         self._batch_size = batch_size
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self._iterator = self._grain_iterator(epochs)
+        self.lengths: tuple[int, ...] = (data.max_length,)
+        self.padding: float | None = None
+        place = self._in_order(epochs) if usable.lengths is None else self._in_buckets(epochs, usable.lengths)
+        self._iterator = self._grain_iterator(place)
 
     @property
     def left_out(self) -> str:
@@ -100,46 +112,45 @@ class TrainingData(Iterator[Batch]):
         advice = "; raise data.max_length" if too_long else ""
         return f"{count} of {count + self.num_examples} examples are left out ({reasons}){advice}"
 
-    def _usable_examples(self) -> np.ndarray:
-        """int32 [examples, 2], (row, index of the answer in the row; 0 with `whole`), in the order of the records."""
-        kept: list[tuple[int, int]] = []
-        dropped: Counter[str] = Counter()
-        for row in range(len(self._records)):
-            record = self._records[row]
-            whole = self._data.conversations == "whole"
-            for number, (prompt, answer) in enumerate(examples(record.turns)[: 1 if whole else None]):
-                try:
-                    sizes = record.image_sizes
-                    if whole or not self._processor.surely_fits(prompt, answer, image_sizes=sizes, **self._limits):
-                        self.truncated += self._encode(record, number).cut > 0
-                    shown = self._processor.shown(record.turns if whole else prompt, sizes)
-                except RecordError as error:
-                    dropped[error.reason] += 1
-                    continue
-                kept.append((row, number))
-                layouts = self._processor.layouts(shown)
-                self.tiles = max(self.tiles, sum(layout.tiles for layout in layouts))
-                self.patches = max(self.patches, self._processor.patches(layouts))
-        self.dropped = dict(sorted(dropped.items()))
-        return np.asarray(kept, np.int32).reshape(-1, 2)
-
-    def _encode(self, record: Record, number: int) -> Encoded:
-        if self._data.conversations == "whole":
-            return self._processor.encode_conversation(record.turns, image_sizes=record.image_sizes, **self._limits)
-        prompt, answer = examples(record.turns)[number]
-        return self._processor.encode(prompt, answer, image_sizes=record.image_sizes, **self._limits)
-
-    def _grain_iterator(self, epochs: int) -> Any:
+    def _order(self, epochs: int) -> Any:
+        """The examples of all epochs, by their place in the order."""
         import grain
 
-        here, size = len(self._rows), self._batch_size
-        examples = grain.MapDataset.source(_Examples(self._records, self._index)).seed(self._seed).shuffle().repeat(epochs)
+        return grain.MapDataset.range(self.num_examples).seed(self._seed).shuffle().repeat(epochs)
+
+    def _in_order(self, epochs: int) -> Place:
+        order, size, length = self._order(epochs), self._batch_size, self._data.max_length
+        return lambda batch, row: (order[batch * size + row], length)
+
+    def _in_buckets(self, epochs: int, tokens: np.ndarray) -> Place:
+        """Chooses the lengths and arranges the batches.
+
+        Args:
+            tokens: int32 [examples].
+        """
+        longest, size = self._data.max_length, self._batch_size
+        self.lengths = choose_lengths(tokens, max_length=longest, most=self._data.buckets, unit=unit_of(longest))
+        order, waiting = self._order(epochs), len(self.lengths) * (size - 1)
+        count = min(len(order), self.num_batches * size + waiting)
+        read = np.fromiter((order[place] for place in range(count)), np.int64, count)
+        table, buckets = arrange(read, np.searchsorted(self.lengths, tokens), size, ends=count == len(order))
+        table, length = table[: self.num_batches], np.asarray(self.lengths)[buckets[: self.num_batches]]
+        share = lambda held, positions: 1 - int(held.sum(dtype=np.int64)) / max(1, int(positions))
+        padding, of_one = share(tokens[table], size * length.sum(dtype=np.int64)), share(tokens[table], table.size * longest)
+        chosen = f"{len(self.lengths)} length{'s' * (len(self.lengths) > 1)}: {', '.join(map(str, self.lengths))}"
+        logger.info("%s; %.1f %% padding, %.1f %% at data.max_length", chosen, 100 * padding, 100 * of_one)
+        self.padding = padding
+        return lambda batch, row: (int(table[batch, row]), int(length[batch]))
+
+    def _grain_iterator(self, place: Place) -> Any:
+        import grain
+
+        here = len(self._rows)
         order = grain.MapDataset.range(self.num_batches * here)
-        dataset = order.map(lambda i: examples[int(i // here * size + self._rows[i % here])])
         # ElasticIterator could shard examples over processes, but would give each to only one. Its state is one integer.
         return iter(
             grain.experimental.ElasticIterator(
-                dataset.map(self._row),
+                order.map(lambda i: self._row(*place(int(i // here), self._rows[i % here]))),
                 here,
                 grain.sharding.NoSharding(),
                 read_options=grain.ReadOptions(
@@ -148,18 +159,18 @@ class TrainingData(Iterator[Batch]):
             )
         )
 
-    def _row(self, item: tuple[PreparedRecords, int, int]) -> dict[str, np.ndarray]:
-        records, row, number = item
-        record = records[row]
+    def _row(self, example: int, length: int) -> dict[str, np.ndarray]:
+        row, number = self._index[example].tolist()
+        record = self._records[row]
         try:
-            encoded = self._encode(record, number)
+            encoded = encode_example(record, number, self._processor, self._data)
             shown = record.images[: len(encoded.image_sizes)]  # the others belong to later turns
             return self._processor.row(
                 encoded,
                 self._processor.all_pixels(shown),
                 tiles=self.tiles,
                 patches=self.patches,
-                max_length=self._data.max_length,
+                max_length=length,
                 max_answer_tokens=self._data.max_answer_tokens,
                 row_id=row,
             )
@@ -180,30 +191,17 @@ class TrainingData(Iterator[Batch]):
         Raises:
             InputError: the position belongs to other records, another seed or other limits.
         """
-        for name, own in self._identity().items():
-            if state.get(name) != own:
-                raise InputError(f"data position of another run: {name} is {state.get(name)!r}, here {own!r}")
+        own = self._identity()
+        for name in sorted((own.keys() | state.keys()) - {_POSITION}):
+            if state.get(name) != own.get(name):
+                raise InputError(f"data position of another run: {name} is {state.get(name)!r}, here {own.get(name)!r}")
         self._iterator.set_state({_POSITION: state[_POSITION] // self._batch_size * len(self._rows)})
 
     def _identity(self) -> dict[str, Any]:
         """What must match for a position to be valid."""
-        return {"digest": self.digest, "num_examples": self.num_examples, "seed": self._seed}
+        chosen = {"lengths": list(self.lengths)} if self._data.buckets > 1 else {}
+        return {"digest": self.digest, "num_examples": self.num_examples, "seed": self._seed, **chosen}
 
     def close(self) -> None:
         """Stops the reader threads."""
         self._iterator.close()
-
-
-class _Examples:
-    """Grain's random-access source of (records, row, index of the answer). It is cheap: `map` reads the records."""
-
-    def __init__(self, records: PreparedRecords, index: np.ndarray):
-        self._records = records
-        self._index = index
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, position: int) -> tuple[PreparedRecords, int, int]:
-        row, number = self._index[position].tolist()
-        return self._records, row, number

@@ -133,7 +133,9 @@ class ChunkTokenizer:
         return text, found, self._backend.encode(text, add_special_tokens=False).offsets
 
     def _chunk(self, text: str) -> list[int]:
-        return [self._ids.get(i, i) for i in self._backend.encode(self._seen(text), add_special_tokens=False).ids]
+        # `encode` would keep the other threads of the interpreter waiting
+        (found,) = self._backend.encode_batch([self._seen(text)], add_special_tokens=False)
+        return [self._ids.get(i, i) for i in found.ids]
 
     def _seen(self, text: str) -> str:
         """The text that the tokenizer is given."""

@@ -66,7 +66,7 @@ class PlanSettings:
 
 
 def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed: Assumptions, *, source: str = "") -> Plan:
-    """Compiles the programs of a configuration for every topology and measures them.
+    """Compiles the programs of a configuration for every topology and measures them, training steps on the longest rows.
 
     An error, or a stop, after the first program was measured ends the plan: it is in `failed`, beside what was finished.
 
@@ -80,6 +80,9 @@ def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed:
         raise InputError(f"--programs {unknown[0]}: no such program; known: {', '.join(PROGRAMS)}")
     if config.dtype == "int8":
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, weights="int8"))
+    if assumed.lengths is not None:
+        data = dataclasses.replace(config.data, max_length=assumed.lengths.lengths[-1])
+        config = dataclasses.replace(config, data=data)
     # errors are raised before the first minute of compiling
     slices = [_Slice(config, model, settings, assumed, open_topology(name)) for name in settings.topologies]
     dtype = _float_dtype(config)

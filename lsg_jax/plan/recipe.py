@@ -13,6 +13,7 @@ from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.runner import MAX_NEW_TOKENS
 from lsg_jax.plan.chips import Topology
 from lsg_jax.plan.measure import Measured
+from lsg_jax.plan.record_lengths import RecordLengths
 from lsg_jax.run_config import RunConfig
 from lsg_jax.train.seeds import together
 
@@ -30,6 +31,7 @@ class Assumptions:
         records: training examples; one answer each.
         questions: of all benchmarks together.
         max_new_tokens: every answer is taken to be that long.
+        lengths: of training batches; None: every row is as long as `data.max_length`.
     """
 
     utilisation: float
@@ -38,6 +40,12 @@ class Assumptions:
     questions: int
     questions_from: str
     max_new_tokens: int
+    lengths: RecordLengths | None = None
+
+    @property
+    def share_of_longest(self) -> float:
+        """Mean length of a training row, as a share of the longest one, which programs are compiled for."""
+        return self.lengths.mean / self.lengths.lengths[-1] if self.lengths else 1.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,14 @@ class Cost:
     chip_hours: float
 
 
-def assume(config: RunConfig, *, utilisation: float, records: int | None, questions: int | None) -> Assumptions:
+def assume(
+    config: RunConfig,
+    *,
+    utilisation: float,
+    records: int | None,
+    questions: int | None,
+    lengths: RecordLengths | None = None,
+) -> Assumptions:
     """What was given, else what the files of the configuration say, else what the paper has."""
     counted, source = records, "--records"
     if counted is None:
@@ -67,6 +82,7 @@ def assume(config: RunConfig, *, utilisation: float, records: int | None, questi
         questions=_limited(asked, config.eval, len(names)) if questions is None else asked,
         questions_from=" and ".join(names) if questions is None else "--questions",
         max_new_tokens=config.eval.max_new_tokens or MAX_NEW_TOKENS,
+        lengths=lengths,
     )
 
 
@@ -79,6 +95,8 @@ def recipe(
 ) -> tuple[Cost, ...]:
     """Hours and chip-hours of each part whose programs were measured and fit.
 
+    A training step on shorter rows is taken to be faster in proportion to their length.
+
     Args:
         measured: program name -> the program under the settings to take.
     """
@@ -89,7 +107,7 @@ def recipe(
             steps, seeds = training_steps(config, assumed.records, measured[name].rows), config.train.seeds
             runs = 1 if together(config) else seeds
             how = "" if seeds == 1 else f", {seeds} seeds {'together' if runs == 1 else 'one after the other'}"
-            rows.append((name, f"{steps} steps{how}", runs * steps * seconds[name]))
+            rows.append((name, f"{steps} steps{how}", runs * steps * seconds[name] * assumed.share_of_longest))
     if "sweep prompts" in seconds and "sweep cells" in seconds:
         batches = math.ceil(assumed.questions / measured["sweep prompts"].rows)
         once = seconds["sweep prompts"] + layers * seconds["sweep cells"]

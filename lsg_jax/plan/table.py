@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lsg_jax.plan.hlo import Work
 from lsg_jax.plan.measure import Measured, Seconds
+from lsg_jax.plan.record_lengths import RecordLengths
 from lsg_jax.plan.results import Plan, SlicePlan
 
 
@@ -111,8 +112,20 @@ def _assumptions(plan: Plan) -> str:
             f"expected: the longest of the three at {assumed.utilisation:.0%} utilisation. {assumed.records} records "
             f"({assumed.records_from}), {assumed.questions} questions ({assumed.questions_from}), answers of "
             f"{assumed.max_new_tokens} tokens. Starting, compiling, reading data and saving are not counted.",
+            _lengths(assumed.lengths),
             f"peak rates: {'; '.join(sources)}",
         ]
+    )
+
+
+def _lengths(found: RecordLengths | None) -> str:
+    if found is None:
+        return "Every training row is taken to be data.max_length long."
+    *others, longest = map(str, found.lengths)
+    every = f"{', '.join(others)} or {longest}" if others else longest
+    return (
+        f"Training rows are {every} tokens long, {found.mean:.0f} on average, {found.padding:.1%} of them padding: steps are "
+        "compiled for the longest, hours are in proportion to the average."
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,10 @@ def set_up(config: RunConfig, run: RunFolder | SeedFolders, began: float | None 
         batch_size=config.train.batch_size,
         seed=config.order_seed,
         epochs=config.train.epochs,
+        steps=config.train.max_steps,
         rows=sharding.local_rows(mesh, config.train.batch_size),
     )
-    total = min(data.num_batches, config.train.max_steps or data.num_batches)
+    total = data.num_batches
     files = read_manifest(config.model).preparation
     computations = [
         (folder, Computation(own.as_dict(), vlm.config.sinks, vlm.digest, data.digest, total, model_files=files))
@@ -120,16 +122,11 @@ def set_up(config: RunConfig, run: RunFolder | SeedFolders, began: float | None 
         for folder, computation in computations:
             record_start(folder, computation, mesh=mesh, step=step, dropped=data.dropped)
     goodput.now("init")
-    shapes = sharding.abstract_batch(
-        vlm.config,
-        mesh,
-        config.train.batch_size,
-        config.data.max_length,
-        tiles=data.tiles,
-        patches=data.patches,
-        answers=config.data.max_answer_tokens,
+    shapes = functools.partial(
+        sharding.abstract_batch, tiles=data.tiles, patches=data.patches, answers=config.data.max_answer_tokens
     )
-    compiled = _step(config, method, graphdef, total, mesh, state, vlm.frozen, shapes)
+    batches = [shapes(vlm.config, mesh, config.train.batch_size, length) for length in reversed(data.lengths)]
+    compiled = _step(config, method, graphdef, total, mesh, state, vlm.frozen, batches)
     goodput.now("compile")
     return Trainer(config=config, vlm=vlm, data=data, step=compiled, state=state, total_steps=total, run=run, goodput=goodput)
 
@@ -144,7 +141,8 @@ def _check_division(config: RunConfig, rows: int) -> None:
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:
     """Refuses a batch that cannot fit, before the model is loaded: the states of one layer, and the token ids on the host."""
-    model, train, length = read_manifest(config.model).config, config.train, config.data.max_length
+    model, train = read_manifest(config.model).config, config.train
+    length = config.data.max_length if config.data.buckets == 1 else 1  # buckets are as long as the records need
     what = f"train.batch_size {train.batch_size} with data.max_length {length}"
     rows = train.batch_size // train.accumulate
     check_fits(2.0 * rows * length * model.text.hidden_size, what, "lower one of them, or raise train.accumulate", mesh=mesh)
@@ -167,18 +165,34 @@ def _initial_state(config: RunConfig, method: Method, vlm: VLM, mesh: Mesh, tota
 
 
 def _step(
-    config: RunConfig, method: Method, graphdef: Any, total: int, mesh: Mesh, state: TrainState, frozen: Any, batch: Batch
+    config: RunConfig,
+    method: Method,
+    graphdef: Any,
+    total: int,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: Any,
+    batches: Sequence[Batch],
 ) -> Any:
-    """The jitted step; with `remat = "auto"`, the one that was compiled under the fastest policy that fits.
+    """The jitted step, with `remat = "auto"` under the fastest policy that fits the longest batch.
+
+    For batches of several lengths it is compiled here, so that none is too large, or makes the run wait, in the middle of it.
 
     Args:
-        batch: shapes and shardings.
+        batches: shapes and shardings for each length, the longest first.
     """
-    make = functools.partial(compiled_step, graphdef, total_steps=total, mesh=mesh)
-    if config.train.remat != "auto" or method.independent:
-        return make(config=config.train, independent=method.independent)
-    compile_with = lambda policy: make(config=replace(config.train, remat=policy)).lower(state, frozen, batch).compile()
-    return fastest_that_fits(compile_with, device_memory())[1]
+    make = functools.partial(compiled_step, graphdef, total_steps=total, mesh=mesh, independent=method.independent)
+    train = config.train
+    if train.remat == "auto" and not method.independent:
+        compile_with = lambda policy: make(replace(train, remat=policy)).lower(state, frozen, batches[0]).compile()
+        remat: Any = fastest_that_fits(compile_with, device_memory())[0]
+        train = replace(train, remat=remat)
+    step = make(train)
+    for batch in batches if len(batches) > 1 else ():
+        began = time.monotonic()
+        step.lower(state, frozen, batch).compile()  # jax keeps it for the call
+        logger.info("step for %d tokens: compiled in %.1f s", batch.input_ids.shape[1], time.monotonic() - began)
+    return step
 
 
 def _trained_method(config: RunConfig) -> Method:

@@ -16,7 +16,8 @@ A line of metrics.jsonl is the record of a step (n gated layers, G token groups)
 | step_s | | seconds since the end of the previous step, without saves and compilation |
 | data_wait_s | | the part of it in which the devices waited for the batch |
 | answer_tokens_per_s | | tokens / step_s |
-| positions_per_s | | train.batch_size x data.max_length / step_s: sequence positions, of images, prompts and padding too |
+| padding | | share of padding in the sequence positions of the batch, train.batch_size x the length of its bucket |
+| positions_per_s | | these positions / step_s, of images, prompts and padding too |
 | goodput | | seconds of this process so far by activity (goodput.py), and the share of `step` |
 
 For independent gates loss, correct, grad_norm and finite have the shape n. Each of several seeds has a file of its own, whose

@@ -55,7 +55,7 @@ def train_step(
 
     Returns:
         The new state, and metrics: loss (nats a token), tokens, correct, visual_tokens, v_sinks, grad_norm (before clipping),
-        finite and, of gates,
+        finite, padding (share of the positions) and, of gates,
         `gate_norm` and `gate_grad_norm` float32 [gated layers] of the gates that the step started from, and `ratios` float32
         [gated layers, G] as means over rows with an image. Of independent gates, loss, correct, grad_norm and finite are [n].
     """
@@ -64,6 +64,7 @@ def train_step(
     update = functools.partial(_update, frozen=frozen, config=config, total_steps=total_steps)
     before = (state.trained, state.opt_state, state.skipped)
     (trained, opt_state, skipped), measured = (jax.vmap(update) if independent else update)(before, gradients, loss)
+    measured["padding"] = 1 - batch.attention_mask.sum() / batch.attention_mask.size
     if "ratios" in metrics:
         measured |= {"gate_norm": _layer_norms(state.trained), "gate_grad_norm": _layer_norms(gradients)}
     return TrainState(trained=trained, opt_state=opt_state, step=state.step + 1, skipped=skipped), {

@@ -38,6 +38,7 @@ class _InFlight:
     Attributes:
         metrics: future of its metrics on the host, and the time at which they arrived.
         row_id: of its batch, int32 [B], on the devices.
+        positions: of its batch, B x T.
         requested: when its batch was requested.
         received: when the batch arrived.
         dispatched: when the step was dispatched, after its compilation if it needed one.
@@ -46,6 +47,7 @@ class _InFlight:
     step: int
     metrics: Future[tuple[dict[str, Any], float]]
     row_id: jax.Array
+    positions: int
     requested: float
     received: float
     dispatched: float
@@ -92,7 +94,8 @@ class Steps:
         trainer.state, metrics = trainer.step(trainer.state, trainer.vlm.frozen, batch)
         dispatched = time.monotonic()
         before = self._in_flight
-        self._in_flight = _InFlight(step, self._reader.submit(_read, metrics), batch.row_id, requested, received, dispatched)
+        read, positions = self._reader.submit(_read, metrics), batch.input_ids.size
+        self._in_flight = _InFlight(step, read, batch.row_id, positions, requested, received, dispatched)
         if before:
             self._handle(before)
 
@@ -123,8 +126,7 @@ class Steps:
         self._watch_sinks(done.step, each[0])
         if done.step % config.train.log_every == 0 or done.step == total or not np.all(finite):
             common: dict[str, Any] = {"learning_rate": self._rates[done.step - self._first], **spent}
-            positions = config.train.batch_size * config.data.max_length
-            for name, count in {"answer_tokens_per_s": each[0]["tokens"], "positions_per_s": positions}.items():
+            for name, count in {"answer_tokens_per_s": each[0]["tokens"], "positions_per_s": done.positions}.items():
                 common[name] = count / max(spent["step_s"], 1e-9)  # the clock may be coarse
             common["goodput"] = self._trainer.goodput.as_metrics()
             for log, own in zip(self._logs, each, strict=False):  # no logs on other processes

@@ -36,6 +36,7 @@ from lsg_jax.plan.programs import (
     training_batch,
 )
 from lsg_jax.plan.recipe import assume, recipe
+from lsg_jax.plan.record_lengths import RecordLengths, record_lengths
 from lsg_jax.plan.search import fastest, largest_batch, try_policies
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig, load_run_config
@@ -210,6 +211,31 @@ def test_costs_are_steps_and_batches_times_seconds(run_config):
         seeds = dataclasses.replace(config, data=DataConfig(order=order), train=dataclasses.replace(config.train, seeds=3))
         cost = recipe(programs, seeds, 32, topology, assumed)[0]
         assert (cost.runs, cost.hours) == (f"{steps} steps, {how}", pytest.approx(times * hours["train"]))
+
+
+def test_hours_follow_the_lengths_of_the_records(run_config):
+    """As `TrainingData` chooses them; programs are those of the longest rows."""
+    model = load_backbone(run_config.model, sinks=SINKS).config
+    assert record_lengths(run_config, model) is None  # one bucket
+    bucketed = dataclasses.replace(run_config, data=dataclasses.replace(run_config.data, buckets=3))
+    assert record_lengths(dataclasses.replace(bucketed, model="none"), model) is None
+    found = record_lengths(bucketed, model)
+    run = RunFolder(f"{run_config.output}-lengths", keep=1)
+    with run.lock():
+        data = set_up(dataclasses.replace(bucketed, output=str(run.path)), run).data
+    held = [batch.attention_mask for batch in data]
+    data.close()
+    assert found.lengths == data.lengths and found.lengths[-1] < 256
+    assert found.padding == pytest.approx(1 - sum(mask.sum() for mask in held) / sum(mask.size for mask in held), abs=0.02)
+
+    half = RecordLengths((64, 256), mean=128.0, padding=0.05)
+    programs, topology = {"train": measured(bound=0.5, rows=64)}, Topology("v5e:4x4", CHIPS["v5e"], (4, 4), (None,) * 16)
+    hours = lambda lengths: (
+        recipe(programs, bucketed, 32, topology, assume(bucketed, utilisation=0.5, records=6400, questions=1, lengths=lengths))[
+            0
+        ].hours
+    )
+    assert hours(half) == pytest.approx(hours(None) / 2)
 
 
 def test_links_of_a_slice():

@@ -21,6 +21,7 @@ from lsg_jax.plan.kernels import Kernel, kernel_flops
 from lsg_jax.plan.measure import Measured, Seconds, measure
 from lsg_jax.plan.plan import plan
 from lsg_jax.plan.programs import Program, shard_bytes, train_program
+from lsg_jax.plan.record_lengths import RecordLengths
 from lsg_jax.plan.table import table
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import run_config
@@ -96,6 +97,17 @@ max_new_tokens = 4
 """
 
 
+MEASURED = Measured(
+    program="train",
+    rows=8,
+    memory_gib={"peak": 1.0, "temporaries": 0.0},
+    compile_s=0.0,
+    work=Work(1e12, 1e9, 0.0, {}, {}),
+    seconds=Seconds(1.0, 0.5, 0.25, expected=2.0),
+)
+"""A training step, in place of compiling one."""
+
+
 @pytest.fixture
 def lsg_plan(capfd, tmp_path, tiny_hf_folder, monkeypatch):
     """Runs `lsg plan --json` on the tiny model; returns what it printed, the table of the same plan, and its log."""
@@ -129,7 +141,24 @@ def test_a_compiled_plan(lsg_plan):
     assert seconds["expected"] == 2 * max(seconds["mxu"], seconds["hbm"], seconds["ici"])
     assert set(forward["collectives"]) == set(forward["received_bytes"]) and all(forward["received_bytes"].values())
     assert "forward" in text and "no TPU was run" in text
+    assert result["assumptions"]["lengths"] is None and "Every training row is taken to be data.max_length long." in text
     assert result["topologies"][0]["attention"] in text and "are no multiple of 128" in text
+
+
+def test_a_plan_from_the_lengths_of_records(lsg_plan, monkeypatch):
+    """Compiled for the longest, hours by the mean."""
+    compiled = []
+    invented = lambda program, *_, **__: (compiled.append(program.arguments[-1].input_ids.shape) or MEASURED, None)
+    monkeypatch.setattr("lsg_jax.plan.plan.measure", invented)
+    arguments = "--topology", "v5e:2x2", "--programs", "train", "--remat", "full", "--no-largest-batch"
+    hours = lsg_plan(*arguments)[0]["topologies"][0]["recipe"][0]["hours"]
+    found = RecordLengths((64, 96), mean=72.0, padding=0.051)
+    monkeypatch.setattr("lsg_jax.plan.record_lengths.record_lengths", lambda config, model: found)
+    result, text, _ = lsg_plan(*arguments)
+    assert compiled == [(8, 128), (8, 96)]
+    assert result["topologies"][0]["recipe"][0]["hours"] == pytest.approx(0.75 * hours)
+    assert result["assumptions"]["lengths"] == {"lengths": [64, 96], "mean": 72.0, "padding": 0.051}
+    assert "Training rows are 64 or 96 tokens long, 72 on average, 5.1% of them padding" in text
 
 
 def test_what_a_plan_concludes(lsg_plan, monkeypatch):

@@ -159,13 +159,13 @@ def test_a_step_on_a_mesh_equals_that_of_one_device():
 
 
 @pytest.mark.parametrize("name", ["internvl-qwen3", "qwen2_5_vl"])
-def test_auto_remat_compiles_for_the_tiles_and_patches_of_the_data(name, tmp_path):
+def test_auto_remat_compiles_for_the_tiles_patches_and_lengths_of_the_data(name, tmp_path):
     save_family(name, tiny_family(name), tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "model")
     records = []
     for index, size in enumerate([(60, 200), (77, 90)]):
         Image.new("RGB", size, (40 * index, 90, 200)).save(tmp_path / f"{index}.png")
-        turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "two"}]
+        turns = [{"from": "human", "value": "<image>\n" + "How many? " * (1 + 9 * index)}, {"from": "gpt", "value": "two"}]
         records.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
     prepare_llava(tmp_path / "records.jsonl", tmp_path, tmp_path / "records")
@@ -174,8 +174,10 @@ def test_auto_remat_compiles_for_the_tiles_and_patches_of_the_data(name, tmp_pat
         output=str(tmp_path / "run"),
         tables={"gate": GateConfig(layers=(3,))},
         sinks=SINKS,
-        data=DataConfig(records=str(tmp_path / "records"), max_length=256, max_answer_tokens=8),
-        train=TrainConfig(batch_size=2, max_steps=1, remat="auto"),
+        data=DataConfig(records=str(tmp_path / "records"), max_length=256, max_answer_tokens=8, buckets=2),
+        train=TrainConfig(batch_size=1, epochs=1, remat="auto"),
     )
-    (line,) = map(json.loads, (train(config) / METRICS).read_text().splitlines())
-    assert line["finite"] and line["visual_tokens"] > 2 * 4  # more than a tile of each image
+    lines = [*map(json.loads, (train(config) / METRICS).read_text().splitlines())]
+    assert len(lines) == 2 and all(line["finite"] for line in lines)
+    assert sum(line["visual_tokens"] for line in lines) > 2 * 4  # more than a tile of each image
+    assert len({round(line["positions_per_s"] * line["step_s"]) for line in lines}) == 2  # lengths
