@@ -203,13 +203,18 @@ def one_layer(out: Path) -> Held:
         config = configured(out, "stack", planted=planted)
         benchmarks = ("--benchmark", validation(out), "scenes", "--select", "validation")
         lsg("stack", *config, "--gates", run, *benchmarks, "--out", folder)
-    steps = json.loads((folder / "stack.json").read_text(encoding="utf-8"))["steps"]
-    for step in steps:
-        print(f"{'+'.join(map(str, step['layers'])):16}{step['value']:7.2f}{step['change']:+7.2f}")
-    print(sound)
+    study = json.loads((folder / "stack.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))["benchmarks"]["scenes"]
+    loss, gain = accuracy(found) - sound, {name: of["accuracy"]["value"] for name, of in found["change"].items()}
+    print(f"test: {sound:.2f} without planted sinks, {accuracy(found):.2f} with them")
+    for name, of in found["change"].items():
+        print(f"{name:16}{of['accuracy']['value']:+7.2f} [{of['accuracy']['low']:+.2f}, {of['accuracy']['high']:+.2f}]")
+    others = [gain[name] for name in map("L{}".format, best) if name != f"L{ONE_LAYER}"]
     return [
         (f"layer {ONE_LAYER} gains most in the oracle map", max(best, key=best.__getitem__) == ONE_LAYER),
-        (f"the stack takes the gate at layer {ONE_LAYER} first", steps[0]["layers"] == [ONE_LAYER]),
+        (f"the stack takes the gate at layer {ONE_LAYER} first", study["steps"][0]["layers"] == [ONE_LAYER]),
+        ("that gate alone wins back half of the loss on test", gain[f"L{ONE_LAYER}"] >= -loss / 2),
+        ("no other gate wins back a tenth of it", max(others) < -loss / 10),
     ]
 
 

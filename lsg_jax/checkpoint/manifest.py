@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from lsg_jax.config import ModelConfig, from_dict, to_dict
+from lsg_jax.config import ModelConfig, from_dict, identity, to_dict
 from lsg_jax.digest import json_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.files import check_inside
@@ -86,8 +86,7 @@ class Manifest:
     @property
     def preparation(self) -> str:
         """Digest of what numbers depend on besides weights and sinks: the configuration, and the files of `text_files`."""
-        config = {name: value for name, value in to_dict(self.config).items() if name not in ("sinks", "sink_sources")}
-        return json_sha256([config, self.text_files])
+        return json_sha256([identity(self.config), self.text_files])
 
     @property
     def text_files(self) -> dict[str, str]:

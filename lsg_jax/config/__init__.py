@@ -25,6 +25,7 @@ from lsg_jax.config.model import (
     TextConfig,
     VisionConfig,
     Weights,
+    identity,
     is_scale,
 )
 from lsg_jax.config.run import BenchmarkKind, DataConfig, EvalConfig, MeshConfig, Protocol, Remat, Template, TrainConfig
@@ -56,6 +57,7 @@ __all__ = [
     "Weights",
     "apply_override",
     "from_dict",
+    "identity",
     "is_scale",
     "to_dict",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
+from lsg_jax.config.loading import to_dict
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.errors import ConfigError
 
@@ -351,3 +352,14 @@ class ModelConfig(Table):
     def sources_per_token(self) -> int:
         """K, the connector outputs that a visual token may combine: 4 where patches are shrunk bilinearly."""
         return 1 if self.image.max_tiles is None else 4
+
+
+def identity(config: ModelConfig) -> dict[str, Any]:
+    """What numbers depend on of a configuration besides sinks, as plain data for digests.
+
+    A field that a later version added is left out at its default, so that runs and answers of earlier versions stay valid.
+    """
+    described = {name: value for name, value in to_dict(config).items() if name not in ("sinks", "sink_sources")}
+    if config.text.weights == "float":
+        del described["text"]["weights"]
+    return described

@@ -7,7 +7,7 @@ alone on its device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,12 +113,12 @@ class _Answers:
         self.near_tie = 0.0 if config.batch_size == 1 else near_tie_of(self.reader, config)
         self.routes = None
         if len(models) == 1:
-            left = [i for i in range(len(items)) if not self.is_known(i)]
+            left = [i for i in range(len(items)) if not self.is_known(i, models)]
             self.routes = ask_routes(self.reader, items, prompts, config, which=left)
 
-    def is_known(self, position: int) -> bool:
-        """Whether every model has answered a question."""
-        return all(position in found for found in self.outputs.values())
+    def is_known(self, position: int, models: Iterable[str]) -> bool:
+        """Whether each of these models has answered a question."""
+        return all(position in self.outputs[name] for name in models)
 
     def run(self, models: Mapping[str, VLM], which: Sequence[int], batch_size: int) -> dict[str, list[int]]:
         """Answers the questions; returns the positions of near ties, which stay open where a batch has several questions."""
@@ -131,7 +131,7 @@ class _Answers:
         undecided: dict[str, list[int]] = {name: [] for name in models}
         together = Together(models) if len(models) > 1 and not self.text_only else None
         encode = lambda i, sizes: encode_item(self.processor, items[i], self.prompts[i], sizes, config.max_length)
-        known, threads = {i for i in which if all(i in self.outputs[name] for name in models)}, config.num_threads
+        known, threads = {i for i in which if self.is_known(i, models)}, config.num_threads
         asked = batches(self.processor, items, which, encode, size=size, rows=rows, threads=threads, known=known)
         for batch in asked:
             local = self._local(batch, rows)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lsg_jax.checkpoint.manifest import MANIFEST, read_manifest
 from lsg_jax.checkpoint.processes import tree_sha256
-from lsg_jax.config import EvalConfig, to_dict
+from lsg_jax.config import EvalConfig, identity, to_dict
 from lsg_jax.digest import bytes_sha256, file_sha256, json_sha256, text_sha256
 from lsg_jax.eval.benchmark import ImageSource, Item
 from lsg_jax.eval.results import MethodSettings
@@ -67,11 +67,10 @@ def meaning_of(model: VLM, config: EvalConfig, *, max_new_tokens: int) -> dict[s
     number of devices, the batch size and threads are not: answers do not depend on them (`answering`). The sink settings of a
     model without a method change nothing and are left out.
     """
-    described = to_dict(model.config)
     return {
         **digests_of(model),
         "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(model.frozen)}),
-        "config": {name: value for name, value in described.items() if name not in ("sinks", "sink_sources")},
+        "config": identity(model.config),
         **asdict(settings_of(model)),
         "max_new_tokens": max_new_tokens,
         "max_length": config.max_length,

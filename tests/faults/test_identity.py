@@ -16,9 +16,9 @@ from lsg_jax import quickstart
 from lsg_jax.checkpoint import RunFolder, read_manifest, write_manifest
 from lsg_jax.checkpoint.run_record import RUN, Computation, RunRecord
 from lsg_jax.cli import main
-from lsg_jax.config import EvalConfig, MeshConfig, SinkConfig, to_dict
+from lsg_jax.config import EvalConfig, MeshConfig, ModelConfig, SinkConfig, from_dict, to_dict
 from lsg_jax.data.records import LAYOUT, open_records, prepare_llava
-from lsg_jax.digest import file_sha256
+from lsg_jax.digest import file_sha256, json_sha256
 from lsg_jax.errors import CheckpointError, ConfigError, InputError
 from lsg_jax.eval import identity, runner
 from lsg_jax.eval.answering import Answer
@@ -225,6 +225,19 @@ def test_preparation_is_the_digest_of_all_but_weights_and_sinks(tiny_model, tmp_
     assert same.preparation == manifest.preparation and manifest.preparation not in [each.preparation for each in other]
     write_manifest(tmp_path, same)
     assert read_manifest(tmp_path).preparation == manifest.preparation
+
+
+def test_a_field_of_a_later_version_changes_no_digest_at_its_default(tiny_model):
+    """`text.weights` came after the first runs, which did not state it."""
+    manifest = read_manifest(tiny_model)
+    stated = to_dict(manifest.config)
+    of_earlier_version = {**stated, "text": {k: v for k, v in stated["text"].items() if k != "weights"}}
+    assert from_dict(ModelConfig, of_earlier_version, where="config") == manifest.config
+    for name in ("sinks", "sink_sources"):
+        del of_earlier_version[name]
+    assert manifest.preparation == json_sha256([of_earlier_version, manifest.text_files])
+    rounded = replace(manifest, config=replace(manifest.config, text=replace(manifest.config.text, weights="int8")))
+    assert rounded.preparation != manifest.preparation
 
 
 @pytest.mark.parametrize("name", ["model_files", "backbone", "data", "total_steps"])
