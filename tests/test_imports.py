@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lsg_jax"
 FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files", "json_files", "installed"}
 FOUNDATION |= {"memory"}
 BELOW_VLM = FOUNDATION | {"sinks", "gating", "sharding", "model", "methods", "data", "checkpoint"}
-OPENED = BELOW_VLM | {"vlm", "run_config", "opening"}
+OPENED = BELOW_VLM | {"answer_programs", "vlm", "run_config", "opening"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "data": FOUNDATION,
     "checkpoint": FOUNDATION,
     "model_inputs": BELOW_VLM,
-    "vlm": BELOW_VLM | {"model_inputs", "look"},  # `vlm.look` imports it when it is called
+    "answer_programs": FOUNDATION | {"methods", "model"},
+    "vlm": BELOW_VLM | {"answer_programs", "model_inputs", "look"},  # `vlm.look` imports it when it is called
     "look": BELOW_VLM | {"vlm", "report"},
     "opening": BELOW_VLM | {"vlm", "run_config"},
     "train": OPENED,

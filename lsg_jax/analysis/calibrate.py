@@ -37,7 +37,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.projector import members
-from lsg_jax.progress import Progress, silent
+from lsg_jax.progress import Progress, silent, tracing
 from lsg_jax.sinks.calibrate import (
     FINE,
     SIZES,
@@ -198,6 +198,7 @@ def _sizes(params: dict, batch: Batch, counted: jax.Array, graphdef: Any) -> tup
         Counts of the features int32 [E, Dv]; those of the residual stream int32 [L, E, D], with whether it is finite
         bool [L, B]; norms of the features float32 [B, N], and bool [B, N], those that a token of these rows shows.
     """
+    tracing("the search for sink dimensions", batch.input_ids)
     model = assemble(graphdef, params)
     assert batch.images is not None
     features, _ = model.image_features(batch.images)
@@ -253,6 +254,7 @@ def _peaks(params: dict, batch: Batch, graphdef: Any, vit_dims: tuple, llm_dims:
 
     The third result is `shown_features`.
     """
+    tracing("the search for thresholds", batch.input_ids)
     model = assemble(graphdef, params)
     peak = lambda states, dims: jnp.abs(states[..., jnp.array(dims, int)].astype(jnp.float32)).max(-1, initial=0.0)
     assert batch.images is not None

@@ -54,7 +54,7 @@ from lsg_jax.look.compute import boxes, reading
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, relative_to, without_sinks
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
-from lsg_jax.progress import Progress, silent
+from lsg_jax.progress import Progress, silent, tracing
 from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import Reading, group_visual_tokens
 from lsg_jax.types import Batch, LayerView
@@ -234,6 +234,7 @@ def _observe(params: dict, batch: Batch, graphdef: Any, llm: Reading) -> dict[st
         weights float32 [L, B, N, T]; l_sink bool [L, B, T]; visual and v_sink bool [B, T]; order int32 [B, V] of a method that
         moves tokens, else None.
     """
+    tracing("the pass that looks at attention", batch.input_ids)
     model = assemble(graphdef, params)
     assert batch.images is not None
     encoded = model.encode_images(batch.images)

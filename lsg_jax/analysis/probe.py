@@ -43,7 +43,7 @@ from lsg_jax.errors import ConfigError, InputError, NonFiniteError
 from lsg_jax.eval.identity import digests_of
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.methods.method_model import assemble
-from lsg_jax.progress import Progress
+from lsg_jax.progress import Progress, tracing
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import group_visual_tokens, sink_mask
@@ -228,6 +228,7 @@ def _observe(params: dict, batch: Batch, picked_BRX: Any, graphdef: Any, knows_l
         Means over V-sinks and over L-sinks [L, B, 2, D]; states of the patches picked [L, B, R, X, D]; sinks bool
         [L + 1, B, P], see `_pool`.
     """
+    tracing("the pass that collects states", batch.input_ids)
     model = assemble(graphdef, params)
     sequence, sinks, valid = model.sequence(batch), model.config.sinks, jnp.asarray(batch.attention_mask)
     visual = sequence.visual

@@ -28,7 +28,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.methods.registers import layers_run
-from lsg_jax.progress import Progress, silent
+from lsg_jax.progress import Progress, silent, tracing
 from lsg_jax.sinks.calibrate import find_gap, histogram
 from lsg_jax.sinks.plausible import IMPLAUSIBLE_SHARE
 from lsg_jax.types import Batch
@@ -122,6 +122,7 @@ def most_active(activations: np.ndarray, highest: int, count: int) -> list[tuple
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _norms(params: dict, batch: Batch, counted: jax.Array, graphdef: Any, depth: int) -> tuple[jax.Array, jax.Array]:
     """Norms of the patches after each of `depth` layers float32 [L, B, S P], and bool [B, S P], those that a token shows."""
+    tracing("the norms of patches", batch.input_ids)
     model, rows = assemble(graphdef, params), len(counted)
     assert batch.images is not None
     first = int(model.config.vision.has_class_token)
@@ -133,6 +134,7 @@ def _norms(params: dict, batch: Batch, counted: jax.Array, graphdef: Any, depth:
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _activations(params: dict, batch: Batch, outliers: jax.Array, graphdef: Any, depth: int) -> jax.Array:
     """float32 [L, F], sizes of activations: means over the outliers bool [B, S P] of each image, summed over the images."""
+    tracing("the activations of neurons", batch.input_ids)
     model = assemble(graphdef, params)
     assert batch.images is not None
     first, (rows, tiles) = int(model.config.vision.has_class_token), batch.images.patches.shape[:2]

@@ -68,7 +68,7 @@ from lsg_jax.look.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.multimodal import gather_any
-from lsg_jax.progress import Progress, silent
+from lsg_jax.progress import Progress, silent, tracing
 from lsg_jax.sinks.attention import group_mass, received_attention
 from lsg_jax.sinks.criteria import PUBLISHED_TAU, Reading, group_visual_tokens, prominence, side_by_side
 from lsg_jax.types import NO_SOURCE, Batch, LayerView
@@ -205,6 +205,7 @@ def _observe(
         criterion in force}, "llm": masks, norms and dims with leading L, answer float32 [L, P], the attention of the answer's
         tokens, mass float32 [L, 2, N, 4], that of QUERIES on TOKENS, and what `other_criteria.observe_others` returns}.
     """
+    tracing("the pass that measures sinks", batch.input_ids)
     model = assemble(graphdef, params)
     sequence = model.sequence(batch)
     visual, valid = sequence.visual, jnp.asarray(batch.attention_mask)

@@ -20,6 +20,7 @@ from lsg_jax.config import GateConfig, Grouping
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.methods.method_model import MethodModel, assemble
 from lsg_jax.model.generate import cache_of, decode_greedily, last_token, with_room
+from lsg_jax.progress import tracing
 from lsg_jax.types import Array, Batch, KVCache, Sequence, VisualTokens
 
 NO_LAYER = -1
@@ -62,6 +63,7 @@ def run_prompts(params: dict, batch: Batch, graphdef: Any, max_new_tokens: int) 
     Returns:
         The pass; tokens int32 [B, max_new_tokens]; smallest margin of each answer float32 [B], as `generate` returns it.
     """
+    tracing("the prompt pass and decoding of the base model", batch.input_ids)
     model = assemble(graphdef, params)
     sequence = model.sequence(batch)
     rows = last_token(sequence.valid)[:, None]
@@ -91,6 +93,7 @@ def answer_cells(
     Returns:
         tokens int32 [B, C, max_new_tokens]; smallest margin of each answer float32 [B, C].
     """
+    tracing("the cells of a layer", shared.batch.input_ids)
     model = assemble(graphdef, params)
     hidden, cache = resume_cells(model, shared, layer, coefficients, grouping, room=max_new_tokens)
     tokens, _, margin = decode_greedily(model, hidden, cache, max_new_tokens=max_new_tokens)
@@ -154,6 +157,7 @@ def answer_alone(
     Returns:
         tokens int32 [B, max_new_tokens].
     """
+    tracing("answers of separate cells", batch.input_ids)
     model = assemble(graphdef, params)
     sequence = model.sequence(batch)
     assert sequence.visual is not None

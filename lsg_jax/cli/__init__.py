@@ -16,6 +16,7 @@ from typing import Any
 
 from lsg_jax.cli import explore, gates, look, models, plan, pointing, probe, report, sinks, stack, sweep, training
 from lsg_jax.cli.causes import cause_of, is_about_a_file
+from lsg_jax.cli.compiling import compilations_told
 from lsg_jax.cli.options import Command
 from lsg_jax.cli.printable import PrintableFormatter, printable, printable_stdout
 from lsg_jax.errors import LsgError, Preempted
@@ -60,10 +61,21 @@ def _run(options: argparse.Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not found: nothing here needs it
     if (out := getattr(options, getattr(options, "writes", ""), None)) is not None:
         check_output(out, folder=options.writes_folder)
-    options.run(options)
+    _quieten_libtpu()
+    with compilations_told() if options.tells_compilations else contextlib.nullcontext():
+        options.run(options)
     if was_stopped() and not options.until_stopped:
         raise Preempted(AGAIN)  # a library has dropped the exception: who knows what else
     sys.stdout.flush()
+
+
+def _quieten_libtpu() -> None:
+    """Says what libtpu would otherwise ask a machine without a TPU for, and complain of."""
+    import jax
+
+    if jax.config.values["jax_platforms"] is None:  # JAX chooses, and would have chosen a TPU if there were one
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _reader_is_gone() -> bool:
@@ -105,7 +117,7 @@ def _adder(commands: Any) -> Command:
         name: str, run: Callable[[argparse.Namespace], None], text: str, examples: tuple[str, str]
     ) -> argparse.ArgumentParser:
         sub = _described(commands.add_parser, text, examples, name=name, help=text)
-        sub.set_defaults(run=run, until_stopped=False)
+        sub.set_defaults(run=run, until_stopped=False, tells_compilations=True)
         sub.add_argument("--traceback", action="store_true", help="print the whole traceback of an error")
         sub.add_argument("--verbose", action="store_true", help="log what the libraries do")
         return sub

@@ -23,7 +23,7 @@ def cause_of(error: BaseException) -> str:
         found = f"JAX cannot use JAX_PLATFORMS={asked}" if asked else "JAX finds no device that it can use"
         # JAX states no reason where the platform's plugin is missing or finds no device.
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "there is no such device, or no plugin for it"
-        return f"{found}: {reason}; set JAX_PLATFORMS=cpu, or install what the device needs, such as 'jax[cuda12]'"
+        return f"{found}: {reason}; set JAX_PLATFORMS=cpu, or install what the device needs, such as 'lsg_jax[cuda]'"
     if _is_out_of_memory(error):
         return f"no memory is left: {_first_line(error)}; lower the batch size or max_length, or take more devices"
     if isinstance(error, OSError):

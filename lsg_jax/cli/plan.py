@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.compile_cache import use_compile_cache
 from lsg_jax.cli.options import Command, number_option
 
 UTILISATION = 0.5
@@ -24,6 +23,7 @@ def add(command: Command) -> None:
             "lsg plan lsg-quickstart/config.toml --topology v5e:4x4 v5p:2x2x1 --rows-per-chip 8 --json",
         ),
     )
+    sub.set_defaults(tells_compilations=False)  # it says itself what it compiles
     sub.add_argument("config", type=Path, metavar="CONFIG")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
     sub.add_argument("--topology", nargs="+", required=True, metavar="NAME", help="slices such as v5e:4x4 or v5p:2x2x1")
@@ -85,7 +85,7 @@ def _plan(options: argparse.Namespace) -> None:
     from lsg_jax.plan.table import table
     from lsg_jax.run_config import load_run_config
 
-    use_compile_cache()
+    jax.config.update("jax_enable_compilation_cache", False)  # it keeps programs for devices that are there
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is not used
     config = load_run_config(options.config, options.overrides)
     if options.batch is not None:

@@ -25,6 +25,7 @@ from lsg_jax.eval.benchmark import Item
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.generate import is_sound
+from lsg_jax.progress import tracing
 from lsg_jax.sharding import batch_rows, local_rows, place_rows
 from lsg_jax.types import IGNORE, Batch
 from lsg_jax.vlm import PROMPT_BUCKET, VLM
@@ -89,6 +90,7 @@ def _batch(processor: Processor, members: Sequence[int], questions: QuestionBatc
 @functools.partial(jax.jit, static_argnums=2)
 def _score(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, jax.Array]:
     """Log probabilities float32 [B], greedy bool [B]; only the answer slots pass through the output head."""
+    tracing("the scoring of options", batch.input_ids)
     model = assemble(graphdef, params)
     logits, hidden = model.logits(batch, rows=jnp.asarray(batch.answer_index))
     used = batch.answer_target != IGNORE

@@ -22,6 +22,7 @@ from lsg_jax.memory import check_fits
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.layers import layer_at
+from lsg_jax.progress import tracing
 from lsg_jax.sinks.attention import received_attention
 from lsg_jax.sinks.criteria import Reading, group_visual_tokens, side_by_side, sink_value
 from lsg_jax.types import Batch, LayerView
@@ -206,6 +207,7 @@ def observe(
         order int32 [V] of a method that moves tokens, else None; hidden float32 [layers, T, D] and attention
         float32 [layers, N, T, T].
     """
+    tracing("the pass that looks at attention", batch.input_ids)
     model = assemble(graphdef, params)
     assert batch.images is not None
     encoded = model.encode_images(batch.images)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lsg_jax.config import TextConfig
 from lsg_jax.gating.keys import scale_keys
+from lsg_jax.model.cudnn_attention import cudnn_attention, why_not_cudnn
 from lsg_jax.model.layers import Linear, RMSNorm
 from lsg_jax.model.rotary import apply_rope
 from lsg_jax.model.scope import Scope
@@ -86,15 +87,17 @@ def attend_causally(
 ) -> jax.Array:
     """`attend` for T = S, under the mask of a layer of whole sequences.
 
-    On a TPU a kernel computes it, unless `why_plain` says otherwise. Elsewhere, and where attention is edited, it runs on
-    blocks of queries, each with the keys up to its end, which saves three eighths of the work. Outputs of padded queries may
-    differ. Of `change`, only the edits are made here.
+    On a TPU a kernel computes it, unless `why_plain` says otherwise, and on an NVIDIA GPU one of cuDNN, unless `why_not_cudnn`
+    does. Elsewhere, and where attention is edited, it runs on blocks of queries, each with the keys up to its end, which saves
+    three eighths of the work. Outputs of padded queries may differ. Of `change`, only the edits are made here.
     """
     in_blocks = functools.partial(_attend_in_blocks, scale=scale, causal=scope.causal)
     if change.edits(None):
         return in_blocks(query, key, value, scope.mask, change=change)
-    window_with_gaps = scope.gaps and any(scope.windows)
-    if why_plain(query.shape[-1], mesh, causal=scope.causal, window_with_gaps=window_with_gaps) is not None:
+    windows, width = any(scope.windows), query.shape[-1]
+    if why_not_cudnn(query.dtype, width, mesh, causal=scope.causal, window=windows, gaps=scope.gaps) is None:
+        return by_heads(functools.partial(cudnn_attention, scale=scale), query, key, value, scope.mask, mesh)
+    if why_plain(width, mesh, causal=scope.causal, window_with_gaps=scope.gaps and windows) is not None:
         return by_heads(in_blocks, query, key, value, scope.mask, mesh)
     kernels = [
         functools.partial(by_heads, functools.partial(splash_attention, window=window, scale=scale), mesh=mesh)

@@ -84,14 +84,14 @@ class Measured:
         return self.work is not None and self.work.collectives.get("collective-permute", 0) > STORM
 
 
-def measure(program: Program, topology: Topology, what: str, *, utilisation: float) -> tuple[Measured, Compiled | None]:
+def measure(program: Program, topology: Topology, line: str, *, utilisation: float) -> tuple[Measured, Compiled | None]:
     """Compiles a program; returns what it needs, and the compiled program if it fits.
 
     Args:
-        what: the program's name in the log.
+        line: what is logged when it begins.
         utilisation: as in `times`.
     """
-    logger.info("%s, %s: compiling", topology.name, what)
+    logger.info("%s", line)
     began = time.perf_counter()
     arguments = {name: shard_bytes(tree) / GIB for name, tree in program.parts.items()}
     try:

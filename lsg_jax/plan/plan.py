@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +36,7 @@ from lsg_jax.plan.programs import (
 )
 from lsg_jax.plan.recipe import Assumptions, recipe
 from lsg_jax.plan.results import LargestBatch, Plan, SlicePlan
-from lsg_jax.plan.search import fastest, largest_batch, try_policies
+from lsg_jax.plan.search import VERIFICATIONS, fastest, largest_batch, try_policies
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import answering_mesh, batch_rows, make_mesh
@@ -89,8 +90,9 @@ def plan(config: RunConfig, model: ModelConfig, settings: PlanSettings, assumed:
     _, params = abstract_model(model, dtype=dtype)
     failed: BaseException | None = None
     try:
+        number, most = itertools.count(1), sum(one.most_programs() for one in slices)
         for one in slices:
-            one.measure()
+            one.measure(lambda what: f"{what}: compiling {next(number)} of at most {most}")
     except (Exception, KeyboardInterrupt) as error:
         if not slices[0].measured:
             raise
@@ -134,11 +136,25 @@ class _Slice:
         self.measured: list[Measured] = []
         self.taken: dict[str, Measured] = {}
         self.largest: LargestBatch | None = None
+        self.counted: Callable[[str], str] = str
         if set(settings.programs) & set(TRAINING):
             self.check()
 
-    def measure(self) -> None:
-        """Compiles the programs one after the other; `plan` tells of those that are done."""
+    def most_programs(self) -> int:
+        """How many programs are compiled if every search goes on to its end."""
+        settings, independent = self.settings, self.config.get_method().independent
+        train = len(settings.policies or POLICIES) + (1 + VERIFICATIONS) * settings.find_largest
+        most = {"train": 1 if independent else train, "sweep": 2, "eval": 2}
+        asked = [name for name in settings.programs if not (independent and name == "each" and "train" in settings.programs)]
+        return sum(most.get(name, 1) for name in asked)
+
+    def measure(self, counted: Callable[[str], str]) -> None:
+        """Compiles the programs one after the other; `plan` tells of those that are done.
+
+        Args:
+            counted: what a program is -> its line in the log.
+        """
+        self.counted = counted
         for name in self.settings.programs:
             getattr(self, name)()
 
@@ -166,7 +182,8 @@ class _Slice:
         return self.compile(program, f"{program.name}{what}, {program.rows} rows")[0]
 
     def compile(self, program: Program, what: str) -> tuple[Measured, Compiled | None]:
-        return measure(program, self.topology, what, utilisation=self.assumed.utilisation)
+        line = self.counted(f"{self.topology.name}, {what}")
+        return measure(program, self.topology, line, utilisation=self.assumed.utilisation)
 
     def forward(self) -> None:
         self.measured.append(self.run(forward_program(self.config, self.model, self.training_mesh, dtype=self.dtype)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,9 +188,7 @@ def _step(
         train = replace(train, remat=remat)
     step = make(train)
     for batch in batches if len(batches) > 1 else ():
-        began = time.monotonic()
         step.lower(state, frozen, batch).compile()  # jax keeps it for the call
-        logger.info("step for %d tokens: compiled in %.1f s", batch.input_ids.shape[1], time.monotonic() - began)
     return step
 
 

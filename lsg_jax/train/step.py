@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from lsg_jax.config import TrainConfig
 from lsg_jax.methods.method_model import assemble, join_trained
 from lsg_jax.model.loss import answer_loss, has_image
+from lsg_jax.progress import tracing
 from lsg_jax.sharding import compiler_options, replicated, state_shardings
 from lsg_jax.train.independent import losses_and_gradients
 from lsg_jax.train.optimizer import make_optimizer, trained_updates
@@ -59,6 +60,7 @@ def train_step(
         `gate_norm` and `gate_grad_norm` float32 [gated layers] of the gates that the step started from, and `ratios` float32
         [gated layers, G] as means over rows with an image. Of independent gates, loss, correct, grad_norm and finite are [n].
     """
+    tracing("the training step", batch.input_ids)
     differentiate = losses_and_gradients if independent else functools.partial(_loss_and_gradients, remat=config.remat)
     loss, metrics, gradients = in_parts(differentiate, graphdef, frozen, state.trained, batch, parts=config.accumulate)
     update = functools.partial(_update, frozen=frozen, config=config, total_steps=total_steps)

@@ -19,6 +19,7 @@ from lsg_jax.errors import ConfigError
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.model import attention
 from lsg_jax.model.attention import SHORTEST_BLOCK, attend_causally, attention_path
+from lsg_jax.model.cudnn_attention import cudnn_attention
 from lsg_jax.model.generate import cache_of, last_token
 from lsg_jax.model.scope import Scope, causal_mask, layer_kinds
 from lsg_jax.model.splash_attention import splash_attention, why_plain
@@ -202,6 +203,39 @@ def test_layers_choose_their_kernel(monkeypatch):
         for ours, want in zip(run(remat), plain, strict=True):
             close(ours, want)
     assert set(taken) == {None, WINDOW}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_layers_take_the_kernel_of_cudnn(monkeypatch, side):
+    """As on an NVIDIA GPU, with XLA in the place of cuDNN: states, and gradients by the key scales."""
+    no_windows = {"sliding_window": None, "sliding_layers": None, "sliding_rope": None}
+    config = dataclasses.replace(CONFIG, num_layers=3, rope=RopeConfig(theta=300.0), **no_windows)
+    params, coefficients = random_parameters(config), COEFFICIENTS[:3]
+    ids, mask = rows(side, vocabulary=config.vocab_size)
+    block, _ = image_places(mask)
+
+    def run(remat):
+        def loss(coefficients):
+            model = assemble(config, params)
+            change = scaling(coefficients, ids, mask, block, (0,))
+            states = model(sequence_of(model, ids, mask), change, remat=remat).hidden
+            return jnp.where(mask[..., None], jnp.sin(states), 0).sum() / 40, states
+
+        (_, states), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(coefficients)
+        return np.asarray(states)[mask], gradients
+
+    plain, taken = run("full"), []
+
+    def through_xla(*arguments, **settings):
+        taken.append(settings)
+        return cudnn_attention(*arguments, **settings, implementation="xla")
+
+    monkeypatch.setattr(attention, "why_not_cudnn", lambda *_, **__: None)
+    monkeypatch.setattr(attention, "cudnn_attention", through_xla)
+    for remat in ("none", "dots"):
+        for ours, want in zip(run(remat), plain, strict=True):
+            close(ours, want)
+    assert taken
 
 
 def test_which_way_is_taken_and_why():
