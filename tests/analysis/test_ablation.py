@@ -123,7 +123,7 @@ def test_study_stopped_and_resumed_and_as_a_command(config, model, tmp_path, cap
     with pytest.raises(Preempted, match="stopped at step 2 of 3, saved"):
         run(("training lora", 1))
     study = run(None)
-    assert events[-3:] == [("mine.base", 4), ("mine.reference", 4), ("mine.lora", 4)]
+    assert events[-3:] == [("mine.base", 4), ("mine.reference", 8), ("mine.lora", 12)]
     assert events[:-3] == [(f"training {name}", step) for name in ("reference", "lora") for step in (1, 2, 3)]  # each step once
 
     assert study["format"] == "lsg-ablate-1" and read_sealed(out / "ablate.json") == study
