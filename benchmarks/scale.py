@@ -28,26 +28,27 @@ from converters.hf_config import model_config
 from lsg_jax.analysis.sweep import coefficient_grid
 from lsg_jax.analysis.sweep_cells import PromptPass, resume_cells
 from lsg_jax.config import GateConfig, MeshConfig, ModelConfig, SinkConfig, Weights
+from lsg_jax.memory import device_bytes
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.method_model import abstract_model, assemble
 from lsg_jax.model.generate import cache_of, last_token
 from lsg_jax.plan.chips import GIB, open_topology
 from lsg_jax.plan.hlo import analyse
 from lsg_jax.plan.hlo_text import Module
+from lsg_jax.plan.plan import PlanSettings, plan
 from lsg_jax.plan.programs import (
     Program,
     each_config,
     eval_answers,
     eval_prompts,
     forward_program,
-    sweep_cells,
-    sweep_prompts,
     train_program,
 )
+from lsg_jax.plan.recipe import assume
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig, load_run_config
 from lsg_jax.sharding import abstract_batch, make_mesh
-from lsg_jax.train.remat import device_bytes, fastest_that_fits
+from lsg_jax.train.remat import fastest_that_fits
 from lsg_jax.types import Batch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -158,22 +159,25 @@ def copied_layers(hlo: str, weights: Any) -> float:
     return float(most)
 
 
-def one_chip_answers() -> Found:
-    """8-bit weights on a single chip: 8 questions of evaluation, and a sweep of one question under all coefficients."""
-    config = settings(layers=(10,))
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=8))
-    of, devices, found = model(weights="int8"), mesh("v5e:1x1"), {}
-    prompts = eval_prompts(config, of, devices, max_new_tokens=32)
-    swept = sweep_prompts(config, of, devices, max_new_tokens=32, cells=11)
-    for first, then in (
-        (prompts, lambda read: eval_answers(prompts, read)),
-        (swept, lambda read: sweep_cells(swept, read, of)),
-    ):
-        read, _ = compiled(first)
-        second = then(read)
-        found[f"GiB, {first.name} of {first.rows} questions"] = (device_bytes(read) / GIB, HBM)
-        found[f"GiB, {second.name}"] = (device_bytes(compiled(second)[0]) / GIB, HBM)
-    return found
+def answering(topology: str, programs: tuple[str, ...], *, weights: Weights = "float", hours: float | None = None) -> Found:
+    """What `lsg plan` says of a sweep or an evaluation whose sizes are "auto"; `hours` bounds the sweep's.
+
+    Seconds are those at peak rates. All programs must fit, and transfers take no longer than products while prompts are read.
+    """
+    config = load_run_config(CONFIG, ['eval.batch_size="auto"'])
+    assumed = assume(config, utilisation=0.5, records=None, questions=None)
+    (found,) = plan(config, model(weights=weights), PlanSettings((topology,), programs), assumed).topologies
+    result: Found = {f"answering mesh, {axis}": (size, None) for axis, size in found.answering_mesh.items() if size > 1}
+    for name, size in found.sizes.items():
+        result |= {f"{name}: questions a group": (size.questions, None), f"{name}: parts": (size.parts, None)}
+    for one in found.programs:
+        assert one.seconds is not None and one.work is not None, f"{one.program} does not fit"
+        at_peak = {"products": one.seconds.mxu, "memory": one.seconds.hbm, "transfers": one.seconds.ici}
+        result |= {f"{one.program}, GiB": (one.memory_gib["peak"], None), f"{one.program}, compile, s": (one.compile_s, None)}
+        result |= {f"{one.program}, s, {what}": (seconds, None) for what, seconds in at_peak.items()}
+        if one.program == "eval prompts":
+            result["eval prompts, transfers to products"] = (one.seconds.ici / one.seconds.mxu, 1.0)
+    return result | {f"{cost.part}, hours": (cost.hours, hours if cost.part == "sweep" else None) for cost in found.costs}
 
 
 def four_chips(shapes: str, axes: MeshConfig, received: float | None) -> Found:
@@ -278,13 +282,6 @@ def generation() -> Found:
     }
 
 
-def sweep() -> Found:
-    config = settings(layers=(10,))
-    program = sweep_prompts(config, model(), mesh("v5e:2x4", ANSWERING), max_new_tokens=32, cells=11)
-    result, found = compiled(program)
-    return {"GiB a chip": (device_bytes(result) / GIB, HBM), **found}
-
-
 def traced() -> Found:
     """Work of all gates in one run, and of a sweep, against that of separate runs."""
     of, devices = model(), mesh("v5e:4x4")
@@ -355,9 +352,10 @@ CASES: dict[str, Callable[[], Found]] = {
     "internvl3": lambda: shipped("internvl3_8b"),
     "gemma3": lambda: shipped("gemma3_12b"),
     "generation": generation,
-    "sweep": sweep,
+    "sweep": lambda: answering("v5e:4x4", ("sweep",), hours=2.0),
+    "evaluation": lambda: answering("v5e:4x4", ("eval",)),
     "one chip": one_chip,
-    "one chip answers": one_chip_answers,
+    "one chip answers": lambda: answering("v5e:1x1", ("sweep", "eval"), weights="int8"),
     "int8 7b on 4": lambda: four_chips("llava15_7b", MeshConfig(data=4, fsdp=1), 1.0),
     "int8 13b on 4": lambda: four_chips("llava15_13b", TRAINING, None),
 }

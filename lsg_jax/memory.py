@@ -29,6 +29,16 @@ def device_memory() -> int:
     return host_memory() // jax.local_device_count()
 
 
+def agreed_memory() -> int:
+    """`device_memory` of the process that has the least, the same in all of them; a collective."""
+    if jax.process_count() == 1:
+        return device_memory()
+    from jax.experimental import multihost_utils
+
+    kib = np.asarray(device_memory() // 1024, np.int32)  # 64 bits would be cut
+    return int(multihost_utils.process_allgather(kib).min()) * 1024
+
+
 def host_memory() -> int:
     """Bytes of the machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -73,3 +83,25 @@ def check_answers(vlm: Any, rows: int, length: int, remedy: str) -> None:
 def tree_bytes(tree: Any) -> float:
     """Bytes of a tree of arrays or of their shapes."""
     return float(sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device of a tree of sharded arrays, or of their shapes."""
+
+    def leaf_bytes(leaf: Any) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+    return sum(map(leaf_bytes, jax.tree.leaves(tree)))
+
+
+def device_bytes(compiled: Any) -> int:
+    """What a compiled program needs on each device: arguments, results that are not written into them, and temporaries."""
+    sizes = compiled.memory_analysis()
+    new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + new + sizes.temp_size_in_bytes
+
+
+def peak_bytes(compiled: Any) -> int:
+    """`device_bytes` at the fullest moment, which a TPU's compiler states; elsewhere temporaries are allocated at once."""
+    platform = next(iter(jax.tree.leaves(compiled.input_shardings)[0].device_set)).platform
+    return compiled.memory_analysis().peak_memory_in_bytes if platform == "tpu" else device_bytes(compiled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_di
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import InputError, NonFiniteError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
-from lsg_jax.memory import check_fits, tree_bytes
+from lsg_jax.memory import agreed_memory, check_fits, tree_bytes
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method_model import abstract_model, join_trained
 from lsg_jax.methods.registry import METHODS
@@ -50,13 +51,12 @@ def load_backbone(
     folder = Path(folder)
     manifest = read_manifest(folder)
     config = manifest.config if sinks is None else dataclasses.replace(manifest.config, sinks=sinks)
-    _, abstract = abstract_model(config)
-    stored = _as_stored(abstract, manifest.leaves)
     if dtype == "int8":
         if config.text.weights != "int8":
             raise InputError(f"{folder}: holds no 8-bit weights; convert its source with --dtype int8, or leave the dtype out")
         dtype = None
-    weights = stored if dtype is None else jax.tree.map_with_path(functools.partial(_cast, jnp.dtype(dtype)), stored)
+    stored = _as_stored(abstract_model(config)[1], manifest.leaves)
+    weights = stored if dtype is None else jax.tree.map_with_path(functools.partial(_cast, dtype), stored)
     check_fits(tree_bytes(weights), f"{folder}: the model", "take more or larger devices, or bfloat16 weights", mesh=mesh)
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
     return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh, template=template)
@@ -64,13 +64,21 @@ def load_backbone(
 
 def open_to_answer(config: RunConfig, *, sinks: SinkConfig | None = None) -> VLM:
     """The model of a configuration without gates, on the mesh of evaluation (`eval.mesh`)."""
-    mesh = model_mesh(config.model, config.eval.mesh)
+    mesh = model_mesh(config.model, config.eval.mesh, dtype=config.dtype)
     return load_backbone(config.model, dtype=config.dtype, sinks=sinks, mesh=mesh)
 
 
-def model_mesh(folder: str | Path, config: MeshConfig | None = None) -> jax.sharding.Mesh:
-    """The mesh over all devices on which the model of a folder answers; `sharding.answering_mesh`."""
-    return answering_mesh(config, read_manifest(folder).config.text)
+def model_mesh(folder: str | Path, config: MeshConfig | None = None, *, dtype: Any = None) -> jax.sharding.Mesh:
+    """The mesh over all devices on which the model of a folder answers; `sharding.answering_mesh`. Every process must call it.
+
+    Args:
+        dtype: as `load_backbone` takes it.
+    """
+    manifest = read_manifest(folder)
+    weights = sum(
+        math.prod(entry.shape) * _loaded_dtype(dtype, name, entry.dtype).itemsize for name, entry in manifest.leaves.items()
+    )
+    return answering_mesh(config, manifest.config.text, weights=weights, memory=agreed_memory())
 
 
 def _as_stored(abstract: dict, leaves: dict[str, LeafEntry]) -> dict:
@@ -85,8 +93,13 @@ def _as_stored(abstract: dict, leaves: dict[str, LeafEntry]) -> dict:
 
 def _cast(dtype: Any, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """What `load_base` makes of a leaf."""
-    kept = leaf.dtype == jnp.int8 or is_scale("/".join(key.key for key in path))
-    return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, _loaded_dtype(dtype, "/".join(key.key for key in path), leaf.dtype))
+
+
+def _loaded_dtype(dtype: Any, name: str, stored: Any) -> np.dtype:
+    """The dtype in which `load_backbone` has a parameter: 8-bit weights and their scales keep theirs."""
+    stored = jnp.dtype(stored)
+    return stored if dtype in (None, "int8") or stored == jnp.int8 or is_scale(name) else jnp.dtype(dtype)
 
 
 def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM:

@@ -89,17 +89,35 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def answering_mesh(config: MeshConfig | None, text: TextConfig, devices: list | None = None) -> Mesh:
-    """The mesh for prefill and decoding.
+WEIGHTS_SHARE = 0.25  # of a device's memory: what weights take at most where a mesh for answering is chosen
 
-    Under FSDP every chip would gather all weights for each decoded token. So without a `config`, groups of up to eight
-    neighbouring devices, as many as divide the heads, hold the model along `tensor` and answer different questions.
+
+def answering_mesh(
+    config: MeshConfig | None, text: TextConfig, devices: list | None = None, *, weights: float, memory: float
+) -> Mesh:
+    """The mesh for prefill and decoding: without a `config`, as `tensor_size` says, the rest along `data`.
+
+    Under FSDP every chip would gather all weights for each decoded token.
+
+    Args:
+        weights: bytes of the whole model.
+        memory: bytes that programs may use on one device.
     """
     if config is not None:
         return make_mesh(config, devices)
-    count = len(jax.devices() if devices is None else devices)
-    fits = lambda size: count % size == text.num_heads % size == text.num_kv_heads % size == 0
-    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=max(filter(fits, range(1, 9)))), devices)
+    tensor = tensor_size(text, len(jax.devices() if devices is None else devices), weights=weights, memory=memory)
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=tensor), devices)
+
+
+def tensor_size(text: TextConfig, devices: int, *, weights: float, memory: float) -> int:
+    """Neighbouring devices that hold the model together while it answers, of so many in all.
+
+    The smallest number that divides the heads and leaves three quarters of each device's memory beside the weights, else the
+    largest. Larger groups pass more from device to device for each question; smaller ones hold few questions at a time, for
+    which all weights are read at every token.
+    """
+    sizes = [n for n in range(1, devices + 1) if devices % n == text.num_heads % n == text.num_kv_heads % n == 0]
+    return next((size for size in sizes if weights / size <= memory * WEIGHTS_SHARE), sizes[-1])
 
 
 def fitting_spec(shape: tuple[int, ...], axes: Iterable[Axes], mesh: Mesh) -> PartitionSpec:

@@ -46,7 +46,7 @@ def test_slow_programs_are_named_and_quick_ones_are_not(capsys):
         report("step", "the training step", 0.5, 0.2, 0.6, saved=24.0)
         report("step", "the training step", 0.5, 0.2, 0.6)
         report("move", None, 0.1, 0.1, 5.0)
-        report("move", None, 0.1, 0.1, 0.1, saved=1.0)
+        report("move", None, 0.1, 0.1, 0.1, saved=9.0)
     assert listeners() == before
     report("step", "the training step", 1.0, 2.0, 30.0)
     out, err = capsys.readouterr()

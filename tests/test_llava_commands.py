@@ -157,7 +157,7 @@ def test_each_image_is_read_once_and_few_are_held(folder, mixed):
     many = [dataclasses.replace(item, images=tuple(map(Counted, item.images))) for item in items] * 20
     processor = lsg_jax.load(folder / "model").processor
     encode = lambda i, sizes: encode_item(processor, items[i % 12], prompts[i % 12], sizes, 512)
-    asked = batches(processor, many, range(len(many)), encode, size=3, rows=range(3), threads=1)
+    asked = batches(processor, many, range(len(many)), encode, size=lambda bucket: 3, mesh=None, threads=1)
     first = next(asked)
     assert len(reads) < 60  # of 360
     for batch in (first, *asked):
@@ -166,7 +166,7 @@ def test_each_image_is_read_once_and_few_are_held(folder, mixed):
     assert sorted(reads) == sorted(image.path.name for item in items for image in item.images * 20)
     broken = [dataclasses.replace(item, images=(ImageFile(folder / "mixed.jsonl"),) * len(item.images)) for item in items]
     with pytest.raises(InputError, match="question 1: image: not an image"):
-        list(batches(processor, broken, range(12), encode, size=3, rows=range(3), threads=2))
+        list(batches(processor, broken, range(12), encode, size=lambda bucket: 3, mesh=None, threads=2))
 
 
 @pytest.mark.parametrize("folder", ["onevision"], indirect=True)  # the most general

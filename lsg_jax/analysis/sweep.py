@@ -20,10 +20,11 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, answer_cells, run_prompts
+from lsg_jax.analysis.sweep_cells import NO_LAYER, PromptPass, answer_alone, run_prompts
+from lsg_jax.analysis.sweep_sizes import answer_in_parts, sweep_sizes
 from lsg_jax.analysis.sweep_table import Grader
 from lsg_jax.checkpoint.processes import host_array, on_primary
-from lsg_jax.config import EvalConfig, GateConfig, Grouping, to_dict
+from lsg_jax.config import BatchSize, EvalConfig, GateConfig, Grouping, to_dict
 from lsg_jax.config.ranges import Range, Table
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.rows import Pixels
@@ -35,6 +36,7 @@ from lsg_jax.eval.batches import QuestionBatch, batches, encode_item, item_pixel
 from lsg_jax.eval.best_cells import WHICH, extreme_cells
 from lsg_jax.eval.identity import digests_of, meaning_of, surroundings
 from lsg_jax.eval.runner import Asked, ask_all
+from lsg_jax.eval.sizes import Size
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.json_files import write_sealed
 from lsg_jax.memory import check_answers
@@ -59,13 +61,14 @@ class SweepConfig(Table, name="sweep"):
     Attributes:
         layers: decoder layers, ascending; empty for all.
         coefficients: tuples with one coefficient for each group of `grouping`.
-        batch_size: questions at a time on each device; each question runs under all coefficients at once.
+        batch_size: questions at a time on each device, each under all coefficients at once, or in parts where that does not
+            fit its memory; "auto" for as many as fit.
     """
 
     layers: tuple[Annotated[int, Range("[0, 1e4]")], ...]
     coefficients: tuple[tuple[Annotated[float, Range("[-1000, 1000]")], ...], ...]
     grouping: Grouping = "v_sink_rest"
-    batch_size: Annotated[int, Range("[1, 1e6]")] = 1
+    batch_size: BatchSize = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +108,11 @@ def coefficient_grid(groups: int, step: float) -> tuple[tuple[float, ...], ...]:
         raise ConfigError(f"the step is {step:g}: it must lie in [0.01, 1] and divide 1, as 0.1 or 0.25 do")
     parts = itertools.product(range(count + 1), repeat=groups - 1)
     return tuple((*(n / count for n in first), (count - sum(first)) / count) for first in parts if sum(first) <= count)
+
+
+def sweep_batch(questions: BatchSize, coefficients: int) -> BatchSize:
+    """Questions of a sweep at a time, as many answers as an evaluation of `eval.batch_size` questions gives."""
+    return "auto" if questions == "auto" else max(1, questions // coefficients)
 
 
 def sweep(
@@ -222,21 +230,23 @@ class _Answering:
         """{layer: cells of every question}; the base model is at NO_LAYER."""
         items, prompts, limit = self.test.items, self.test.prompts, self.config.max_length
         encode = lambda i, sizes: encode_item(self.processor, items[i], prompts[i], sizes, limit)
-        size = self.settings.batch_size * batch_rows(self.vlm.mesh)
-        cells, least = size * len(self.coefficients), PROMPT_BUCKET + self.test.max_new_tokens
-        remedy = "lower --batch-size, eval.max_new_tokens or the number of coefficients"
-        check_answers(self.vlm, cells, least, remedy)
-        rows = local_rows(self.vlm.mesh, size)
+        groups, batch_size, new_tokens = batch_rows(self.vlm.mesh), self.settings.batch_size, self.test.max_new_tokens
+        least = groups * (1 if batch_size == "auto" else batch_size), PROMPT_BUCKET + new_tokens
+        check_answers(self.vlm, *least, "lower --batch-size, eval.max_new_tokens, or take more devices")
+        grouping = self.settings.grouping
+        sizes = sweep_sizes(self.vlm, batch_size, new_tokens, self.coefficients, grouping, questions=len(items))
+        size = lambda bucket: groups * sizes(bucket).questions
         which, threads = range(len(items)), self.config.num_threads
         known = {i for i in which if all(i in self.known[layer] for layer in self.layers)}
         with stop_signals() as stopped:
-            asked = batches(self.processor, items, which, encode, size=size, rows=rows, threads=threads, known=known)
+            asked = batches(self.processor, items, which, encode, size=size, mesh=self.vlm.mesh, threads=threads, known=known)
             for questions in asked:
-                self._run_batch(questions, rows, stopped)
+                self._run_batch(questions, sizes(questions.bucket), stopped)
         return {layer: [self.known[layer][i] for i in range(len(self.test.items))] for layer in self.layers}
 
-    def _run_batch(self, questions: QuestionBatch, rows: Sequence[int], stopped: Callable[[], bool]) -> None:
+    def _run_batch(self, questions: QuestionBatch, size: Size, stopped: Callable[[], bool]) -> None:
         members, encoded = questions.members, questions.encoded
+        rows = local_rows(self.vlm.mesh, len(members))
         left = [layer for layer in self.layers if not all(i in self.known[layer] for i in members)]
         local = self._pad([encoded[members[row]] for row in rows], questions.pixels)
         batch = place_rows(local, self.vlm.mesh, len(members))
@@ -247,10 +257,9 @@ class _Answering:
             if layer == NO_LAYER:
                 answered = host_array(tokens)[:, None], host_array(margin)[:, None]
             else:
-                answered = answer_cells(
-                    vlm.params, shared, np.int32(layer), self.coefficients, vlm.graphdef, self.settings.grouping, limit
-                )
-            self._save(layer, self._settle(layer, members, encoded, *map(host_array, answered)))
+                grouping = self.settings.grouping
+                answered = answer_in_parts(vlm, shared, layer, self.coefficients, grouping, limit, size=size)
+            self._save(layer, self._settle(layer, members, encoded, *answered))
             done = sum(map(len, self.known.values()))
             if stopped() and done < self.total:
                 raise Preempted(

@@ -127,9 +127,9 @@ def resume_cells(
         jnp.tile(coefficients, (count // len(coefficients), 1)),
         grouping,
     )
-    kept = shared.cache
+    kept = with_room(shared.cache, room)  # before the cells, which are many times its size
     offset = None if kept.offset is None else by_row(kept.offset)
-    cache = with_room(KVCache(by_layer(kept.key), by_layer(kept.value), by_row(kept.valid), offset=offset), room)
+    cache = KVCache(by_layer(kept.key), by_layer(kept.value), by_row(kept.valid), offset=offset)
     entering = jax.lax.dynamic_index_in_dim(shared.boundaries, layer, keepdims=False)
     rows = last_token(sequence.valid)[:, None]
     added = None if added is None else by_layer(added)

@@ -23,7 +23,8 @@ _SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 def compilations_told() -> Iterator[None]:
     """Inside the block, a line on stderr for each program that takes SLOW seconds to compile, or did when it was kept on disk.
 
-    The line begins once the program is slow, and ends with the seconds of tracing and compiling. Process 0 only.
+    The line begins once the program is slow, and ends with the seconds of tracing and compiling. Process 0 only. A program that
+    `progress.tracing` does not name is not told when it is read from the disk.
     """
     from jax import monitoring
 
@@ -77,7 +78,7 @@ class _Listener(threading.local):
         elif event == _COMPILE:
             total = self.spent.pop(function)
             if self.line is not None:
-                self.line.end(total, self.saved)
+                self.line.end(total, self.saved if function in self.names else 0.0)
             self.line = None
 
 

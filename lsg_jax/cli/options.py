@@ -41,21 +41,34 @@ def out_folder(sub: argparse.ArgumentParser, name: str, **settings: Any) -> None
     sub.set_defaults(writes=name, writes_folder=True)
 
 
-def number_option(sub: Any, name: str, kind: type, interval: str, *, also: int | None = None, **settings: Any) -> None:
+def number_option(
+    sub: Any,
+    name: str,
+    kind: type,
+    interval: str,
+    *,
+    also: int | None = None,
+    words: tuple[str, ...] = (),
+    **settings: Any,
+) -> None:
     """Adds an option that takes numbers in a range (`lsg_jax.config.ranges.Range`). Others raise ConfigError, which names it.
 
     Args:
         sub: a parser or a group of its options.
         kind: int or float.
+        words: that are taken in place of a number.
     """
     limits = Range(interval, also)
 
     def read(text: str) -> Any:
+        if text in words:
+            return text
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {shown(text)}") from None
-        limits.check(value, name, kind)
+            expected = " or ".join([kind.__name__, *words])
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {shown(text)}") from None
+        limits.check(value, name, kind, words)
         return value
 
     sub.add_argument(name, type=read, **settings)

@@ -55,8 +55,10 @@ def add(command: Command) -> None:
         "--batch-size",
         int,
         "[1, 1e6]",
+        words=("auto",),
         metavar="N",
-        help="questions at a time on each device, each under all coefficients; default: eval.batch_size / their number",
+        help="questions at a time on each device, each under all coefficients; auto: as many as fit; "
+        "default: eval.batch_size / their number",
     )
     out_option(sub, folder=True, help="default: OUTPUT/sweep")
     sub.add_argument("--json", action="store_true", help="print sweep.json instead of a table")
@@ -79,7 +81,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
     import jax
 
-    from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
+    from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep, sweep_batch
     from lsg_jax.analysis.sweep_table import table
     from lsg_jax.eval.runner import ask_all
     from lsg_jax.gating.keys import GROUPS
@@ -91,7 +93,7 @@ def _sweep(options: argparse.Namespace) -> None:
     groups = len(GROUPS[options.grouping])
     step = options.step if options.step is not None else 0.1 if groups == 2 else 0.25
     grid = options.coefficients or coefficient_grid(groups, step)
-    batch_size = max(1, config.eval.batch_size // len(grid)) if options.batch_size is None else options.batch_size
+    batch_size = options.batch_size or sweep_batch(config.eval.batch_size, len(grid))
     settings = SweepConfig(tuple(sorted(set(options.layers))), tuple(grid), options.grouping, batch_size)
     questions = dataclasses.replace(config.eval, benchmarks=config.eval.benchmarks | named_paths(options.benchmark))
     out = options.out or Path(config.output) / "sweep"

@@ -28,11 +28,22 @@ from lsg_jax.config.model import (
     identity,
     is_scale,
 )
-from lsg_jax.config.run import BenchmarkKind, DataConfig, EvalConfig, MeshConfig, Protocol, Remat, Template, TrainConfig
+from lsg_jax.config.run import (
+    BatchSize,
+    BenchmarkKind,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    Protocol,
+    Remat,
+    Template,
+    TrainConfig,
+)
 
 __all__ = [
     "Activation",
     "Aspect",
+    "BatchSize",
     "BenchmarkKind",
     "Canvas",
     "Criterion",

@@ -9,7 +9,7 @@ import tomllib
 import typing
 from typing import Annotated, Any, Literal, TypeVar
 
-from lsg_jax.config.ranges import Table, check_kind, field_types, range_of, shown, without_none
+from lsg_jax.config.ranges import Table, check_kind, field_types, other_values, range_of, shown, without_none
 from lsg_jax.errors import ConfigError
 
 T = TypeVar("T")
@@ -70,13 +70,13 @@ def _build(cls: type[T], tree: Any, table: str) -> T:
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:
     """Checks the value of a field against its type and range. Integers pass as floats, lists as tuples."""
-    inner = without_none(hint)
-    if value is None and inner is not hint:
-        return None
+    inner, others = without_none(hint), other_values(hint)
+    if (value is None or isinstance(value, str)) and value in others:
+        return value
     origin, args = typing.get_origin(inner), typing.get_args(inner)
     if origin is Annotated:
         kind, limits = range_of(inner)
-        limits.check(value, name, kind)  # before the conversion: a huge integer has no float
+        limits.check(value, name, kind, others)  # before the conversion: a huge integer has no float
         return kind(value)
     if inner in (int, float):
         check_kind(value, name, inner)

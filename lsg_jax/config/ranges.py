@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import numbers
 import os
 import re
 import types
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from lsg_jax.errors import ConfigError
 
@@ -44,11 +45,15 @@ class Range:
         below = value < high if self.interval[-1] == ")" else value <= high
         return (above and below) or value == self.also
 
-    def check(self, value: Any, name: str, kind: type = float) -> None:
-        """Raises ConfigError, which begins with `name`, for a value that is no number of this kind or outside the range."""
-        check_kind(value, name, kind)
+    def check(self, value: Any, name: str, kind: type = float, words: tuple[Any, ...] = ()) -> None:
+        """Raises ConfigError, which begins with `name`, for a value that is no number of this kind or outside the range.
+
+        Args:
+            words: that may stand in its place, for the error.
+        """
+        check_kind(value, name, kind, words)
         if value not in self:
-            also = "" if self.also is None else f", or be {self.also}"
+            also = "".join(f", or be {other}" for other in (self.also, *words) if other is not None)
             raise ConfigError(f"{name} is {shown(value)}: it must lie in {self.interval}{also}")
 
 
@@ -85,11 +90,21 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def without_none(hint: Any) -> Any:
-    """`X` of the type `X | None`; every other type as it is."""
+    """`X` of the type `X | None`, and of `X | Literal[...]` for another X than words; every other type as it is."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
-    (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    given = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    (inner,) = [arg for arg in given if typing.get_origin(arg) is not Literal] or given
     return inner
+
+
+def other_values(hint: Any) -> tuple[Any, ...]:
+    """What a type takes besides `without_none(hint)`: None, words, or nothing."""
+    inner = without_none(hint)
+    if inner is hint:
+        return ()
+    words = (typing.get_args(arg) for arg in typing.get_args(hint) if arg is not inner and typing.get_origin(arg) is Literal)
+    return (*itertools.chain(*words), *([None] if type(None) in typing.get_args(hint) else []))
 
 
 def range_of(hint: Any) -> tuple[type, Range]:
@@ -100,12 +115,12 @@ def range_of(hint: Any) -> tuple[type, Range]:
 
 def _check(hint: Any, value: Any, name: str) -> None:
     """Checks numbers, alone and in tuples, against their ranges. Every text must be one that a path can hold."""
-    inner = without_none(hint)
-    if value is None and inner is not hint:
+    inner, others = without_none(hint), other_values(hint)
+    if (value is None or isinstance(value, str)) and value in others:
         return
     if typing.get_origin(inner) is Annotated:
         kind, limits = range_of(inner)
-        limits.check(value, name, kind)
+        limits.check(value, name, kind, others)
     elif isinstance(value, (tuple, list)):
         for index, entry in enumerate(value):
             _check(typing.get_args(inner)[0], entry, f"{name}[{index}]")
@@ -122,10 +137,11 @@ def _check(hint: Any, value: Any, name: str) -> None:
             raise ConfigError(f"{name} is {shown(value)}: it must not hold {problem}")
 
 
-def check_kind(value: Any, name: str, kind: type) -> None:
+def check_kind(value: Any, name: str, kind: type, words: tuple[Any, ...] = ()) -> None:
     """Raises ConfigError for a value that is no number of this kind. Integers pass as floats, truth values as neither."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
-        raise ConfigError(f"{name}: expected {kind.__name__}, got {shown(value)}")
+        also = "".join(f" or {word}" for word in words if word is not None)
+        raise ConfigError(f"{name}: expected {kind.__name__}{also}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:

@@ -17,6 +17,8 @@ Protocol = Literal["paper", "lmms_eval", "vlmevalkit", "cambrian", "mmstar"]
 BenchmarkKind = Literal["general", "hallucination", "vision_centric"]
 """What a benchmark is about."""
 Remat = Literal["full", "mlp", "dots", "none", "offload", "auto"]
+BatchSize = Annotated[int, Range("[1, 1e6]")] | Literal["auto"]
+"""Questions at a time on each device along `data` and `fsdp`. `auto`: as many as its memory holds (`lsg_jax.sizes`)."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,11 @@ class EvalConfig(Table, name="eval"):
     benchmarks: dict[str, str] = field(default_factory=dict)  # name -> file, folder or glob; JSONL for own questions
     protocol: Protocol = "paper"  # sets the prompts, the matchers and the aggregate
     limit: Annotated[int, Range("[1, 1e9]")] | None = None  # questions a benchmark, evenly spread; no official score then
-    batch_size: Annotated[int, Range("[1, 1e6]")] = 16  # questions at a time on each device along data and fsdp
+    batch_size: BatchSize = 16
     max_new_tokens: Annotated[int, Range("[1, 1e8]")] | None = None  # None: the protocol's own for the benchmark, else 32
     max_length: Annotated[int, Range("[1, 1e8]")] = 1024  # tokens per prompt, image tokens included
     near_tie: Annotated[float, Range("[0, 1e9]")] | None = None
     num_threads: Annotated[int, Range("[1, 1024]")] = 2  # that read and decode images
     image_aspect: Aspect | None = None
     template: Template | None = None
-    mesh: MeshConfig | None = None  # None: as much along `tensor` as heads and hosts allow, the rest along `data`
+    mesh: MeshConfig | None = None  # None: as `sharding.answering_mesh` chooses

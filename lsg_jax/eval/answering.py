@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lsg_jax.config import EvalConfig
+from lsg_jax.config import BatchSize, EvalConfig
 from lsg_jax.data.processor import Processor
 from lsg_jax.eval.batches import QuestionBatch, batches, encode_item
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.eval.sizes import evaluation_sizes
 from lsg_jax.eval.together import Together
 from lsg_jax.memory import check_answers
 from lsg_jax.methods.finite import check_finite
@@ -120,22 +121,23 @@ class _Answers:
         """Whether each of these models has answered a question."""
         return all(position in self.outputs[name] for name in models)
 
-    def run(self, models: Mapping[str, VLM], which: Sequence[int], batch_size: int) -> dict[str, list[int]]:
+    def run(self, models: Mapping[str, VLM], which: Sequence[int], batch_size: BatchSize) -> dict[str, list[int]]:
         """Answers the questions; returns the positions of near ties, which stay open where a batch has several questions."""
         mesh, items, config = self.reader.mesh, self.items, self.config
-        size = batch_size * batch_rows(mesh)
+        groups = batch_rows(mesh)
         remedy = "lower eval.batch_size or eval.max_new_tokens"
         for model in models.values():
-            check_answers(model, size, PROMPT_BUCKET + self.limit, remedy)
-        rows = local_rows(mesh, size)
+            check_answers(model, groups * (1 if batch_size == "auto" else batch_size), PROMPT_BUCKET + self.limit, remedy)
+        each = evaluation_sizes(models.values(), batch_size, self.limit, questions=len(which))
         undecided: dict[str, list[int]] = {name: [] for name in models}
         together = Together(models) if len(models) > 1 and not self.text_only else None
         encode = lambda i, sizes: encode_item(self.processor, items[i], self.prompts[i], sizes, config.max_length)
         known, threads = {i for i in which if self.is_known(i, models)}, config.num_threads
-        asked = batches(self.processor, items, which, encode, size=size, rows=rows, threads=threads, known=known)
+        size = lambda bucket: groups * each(bucket)
+        asked = batches(self.processor, items, which, encode, size=size, mesh=mesh, threads=threads, known=known)
         for batch in asked:
-            local = self._local(batch, rows)
-            placed = place_rows(local, mesh, size)
+            local = self._local(batch, local_rows(mesh, len(batch.members)))
+            placed = place_rows(local, mesh, len(batch.members))
             left = [name for name in models if not all(i in self.outputs[name] for i in batch.members)]
             made: Iterator[tuple[str, Generated]]
             if together is None or placed.images is None:
@@ -143,7 +145,7 @@ class _Answers:
             else:
                 made = together.answers(left, placed, self.limit)
             for name, found in made:
-                undecided[name] += self._keep(name, models[name], batch.members, found, batch_size)
+                undecided[name] += self._keep(name, models[name], batch.members, found, several=len(batch.members) > groups)
         return undecided
 
     def _local(self, batch: QuestionBatch, rows: Sequence[int]) -> Batch:
@@ -156,11 +158,11 @@ class _Answers:
             local = replace(local, route=np.array([self.routes[members[row]] for row in rows], np.int32))
         return local
 
-    def _keep(self, name: str, model: VLM, members: Sequence[int], made: Generated, batch_size: int) -> list[int]:
-        """Keeps the answers of a batch; returns the positions of near ties."""
+    def _keep(self, name: str, model: VLM, members: Sequence[int], made: Generated, *, several: bool) -> list[int]:
+        """Keeps the answers of a batch, of `several` questions on a device or not; returns the positions of near ties."""
         items, outputs = self.items, self.outputs[name]
         check_finite(made.margin, [f"question {items[i].id}" for i in members], model.method)
-        near_tie = self.near_tie if batch_size > 1 else 0.0
+        near_tie = self.near_tie if several else 0.0
         near = {i for i, margin in zip(members, made.margin, strict=True) if margin < near_tie} - outputs.keys()
         other = near | outputs.keys()
         new = {i: _answer(self.processor, made, row, items[i]) for row, i in enumerate(members) if i not in other}

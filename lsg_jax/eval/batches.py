@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from jax.sharding import Mesh
 from PIL import Image
 
 from lsg_jax.data.conversation import RecordError
@@ -22,9 +24,24 @@ from lsg_jax.data.rows import Pixels
 from lsg_jax.data.sources import in_order
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.sharding import local_rows
 from lsg_jax.vlm import PROMPT_BUCKET
 
 READ_AHEAD = 2  # batches whose pixels are made while another is computed
+
+
+class Bucket(NamedTuple):
+    """What the questions of a batch have in common.
+
+    Attributes:
+        tiles, patches: of each row (`Encoded`); no patches for squares.
+        length: tokens that prompts are padded to.
+    """
+
+    tiles: int
+    patches: int
+    length: int
+
 
 Images = Sequence[bytes | Image.Image]
 Encode = Callable[[int, Sequence[ImageSize]], Encoded]
@@ -49,11 +66,13 @@ class QuestionBatch:
     """Questions of one bucket of tiles, patches and length.
 
     Attributes:
+        bucket: of all of them.
         members: position of the question in each row of the global batch; the last rows may repeat the first.
         encoded: position -> tokens.
         pixels: of the images of this process's rows (`Processor.all_pixels`); None for a question without an image.
     """
 
+    bucket: Bucket
     members: list[int]
     encoded: dict[int, Encoded]
     pixels: list[Pixels | None]
@@ -65,15 +84,15 @@ def batches(
     which: Iterable[int],
     encode: Encode,
     *,
-    size: int,
-    rows: Sequence[int],
+    size: Callable[[Bucket], int],
+    mesh: Mesh | None,
     threads: int,
     known: Container[int] = (),
 ) -> Iterator[QuestionBatch]:
-    """The questions `which` in batches of exactly `size`, the same in every process.
+    """The questions `which` in batches of exactly the size of their bucket, the same in every process.
 
     Args:
-        rows: the rows of each batch whose pixels this process needs.
+        mesh: that the batches are placed on; pixels are read of the rows of this process alone.
         known: a batch of these alone is left out. So a resumed run computes the same batches, and rounds in the same way.
 
     Raises:
@@ -94,6 +113,7 @@ def batches(
             for members in plan(asked, size):
                 if all(member.position in known for member in members):
                     continue
+                rows = local_rows(mesh, len(members))
                 here = {members[row].position: members[row] for row in rows}
                 once = {i: pool.submit(item_pixels, processor, items[i], one.images) for i, one in here.items()}
                 waiting.append((members, [once[members[row].position] for row in rows]))
@@ -107,26 +127,32 @@ def batches(
 
 def _ready(members: list[Asked], pixels: list[Future[Pixels | None]]) -> QuestionBatch:
     encoded = {one.position: one.encoded for one in members}
-    return QuestionBatch([one.position for one in members], encoded, [future.result() for future in pixels])
+    return QuestionBatch(
+        bucket_of(members[0].encoded), [one.position for one in members], encoded, [future.result() for future in pixels]
+    )
 
 
-def plan(asked: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
-    """Batches of exactly `size` questions, each of one bucket of tiles, patches and length, as soon as they are full.
+def bucket_of(encoded: Encoded) -> Bucket:
+    """The bucket of a question."""
+    return Bucket(encoded.tiles, encoded.patches, -(-len(encoded.ids) // PROMPT_BUCKET) * PROMPT_BUCKET)
+
+
+def plan(asked: Iterable[Asked], size: Callable[[Bucket], int]) -> Iterator[list[Asked]]:
+    """Batches of exactly the size of their bucket, as soon as they are full.
 
     Those that are left over come last; each is filled up with its first question.
     """
-    buckets: dict[tuple[int, int, int], list[Asked]] = {}
+    buckets: dict[Bucket, list[Asked]] = {}
     for one in asked:
-        encoded = one.encoded
-        bucket = encoded.tiles, encoded.patches, -(-len(encoded.ids) // PROMPT_BUCKET)
+        bucket = bucket_of(one.encoded)
         members = buckets.setdefault(bucket, [])
         members.append(one)
-        if len(members) == size:
+        if len(members) == size(bucket):
             yield members.copy()
             members.clear()
-    for _, members in sorted(buckets.items()):
+    for bucket, members in sorted(buckets.items()):
         if members:
-            yield members + members[:1] * (size - len(members))
+            yield members + members[:1] * (size(bucket) - len(members))
 
 
 def encode_item(processor: Processor, item: Item, prompt: str, sizes: Sequence[ImageSize], max_length: int | None) -> Encoded:

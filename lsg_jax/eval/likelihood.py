@@ -22,6 +22,7 @@ from lsg_jax.errors import InputError
 from lsg_jax.eval.answering import ask_routes
 from lsg_jax.eval.batches import QuestionBatch, batches, unusable
 from lsg_jax.eval.benchmark import Item
+from lsg_jax.eval.sizes import evaluation_sizes
 from lsg_jax.methods.finite import check_finite
 from lsg_jax.methods.method_model import assemble
 from lsg_jax.model.generate import is_sound
@@ -47,17 +48,18 @@ def log_likelihoods(
     """
     processor = vlm.make_processor(config.image_aspect, config.template)
     encode = lambda i, sizes: _encode(processor, items[i], prompts[i], answers[i], sizes, config)
-    size = config.batch_size * batch_rows(vlm.mesh)
-    rows = local_rows(vlm.mesh, size)
+    each = evaluation_sizes([vlm], config.batch_size, 0, questions=len(items), decodes=False)
+    size = lambda bucket: batch_rows(vlm.mesh) * each(bucket)
     routes = ask_routes(vlm, items, prompts, config, which=range(len(items)))
     found: dict[int, tuple[float, bool]] = {}
-    asked = batches(processor, items, range(len(items)), encode, size=size, rows=rows, threads=config.num_threads)
+    asked = batches(processor, items, range(len(items)), encode, size=size, mesh=vlm.mesh, threads=config.num_threads)
     for questions in asked:
         members = questions.members
+        rows = local_rows(vlm.mesh, len(members))
         batch = _batch(processor, [members[row] for row in rows], questions)
         if routes is not None:
             batch = dataclasses.replace(batch, route=np.array([routes[members[row]] for row in rows], np.int32))
-        nats, greedy = _score(vlm.params, place_rows(batch, vlm.mesh, size), vlm.graphdef)
+        nats, greedy = _score(vlm.params, place_rows(batch, vlm.mesh, len(members)), vlm.graphdef)
         check_finite(host_array(nats), [f"question {items[i].id}" for i in members], vlm.method)
         found |= {i: (float(n), bool(g)) for i, n, g in zip(members, host_array(nats), host_array(greedy), strict=True)}
     return [found[i] for i in range(len(items))]

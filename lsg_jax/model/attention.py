@@ -54,10 +54,12 @@ def attend(
     batch, length, heads, width = query.shape
     kv_heads, keys = key.shape[1:3]
     groups = heads // kv_heads
-    flat = lambda x: x.reshape(batch * kv_heads, -1, x.shape[-1])
+    # of a single query XLA makes sums in float32: with rows and heads in one axis it would first write all values in float32
+    batches = (batch, kv_heads) if length == 1 else (batch * kv_heads,)
+    flat = lambda x: x.reshape(*batches, -1, x.shape[-1])
     scale = width**-0.5 if scale is None else scale
     grouped = (query * scale).reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
-    logits = jnp.einsum("XTH,XSH->XTS", flat(grouped), flat(key), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...TH,...SH->...TS", flat(grouped), flat(key), preferred_element_type=jnp.float32)
     if edit_scores is not None:
         logits = edit_scores(logits.reshape(batch, heads, length, keys))
     logits = logits.reshape(batch, kv_heads, groups, length, keys)
@@ -69,7 +71,7 @@ def attend(
         edited = edit((weights / total).reshape(batch, heads, length, keys))
         weights, total = edited.reshape(weights.shape), jnp.ones_like(total)
     # dividing [T, H] instead of [T, S] saves a pass over the weights, and another one in the backward pass
-    out = jnp.einsum("XTS,XSH->XTH", flat(weights).astype(value.dtype), flat(value), preferred_element_type=jnp.float32)
+    out = jnp.einsum("...TS,...SH->...TH", flat(weights).astype(value.dtype), flat(value), preferred_element_type=jnp.float32)
     out = out.reshape(batch, kv_heads, groups, length, width) / total
     out = out.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
     return out, (weights / total).reshape(batch, heads, length, keys) if return_weights else None

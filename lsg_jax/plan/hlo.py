@@ -283,8 +283,8 @@ class _Counter:
             value = waiting.pop()
             for user in computation.users.get(value.name, []):
                 position = user.operands.index(value.name)
-                if user.op == "bitcast":
-                    waiting.append(user)
+                if user.op == "bitcast" or f"output_to_operand_aliasing={{{{}}: ({position}, {{}})}}" in user.text:
+                    waiting.append(user)  # in place, such as a fusion that names another tiling
                 elif user.op in _SLICES and position == 0:
                     taken += sum(array.bytes for array in user.arrays)
                 elif user.op == "fusion":

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import jax
 from jax.stages import Compiled
 
+from lsg_jax.memory import shard_bytes
 from lsg_jax.plan.chips import GIB, Topology
 from lsg_jax.plan.hlo import Work, analyse
-from lsg_jax.plan.programs import Program, shard_bytes
+from lsg_jax.plan.programs import Program
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,11 @@ class Seconds:
     def bound(self) -> float:
         """The longest of the three."""
         return max(self.mxu, self.hbm, self.ici)
+
+    @property
+    def binds(self) -> str:
+        """What the longest of the three is: products, memory or transfers."""
+        return max((self.mxu, "products"), (self.hbm, "memory"), (self.ici, "transfers"), key=lambda pair: pair[0])[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.stages import Compiled
 
-from lsg_jax.analysis.sweep import coefficient_grid
+from lsg_jax.analysis.sweep import coefficient_grid, sweep_batch
 from lsg_jax.checkpoint.tree import flatten
 from lsg_jax.config import ModelConfig, Remat, is_scale
 from lsg_jax.errors import ConfigError, InputError
+from lsg_jax.eval.batches import Bucket
+from lsg_jax.eval.sizes import USED, Room, Size, smaller
+from lsg_jax.memory import GIB, peak_bytes, tree_bytes
 from lsg_jax.methods.method_model import abstract_model
 from lsg_jax.model.attention import attention_path
 from lsg_jax.model.language_model import REMAT
@@ -29,6 +32,7 @@ from lsg_jax.plan.programs import (
     eval_prompts,
     forward_program,
     look_program,
+    question_bucket,
     sweep_cells,
     sweep_prompts,
     train_program,
@@ -39,7 +43,7 @@ from lsg_jax.plan.results import LargestBatch, Plan, SlicePlan
 from lsg_jax.plan.search import VERIFICATIONS, fastest, largest_batch, try_policies
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig
-from lsg_jax.sharding import answering_mesh, batch_rows, make_mesh
+from lsg_jax.sharding import answering_mesh, batch_rows, make_mesh, shard_params
 
 PROGRAMS = ("forward", "train", "each", "sweep", "eval", "look")
 DEFAULT_PROGRAMS = ("train", "each", "sweep", "eval")
@@ -132,7 +136,13 @@ class _Slice:
         self.config = config
         self.dtype = _float_dtype(config)
         self.training_mesh = make_mesh(config.mesh, devices)
-        self.answering_mesh = answering_mesh(config.eval.mesh, model.text, devices)
+        _, params = abstract_model(model, dtype=self.dtype)
+        memory = topology.chip.hbm_gib * GIB
+        self.answering_mesh = answering_mesh(config.eval.mesh, model.text, devices, weights=tree_bytes(params), memory=memory)
+        room = Room.of(model, shard_params(params, self.answering_mesh), self.answering_mesh, memory)
+        most = max(1, -(-assumed.questions // batch_rows(self.answering_mesh)))
+        self.room = dataclasses.replace(room, most=min(room.most, most))
+        self.sizes: dict[str, Size] = {}
         self.measured: list[Measured] = []
         self.taken: dict[str, Measured] = {}
         self.largest: LargestBatch | None = None
@@ -163,9 +173,10 @@ class _Slice:
             topology=self.topology,
             training_mesh=dict(self.training_mesh.shape),
             answering_mesh=dict(self.answering_mesh.shape),
+            sizes=dict(self.sizes),
             programs=tuple(self.compared(found) for found in self.measured),
             largest_batch=self.largest,
-            costs=recipe(self.taken, self.config, self.model.text.num_layers, self.topology, self.assumed),
+            costs=recipe(self.taken, self.config, self.model.text.num_layers, self.topology, self.assumed, sizes=self.sizes),
             attention=attention_path(self.model.text, self.training_mesh),
         )
 
@@ -237,36 +248,74 @@ class _Slice:
         self.taken["each"] = found
 
     def sweep(self) -> None:
-        grid = coefficient_grid(2, 0.1)
-        prompts = sweep_prompts(
-            self.config,
-            self.model,
-            self.answering_mesh,
-            max_new_tokens=self.assumed.max_new_tokens,
-            cells=len(grid),
-            dtype=self.dtype,
-        )
-        self.in_turn(prompts, lambda compiled: sweep_cells(prompts, compiled, self.model, coefficients=grid))
+        """Prompts and cells of as many questions as fit, or of those that the configuration names; in parts where need be."""
+        grid, tokens = coefficient_grid(2, 0.1), self.assumed.max_new_tokens
+        batch_size = sweep_batch(self.config.eval.batch_size, len(grid))
+        given = None if batch_size == "auto" else batch_size
+
+        def prompts(size: Size) -> Program:
+            settings = {"max_new_tokens": tokens, "cells": len(grid), "questions": size.questions, "dtype": self.dtype}
+            return sweep_prompts(self.config, self.model, self.answering_mesh, **settings)
+
+        def cells(size: Size, prompts: Program, compiled: Compiled) -> Program:
+            return sweep_cells(prompts, compiled, self.model, coefficients=grid[: size.at_once(len(grid))])
+
+        start = self.room.sweep(self.bucket, tokens, len(grid), questions=given)
+        fewer = functools.partial(smaller, coefficients=len(grid), keep_questions=given is not None)
+        self.in_turn("sweep", start, prompts, cells, fewer)
 
     def eval(self) -> None:
-        tokens = self.assumed.max_new_tokens
-        prompts = eval_prompts(self.config, self.model, self.answering_mesh, max_new_tokens=tokens, dtype=self.dtype)
-        self.in_turn(prompts, lambda compiled: eval_answers(prompts, compiled))
+        """Prompts and answers of as many questions as fit, or of those that the configuration names."""
+        tokens, batch_size = self.assumed.max_new_tokens, self.config.eval.batch_size
+        method = self.config.get_method()
+        room = dataclasses.replace(self.room, passes=2 if method.contrasts else 1)
+
+        def prompts(size: Size) -> Program:
+            config = dataclasses.replace(self.config, eval=dataclasses.replace(self.config.eval, batch_size=size.questions))
+            return eval_prompts(config, self.model, self.answering_mesh, max_new_tokens=tokens, dtype=self.dtype)
+
+        start = room.evaluation(self.bucket, tokens) if batch_size == "auto" else Size(batch_size)
+        answers = lambda _, prompts, compiled: eval_answers(prompts, compiled)
+        self.in_turn("eval", start, prompts, answers, smaller if batch_size == "auto" else lambda *_: None)
+
+    @functools.cached_property
+    def bucket(self) -> Bucket:
+        return question_bucket(self.model, self.config.eval.max_length)
 
     def look(self) -> None:
         tokens = self.assumed.max_new_tokens
         program = look_program(self.config, self.model, self.answering_mesh, max_new_tokens=tokens, dtype=self.dtype)
         self.measured.append(self.run(program))
 
-    def in_turn(self, prompts: Program, then: Callable[[Compiled], Program]) -> None:
-        """Measures a program, and the one that takes its outputs."""
-        first, compiled = self.compile(prompts, f"{prompts.name}, {prompts.rows} questions")
-        self.measured.append(first)
-        self.taken[prompts.name] = first
-        if compiled is not None:
-            program = then(compiled)
-            self.measured.append(self.run(program))
-            self.taken[program.name] = self.measured[-1]
+    def in_turn(
+        self,
+        name: str,
+        size: Size,
+        prompts: Callable[[Size], Program],
+        then: Callable[[Size, Program, Compiled], Program],
+        fewer: Callable[[Size, float], Size | None],
+    ) -> None:
+        """Measures a program and the one that takes its outputs, of the first size for which both fit."""
+        limit = USED * self.room.memory / GIB
+        before, weights = len(self.measured), self.room.weights / GIB
+        while True:
+            first = prompts(size)
+            found, compiled = self.compile(first, f"{first.name}, {first.rows} questions")
+            pair, made = [found], [compiled]
+            if compiled is not None:
+                second = then(size, first, compiled)
+                found, compiled = self.compile(second, f"{second.name}, {second.rows} rows")
+                pair, made = [*pair, found], [*made, compiled]
+            self.measured[before:] = pair
+            self.taken |= {one.program: one for one in pair}
+            self.sizes[name] = size
+            peak = max(
+                one.memory_gib["peak"] if program is None else peak_bytes(program) / GIB
+                for one, program in zip(pair, made, strict=True)
+            )
+            if peak <= limit or (smaller_one := fewer(size, (limit - weights) / (peak - weights))) is None:
+                return
+            size = smaller_one
 
     def check(self) -> None:
         """Raises ConfigError for settings that `lsg train` refuses."""
@@ -294,7 +343,7 @@ class _Slice:
             ways = [f"remat {smaller[0]}" if smaller else ""]
             ways += [f"train.accumulate = {2 * self.config.train.accumulate}", "a smaller batch"] if per_chip > 1 else []
         elif found.program.startswith("eval"):
-            ways = ["a smaller eval.batch_size"] if self.config.eval.batch_size > 1 else []
+            ways = ["a smaller eval.batch_size"] if self.sizes["eval"].questions > 1 else []
         elif found.program == "look":
             ways = ["a shorter answer"]
         else:

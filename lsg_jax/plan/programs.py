@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,8 @@ from lsg_jax.answer_programs import answer_batch, read_batch
 from lsg_jax.config import GateConfig, ModelConfig
 from lsg_jax.data.layout import longest_layout, most_patches, most_tiles, tile_bucket
 from lsg_jax.errors import ConfigError
+from lsg_jax.eval.batches import Bucket
+from lsg_jax.eval.sizes import abstract_questions, abstract_results
 from lsg_jax.look.compute import observe, reading
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method import BASE, Method
@@ -111,7 +112,7 @@ def eval_prompts(
     method = config.get_method()
     method = BASE if method.independent else method.for_model(model)
     graphdef, params = _sharded_model(model, mesh, method=method, dtype=dtype)
-    rows = config.eval.batch_size * batch_rows(mesh)
+    rows = _questions(config) * batch_rows(mesh)
     batch = question_batch(model, mesh, rows, config.eval.max_length, method=method)
     parts = {"weights": params, "batch": batch}
     return Program("eval prompts", read_batch, (params, batch), rows, parts, static=(graphdef, max_new_tokens))
@@ -137,16 +138,30 @@ def eval_answers(prompts: Program, compiled: Any) -> Program:
     )
 
 
+def _questions(config: RunConfig) -> int:
+    """`eval.batch_size`, which a caller sets where the configuration leaves it open."""
+    assert config.eval.batch_size != "auto"
+    return config.eval.batch_size
+
+
 def sweep_prompts(
-    config: RunConfig, model: ModelConfig, mesh: Mesh, *, max_new_tokens: int, cells: int, dtype: Any = jnp.bfloat16
+    config: RunConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    max_new_tokens: int,
+    cells: int,
+    questions: int | None = None,
+    dtype: Any = jnp.bfloat16,
 ) -> Program:
     """The ungated pass of a sweep over one batch, whose results its cells start from.
 
     Args:
-        cells: coefficients that a question is run under at once; as many questions are taken as make an evaluation's batch.
+        cells: coefficients that a question is run under.
+        questions: at a time on each device along `data`; None for as many as make an evaluation's batch.
     """
     graphdef, params = _sharded_model(model, mesh, dtype=dtype)
-    rows = max(1, config.eval.batch_size // cells) * batch_rows(mesh)
+    rows = (questions or max(1, _questions(config) // cells)) * batch_rows(mesh)
     batch = question_batch(model, mesh, rows, config.eval.max_length)
     return Program(
         name="sweep prompts",
@@ -162,10 +177,11 @@ def sweep_prompts(
 def sweep_cells(
     prompts: Program, compiled: Any, model: ModelConfig, *, coefficients: tuple[tuple[float, ...], ...] | None = None
 ) -> Program:
-    """All coefficients of one layer for the batch of `sweep_prompts`; a mean over the layers.
+    """The coefficients of one layer that run at once, for the batch of `sweep_prompts`; a mean over the layers.
 
     Args:
         compiled: of `prompts`; says where its results lie.
+        coefficients: None for the grid in steps of 0.1.
     """
     graphdef, max_new_tokens = prompts.static
     coefficients = coefficients or coefficient_grid(2, 0.1)
@@ -211,8 +227,7 @@ def look_program(
 
 def _results(program: Program, compiled: Any) -> Any:
     """Shapes and shardings of what a compiled program gives."""
-    shapes = jax.eval_shape(lambda *arguments: program.function(*arguments, *program.static), *program.arguments)
-    return _placed(shapes, compiled.output_shardings)
+    return abstract_results(program.function, program.arguments, program.static, compiled)
 
 
 def trained_method(config: RunConfig, model: ModelConfig) -> Method:
@@ -241,21 +256,19 @@ def training_batch(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Batch:
     )
 
 
-def question_batch(model: ModelConfig, mesh: Mesh, rows: int, longest: int | None = None, *, method: Method = BASE) -> Batch:
-    """Questions with the largest image each, as `lsg eval` places them on the mesh; `prompt_tokens` long.
+def question_bucket(model: ModelConfig, longest: int | None = None) -> Bucket:
+    """Tiles, patches and length of questions with the largest image each.
 
     Args:
         longest: `eval.max_length`; None for any length.
-        method: whose questions they are: it may read their words, or the replies to others (`Batch.words`, `Batch.route`).
     """
     tiles, patches = tile_bucket(most_tiles(model, longest)), most_patches(model, longest)
-    batch = abstract_batch(model, mesh, rows, prompt_tokens(model, longest), tiles=tiles, patches=patches)
-    of = lambda like, dtype: jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
-    return dataclasses.replace(
-        batch,
-        words=of(batch.input_ids, jnp.int8) if method.reads_words else None,
-        route=of(batch.gate_position, jnp.int32) if method.first_questions("") else None,
-    )
+    return Bucket(tiles, patches, prompt_tokens(model, longest))
+
+
+def question_batch(model: ModelConfig, mesh: Mesh, rows: int, longest: int | None = None, *, method: Method = BASE) -> Batch:
+    """Questions of `question_bucket`, as `lsg eval` places them on the mesh."""
+    return abstract_questions(model, mesh, rows, question_bucket(model, longest), method=method)
 
 
 def prompt_tokens(model: ModelConfig, longest: int | None = None) -> int:
@@ -280,13 +293,3 @@ def _suffix_trips(gate: GateConfig, model: ModelConfig) -> dict[str, float]:
     last = model.text.num_layers - 1
     below = [last - 1 - layer for layer in gate.layers if layer < last]
     return {"of_gate": sum(below) / len(below)} if below else {}
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes of one device of abstract, sharded arrays."""
-
-    def leaf_bytes(leaf: Any) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        return functools.reduce(int.__mul__, shape, 1) * jnp.dtype(leaf.dtype).itemsize
-
-    return sum(map(leaf_bytes, jax.tree.leaves(tree)))

@@ -11,6 +11,7 @@ from lsg_jax.config import EvalConfig
 from lsg_jax.data.records import open_records
 from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.runner import MAX_NEW_TOKENS
+from lsg_jax.eval.sizes import Size
 from lsg_jax.plan.chips import Topology
 from lsg_jax.plan.measure import Measured
 from lsg_jax.plan.record_lengths import RecordLengths
@@ -91,7 +92,13 @@ def _limited(questions: int, config: EvalConfig, benchmarks: int) -> int:
 
 
 def recipe(
-    measured: Mapping[str, Measured], config: RunConfig, layers: int, topology: Topology, assumed: Assumptions
+    measured: Mapping[str, Measured],
+    config: RunConfig,
+    layers: int,
+    topology: Topology,
+    assumed: Assumptions,
+    *,
+    sizes: Mapping[str, Size] | None = None,
 ) -> tuple[Cost, ...]:
     """Hours and chip-hours of each part whose programs were measured and fit.
 
@@ -99,6 +106,7 @@ def recipe(
 
     Args:
         measured: program name -> the program under the settings to take.
+        sizes: of "sweep", the parts in which its coefficients run; None for all at once.
     """
     seconds = {name: found.bound / assumed.utilisation for name, found in measured.items() if found.fits}
     rows: list[tuple[str, str, float]] = []
@@ -110,8 +118,10 @@ def recipe(
             rows.append((name, f"{steps} steps{how}", runs * steps * seconds[name] * assumed.share_of_longest))
     if "sweep prompts" in seconds and "sweep cells" in seconds:
         batches = math.ceil(assumed.questions / measured["sweep prompts"].rows)
-        once = seconds["sweep prompts"] + layers * seconds["sweep cells"]
-        rows.append(("sweep", f"{batches} batches x {layers} layers", batches * once))
+        parts = sizes["sweep"].parts if sizes else 1
+        once = seconds["sweep prompts"] + layers * parts * seconds["sweep cells"]
+        in_parts = f" x {parts} parts" if parts > 1 else ""
+        rows.append(("sweep", f"{batches} batches x {layers} layers{in_parts}", batches * once))
     if "eval prompts" in seconds and "eval answers" in seconds:
         batches = METHODS * math.ceil(assumed.questions / measured["eval prompts"].rows)
         once = seconds["eval prompts"] + seconds["eval answers"]

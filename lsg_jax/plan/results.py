@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lsg_jax.eval.sizes import Size
 from lsg_jax.plan.chips import Topology
 from lsg_jax.plan.measure import Measured
 from lsg_jax.plan.recipe import Assumptions, Cost
@@ -28,6 +29,7 @@ class SlicePlan:
 
     Attributes:
         training_mesh, answering_mesh: axis -> size.
+        sizes: of "eval" and "sweep", the questions at a time on each device along `data`, and parts of the coefficients.
         costs: hours of each part of the study.
         attention: which way attention over whole sequences is computed (`attention_path`).
     """
@@ -39,6 +41,7 @@ class SlicePlan:
     largest_batch: LargestBatch | None
     costs: tuple[Cost, ...]
     attention: str = "kernel"
+    sizes: Mapping[str, Size] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def _slice(found: SlicePlan) -> dict[str, Any]:
         "device": {**asdict(topology.chip), "ici_gbps": topology.ici_gbps},
         "mesh": {"training": dict(found.training_mesh), "answering": dict(found.answering_mesh)},
         "attention": found.attention,
+        "answering": {name: asdict(size) for name, size in found.sizes.items()},
         "programs": [_program(measured) for measured in found.programs],
         "largest_batch": asdict(found.largest_batch) if found.largest_batch else None,
         "recipe": [asdict(cost) for cost in found.costs],
@@ -93,6 +97,6 @@ def _program(measured: Measured) -> dict[str, Any]:
         plain |= {name: getattr(work, name) for name in ("flops", "hbm_bytes", "host_bytes")}
         plain |= {"received_bytes": dict(work.received), "collectives": dict(work.collectives), "storm": measured.storm}
     if seconds := measured.seconds:
-        plain["seconds"] = {name: getattr(seconds, name) for name in ("mxu", "hbm", "ici", "bound", "expected")}
+        plain["seconds"] = {name: getattr(seconds, name) for name in ("mxu", "hbm", "ici", "bound", "binds", "expected")}
     optional = {name: getattr(measured, name) for name in ("over_gib", "advice", "remat", "take", "times_forward")}
     return plain | {name: value for name, value in optional.items() if value not in (None, False)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from lsg_jax.plan.hlo import Work
 from lsg_jax.plan.measure import Measured, Seconds
 from lsg_jax.plan.record_lengths import RecordLengths
 from lsg_jax.plan.results import Plan, SlicePlan
+from lsg_jax.sharding import ROWS
 
 
 def table(plan: Plan) -> str:
@@ -48,6 +50,10 @@ def _slice(found: SlicePlan) -> str:
         for measured in found.programs
         if measured.work and measured.storm
     ]
+    groups = math.prod(found.answering_mesh.get(axis, 1) for axis in ROWS)
+    for name, size in found.sizes.items():
+        parts = f", their coefficients in {size.parts} parts" if size.parts > 1 else ""
+        notes.append(f"{name}: {size.questions} questions at a time on each of {groups} groups of chips{parts}")
     if largest := found.largest_batch:
         fits = f"{largest.rows} rows, {largest.peak_gib:.2f} GiB a chip" if largest.rows else "none was found that fits"
         notes.append(f"largest training batch with remat {largest.remat}: {fits}")
@@ -72,7 +78,7 @@ def _memory(measured: Measured) -> list[str]:
 
 
 _WORK = ["work of a chip", "TFLOP", "x forward", "GB memory", "GB received", "collectives"]
-_WORK += ["MXU s", "HBM s", "ICI s", "expected s"]
+_WORK += ["MXU s", "HBM s", "ICI s", "expected s", "bound by"]
 
 
 def _work(measured: Measured, work: Work, seconds: Seconds) -> list[str]:
@@ -84,6 +90,7 @@ def _work(measured: Measured, work: Work, seconds: Seconds) -> list[str]:
         _number(work.received_bytes / 1e9),
         f"{sum(work.collectives.values()):.0f}",
         *map(_number, (seconds.mxu, seconds.hbm, seconds.ici, seconds.expected)),
+        seconds.binds,
     ]
 
 
@@ -108,6 +115,7 @@ def _assumptions(plan: Plan) -> str:
         [
             f"Of one chip and one run of a program (a step, or a batch), as compiled by libtpu {versions['libtpu']} for jax "
             f"{versions['jax']}; no TPU was run. trained: with optimiser; temporaries: activations and gathered weights; "
+            "peak: the sum of the parts, and the compiler, which knows what is never there at once, says what fits; "
             "MXU, HBM, ICI: seconds at peak rates; * marks the policy to take.",
             f"expected: the longest of the three at {assumed.utilisation:.0%} utilisation. {assumed.records} records "
             f"({assumed.records_from}), {assumed.questions} questions ({assumed.questions_from}), answers of "

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lsg_jax.errors import ConfigError
-from lsg_jax.memory import GIB
+from lsg_jax.memory import GIB, device_bytes
 from lsg_jax.model.language_model import REMAT
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,3 @@ def fastest_that_fits(compile_with: Callable[[str], Any], memory: int) -> tuple[
         f"train.remat: no policy fits {memory / GIB:.1f} GiB a device{least}; lower train.batch_size, raise train.accumulate, "
         "or take more devices"
     )
-
-
-def device_bytes(compiled: Any) -> int:
-    """What a compiled program needs on each device: arguments, results that are not written into them, and temporaries."""
-    sizes = compiled.memory_analysis()
-    new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + new + sizes.temp_size_in_bytes

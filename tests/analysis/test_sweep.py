@@ -15,6 +15,7 @@ from whole_model import visual
 
 import lsg_jax
 from lsg_jax.analysis import sweep as sweep_module
+from lsg_jax.analysis import sweep_sizes
 from lsg_jax.analysis.sweep import SweepConfig, coefficient_grid, sweep
 from lsg_jax.analysis.sweep_cells import NO_LAYER, answer_cells, resume_cells, run_prompts
 from lsg_jax.analysis.sweep_table import Grader, table
@@ -22,9 +23,11 @@ from lsg_jax.cli import main
 from lsg_jax.config import EvalConfig, GateConfig, SinkConfig
 from lsg_jax.errors import Preempted
 from lsg_jax.eval.answering import answer
+from lsg_jax.eval.batches import bucket_of
 from lsg_jax.eval.benchmark import LOWER, Benchmark, Item, Match, by, macro, mean
 from lsg_jax.eval.best_cells import extreme_cells, extreme_layer, where_words
 from lsg_jax.eval.runner import ask, ask_all, grade, summary
+from lsg_jax.eval.sizes import USED, Room
 from lsg_jax.gating.gate import KeyScaling
 from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.method_model import assemble
@@ -193,6 +196,30 @@ def test_stopped_and_continued_equals_whole(vlm, questions, whole, tmp_path):
     sweep(vlm, CELLS, questions, tmp_path, progress=stop)
     assert dones == [3, 6, 9, 12, 15, 18, 19, 20, 21]  # nothing twice
     assert (tmp_path / "sweep.json").read_bytes() == (whole[0] / "sweep.json").read_bytes()
+
+
+@pytest.mark.parametrize("batch_size, parts", [(3, 2), (3, 3), ("auto", 2)])
+def test_parts_give_the_same_as_all_at_once(vlm, questions, whole, tmp_path, monkeypatch, batch_size, parts):
+    """With a memory for which the coefficients of three questions, or of one, are run in so many parts."""
+    made = []
+
+    def counted(*arguments):
+        made.append(arguments[3].shape)
+        return answer_cells(*arguments)
+
+    monkeypatch.setattr(sweep_sizes, "answer_cells", counted)
+    (test,) = ask_all(questions).values()
+    room = Room.of(vlm.config, vlm.params, vlm.mesh, 2**30)
+    size = 1 if batch_size == "auto" else batch_size
+    at_once = -(-3 // parts)
+    bucket = bucket_of(vlm.make_processor().encode_question(test.prompts[0], image_sizes=[(64, 64)]))
+    held = size * room.shared_pass(bucket) + room.cells(bucket, 4, size * at_once)
+    monkeypatch.setattr(sweep_sizes, "agreed_memory", lambda: int((room.weights + held) / USED) + 100)
+    result = sweep(vlm, replace(CELLS, batch_size=batch_size), questions, tmp_path)
+    assert set(made) == {(at_once, 2)} and len(made) == parts * len(CELLS.layers) * -(-7 // size)
+    assert {**result, "batch_size": 3} == whole[1]
+    if batch_size == 3:
+        assert (tmp_path / "sweep.json").read_bytes() == (whole[0] / "sweep.json").read_bytes()
 
 
 def test_command_line(tiny_model, whole, questions, tmp_path, capsys):

@@ -280,8 +280,8 @@ def test_files_that_are_damaged(source: Path, tmp_path: Path) -> None:
     refused(source / "config.json", tmp_path, InputError, "is a file; give the folder")
     with pytest.raises(InputError, match=r"owner/name: no such folder, and it could not be fetched from the Hugging Face Hub"):
         convert("owner/name", tmp_path / "model")
-    with pytest.raises(ConfigError, match="dtype 'int8' is not one of bfloat16, float32"):
-        convert(source, tmp_path / "model", dtype="int8")
+    with pytest.raises(ConfigError, match="dtype 'int4' is not one of bfloat16, float32, int8"):
+        convert(source, tmp_path / "model", dtype="int4")
 
 
 def test_output_in_the_way(source: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_stopped_evaluation_goes_on(vlm, outputs, tmp_path, monkeypatch):
         if done >= 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Preempted, match=r"stopped at 9 of 20 answers of scenes\.base; run the same command to go on"):
+    with pytest.raises(Preempted, match=r"stopped at 9 of 20 answers of scenes; run the same command to go on"):
         runner.evaluate(models, settings, tmp_path, progress=stop)
     assert not (tmp_path / "result.json").exists()
     result = runner.evaluate(models, settings, tmp_path, progress=lambda done, total, what: asked.append(done))
@@ -181,13 +181,13 @@ def test_a_stopped_evaluation_goes_on(vlm, outputs, tmp_path, monkeypatch):
 def test_plan_fills_batches_and_keeps_lengths_apart():
     lengths = [80, 65, 129, 128, 192, 64, 100]
     asked = [Asked(i, Encoded(np.zeros(n, np.int32), n)) for i, n in enumerate(lengths)]
-    found = [[one.position for one in members] for members in plan(asked, 3)]
+    found = [[one.position for one in members] for members in plan(asked, lambda _: 3)]
     assert found == [[0, 1, 3], [5, 5, 5], [6, 6, 6], [2, 4, 2]]
 
 
 def test_plan_keeps_sizes_of_native_images_apart():
     asked = [Asked(i, Encoded(np.zeros(9, np.int32), 9, patches=p)) for i, p in enumerate([64, 128, 64, 128, 192])]
-    found = [[one.position for one in members] for members in plan(asked, 2)]
+    found = [[one.position for one in members] for members in plan(asked, lambda _: 2)]
     assert found == [[0, 2], [1, 3], [4, 4]]
 
 

@@ -84,9 +84,9 @@ def test_settings_by_kind_of_benchmark_are_used_and_recorded(base, scenes, tmp_p
     """VAR's rho on two benchmarks, its own value, and the answers' identity; nothing is computed."""
     asked_under = {}
 
-    def answers(model, name, test, *_):
-        asked_under[name] = model.method.settings
-        return [Answer("red")] * len(test.items)
+    def answers(models, name, test, *_):
+        asked_under.update({f"{name}.{method}": model.method.settings for method, model in models.items()})
+        return dict.fromkeys(models, [Answer("red")] * len(test.items)), {}
 
     monkeypatch.setattr("lsg_jax.eval.runner._answers", answers)
     settings = EvalConfig(benchmarks={"mine": str(scenes / "questions.jsonl")})

@@ -21,12 +21,13 @@ from lsg_jax.errors import ConfigError
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.likelihood import log_likelihoods
 from lsg_jax.eval.registry import find_benchmark
+from lsg_jax.memory import shard_bytes
 from lsg_jax.methods.damro import Damro, DamroConfig
 from lsg_jax.methods.eah import Eah, EahConfig
 from lsg_jax.methods.pai import Pai, PaiConfig
 from lsg_jax.methods.vaf import Vaf, VafConfig
 from lsg_jax.model.contrast import CUT, Contrasted, contrast
-from lsg_jax.plan.programs import eval_answers, eval_prompts, shard_bytes
+from lsg_jax.plan.programs import eval_answers, eval_prompts
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import answering_mesh
@@ -219,7 +220,7 @@ def test_where_it_looks_and_what_it_says(base, scenes):
 def test_a_plan_counts_the_second_pass(base, tiny_model):
     """Its cache, which goes from the prompts to the answers, and its work."""
     config = RunConfig(model=str(tiny_model), output="run", eval=EvalConfig(batch_size=2))
-    mesh, found = answering_mesh(None, base.config.text), {}
+    mesh, found = answering_mesh(None, base.config.text, weights=0, memory=1), {}
     for name in ("base", "damro"):
         method = dataclasses.replace(config, method=name)
         prompts = eval_prompts(method, base.config, mesh, max_new_tokens=3, dtype=np.float32)

@@ -201,3 +201,32 @@ def test_work_adds_and_scales():
     one = analyse(compiled_twice(N))
     assert (one + one * 2).flops == 3 * SQUARE and (one * 0.5).hbm_bytes == one.hbm_bytes / 2
     assert one.hbm_bytes == 2 * 4 * N * N  # the one operand and the result
+
+
+IN_PLACE = """HloModule jit_step, is_scheduled=true
+
+%copy_fusion (input: s8[32,64,128]) -> s8[32,64,128] {
+  %input = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy.1 = s8[32,64,128]{2,1,0:T(8,128)(4,1)} copy(%input)
+}
+
+%one_layer (param_0: s8[32,64,128], param_1: s32[]) -> bf16[1,64,128] {
+  %param_0 = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %fusion.1 = s8[32,64,128]{2,1,0:T(8,128)(4,1)} fusion(%param_0), output_to_operand_aliasing={{}: (0, {})}, calls=%copy_fusion
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice.1 = s8[1,64,128]{2,1,0:T(8,128)(4,1)} dynamic-slice(%fusion.1, %param_1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %convert.1 = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} convert(%slice.1)
+}
+
+ENTRY %main (weights: s8[32,64,128], index: s32[]) -> bf16[1,64,128] {
+  %weights = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %index = s32[] parameter(1)
+  ROOT %fusion.2 = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} fusion(%weights, %index), kind=kLoop, calls=%one_layer
+}
+"""
+
+
+def test_a_layer_of_a_stack_that_is_read_under_another_tiling_counts_once():
+    """As the TPU compiler writes 8-bit weights: the layer is read and its cast written, beside the index."""
+    assert analyse(IN_PLACE).hbm_bytes == pytest.approx(64 * 128 * (1 + 2), abs=8)

@@ -15,6 +15,7 @@ from lsg_jax.cli import main
 from lsg_jax.cli.plan import _model_config
 from lsg_jax.config import DataConfig, EvalConfig, GateConfig, MeshConfig, SinkConfig, TrainConfig
 from lsg_jax.errors import InputError
+from lsg_jax.memory import shard_bytes
 from lsg_jax.methods.eah import EahConfig
 from lsg_jax.methods.first_questions import routes
 from lsg_jax.methods.gift import Gift, GiftConfig
@@ -29,7 +30,6 @@ from lsg_jax.plan.programs import (
     each_config,
     eval_prompts,
     question_batch,
-    shard_bytes,
     sweep_cells,
     sweep_prompts,
     train_program,
@@ -108,7 +108,7 @@ def test_planned_questions_are_those_that_are_asked(run_config, tiny_model, name
     if first := method.first_questions("What is it?"):
         asked = dataclasses.replace(asked, route=routes(method, [(0, one) for one in first], ["simple"] * len(first), range(4)))
     assert (asked.words is not None, asked.route is not None) == (name == "gift", name == "diysink")
-    mesh = answering_mesh(None, vlm.config.text)
+    mesh = answering_mesh(None, vlm.config.text, weights=0, memory=1)
     planned = question_batch(vlm.config, mesh, 4, method=method)
     sequences = {asked.input_ids.shape, asked.source.shape}
     longer = lambda x, like: (x.shape[0], like.shape[1], *x.shape[2:]) if x.shape in sequences else x.shape
@@ -118,7 +118,7 @@ def test_planned_questions_are_those_that_are_asked(run_config, tiny_model, name
 def test_a_sweep_is_compiled_from_prompts_to_cells(run_config, tiny_model):
     model = load_backbone(tiny_model, sinks=SINKS).config
     config = dataclasses.replace(run_config, eval=EvalConfig(batch_size=4))
-    mesh = answering_mesh(None, model.text)
+    mesh = answering_mesh(None, model.text, weights=0, memory=1)
     prompts = sweep_prompts(config, model, mesh, max_new_tokens=3, cells=2, dtype=jnp.float32)
     compiled = prompts.compile()
     cells = sweep_cells(prompts, compiled, model, coefficients=((0.0, 1.0), (1.0, 0.0)))
@@ -130,7 +130,7 @@ def test_a_sweep_is_compiled_from_prompts_to_cells(run_config, tiny_model):
 
 def test_the_layer_that_eah_looks_at_counts_once(run_config, tiny_model):
     model = load_backbone(tiny_model, sinks=SINKS).config
-    mesh, text = answering_mesh(None, model.text), model.text
+    mesh, text = answering_mesh(None, model.text, weights=0, memory=1), model.text
 
     def flops(threshold):
         config = dataclasses.replace(run_config.with_settings(EahConfig(threshold=threshold)), method="eah")

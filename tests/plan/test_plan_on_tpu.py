@@ -16,6 +16,7 @@ from converters.hf_config import read_config
 from lsg_jax.cli import main
 from lsg_jax.config import MeshConfig
 from lsg_jax.errors import InputError
+from lsg_jax.memory import shard_bytes
 from lsg_jax.model.splash_attention import splash_attention
 from lsg_jax.plan.chips import open_topology
 from lsg_jax.plan.hlo import Work, analyse
@@ -23,7 +24,7 @@ from lsg_jax.plan.hlo_text import Array
 from lsg_jax.plan.kernels import Kernel, kernel_flops
 from lsg_jax.plan.measure import Measured, Seconds, measure
 from lsg_jax.plan.plan import plan
-from lsg_jax.plan.programs import Program, shard_bytes, train_program
+from lsg_jax.plan.programs import Program, train_program
 from lsg_jax.plan.record_lengths import RecordLengths
 from lsg_jax.plan.table import table
 from lsg_jax.plan.traced import traced_flops
@@ -163,6 +164,21 @@ def test_a_plan_from_the_lengths_of_records(lsg_plan, monkeypatch):
     assert result["topologies"][0]["recipe"][0]["hours"] == pytest.approx(0.75 * hours)
     assert result["assumptions"]["lengths"] == {"lengths": [64, 96], "mean": 72.0, "padding": 0.051}
     assert "Training rows are 64 or 96 tokens long, 72 on average, 5.1% of them padding" in text
+
+
+def test_auto_sizes_and_what_binds_are_said(lsg_plan):
+    result, text, _ = lsg_plan(
+        "--topology", "v5e:2x2", "--programs", "eval", "--questions", "12", "--set", "eval.batch_size=auto"
+    )
+    (found,) = result["topologies"]
+    assert found["mesh"]["answering"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert found["answering"] == {"eval": {"questions": 3, "parts": 1}}  # no more than there are
+    assert [program["rows"] for program in found["programs"]] == [12, 12]
+    for program in found["programs"]:
+        seconds = program["seconds"]
+        times = {"products": seconds["mxu"], "memory": seconds["hbm"], "transfers": seconds["ici"]}
+        assert times[seconds["binds"]] == seconds["bound"] and f"{seconds['binds']}\n" in text
+    assert "eval: 3 questions at a time on each of 4 groups of chips" in text
 
 
 def test_what_a_plan_concludes(lsg_plan, monkeypatch):

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from lsg_jax.errors import ConfigError
-from lsg_jax.train.remat import device_bytes, fastest_that_fits
+from lsg_jax.memory import device_bytes
+from lsg_jax.train.remat import fastest_that_fits
 
 SIZES = {"none": 24, "dots": 13, "mlp": 9, "full": 4, "offload": 3}
 

@@ -49,7 +49,7 @@ class LsgJax(lmms):
             known = "model, gates, batch_size, dtype, template, image_aspect, max_length"
             raise ConfigError(f"--model_args: unknown argument {unknown[0]}; known: {known}")
         self.settings = from_dict(EvalConfig, {**settings, "batch_size": int(batch_size)}, where="--model_args")
-        vlm = load_backbone(model, dtype=dtype, mesh=model_mesh(model))
+        vlm = load_backbone(model, dtype=dtype, mesh=model_mesh(model, dtype=dtype))
         self.vlm = vlm if gates is None else open_trained(vlm, gates)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
