@@ -143,12 +143,7 @@ def quickstart(
     logger.info(
         "4/8 the control: planting sinks that draw too much attention in layers %d to %d", PLANTED_LAYERS[0], PLANTED_LAYERS[-1]
     )
-    if not (control / "model").exists():
-        control.mkdir(exist_ok=True)
-        with progress_bar("plant") as progress:
-            plant(out / "model", control / "model", planting, progress=progress)
-    check_planted(control / "model", planting, vlm.digest)
-    planted = load_backbone(control / "model")
+    planted = _planted(out / "model", control / "model", plant, planting, vlm.digest, progress_bar)
     logger.info("5/8 training gates there, and asking %d test questions with and without them", TEST_QUESTIONS)
     won = _train_and_ask(out, control, planted, CONTROL_GATES.format(layers=list(PLANTED_LAYERS)), 3e-3, progress_bar)
     logger.info("6/8 looking at %d questions that the gates win back", EXAMPLES)
@@ -184,6 +179,18 @@ def check_planted(folder: Path, planting: Table, source: str) -> None:
         if has != due:
             differs = "into another model" if name == "source" else f"with {name} {has} instead of {due}"
             raise InputError(f"{folder}: its sinks were planted {differs}; remove {folder.parent} and run it again")
+
+
+def _planted(
+    model: Path, folder: Path, plant: Callable[..., object], planting: Table, digest: str, progress_bar: ProgressBar
+) -> VLM:
+    """The model with planted sinks, which is made in `folder` if it is not there."""
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with progress_bar("plant") as progress:
+            plant(model, folder, planting, progress=progress)
+    check_planted(folder, planting, digest)
+    return load_backbone(folder)
 
 
 def _train_and_ask(

@@ -232,18 +232,16 @@ def observe(
 
     seen = model(batch, sequence=sequence, observe=observe_layer, observe_attention=received_matters or rows).observed
     order = model.connect(encoded.features, encoded.v_sink, batch, model.language_model.embed(batch.input_ids)).order
-    of_layers: dict[str, jax.Array] = {}
-    if layers:
-        of_layers["hidden"] = seen["hidden"][jnp.array(layers)].astype(jnp.float32)
-        of_layers["attention"] = _whole_attention(model, batch, sequence, seen["hidden"], layers)
-    return {
-        **seen,
+    found = {
         "v_sink": visual.v_sink[0, places],
         "visual": visual.mask[0, places],
         "v_value": _v_value(model, encoded.features, batch, places, vit),
         "order": None if order is None else order[0],
-        **of_layers,
     }
+    if layers:
+        found["hidden"] = seen["hidden"][jnp.array(layers)].astype(jnp.float32)
+        found["attention"] = _whole_attention(model, batch, sequence, seen["hidden"], layers)
+    return seen | found
 
 
 def _v_value(model: Any, features: jax.Array, batch: Batch, places: jax.Array, vit: Reading) -> jax.Array:

@@ -114,8 +114,7 @@ class LanguageModel(nnx.Module):
             start, stop: the layers to run, `stop` excluded, None for all from `start` on, which `sequence.x` enters.
             differentiate: inputs or weights are trained, so the backward pass goes through every layer. Otherwise it stops at
                 the first changed layer, and only the intervention's `per_layer` gets a gradient.
-            keep_kv: return keys and values, with `room` empty positions after them.
-            kv: keys and values of layers that ran before, with that room, where those of these layers are written.
+            keep_kv: return keys and values, with `room` empty positions after them, in `kv` if layers ran before.
             remat: what the forward pass keeps of a layer for the backward pass (TrainConfig).
             observe: called with a LayerView in each layer; its results are stacked.
             observe_attention: whether it sees the attention weights of all queries; int32 [B, A] for those at these positions.
@@ -123,8 +122,7 @@ class LanguageModel(nnx.Module):
         runner, stop = self.runner(sequence, intervention), self.config.num_layers if stop is None else stop
         last_apart = rows is not None and _last_layer_apart(stop, rows.shape[1])
         scanned = stop - 1 if last_apart else stop
-        first = stop if intervention is None else max(start, min(stop, intervention.first_layer))
-        above = stop if intervention is None or intervention.last_layer is None else min(stop, intervention.last_layer + 1)
+        first, above = _changed_layers(intervention, start, stop)
 
         def body(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any], rows: jax.Array | None = None) -> tuple[Any, Any]:
             (x, kv), (index, inputs) = carry, xs
@@ -136,17 +134,15 @@ class LanguageModel(nnx.Module):
         # prevent_cse is not needed: a scan already keeps the recomputation apart from the forward pass
         step = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
         inputs = lambda begin, end: intervention.per_layer(begin, end) if intervention and first <= begin < above else None
-        empty = self.empty_kv(sequence.x, room) if keep_kv and kv is None else kv
-        carry, parts = (sequence.x, empty), []
-        for begin, end in ((start, min(first, scanned)), (first, min(above, scanned)), (max(first, above), scanned)):
+        carry, parts = (sequence.x, self.empty_kv(sequence.x, room) if keep_kv and kv is None else kv), []
+        for begin, end in ((start, min(first, scanned)), (first, min(above, scanned)), (above, scanned)):
             if begin < end:
                 carry, part = jax.lax.scan(step, carry, (jnp.arange(begin, end), inputs(begin, end)))
                 parts.append(part)
             if end == first and not differentiate:
                 carry = jax.lax.stop_gradient(carry)
         if last_apart:
-            of_last = jax.tree.map(lambda leaf: leaf[0], inputs(scanned, stop))
-            carry, part = body(carry, (jnp.int32(scanned), of_last), rows)
+            carry, part = body(carry, (jnp.int32(scanned), jax.tree.map(lambda leaf: leaf[0], inputs(scanned, stop))), rows)
             parts.append(jax.tree.map(lambda leaf: leaf[None], part))
         (x, kv), (ratios, kept, observed) = carry, map(_concatenate, zip(*parts, strict=True))
         kept = None if kept is None else jnp.pad(kept, ((first, stop - first - len(kept)), (0, 0), (0, 0)))
@@ -219,6 +215,14 @@ class LanguageModel(nnx.Module):
         if kept is not None:
             kept = jax.lax.dynamic_update_slice_in_dim(cache.kept, kept, slot, axis=2)
         return x[:, 0], cache.replace(key=key, value=value, valid=valid, kept=kept)  # type: ignore[attr-defined]
+
+
+def _changed_layers(intervention: Intervention | None, start: int, stop: int) -> tuple[int, int]:
+    """Of the layers from `start` up to before `stop` the first that is changed, and the first above all that are."""
+    if intervention is None:
+        return stop, stop
+    first, last = max(start, min(stop, intervention.first_layer)), intervention.last_layer
+    return first, stop if last is None else max(first, min(stop, last + 1))
 
 
 def _last_layer_apart(num_layers: int, rows: int) -> bool:

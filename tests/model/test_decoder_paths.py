@@ -177,20 +177,7 @@ def test_layers_choose_their_kernel(monkeypatch):
     config = dataclasses.replace(
         CONFIG, head_dim=128, num_layers=3, sliding_layers=(0, 2), rope=RopeConfig(theta=300.0), sliding_rope=None
     )
-    params, coefficients = random_parameters(config), COEFFICIENTS[:3]
-    ids, mask = rows("left", vocabulary=config.vocab_size)
-    block, _ = image_places(mask)
-
-    def run(remat):
-        def loss(coefficients):
-            model = assemble(config, params)
-            change = scaling(coefficients, ids, mask, block, (0,))
-            states = model(sequence_of(model, ids, mask), change, remat=remat).hidden
-            return jnp.where(mask[..., None], jnp.sin(states), 0).sum() / 40, states
-
-        (_, states), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(coefficients)
-        return np.asarray(states)[mask], gradients
-
+    run = scaled_pass(config, "left")
     plain, taken = run("full"), []
 
     def kernel(*arguments, window, **settings):
@@ -205,11 +192,8 @@ def test_layers_choose_their_kernel(monkeypatch):
     assert set(taken) == {None, WINDOW}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_layers_take_the_kernel_of_cudnn(monkeypatch, side):
-    """As on an NVIDIA GPU, with XLA in the place of cuDNN: states, and gradients by the key scales."""
-    no_windows = {"sliding_window": None, "sliding_layers": None, "sliding_rope": None}
-    config = dataclasses.replace(CONFIG, num_layers=3, rope=RopeConfig(theta=300.0), **no_windows)
+def scaled_pass(config, side):
+    """remat -> states of all valid tokens under key scales, and gradients by the scales."""
     params, coefficients = random_parameters(config), COEFFICIENTS[:3]
     ids, mask = rows(side, vocabulary=config.vocab_size)
     block, _ = image_places(mask)
@@ -224,6 +208,15 @@ def test_layers_take_the_kernel_of_cudnn(monkeypatch, side):
         (_, states), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(coefficients)
         return np.asarray(states)[mask], gradients
 
+    return run
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_layers_take_the_kernel_of_cudnn(monkeypatch, side):
+    """As on an NVIDIA GPU, with XLA in the place of cuDNN: states, and gradients by the key scales."""
+    no_windows = {"sliding_window": None, "sliding_layers": None, "sliding_rope": None}
+    config = dataclasses.replace(CONFIG, num_layers=3, rope=RopeConfig(theta=300.0), **no_windows)
+    run = scaled_pass(config, side)
     plain, taken = run("full"), []
 
     def through_xla(*arguments, **settings):
