@@ -1,20 +1,26 @@
-"""A small LLaVA on the CPU: Hugging Face PyTorch with the gate as hooks against lsg_jax, training step and generation.
+"""Hugging Face PyTorch against lsg_jax on the CPU: training step, prefill, generation, and a whole evaluation.
 
     JAX_PLATFORMS=cpu python benchmarks/side_by_side.py --out side_by_side.json
 
 Needs the extra [torch]. Both sides hold the same weights, gates and inputs, compute in float32 on the same number of threads,
 and take turns (A B A B), so that whatever else the machine does falls on both. Reported are medians, and ratios of medians.
-The first call, which compiles, is reported apart.
+The first call, which compiles, is reported apart. PyTorch has the gate as hooks.
+
+`evaluate` is a process from its start to its end: the embedded model answers questions on files of images, by `lsg eval` and by
+Hugging Face's processor and `generate` on batches of the same size. Its first call has an empty cache of compiled programs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -27,6 +33,8 @@ IMAGE_TOKEN, VOCABULARY = 31_999, 32_000
 PATCHES, TEXT, ANSWER, BATCH = 196, 128, 32, 8
 PATCH_SIZE = 16
 LAYER, NEW_TOKENS = 4, 64
+QUESTIONS, QUESTIONS_AT_ONCE, ANSWER_TOKENS = 2000, 50, 6  # of `evaluate`
+NO_TOKEN = 10**8  # an end of text that no model writes: every row runs to the end
 
 
 def main() -> None:
@@ -34,13 +42,16 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, help="JSON file for the results")
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--only", choices=["train", "generate"])
+    arguments.add_argument("--only", choices=TASKS)
+    arguments.add_argument("--hf-answers", nargs=2, type=Path, metavar=("MODEL", "QUESTIONS"), help=argparse.SUPPRESS)
     args = arguments.parse_args()
     limit_threads(args.threads)
+    if args.hf_answers:
+        print(json.dumps(hf_answers(*args.hf_answers)))
+        return
     model, gates, inputs = hugging_face_model(), make_gates(), make_inputs()
     results: dict[str, Any] = {"settings": settings(args), "versions": versions()}
-    tasks = {"train": train_tasks, "generate": generate_tasks}
-    for name, make in tasks.items():
+    for name, make in TASKS.items():
         if args.only in (None, name):
             results[name] = interleave(make(model, gates, inputs), args.repeats)
     print(table(results))
@@ -201,8 +212,6 @@ def our_batch(inputs: dict[str, np.ndarray], *, answers: bool) -> Any:
 
 
 def jax_step(model: Any, gates: Any, inputs: dict[str, np.ndarray], *, remat: Any) -> Callable[[], Any]:
-    import functools
-
     import jax
 
     from lsg_jax.config import TrainConfig
@@ -222,8 +231,10 @@ def jax_step(model: Any, gates: Any, inputs: dict[str, np.ndarray], *, remat: An
     return step
 
 
-def generate_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
-    """Prefill and 64 tokens, greedy, gated; no token ends a row early."""
+def generate_tasks(
+    model: Any, gates: Any, inputs: dict[str, np.ndarray], *, new_tokens: int = NEW_TOKENS
+) -> dict[str, Callable[[], Any]]:
+    """Prefill and greedy tokens, gated; no token ends a row early."""
     import dataclasses
 
     import jax
@@ -238,7 +249,7 @@ def generate_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dic
 
     def torch_tokens() -> np.ndarray:
         with attach(model, gates), torch.no_grad():
-            out = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)
+            out = model.generate(**asked, max_new_tokens=new_tokens, do_sample=False)
         return out[:, ids.shape[1] :].numpy()
 
     graphdef, frozen, parameters = our_model(model, gates)
@@ -247,10 +258,75 @@ def generate_tasks(model: Any, gates: Any, inputs: dict[str, np.ndarray]) -> dic
     @jax.jit
     def run(frozen: Any, parameters: Any, batch: Any) -> Any:
         vlm = assemble(graphdef, frozen, parameters)
-        vlm.config = dataclasses.replace(vlm.config, eos_token_ids=(-1,))
-        return generate(vlm, batch, max_new_tokens=NEW_TOKENS)[0]
+        vlm.config = dataclasses.replace(vlm.config, eos_token_ids=(NO_TOKEN,))
+        return generate(vlm, batch, max_new_tokens=new_tokens)[0]
 
     return {"pytorch": torch_tokens, "lsg_jax": lambda: np.asarray(run(frozen, parameters, batch))}
+
+
+def evaluate_tasks(*_: Any) -> dict[str, Callable[[], Any]]:
+    """Answers of the embedded model to QUESTIONS questions, each call a process of its own."""
+    from converters.convert import convert
+    from lsg_jax.data.scene_questions import write_questions
+    from lsg_jax.quickstart import CHECKPOINT
+
+    folder = Path(tempfile.mkdtemp(prefix="side-by-side-"))
+    convert(CHECKPOINT, folder / "model", dtype="float32")
+    questions = write_questions(folder / "questions", "validation", QUESTIONS, side=112)
+    config = folder / "config.toml"
+    config.write_text(
+        f'model = "{folder}/model"\noutput = "{folder}/run"\n'
+        f"[eval]\nbatch_size = {QUESTIONS_AT_ONCE}\nmax_new_tokens = {ANSWER_TOKENS}\n"
+    )
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+
+    def ran(*command: object) -> str:
+        done = subprocess.run([sys.executable, *map(str, command)], env=environment, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    def hugging_face() -> np.ndarray:
+        return np.array(json.loads(ran(__file__, "--hf-answers", CHECKPOINT, questions)))
+
+    def ours() -> np.ndarray:
+        out = Path(tempfile.mkdtemp(dir=folder))
+        ran("-m", "lsg_jax", "eval", config, "--method", "base", "--benchmark", f"own={questions}", "--out", out)
+        return np.array([json.loads(line)["output"] for line in (out / "own.base.jsonl").read_text().splitlines()])
+
+    return {"pytorch": hugging_face, "lsg_jax": ours}
+
+
+def hf_answers(model: Path, questions: Path) -> list[str]:
+    """Greedy answers in batches, the prompts padded on the left."""
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from lsg_jax.data.scene_questions import scene_questions
+
+    processor = AutoProcessor.from_pretrained(model, padding_side="left")
+    answering = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    prompts = []
+    for asked in scene_questions("validation", QUESTIONS):
+        content = [{"type": "image"}, {"type": "text", "text": asked.prompt}]
+        prompts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    files = [questions.parent / json.loads(line)["image"] for line in questions.read_text().splitlines()]
+    answers: list[str] = []
+    for start in range(0, len(files), QUESTIONS_AT_ONCE):
+        part = slice(start, start + QUESTIONS_AT_ONCE)
+        images = [Image.open(file).convert("RGB") for file in files[part]]
+        inputs = processor(images=images, text=prompts[part], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            out = answering.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+TASKS: dict[str, Callable[..., dict[str, Callable[[], Any]]]] = {
+    "train": train_tasks,
+    "prefill": functools.partial(generate_tasks, new_tokens=1),
+    "generate": generate_tasks,
+    "evaluate": evaluate_tasks,
+}
 
 
 def interleave(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
@@ -262,7 +338,8 @@ def interleave(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, A
         first[name] = time.perf_counter() - start
         print(f"{name}: first call {first[name]:.2f} s", file=sys.stderr, flush=True)
     reference, *others = results.values()
-    agreement = min(float(np.mean(np.isclose(other, reference, rtol=1e-4))) for other in others)
+    same = lambda a, b: np.mean(a == b if np.asarray(a).dtype.kind == "U" else np.isclose(a, b, rtol=1e-4))
+    agreement = min(float(same(other, reference)) for other in others)
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
         for name, task in tasks.items():
@@ -277,15 +354,18 @@ def interleave(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, A
 def table(results: dict[str, Any]) -> str:
     """Markdown: one row per variant, with its speed relative to each PyTorch variant."""
     lines = ["| task | variant | median s | first call s | PyTorch / this |", "|---|---|---|---|---|"]
-    for task in ("train", "generate"):
+    for task in TASKS:
         if task not in results:
             continue
         median, first = results[task]["median_s"], results[task]["first_call_s"]
         for name, seconds in median.items():
             ratios = [f"{median[other] / seconds:.2f}" for other in median if other.startswith("pytorch")]
             lines.append(f"| {task} | {name} | {seconds:.3f} | {first[name]:.2f} | {' / '.join(ratios)} |")
-    agreement = {task: results[task]["agreement"] for task in ("train", "generate") if task in results}
-    return "\n".join([*lines, "", f"Share of equal results (first loss, tokens): {agreement}"])
+    agreement = {task: results[task]["agreement"] for task in TASKS if task in results}
+    if "evaluate" in results:
+        rates = {name: round(60 * QUESTIONS / seconds) for name, seconds in results["evaluate"]["median_s"].items()}
+        lines += ["", f"Questions a minute, with start and end: {rates}"]
+    return "\n".join([*lines, "", f"Share of equal results (first loss, tokens, answers): {agreement}"])
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -295,6 +375,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "text_tokens": TEXT,
         "answer_tokens": ANSWER,
         "new_tokens": NEW_TOKENS,
+        "questions": QUESTIONS,
+        "questions_at_once": QUESTIONS_AT_ONCE,
         "gated_layer": LAYER,
         "threads": args.threads,
         "repeats": args.repeats,

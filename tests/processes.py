@@ -19,6 +19,11 @@ class ProcessError(AssertionError):
     """A process failed or timed out. The message ends with its stderr."""
 
 
+def with_torch() -> str:
+    """PYTHONPATH of a process that needs PyTorch, which those that tests start do not see (conftest)."""
+    return os.pathsep.join(path for path in sys.path if path and not path.endswith("without_torch"))
+
+
 def run_processes(
     script: str, count: int, *, devices_each: int = 1, args: Sequence[object] = (), timeout: float = 60.0
 ) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import with_torch
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
@@ -34,6 +35,7 @@ def test_tasks_run_in_processes_and_say_why_they_have_no_result(gpu, monkeypatch
     monkeypatch.setattr(gpu, "TASKS", {"pytorch": {"train": gpu.torch_step}})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--repeats", "1", "--out", str(tmp_path / "gpu.json")])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", with_torch())
     gpu.main()
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results == {"train": {"pytorch": {"none": "PyTorch finds no GPU"}}}

@@ -87,7 +87,7 @@ def chunked_cross_entropy(
         best = jnp.where(top > largest, start + new.argmax(-1).astype(jnp.int32), best)
         above = jnp.maximum(largest, top)
         total = total * jnp.exp(largest - above) + jnp.exp(new - above[..., None]).sum(-1)
-        hit = hit + jnp.where(word == target[..., None], new, 0.0).sum(-1)
+        hit = hit + jnp.where((word == target[..., None]) & (word >= first), logits, 0.0).sum(-1)
         return (above, total, hit, best), None
 
     nothing = jnp.zeros(target.shape, jnp.float32)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from family_models import family_inputs, preprocessor, save_family, tiny_family
 from hf_models import state_arrays
 from PIL import Image
+from processes import with_torch
 
 from converters.convert import convert, tree_from_tensors
 from converters.hf_config import model_config
@@ -152,8 +153,7 @@ def test_a_step_on_a_mesh_equals_that_of_one_device():
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-c", "import test_family_steps as here; here.compare()"]
     here = Path(__file__).parent
-    paths = os.pathsep.join(path for path in sys.path if path and not path.endswith("without_torch"))
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths}
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": with_torch()}
     done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
