@@ -159,10 +159,13 @@ def copied_layers(hlo: str, weights: Any) -> float:
     return float(most)
 
 
-def answering(topology: str, programs: tuple[str, ...], *, weights: Weights = "float", hours: float | None = None) -> Found:
+def answering(
+    topology: str, programs: tuple[str, ...], *, weights: Weights = "float", hours: float | None = None, least: int = 1
+) -> Found:
     """What `lsg plan` says of a sweep or an evaluation whose sizes are "auto"; `hours` bounds the sweep's.
 
-    Seconds are those at peak rates. All programs must fit, and transfers take no longer than products while prompts are read.
+    Seconds are those at peak rates. All programs must fit, an evaluation takes at least `least` questions at a time, and
+    transfers take no longer than products while prompts are read.
     """
     config = load_run_config(CONFIG, ['eval.batch_size="auto"'])
     assumed = assume(config, utilisation=0.5, records=None, questions=None)
@@ -170,6 +173,8 @@ def answering(topology: str, programs: tuple[str, ...], *, weights: Weights = "f
     result: Found = {f"answering mesh, {axis}": (size, None) for axis, size in found.answering_mesh.items() if size > 1}
     for name, size in found.sizes.items():
         result |= {f"{name}: questions a group": (size.questions, None), f"{name}: parts": (size.parts, None)}
+        if name == "eval":
+            result[f"eval: questions short of {least}"] = (max(0, least - size.questions), 0)
     for one in found.programs:
         assert one.seconds is not None and one.work is not None, f"{one.program} does not fit"
         at_peak = {"products": one.seconds.mxu, "memory": one.seconds.hbm, "transfers": one.seconds.ici}
@@ -355,7 +360,7 @@ CASES: dict[str, Callable[[], Found]] = {
     "sweep": lambda: answering("v5e:4x4", ("sweep",), hours=2.0),
     "evaluation": lambda: answering("v5e:4x4", ("eval",)),
     "one chip": one_chip,
-    "one chip answers": lambda: answering("v5e:1x1", ("sweep", "eval"), weights="int8"),
+    "one chip answers": lambda: answering("v5e:1x1", ("sweep", "eval"), weights="int8", least=8),
     "int8 7b on 4": lambda: four_chips("llava15_7b", MeshConfig(data=4, fsdp=1), 1.0),
     "int8 13b on 4": lambda: four_chips("llava15_13b", TRAINING, None),
 }

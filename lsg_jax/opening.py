@@ -20,7 +20,7 @@ from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_di
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import InputError, NonFiniteError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
-from lsg_jax.memory import agreed_memory, check_fits, tree_bytes
+from lsg_jax.memory import GIB, agreed_memory, check_fits, tree_bytes
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method_model import abstract_model, join_trained
 from lsg_jax.methods.registry import METHODS
@@ -58,6 +58,8 @@ def load_backbone(
     stored = _as_stored(abstract_model(config)[1], manifest.leaves)
     weights = stored if dtype is None else jax.tree.map_with_path(functools.partial(_cast, dtype), stored)
     check_fits(tree_bytes(weights), f"{folder}: the model", "take more or larger devices, or bfloat16 weights", mesh=mesh)
+    if (size := tree_bytes(weights)) > GIB:
+        logger.info("reading %.1f GiB of weights from %s", size / GIB, folder)
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
     return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh, template=template)
 

@@ -26,6 +26,7 @@ from typing import Any
 from lsg_jax.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FINISHING = "stopping once the step that runs is done and saved"
 AGAIN = "stopped before it was done; run the same command again"
 PATIENCE = 3  # Ctrl-C this often ends the process at once
 GRACE = 10.0  # seconds for a command with nothing to save to end by itself
@@ -84,12 +85,18 @@ def watch() -> None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def hear() -> None:
-        interrupts, ending = 0, False
+        interrupts, ending, told = 0, False, False
         while number := os.read(read, 1):
             interrupts += number[0] == signal.SIGINT
             if interrupts >= PATIENCE:
                 end_now()
-            if number[0] in SIGNALS and not ending and not _signals.saving:
+            if number[0] not in SIGNALS or ending:
+                continue
+            if _signals.saving:
+                if not told:
+                    told = True
+                    _say(FINISHING)
+            else:
                 ending = True
                 late = threading.Timer(GRACE, end_now)
                 late.daemon = True
@@ -122,9 +129,13 @@ def handled() -> Iterator[None]:
 
 def end_now() -> None:
     """Ends the process without waiting for anything, with one line."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"lsg: {AGAIN}\n".encode())
+    _say(AGAIN)
     os._exit(Preempted.exit_code)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"lsg: {text}\n".encode())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,8 +254,7 @@ class VLM:
             InputError: an image cannot be read, there is not an entry of `images` for each prompt, or a prompt is no text, is
                 too long or has some tags, but not one for each of its images.
         """
-        if len(images) != len(prompts):
-            raise InputError(f"{len(images)} images for {len(prompts)} prompts")
+        check_questions(images, prompts)
         if not prompts:
             return []
         batch = self.questions([opened_images(entry) for entry in images], prompts)
@@ -356,6 +356,18 @@ class VLM:
     ) -> Batch:
         """`model_inputs.make_batch`."""
         return make_batch(self.config, input_ids, pixel_values, attention_mask, gate_position, **more)[0]
+
+
+def check_questions(images: Any, prompts: Any) -> None:
+    """Raises InputError unless both are sequences with an entry for each question."""
+    for name, value in (("images", images), ("prompts", prompts)):
+        if isinstance(value, str | bytes | os.PathLike) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+            raise InputError(
+                f'{name} must be a list with one entry for each question, as in generate(["photo.jpg"], ["What is it?"])'
+            )
+    if len(images) != len(prompts):
+        several = "; several images of one question are a list within the list"
+        raise InputError(f"{len(images)} entries of images for {len(prompts)} prompts: give one for each{several}")
 
 
 def check_sinks(config: ModelConfig) -> None:

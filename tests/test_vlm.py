@@ -131,8 +131,20 @@ def test_generate_text(gated, tmp_path):
     assert texts[0] == texts[1] and all(isinstance(text, str) for text in texts)
     assert gated.generate([[picture], (tmp_path / "a.png",), []], ["What?"] * 3, max_new_tokens=4) == texts
     assert gated.generate([], []) == []
-    with pytest.raises(InputError, match="1 images for 2 prompts"):
+    with pytest.raises(InputError, match="1 entries of images for 2 prompts: give one for each"):
         gated.generate([None], ["a", "b"])
+
+
+@pytest.mark.parametrize(("images", "prompts"), [("photo.jpg", "hi"), (Image.new("RGB", (8, 8)), ["hi"]), (["a.png"], "hi")])
+def test_lists_that_are_none_are_told(gated, images, prompts):
+    with pytest.raises(InputError, match=r'must be a list .* generate\(\["photo.jpg"\], \["What is it\?"\]\)'):
+        gated.generate(images, prompts)
+
+
+@pytest.mark.parametrize("ids", ["photo.jpg", [1, 2, 3], [[1, 2], [3]], [Image.new("RGB", (8, 8))], None, [["a", "b"]]])
+def test_what_is_no_token_ids_is_told_where_they_come_from(gated, ids):
+    with pytest.raises(InputError, match=r"input_ids must be token ids \[B, T\], not .*processor.*vlm.generate takes"):
+        gated.logits(ids)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lsg_jax.config import SinkConfig
     from lsg_jax.vlm import VLM
 
-SECONDS_BETWEEN_LINES = 30.0
+SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 2.0, 30.0
 
 Command = Callable[[str, Callable[[argparse.Namespace], None], str, tuple[str, str]], argparse.ArgumentParser]
 """Adds a command: (name, the function that runs it, its help, two examples) -> its parser."""
@@ -176,28 +176,38 @@ def _run_joined(run: Callable[[argparse.Namespace], None], options: argparse.Nam
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Shows progress as a bar on stderr, or as a line every 30 seconds where stderr is no terminal. Process 0 only."""
+    """Shows progress as a bar on stderr. Process 0 only.
+
+    Where stderr is no terminal, a line says how far it is with the first report after 2 seconds, then every 30.
+    """
     if not distributed.is_first():
         yield silent
         return
     if not sys.stderr.isatty():
-        last = time.monotonic()
+        due = time.monotonic() + SECONDS_TO_FIRST_LINE
 
         def print_line(done: int, total: int | None, what: str) -> None:
-            nonlocal last
-            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
+            nonlocal due
+            if time.monotonic() >= due:
+                due = time.monotonic() + SECONDS_BETWEEN_LINES
                 print(f"{title} {done}{f'/{total}' if total else ''} {what}", file=sys.stderr, flush=True)
 
         yield print_line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class Count(MofNCompleteColumn):
+        """Nothing until something is done: before, the command loads and compiles."""
+
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.completed else Text()
+
+    columns = (TextColumn("{task.description}"), BarColumn(), Count(), TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(f"{title}: getting ready", total=None)
 
         def show(done: int, total: int | None, what: str) -> None:
             bar.update(task, completed=done, total=total, description=f"{title} {what}")

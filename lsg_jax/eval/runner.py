@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,8 @@ from lsg_jax.gating.keys import GROUPS
 from lsg_jax.progress import Progress, silent
 from lsg_jax.stopping import stop_signals
 from lsg_jax.vlm import VLM
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 32  # where neither the run nor the protocol sets a limit
 NO_SEEDS: Mapping[str, Sequence[str]] = {}
@@ -202,6 +205,8 @@ def _answers(
     logs = {m: AnswerLog(out / "answers", f"{name}.{m}", meaning, test.items, test.prompts) for m, meaning in meanings.items()}
     known = {method: log.known() for method, log in logs.items()}
     done = sum(map(len, known.values()))
+    kept = f", {done} of {total} answers are there" if done else ""
+    logger.info("%s: %d questions under %s%s", name, len(test.items), ", ".join(models), kept)
     with stop_signals() as stopped:
 
         def save(method: str, new: dict[int, Answer]) -> None:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 USED = 0.95  # of a device's memory; the rest is left to what is not counted
 COPIED, TILE = 0.7, 8  # of the cache: what decoding copies to another layout at first, whose rows come in tiles of eight
+DECODED = 2.4  # times the cache: what decoding holds of it and of the cache that it was given, measured for 8 questions
 MOST, MOST_ON_CPU = 256, 16  # questions: larger batches gain nothing, and their images fill the host
 
 
@@ -93,7 +94,7 @@ class Room:
         """Bytes of one question of an evaluation: the larger of its two programs."""
         kept = self.passes * self._cache(bucket.length + new_tokens)
         beside = kept + 5 * self._stream(bucket.length) if self.shared else 0.0
-        return beside + max(kept + self._running(bucket), 3 * kept + self._layer(bucket.length))
+        return beside + max(kept + self._running(bucket), DECODED * kept + self._layer(bucket.length))
 
     def alone(self) -> Room:
         """The room of one of several methods."""

@@ -27,7 +27,7 @@ from lsg_jax.run_config import RunConfig
 from lsg_jax.stopping import stop_signals
 from lsg_jax.train.goodput import Goodput
 from lsg_jax.train.independent import independent_gates
-from lsg_jax.train.metrics import METRICS, MetricsLog
+from lsg_jax.train.metrics import METRICS, MetricsLog, check_installed_sinks
 from lsg_jax.train.profiler import StepProfiler
 from lsg_jax.train.remat import fastest_that_fits
 from lsg_jax.train.run_record import check_same, record_start
@@ -58,6 +58,7 @@ def train(config: RunConfig, *, on_step: OnStep | None = None, began: float | No
         BusyError: the folder is in use. NonFiniteError: too many steps in a row were not finite.
         Preempted: SIGTERM or SIGINT was received; the state is saved.
     """
+    check_installed_sinks(config.train)
     if config.train.seeds == 1:
         _train(config, RunFolder(config.output, keep=config.train.keep), on_step, began)
         return Path(config.output)

@@ -36,13 +36,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from lsg_jax.checkpoint import METRICS, read_run
 from lsg_jax.checkpoint.step_log import read_steps, step_line
-from lsg_jax.config import to_dict
+from lsg_jax.config import TrainConfig, to_dict
 from lsg_jax.digest import text_sha256
+from lsg_jax.errors import ConfigError
 from lsg_jax.files import naming, write_atomic
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.run_config import RunConfig
@@ -56,6 +58,15 @@ class Sink(Protocol):
     def write(self, record: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def check_installed_sinks(train: TrainConfig) -> None:
+    """Raises ConfigError for a sink that is asked for, and whose package is not installed."""
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(train, name) and find_spec(package) is None:
+            raise ConfigError(
+                f'train.{name}: {package} is not installed; pip install "lsg_jax[metrics]", or leave train.{name} out'
+            )
 
 
 class MetricsLog:

@@ -30,6 +30,9 @@ MAY_CHANGE = frozenset(
 )
 """Settings that may change when a run continues: they do not affect the numbers. Model and data are compared by digest."""
 
+LENGTHS = frozenset({"train.epochs", "train.max_steps"})
+FIXED_LENGTH = " (a run cannot be made longer: its learning rate falls over the steps that it was started with)"
+
 BESIDE_A_RUN = frozenset(
     {"checkpoints", "lock", "metrics.jsonl", "eval", "sweep", "stack", "each", "ablate", "baselines"}
     | {"tensorboard", "profile"}
@@ -67,6 +70,7 @@ def check_same(run: RunFolder, computation: Computation) -> None:
         if changed := [name for name in differ if name not in MAY_CHANGE and name.split(".")[0] not in unused]:
             raise ConfigError(
                 f"{run.path}: holds a run with another {', '.join(changed)}; choose another output, or undo the change"
+                f"{FIXED_LENGTH if LENGTHS & set(changed) else ''}"
             )
 
     on_primary(compare)

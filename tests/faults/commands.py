@@ -65,6 +65,7 @@ class Command:
 
 COMMANDS = [
     Command("convert", "convert {inputs}/hf out", then_refused=True, few=True),
+    Command("convert-int8", "convert {inputs}/hf out --dtype int8", then_refused=True),
     Command("convert-adapter", "convert {inputs}/adapter out --base {inputs}/hf", then_refused=True),
     Command("export", "export {inputs}/model out", then_refused=True),
     Command("prepare", "prepare {inputs}/scenes/llava.jsonl out", then_refused=True, few=True),

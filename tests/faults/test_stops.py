@@ -29,6 +29,24 @@ def final(found):
     return {name: value for name, value in found.items() if name not in steps or name in last.values()}
 
 
+SAVING = """
+import os, signal, time
+from lsg_jax.stopping import handle_signals, stop_signals, watch
+handle_signals(); watch()
+with stop_signals() as stopped:
+    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)
+    while not stopped():
+        pass
+    time.sleep(0.2)
+"""
+
+
+def test_a_loop_that_saves_says_at_once_that_it_will_stop():
+    done = subprocess.run([sys.executable, "-c", SAVING], capture_output=True, text=True)
+    assert done.stderr.startswith("lsg: stopping once the step that runs is done and saved\nTraceback")
+    assert "Preempted" in done.stderr and done.stderr.count("stopping once") == 1
+
+
 def check_stops(command, count, server, inputs, tmp_path, seed=0):
     """Sends one to three signals at random moments; returns how each command ended."""
     argv, rng, ends = command.argv(inputs), random.Random(f"{command.name} {seed}"), []

@@ -26,6 +26,7 @@ from lsg_jax.errors import ConfigError
 from lsg_jax.run_config import RunConfig
 from lsg_jax.sharding import make_mesh
 from lsg_jax.train.goodput import PARTS, Goodput, start_of_process
+from lsg_jax.train.loop import train
 from lsg_jax.train.metrics import METRICS, JsonLines, MetricsLog
 from lsg_jax.train.profiler import StepProfiler
 from lsg_jax.train.run_record import check_same, git_revision, record_start
@@ -144,6 +145,15 @@ def test_a_sink_that_fails_is_told_once_and_the_others_go_on(folder, monkeypatch
     assert len(caplog.messages) == 1 and "\n" not in caplog.text.strip()
     assert caplog.messages[0].startswith("Weights & Biases: metrics are not written (")
     assert re.search(told, caplog.text)
+
+
+@pytest.mark.parametrize(("sink", "package"), [({"wandb": "sinks"}, "wandb"), ({"tensorboard": True}, "tensorboardX")])
+def test_a_sink_that_is_not_installed_is_told_before_anything_is_read(tmp_path, monkeypatch, sink, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    config = replace(CONFIG, model=str(tmp_path / "none"), output=str(tmp_path / "run"), train=TrainConfig(**sink))
+    with pytest.raises(ConfigError, match=rf'{package} is not installed; pip install "lsg_jax\[metrics\]"'):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_that_is_missing_or_fails_midway(folder, monkeypatch, caplog):
@@ -266,6 +276,9 @@ def test_run_json_lists_every_start_and_refuses_another_computation(tmp_path):
     other = replace(CONFIG.with_settings(replace(CONFIG.gate, width=8)), seed=1)
     with pytest.raises(ConfigError, match=r"holds a run with another gate\.width, seed, backbone; choose another output"):
         check_same(run, replace(COMPUTATION, config=other.as_dict(), backbone="c"))
+    longer = replace(CONFIG, train=replace(CONFIG.train, epochs=CONFIG.train.epochs + 1))
+    with pytest.raises(ConfigError, match=r"another train\.epochs, .*cannot be made longer: its learning rate falls"):
+        check_same(run, replace(COMPUTATION, config=longer.as_dict(), total_steps=COMPUTATION.total_steps + 1))
 
 
 CACHE = """
