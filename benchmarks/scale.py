@@ -173,7 +173,7 @@ def answering(
     result: Found = {f"answering mesh, {axis}": (size, None) for axis, size in found.answering_mesh.items() if size > 1}
     for name, size in found.sizes.items():
         result |= {f"{name}: questions a group": (size.questions, None), f"{name}: parts": (size.parts, None)}
-        if name == "eval":
+        if name == "eval" and least > 1:
             result[f"eval: questions short of {least}"] = (max(0, least - size.questions), 0)
     for one in found.programs:
         assert one.seconds is not None and one.work is not None, f"{one.program} does not fit"
