@@ -282,7 +282,7 @@ def _write_base(job: _Conversion, folder: Path) -> tuple[dict[str, LeafEntry], d
             writer.put(part.leaf, part.layer, block[None])
         done += block.nbytes
         logger.debug("%s: %d of %d MiB", part.source, done >> 20, total >> 20)
-        job.progress(done, total, "bytes")
+        job.progress(done >> 20, total >> 20, "MiB")
     return writer.finish()
 
 

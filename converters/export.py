@@ -121,7 +121,7 @@ class _Export:
                     block = dequantize(block, self.scales[scale_of(leaf), offset])
                 block = block.astype(self.dtype, copy=False)
                 done += self._put(writers, leaf, offset, block)
-                progress(done, total, "bytes")
+                progress(done >> 20, total >> 20, "MiB")
             if self.carried:
                 for name in self.carried_source.tensors:
                     for row, values in pieces(self.carried_source, name):
