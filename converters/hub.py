@@ -8,9 +8,9 @@ from pathlib import Path
 
 from converters.reader import BIN, BIN_INDEX, INDEX, SAFETENSORS
 from lsg_jax.checkpoint.manifest import MANIFEST
-from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.checkpoint.run_record import RUN
 from lsg_jax.errors import InputError
+from lsg_jax.hub import REPOSITORY, failure
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -77,7 +77,7 @@ def find_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         return _in_cache(folder, revision) or _local(folder, revision)
     if folder.exists():
         raise InputError(f"{source}: is a file; give the folder of the checkpoint, or a Hub id such as owner/name")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
+    if not re.fullmatch(REPOSITORY, str(source)):
         raise InputError(f"{source}: no such folder, and not a Hub id such as owner/name")
     found = _download(str(source), revision, (*SMALL_FILES, *_SAFETENSORS))
     if not any((found / name).exists() for name in (SAFETENSORS, INDEX, *ADAPTERS)):
@@ -127,35 +127,9 @@ def _repository(cache_name: str) -> str:
 
 def _download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.py"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:  # also LocalEntryNotFoundError and HFValidationError
-        raise InputError(_failure(repository, revision, error)) from None
-
-
-def _failure(repository: str, revision: str | None, error: Exception) -> str:
-    """What went wrong on the Hub and what to do, in one line."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
-
-    http = next((e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), None)
-    status = getattr(getattr(http, "response", None), "status_code", None)
-    where = f"{repository}: the Hugging Face Hub answered {status}"
-    if isinstance(http, GatedRepoError):
-        return (
-            f"{where}: the repository is gated; accept its terms at https://huggingface.co/{repository} and run `hf auth login`"
-        )
-    if isinstance(http, RevisionNotFoundError):
-        return f"{where}: the repository has no revision {revision}; look it up at https://huggingface.co/{repository}/commits"
-    if status == 401:
-        return f"{where}: no such repository, or a private one; check its name, and for a private one run `hf auth login`"
-    if status == 403:
-        return f"{where}: your token may not read this repository; run `hf auth login` with one that may"
-    if status == 404:
-        return f"{where}: no such repository; check its name"
-    if status == 429:
-        after = http.response.headers.get("Retry-After") if http is not None else None
-        wait = f"{after} seconds" if after else "a few minutes"
-        return f"{where}: too many requests; wait {wait} and run it again (`hf auth login` raises the limit)"
-    return f"{repository}: no such folder, and it could not be fetched from the Hugging Face Hub: {first_line(error)}"
+    except (OSError, ValueError, HTTPError) as error:  # also LocalEntryNotFoundError and HFValidationError
+        raise InputError(failure(repository, revision, error, sought="no such folder")) from None

@@ -21,6 +21,7 @@ from lsg_jax.checkpoint import (
     seed_folder,
     verify_base,
 )
+from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.config import ModelConfig, is_scale, to_dict
 from lsg_jax.config.model import PLANTED
 from lsg_jax.data import clevr, records
@@ -29,6 +30,7 @@ from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import read_regular
 from lsg_jax.gating.portable import is_portable, read_gates
+from lsg_jax.hub import download_gates, on_hub
 from lsg_jax.json_files import LINE_CHECK, read_object, read_sealed, sealed_lines
 
 RESULT = "result.json"
@@ -70,18 +72,24 @@ def _kind(path: Path) -> str | None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The content of a folder or file as plain data."""
+    """The content of a folder, of a file, or of the gate file of a Hub id `owner/name@revision`, as plain data."""
+    if (name := on_hub(path)) is not None:
+        found = download_gates(name)
+        return {**_gates(found.file), "hub": {"repository": found.repository, "commit": found.commit}}
     return {"model": _model, "run": _run, "seeds": _seeds, "records": _records, "gates": _gates}[kind_of(path)](path)
 
 
 def problems(path: Path) -> tuple[list[str], list[str]]:
     """Everything that is wrong with a file, or with what a folder holds; and remarks.
 
-    A folder may hold runs, models, records, evaluations, studies and gate files at any depth, as that of `lsg quickstart`.
+    Of a Hub id `owner/name@revision`, its gate file is checked. A folder may hold runs, models, records, evaluations, studies
+    and gate files at any depth, as that of `lsg quickstart`.
 
     Raises:
         InputError: a broken gate file, or nothing there that `lsg` wrote.
     """
+    if (name := on_hub(path)) is not None:
+        path = download_gates(name).file
     if path.is_file():
         return [], [] if read_gates(path).checked else [f"{path}: no checksum in it; its values were not compared"]
     found, remarks, known = list[str](), list[str](), _kind(path) is not None
@@ -254,6 +262,7 @@ def _gates(path: Path) -> dict[str, Any]:
         "path": str(path),
         "backbone": gates.backbone or None,
         "checksum": "fits" if gates.checked else "no checksum",
+        "digest": tree_sha256(gates.parameters),
         "model width": gates.width_in,
         "parameters": {"total": count, "a gate": count // len(gates.gate.layers)},
         "gate": to_dict(gates.gate),

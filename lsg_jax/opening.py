@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_jax.checkpoint import LeafEntry, RunRecord, load_base, read_manifest, read_run, read_seeds, read_step, seed_folder
-from lsg_jax.checkpoint.processes import tree_sha256
+from lsg_jax.checkpoint.processes import on_primary, share_bytes, tree_sha256
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict, is_scale
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import InputError, NonFiniteError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
+from lsg_jax.hub import HubFile, HubName, download_gates, on_hub
 from lsg_jax.memory import GIB, agreed_memory, check_fits, tree_bytes
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method_model import abstract_model, join_trained
@@ -110,7 +111,7 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
     The gates bring the sink settings that they were trained with, unless `sinks` says otherwise.
 
     Args:
-        source: a run folder or a portable gate file, layers of one of them (`RUN@3,6`, see `open_gates`), or PortableGates.
+        source: all that `open_gates` takes, or PortableGates.
 
     Raises:
         InputError: no gates there, gates for another model width, or independent ones without a choice of layers.
@@ -123,7 +124,11 @@ def with_gates(vlm: VLM, source: Any, *, sinks: SinkConfig | None = None) -> VLM
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters)):
         raise NonFiniteError(f"the gates at layers {list(gates.gate.layers)} hold NaN or infinity: train them again")
     parameters = jax.device_put(parameters, None if vlm.mesh is None else replicated(vlm.mesh))
-    return vlm.with_method(Gates(gates.gate), parameters, sinks=sinks or gates.sinks)
+    trained_on = gates.backbone.rpartition(" ")[2]
+    if gates.origin and vlm.digest and trained_on not in ("", vlm.digest):
+        text = "%s: was trained on %s, and this model is %s: sound if that is the same model in another dtype"
+        logger.warning(text, gates.origin, gates.backbone, vlm.digest)
+    return vlm.with_method(Gates(gates.gate), parameters, sinks=sinks or gates.sinks, origin=gates.origin)
 
 
 def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: SinkConfig | None = None) -> VLM:
@@ -137,8 +142,8 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
         InputError: no run there, or one of another method. CheckpointError: a run of another backbone.
     """
     run = None
-    if isinstance(source, str | Path):
-        if not (where := _split_layers(source)[0]).exists():
+    if isinstance(source, str | Path) and on_hub(source) is None:
+        if not (where := split_layers(source)[0]).exists():
             raise InputError(f"{where}: no such run folder or gate file")
         run = read_run(source, backbone=vlm.digest) if Path(source).is_dir() else None
     held = "lsg" if run is None else run.method
@@ -166,29 +171,51 @@ def open_trained(vlm: VLM, source: Any, *, method: str | None = None, sinks: Sin
 
 
 def open_gates(path: str | Path, *, backbone: str | None = None) -> PortableGates:
-    """Reads gates from a run folder (its newest sound step) or from a portable file.
+    """Reads gates from a run folder (its newest sound step), from a portable file, or from the Hugging Face Hub.
 
     Args:
-        path: `RUN@10` or `RUN@3,6,7` takes the gates of these layers only, likewise of a file. Without a choice, gates that
-            were trained independently stay so: `with_gates`, `write_gates` and `combine_gates` refuse them as a stack.
+        path: run folder or file. `RUN@10` or `RUN@3,6,7` takes the gates of these layers only, likewise of a file. What is not
+            here and reads `owner/name` or `owner/name@revision` is on the Hub (`hub.on_hub`). Without a choice, gates that were
+            trained independently stay so: `with_gates`, `write_gates` and `combine_gates` refuse them as a stack.
         backbone: digest of the model they are meant for; a run folder of another one is refused.
 
     Raises:
         InputError: no gates there, or none at a layer that was asked for. CheckpointError: a run of another backbone.
     """
-    source, layers = _split_layers(path)
+    if (name := on_hub(path)) is not None:
+        return _hub_gates(_fetch(name))
+    source, layers = split_layers(path)
     gates = _run_gates(source, backbone) if source.is_dir() else read_gates(source)
     return choose_gates(gates, layers, where=str(source)) if layers else gates
 
 
 def seed_sources(path: str | Path) -> dict[int, str]:
     """The run of each seed of a folder of several (`train.seeds`), with the layers asked for; none for anything else."""
-    folder, layers = _split_layers(path)
+    if on_hub(path) is not None:
+        return {}
+    folder, layers = split_layers(path)
     chosen = "@" + ",".join(map(str, layers)) if layers else ""
     return {seed: f"{seed_folder(folder, seed)}{chosen}" for seed in read_seeds(folder)}
 
 
-def _split_layers(path: str | Path) -> tuple[Path, tuple[int, ...]]:
+def _fetch(name: HubName) -> HubFile:
+    """The gate file, on every process from the commit that process 0 has found. Every process must call it."""
+    if not jax.distributed.is_initialized():
+        return download_gates(name)
+    found = on_primary(lambda: download_gates(name))
+    commit = share_bytes(found.commit.encode() if found else b"").decode()
+    return download_gates(HubName(name.repository, commit))
+
+
+def _hub_gates(found: HubFile) -> PortableGates:
+    try:
+        return dataclasses.replace(read_gates(found.file), origin=found.origin)
+    except InputError as error:
+        advice = "if only the copy in the cache is broken, delete it, and it is fetched again"
+        raise InputError(f"{found.origin}: {error}; {advice}") from None
+
+
+def split_layers(path: str | Path) -> tuple[Path, tuple[int, ...]]:
     """`RUN@3,6` -> RUN and (3, 6); no layers without an @, or where the whole is the name of something that exists."""
     name, at, layers = str(path).rpartition("@")
     if not at or Path(path).exists():

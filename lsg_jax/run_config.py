@@ -35,14 +35,27 @@ def method_tables() -> dict[str, type[Table]]:
 
 @dataclass(frozen=True)
 class RunSettings(Table):
-    """What a run states besides its methods. Relative paths are taken from the current folder, as on the command line."""
+    """What a run states besides its methods. Relative paths are taken from the current folder, as on the command line.
+
+    Attributes:
+        model: model folder, as `lsg convert` writes it.
+        output: folder of the run.
+        seed: decides the initial values and the order of the records.
+        dtype: type of the weights; unset: as stored. `int8` demands a model folder of 8-bit weights.
+        sinks: what counts as a sink, instead of all settings of the model folder.
+        method: what is trained and evaluated.
+        data: training examples.
+        train: optimisation.
+        eval: evaluation.
+        mesh: devices of training.
+    """
 
     model: str
     output: str
     seed: Annotated[int, Range("[0, 4294967295]")] = 0  # jax.random.key keeps 32 bits
-    dtype: Literal["bfloat16", "float32", "int8"] | None = None  # None: as stored
-    sinks: SinkConfig | None = None  # None: those of the model folder
-    method: str = "lsg"  # what is trained and evaluated, a name of METHODS
+    dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    sinks: SinkConfig | None = None
+    method: str = "lsg"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

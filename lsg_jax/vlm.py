@@ -56,6 +56,7 @@ class VLM:
         digest: identity of the backbone's weights.
         mesh: the devices that hold the weights; None for one device.
         template: the text template of prompts; None for the checkpoint's own.
+        origin: `owner/name@commit` of `trained`, if it was fetched from the Hugging Face Hub.
 
     Raises:
         ConfigError: the method does not fit the model, or a sink dimension does not exist.
@@ -72,6 +73,7 @@ class VLM:
         digest: str = "",
         mesh: jax.sharding.Mesh | None = None,
         template: Template | None = None,
+        origin: str = "",
     ):
         check_sinks(config)
         method = method.for_model(config)
@@ -85,6 +87,7 @@ class VLM:
         self.digest = digest
         self.mesh = mesh
         self.template = template
+        self.origin = origin
         self.graphdef, _ = abstract_model(config, method, mesh=mesh)
 
     @property
@@ -114,8 +117,10 @@ class VLM:
         """The same weights without any method."""
         return self.with_method(BASE)
 
-    def with_method(self, method: Method, trained: dict | None = None, *, sinks: SinkConfig | None = None) -> VLM:
-        """The same backbone under another method; `trained` holds its parameters, for a method that is trained.
+    def with_method(
+        self, method: Method, trained: dict | None = None, *, sinks: SinkConfig | None = None, origin: str = ""
+    ) -> VLM:
+        """The same backbone under another method; `trained` holds its parameters, for a method that is trained, from `origin`.
 
         Raises:
             ConfigError: the method does not fit the model, for example a layer that does not exist.
@@ -130,6 +135,7 @@ class VLM:
             digest=self.digest,
             mesh=self.mesh,
             template=self.template,
+            origin=origin,
         )
 
     # Arrays in, arrays out, as the family's HF processor returns them; `more` are its other fields (model_inputs.make_batch).

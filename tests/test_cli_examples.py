@@ -1,6 +1,5 @@
 """Every help ends with two examples. All parse, and those that take seconds run where `lsg quickstart` was run."""
 
-import argparse
 import json
 import re
 import shlex
@@ -10,6 +9,7 @@ import pytest
 
 import lsg_jax.quickstart as quickstart
 from lsg_jax.cli import main, parser
+from lsg_jax.cli.completion import parsers_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("tpu/*.md"))]
@@ -18,13 +18,8 @@ SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_
 
 def helps():
     """Command, its help, for the program and every command and action."""
-    pending = [parser()]
-    while pending:
-        one = pending.pop()
+    for one in parsers_of(parser()):
         yield one.prog, one.format_help()
-        for action in one._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                pending += action.choices.values()
 
 
 def examples(text):
@@ -39,7 +34,7 @@ SLOW = {"quickstart", "train", "eval", "probe", "sweep", "stack", "ablate", "pla
 """Commands that compile a lot, or that serve: run by the tutorial in `.ci/run`, and by their own tests."""
 ONCE = {"generate", "look", "sinks", "calibrate", "report"}
 """Commands of which one example is enough here."""
-ELSEWHERE = ("llava15_7b", "runs/", "Cambrian7M", ".pt ", "lsg_public")
+ELSEWHERE = ("llava15_7b", "runs/", "Cambrian7M", ".pt ", "lsg_public", "owner/")
 """What only other examples or other people's files provide."""
 QUICK = [line for line in EXAMPLES if line.split()[1] not in SLOW and not any(name in line for name in ELSEWHERE)]
 
@@ -54,6 +49,15 @@ def test_every_help_ends_with_two_examples_that_parse(command, text, capsys):
         parser().parse_args(arguments)
     with pytest.raises(SystemExit):
         parser().parse_args([*arguments, "--no-such-option"])
+
+
+def test_every_argument_says_what_it_is():
+    silent = [(one.prog, action.dest) for one in parsers_of(parser()) for action in one._actions if not action.help]
+    assert not silent
+    hidden = [
+        (one.prog, action.dest) for one in parsers_of(parser()) for action in one._actions if action.help == "==SUPPRESS=="
+    ]
+    assert hidden == [("lsg gates combine", "out")]  # as earlier versions had it
 
 
 def documented():

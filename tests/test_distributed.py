@@ -246,8 +246,9 @@ def test_wrong_options_are_reported_before_anything_starts(config, capsys):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         for options, told in [
-            (["--coordinator", "a:1"], "--coordinator, --num-processes and --process-id go with --multihost"),
-            (["--multihost", "--coordinator", "host"], "--coordinator host: it must be HOST:PORT"),
+            (["--num-processes", "2"], "--num-processes and --process-id go with --multihost or --coordinator"),
+            (["--process-id", "0"], "--num-processes and --process-id go with --multihost or --coordinator"),
+            (["--coordinator", "host"], "--coordinator host: it must be HOST:PORT"),
             (
                 ["--multihost", "--num-processes", "2", "--process-id", "2"],
                 "--process-id 2: with 2 processes it is one of 0 to 1",

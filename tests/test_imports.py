@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lsg_jax"
 FOUNDATION = {"errors", "types", "config", "activations", "stopping", "progress", "digest", "files", "json_files", "installed"}
 FOUNDATION |= {"memory"}
 BELOW_VLM = FOUNDATION | {"sinks", "gating", "sharding", "model", "methods", "data", "checkpoint"}
-OPENED = BELOW_VLM | {"answer_programs", "vlm", "run_config", "opening"}
+OPENED = BELOW_VLM | {"answer_programs", "vlm", "run_config", "hub", "opening"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
@@ -37,17 +37,19 @@ MAY_IMPORT = {
     "run_config": FOUNDATION | {"methods"},
     "data": FOUNDATION,
     "checkpoint": FOUNDATION,
+    "hub": FOUNDATION | {"checkpoint"},
     "model_inputs": BELOW_VLM,
     "answer_programs": FOUNDATION | {"methods", "model"},
     "vlm": BELOW_VLM | {"answer_programs", "model_inputs", "look"},  # `vlm.look` imports it when it is called
     "look": BELOW_VLM | {"vlm", "report"},
-    "opening": BELOW_VLM | {"vlm", "run_config"},
+    "opening": BELOW_VLM | {"vlm", "run_config", "hub"},
     "train": OPENED,
     "eval": OPENED,
     "analysis": OPENED | {"train", "eval", "look"},
     "plan": OPENED | {"train", "eval", "analysis", "look"},
     "report": FOUNDATION | {"gating", "checkpoint", "data", "eval"},  # see test_report_reads_files_and_runs_no_model
-    "inspection": FOUNDATION | {"gating", "checkpoint", "data"},
+    "inspection": FOUNDATION | {"gating", "checkpoint", "data", "hub"},
+    "sharing": OPENED | {"eval"},
     "api": FOUNDATION | {"vlm", "opening"},
     "distributed": {"errors"},
 }

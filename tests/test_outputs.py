@@ -55,6 +55,10 @@ def test_a_folder_where_a_file_is_written(refused, command):
 def test_a_gate_file_replaces_nothing(refused):
     refused("gates", "export", "run", "file", says="file: exists; choose another output")
     refused("gates", "combine", "run", "--out", "file", says="file: exists; choose another output")
+    refused(
+        "gates", "combine", "run", "runs/4", says="runs/4: not a name of a gate file to write; give the gates, and then OUT"
+    )
+    refused("gates", "combine", "g.safetensors", says="g.safetensors: not a name of a gate file to write")
     refused("gates", "import", "g.pt", "file", says="file: exists; choose another output")
 
 

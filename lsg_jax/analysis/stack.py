@@ -106,7 +106,7 @@ def open_singles(
             if layer in gates:
                 raise InputError(f"layer {layer} has two gates, in {origin[str(layer)]} and in {source}: name one of them")
             gates[layer] = replace(choose_gates(found, [layer], where=source), sinks=sinks or found.sinks)
-            origin[str(layer)] = source
+            origin[str(layer)] = found.origin or source
     combine_gates(list(gates.values()))  # raises unless any of them can be combined
     return {layer: gates[layer] for layer in sorted(gates)}, {str(layer): origin[str(layer)] for layer in sorted(gates)}
 

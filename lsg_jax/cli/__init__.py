@@ -7,14 +7,30 @@ import contextlib
 import io
 import logging
 import os
+import platform
 import select
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from lsg_jax.cli import explore, gates, look, models, plan, pointing, probe, report, sinks, stack, sweep, training
+from lsg_jax.cli import (
+    completion,
+    config,
+    explore,
+    gates,
+    look,
+    models,
+    plan,
+    pointing,
+    probe,
+    report,
+    sinks,
+    stack,
+    sweep,
+    training,
+)
 from lsg_jax.cli.causes import cause_of, is_about_a_file
 from lsg_jax.cli.compiling import compilations_told
 from lsg_jax.cli.options import Command
@@ -104,12 +120,26 @@ def parser() -> argparse.ArgumentParser:
         ("lsg quickstart", models.ASK),
         prog="lsg",
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for part in (models, look, explore, sinks, training, sweep, probe, pointing, stack, plan, report):
+    top.add_argument("--version", action=_Version, nargs=0, help="print the versions of lsg_jax, JAX and Python")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do")
+    for part in (models, look, explore, sinks, training, sweep, probe, pointing, stack, plan, report, config):
         part.add(_adder(commands))
+    completion.add(_adder(commands), parser)
     below = _described(commands.add_parser, "portable gate files", gates.EXAMPLES, name="gates", help="portable gate files")
-    gates.add(_adder(below.add_subparsers(required=True, metavar="ACTION", dest="action")))
+    gates.add(_adder(below.add_subparsers(required=True, metavar="ACTION", dest="action", help="what to do with them")))
     return top
+
+
+class _Version(argparse.Action):
+    """Prints the versions and ends the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        from lsg_jax import __version__
+
+        print(f"lsg_jax {__version__}, JAX {version('jax')}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def _adder(commands: Any) -> Command:

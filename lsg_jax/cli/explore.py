@@ -8,7 +8,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, number_option, template_option
+from lsg_jax.cli.options import Command, gate_options, load_model, model_argument, number_option, template_option
 
 PORT = 8411
 
@@ -22,7 +22,7 @@ def add(command: Command) -> None:
         ("lsg explore lsg-quickstart/model", "lsg explore lsg-quickstart/model --gates lsg-quickstart/run --open"),
     )
     sub.set_defaults(until_stopped=True)
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     template_option(sub)
     gate_options(sub)
     number_option(

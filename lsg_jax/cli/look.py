@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from lsg_jax.cli.models import IMAGE
-from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_option, template_option
+from lsg_jax.cli.options import Command, gate_options, load_model, model_argument, number_option, out_option, template_option
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def add(command: Command) -> None:
         "where the model looks: its answer, and maps of the attention with and without sinks",
         (f"{ask} --out looked", f"{ask} --maps raw no_sinks relative --json"),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     sub.add_argument("--image", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help="one or more")
     text = "<image> says where each of several images stands; else they come first"
     sub.add_argument("--prompt", required=True, metavar="TEXT", help=text)

@@ -10,6 +10,7 @@ from lsg_jax.cli.options import (
     Command,
     gate_options,
     load_model,
+    model_argument,
     number_option,
     out_folder,
     out_option,
@@ -29,7 +30,7 @@ def add(command: Command) -> None:
         "all steps on the embedded model, on CPU, in minutes",
         ("lsg quickstart", "lsg quickstart --out story"),
     )
-    out_option(sub, folder=True, default=Path("lsg-quickstart"))
+    out_option(sub, folder=True, default=Path("lsg-quickstart"), help="folder to write; default: %(default)s")
 
     sub = command(
         "convert",
@@ -61,8 +62,8 @@ def add(command: Command) -> None:
         "write a model folder back in Hugging Face format",
         ("lsg export lsg-quickstart/model hf/embedded", "lsg export models/llava15_7b hf/llava15_7b --trained runs/full"),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
-    out_folder(sub, "hf_dir", metavar="HF_DIR")
+    model_argument(sub)
+    out_folder(sub, "hf_dir", metavar="HF_DIR", help="folder to write")
     text = "default: as stored; 8-bit weights are written as bfloat16, which rounds them, or exactly as float32"
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help=text)
     sub.add_argument("--trained", type=Path, metavar="RUN", help='replace the parts that a run of method = "full" has trained')
@@ -75,11 +76,11 @@ def _add_readers(command: Command) -> None:
     sub = command(
         "inspect",
         _inspect,
-        "show what a model folder, run folder, prepared records or gate file contains",
+        "show what a model folder, run folder, prepared records or gate file contains, or gates on the Hub",
         ("lsg inspect lsg-quickstart/model", "lsg inspect lsg-quickstart/run --json"),
     )
-    sub.add_argument("path", type=Path, metavar="PATH")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("path", type=Path, metavar="PATH", help="folder or gate file, or Hub id owner/name[@revision] of gates")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     sub = command(
         "verify",
@@ -87,7 +88,7 @@ def _add_readers(command: Command) -> None:
         "check every digest of a model folder, run folder, prepared records or gate file, or of a folder that holds such",
         ("lsg verify lsg-quickstart/model", "lsg verify lsg-quickstart/records"),
     )
-    sub.add_argument("path", type=Path, metavar="PATH")
+    sub.add_argument("path", type=Path, metavar="PATH", help="folder or gate file, or Hub id owner/name[@revision] of gates")
 
     sub = command(
         "generate",
@@ -95,7 +96,7 @@ def _add_readers(command: Command) -> None:
         "answer a question about an image; prints the answer only",
         (ASK, f"{ASK} --gates lsg-quickstart/run"),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     sub.add_argument(
         "--image", type=Path, nargs="+", action="extend", metavar="FILE", help="one or more; leave out for a text-only question"
     )
@@ -104,7 +105,9 @@ def _add_readers(command: Command) -> None:
     )
     template_option(sub)
     gate_options(sub)
-    number_option(sub, "--max-new-tokens", int, "[1, 1e8]", default=128, metavar="N")
+    number_option(
+        sub, "--max-new-tokens", int, "[1, 1e8]", default=128, metavar="N", help="longest answer; default: %(default)s"
+    )
 
 
 def _quickstart(options: argparse.Namespace) -> None:

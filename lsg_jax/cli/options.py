@@ -74,8 +74,33 @@ def number_option(
     sub.add_argument(name, type=read, **settings)
 
 
+def model_argument(sub: argparse.ArgumentParser) -> None:
+    """Adds MODEL."""
+    sub.add_argument("model", type=Path, metavar="MODEL", help="model folder, as `lsg convert` writes it")
+
+
+def config_arguments(sub: argparse.ArgumentParser) -> None:
+    """Adds CONFIG and --set, for `load_run_config`."""
+    sub.add_argument(
+        "config", type=Path, metavar="CONFIG", help="configuration of the run, a TOML file such as those in configs/"
+    )
+    sub.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="A.B=VALUE",
+        dest="overrides",
+        help="change keys of CONFIG, values as in TOML; `lsg config` lists them",
+    )
+
+
 def gate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--gates", metavar="G", help="run folder or gate file; RUN@10 for the gate of layer 10 alone")
+    sub.add_argument(
+        "--gates",
+        metavar="G",
+        help="run folder, gate file, or Hub id owner/name[@revision]; RUN@10 for the gate of layer 10 alone",
+    )
     sink_option(sub)
 
 
@@ -144,7 +169,8 @@ def process_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="address of process 0; needed, like the next two, without a TPU slice, Slurm, Open MPI or Kubernetes",
+        help="the same with the address of process 0; needed, like the next two, without a TPU slice, Slurm, Open MPI or "
+        "Kubernetes",
     )
     number_option(group, "--num-processes", int, "[1, 1e6]", metavar="N", help="number of processes")
     number_option(group, "--process-id", int, "[0, 1e6]", metavar="I", help="index of this process, from 0")
@@ -163,9 +189,9 @@ def process_options(sub: argparse.ArgumentParser) -> None:
 
 def _run_joined(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
     by_hand = options.coordinator, options.num_processes, options.process_id
-    if not options.multihost:
+    if not options.multihost and options.coordinator is None:
         if any(value is not None for value in by_hand):
-            raise ConfigError("--coordinator, --num-processes and --process-id go with --multihost")
+            raise ConfigError("--num-processes and --process-id go with --multihost or --coordinator")
         run(options)
         return
     with distributed.joined(*by_hand, heartbeat=options.heartbeat):

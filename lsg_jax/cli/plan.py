@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, number_option
+from lsg_jax.cli.options import Command, config_arguments, number_option
 
 UTILISATION = 0.5
 
@@ -24,8 +24,7 @@ def add(command: Command) -> None:
         ),
     )
     sub.set_defaults(tells_compilations=False)  # it says itself what it compiles
-    sub.add_argument("config", type=Path, metavar="CONFIG")
-    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    config_arguments(sub)
     sub.add_argument("--topology", nargs="+", required=True, metavar="NAME", help="slices such as v5e:4x4 or v5p:2x2x1")
     sub.add_argument(
         "--programs",

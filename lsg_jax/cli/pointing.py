@@ -7,10 +7,18 @@ import json
 import logging
 import string
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_folder, out_option, progress_bar
+from lsg_jax.cli.options import (
+    Command,
+    gate_options,
+    load_model,
+    model_argument,
+    number_option,
+    out_folder,
+    out_option,
+    progress_bar,
+)
 from lsg_jax.data.scene_targets import TARGETS
 
 if TYPE_CHECKING:
@@ -32,7 +40,7 @@ def add(command: Command) -> None:
             "lsg pointing lsg-quickstart/model --gates lsg-quickstart/run --kinds corner_letter exists --out pointing-gated",
         ),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     number_option(sub, "--questions", int, "[2, 1e6]", default=200, metavar="N", help="of each kind and split; default: 200")
     sub.add_argument(
         "--kinds", nargs="+", default=list(TARGETS), choices=list(TARGETS), metavar="KIND", help=", ".join(TARGETS)
@@ -56,7 +64,7 @@ def add(command: Command) -> None:
             "lsg plant lsg-quickstart/model control --layers 1 2 3 4 5 6 --strength 8 --mark 1 --text 30",
         ),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     out_folder(sub, "out_model", metavar="OUT", help="model folder to write")
     number_option(sub, "--layers", int, "[0, 1e4]", nargs="+", required=True, metavar="L", help="decoder layers, 0-based")
     text = "V-sink keys become 1 + S times themselves; default: 5"

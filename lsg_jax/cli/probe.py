@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_option, progress_bar
+from lsg_jax.cli.options import Command, gate_options, load_model, model_argument, number_option, out_option, progress_bar
 from lsg_jax.errors import ConfigError
 
 SCENES = "scenes"
@@ -25,7 +25,7 @@ def add(command: Command) -> None:
             "lsg probe models/llava15_7b --data records/clevr --out probe",
         ),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     sub.add_argument(
         "--data", required=True, metavar="scenes|FOLDER", help="rendered scenes, or what `lsg prepare --format clevr` wrote"
     )
@@ -44,7 +44,9 @@ def add(command: Command) -> None:
         help="random draws of ordinary tokens and of training images; default: 5",
     )
     number_option(sub, "--tokens", int, "[1, 1e6]", default=5, metavar="N", help="ordinary tokens per draw; default: 5")
-    number_option(sub, "--seed", int, "[0, 4294967295]", default=0, metavar="N")
+    number_option(
+        sub, "--seed", int, "[0, 4294967295]", default=0, metavar="N", help="of scenes and draws; default: %(default)s"
+    )
     number_option(sub, "--layers", int, "[0, 1e4]", nargs="+", metavar="L", help="decoder layers, 0-based; default: all")
     number_option(
         sub, "--batch-size", int, "[1, 1e6]", default=8, metavar="N", help="images at a time on each device; default: 8"

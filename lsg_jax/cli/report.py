@@ -19,7 +19,7 @@ def add(command: Command) -> None:
     sub.add_argument(
         "paths", type=Path, nargs="+", metavar="RUN", help="folder of a run, an evaluation or a study, or of several"
     )
-    out_option(sub, folder=False, required=True)
+    out_option(sub, folder=False, required=True, help="HTML file to write")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -8,7 +8,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from lsg_jax.cli.options import Command, gate_options, load_model, number_option, out_option, progress_bar, template_option
+from lsg_jax.cli.options import (
+    Command,
+    gate_options,
+    load_model,
+    model_argument,
+    number_option,
+    out_option,
+    progress_bar,
+    template_option,
+)
 from lsg_jax.errors import ConfigError, InputError
 
 PROMPT = "Describe the image."
@@ -28,7 +37,7 @@ def add(command: Command) -> None:
             "lsg sinks lsg-quickstart/model --images lsg-quickstart/validation/images --limit 4 --sinks vit_tau=30",
         ),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     text = "image files, or folders, which are searched with their subfolders"
     sub.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help=text)
     text = "use N images of each folder that can be read, evenly spaced by name (32)"
@@ -51,7 +60,7 @@ def add(command: Command) -> None:
             "lsg calibrate lsg-quickstart/model --images lsg-quickstart/train/images --limit 64 --json",
         ),
     )
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    model_argument(sub)
     sub.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images, searched with its subfolders")
     out_option(sub, folder=False, help="write the TOML to this file as well")
     number_option(

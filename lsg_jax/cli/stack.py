@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, number_option, out_option, process_options, progress_bar
+from lsg_jax.cli.options import (
+    Command,
+    benchmark_option,
+    config_arguments,
+    named_paths,
+    number_option,
+    out_option,
+    process_options,
+    progress_bar,
+)
 from lsg_jax.files import check_output
 
 
@@ -25,7 +34,12 @@ def add(command: Command) -> None:
     )
     _common_options(sub)
     sub.add_argument(
-        "--gates", nargs="+", action="extend", required=True, metavar="G", help="run folders or gate files, one gate a layer"
+        "--gates",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="G",
+        help="run folders, gate files or Hub ids, one gate a layer",
     )
     sub.add_argument(
         "--select",
@@ -58,8 +72,7 @@ def add(command: Command) -> None:
 
 def _common_options(sub: argparse.ArgumentParser) -> None:
     study = sub.prog.split()[-1]
-    sub.add_argument("config", type=Path, metavar="CONFIG")
-    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    config_arguments(sub)
     benchmark_option(sub)
     out_option(sub, folder=True, help=f"default: OUTPUT/{study}")
     sub.add_argument("--json", action="store_true", help=f"print {study}.json instead of a table")

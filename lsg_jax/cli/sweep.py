@@ -8,7 +8,16 @@ import sys
 from pathlib import Path
 
 from lsg_jax.cli.compile_cache import use_compile_cache
-from lsg_jax.cli.options import Command, benchmark_option, named_paths, number_option, out_option, process_options, progress_bar
+from lsg_jax.cli.options import (
+    Command,
+    benchmark_option,
+    config_arguments,
+    named_paths,
+    number_option,
+    out_option,
+    process_options,
+    progress_bar,
+)
 from lsg_jax.config.ranges import Range
 from lsg_jax.files import check_output
 
@@ -26,8 +35,7 @@ def add(command: Command) -> None:
             "lsg sweep lsg-quickstart/config.toml --benchmark scenes --coefficients 0,1 1,0 --out sweeps/scenes",
         ),
     )
-    sub.add_argument("config", type=Path, metavar="CONFIG")
-    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    config_arguments(sub)
     benchmark_option(sub)
     number_option(
         sub, "--layers", int, "[0, 1e4]", nargs="+", default=[], metavar="L", help="decoder layers, from 0; default: all"

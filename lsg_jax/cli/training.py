@@ -12,6 +12,7 @@ from lsg_jax.cli.compile_cache import use_compile_cache
 from lsg_jax.cli.options import (
     Command,
     benchmark_option,
+    config_arguments,
     named_paths,
     number_option,
     out_folder,
@@ -75,8 +76,7 @@ def _add_runs(command: Command) -> None:
             "lsg train lsg-quickstart/config.toml --set output=runs/each gate.layers=each train.remat=full",
         ),
     )
-    sub.add_argument("config", type=Path, metavar="CONFIG")
-    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
+    config_arguments(sub)
     text = "short for --set train.seeds=N: N runs of it, in OUTPUT/seed0, ..."
     number_option(sub, "--seeds", int, "[1, 1000]", metavar="N", help=text)
     process_options(sub)
@@ -90,9 +90,8 @@ def _add_runs(command: Command) -> None:
             "lsg eval lsg-quickstart/config.toml --method lsg sink_front --out eval/mine",
         ),
     )
-    sub.add_argument("config", type=Path, metavar="CONFIG")
-    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", dest="overrides")
-    sub.add_argument("--gates", metavar="G", help="run folder or gate file; default: the run of CONFIG if there is one")
+    config_arguments(sub)
+    sub.add_argument("--gates", metavar="G", help="run folder, gate file or Hub id; default: the run of CONFIG if there is one")
     sub.add_argument(
         "--method",
         nargs="+",

@@ -18,10 +18,16 @@ Part = Literal["vision_tower", "projector", "language_model"]
 class GateConfig(Table, name="gate"):
     """Layer-wise Sink Gating. The activation, the biases and `key_scale` are open in the paper; these are our defaults.
 
-    `layers` lists the gated decoder layers, 0-based. `independent` trains the gate of each of them as if it were alone, all in
-    one run; without `layers`, a gate at every decoder layer. In a file, `layers = "each"` says both. `biases` are those of the
-    two linear layers; without them they stay zero. `key_scale` multiplies the ratios: 1.0 starts every visual key at 0.5, and
-    2.0 makes the initial gate the identity.
+    Attributes:
+        layers: gated decoder layers, 0-based; in a file, "each": every decoder layer, with `independent`.
+        independent: train each gate as if it were alone, all in one run; without `layers`, one at every decoder layer.
+        width: hidden units of a gate.
+        activation: between the two linear layers of a gate.
+        biases: whether the two linear layers of a gate have biases; without, those stay zero.
+        layer_norm_eps: added to the variance in the norm of a gate's input.
+        key_scale: multiplies the ratios: 1.0 starts every visual key at 0.5, and 2.0 makes the initial gate the identity.
+        signal: what a gate reads: the last token of the prompt, or the mean of all or of the visual tokens.
+        grouping: tokens that share a ratio: V-sinks or L-sinks against the rest, or both kinds and the rest.
     """
 
     layers: tuple[Annotated[int, Range("[0, 1e4]")], ...] = ()

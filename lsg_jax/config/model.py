@@ -197,6 +197,15 @@ class SinkConfig(Table, name="sinks"):
     `llm_tau`: the absolute part of Sun et al.
 
     Files of earlier versions write `attention` for `attention_share`; they are read as what they meant.
+
+    Attributes:
+        criterion: what tells V-sinks, on the features before the projector.
+        vit_dims: dimensions of the features before the projector that tell V-sinks, for `dim_abs` and `dim_rms`.
+        vit_tau: threshold of V-sinks, in units of the criterion.
+        llm_criterion: what tells L-sinks, on the residual stream that enters each decoder layer.
+        llm_dims: dimensions of the residual stream that tell L-sinks, for `dim_abs` and `dim_rms`.
+        llm_tau: threshold of L-sinks, in units of the criterion.
+        massive_ratio: for `massive`: least activation, in units of the layer's median.
     """
 
     criterion: Criterion = "dim_abs"

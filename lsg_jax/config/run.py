@@ -32,54 +32,83 @@ class DataConfig(Table, name="data"):
     one of so many lengths, or of fewer where those leave hardly more padding. They follow from the records. A program is
     compiled for each.
 
-    `order` seeds the order of the records. Without it, that is the run's `seed`; of several seeds (`train.seeds`) that share
-    their passes over the model, the first. -1 gives each seed an order of its own, and a run after the others.
+    Attributes:
+        records: folder written by `lsg prepare`.
+        max_length: tokens of an example, image tokens included; longer examples are left out.
+        max_answer_tokens: tokens of an answer; examples with longer ones are left out.
+        buckets: most lengths that batches are padded to; 1: all to `max_length`.
+        conversations: an example for each answer, or for the `whole` conversation.
+        order: seeds the order of the records; unset: the run's `seed`, the first of several (`train.seeds`), which then share
+            their passes over the model; -1: each seed has an order of its own, and runs after the others.
+        num_threads: threads that read and decode images.
+        prefetch: batches that are prepared ahead.
+        image_aspect: what is done to images that are no squares; unset: as the model folder says.
+        template: text template of prompts; unset: the checkpoint's chat template, else that of its family.
     """
 
-    records: str = ""  # folder written by `lsg prepare`
-    max_length: Annotated[int, Range("[1, 1e8]")] = 1024  # tokens per example, image tokens included
+    records: str = ""
+    max_length: Annotated[int, Range("[1, 1e8]")] = 1024
     max_answer_tokens: Annotated[int, Range("[1, 1e8]")] = 256
-    buckets: Annotated[int, Range("[1, 64]")] = 1  # most lengths that batches are padded to
+    buckets: Annotated[int, Range("[1, 64]")] = 1
     conversations: Literal["split", "whole"] = "split"
     order: Annotated[int, Range("[-1, 4294967295]")] | None = None
     num_threads: Annotated[int, Range("[1, 1024]")] = 2
-    prefetch: Annotated[int, Range("[1, 1e4]")] = 4  # batches
-    image_aspect: Aspect | None = None  # None: as the model folder says
-    template: Template | None = None  # None: the checkpoint's chat template, else that of its family
+    prefetch: Annotated[int, Range("[1, 1e4]")] = 4
+    image_aspect: Aspect | None = None
+    template: Template | None = None
 
 
 @dataclass(frozen=True)
 class TrainConfig(Table, name="train"):
     """Optimisation. The paper leaves the optimiser open: AdamW with warm-up and cosine decay are our defaults.
 
-    `sgd` is stochastic gradient descent with momentum `beta1`. `remat` names what is kept for the backward pass: only the input
-    of each layer (`full`; in host memory with `offload`), also the wide activations of the MLP (`mlp`), all products with
-    weights (`dots`), everything (`none`). `auto` is the fastest that fits the memory of the device.
-
-    `seeds` trains so many runs, from the seeds `seed`, `seed` + 1, ..., each into a folder of its own, OUTPUT/seed0, ...
+    Attributes:
+        batch_size: examples of a step, over all devices.
+        epochs: passes over the records.
+        max_steps: stop earlier than `epochs` passes over the records.
+        optimizer: AdamW, or stochastic gradient descent with momentum `beta1` (`sgd`).
+        learning_rate: the highest one, after the warm-up.
+        warmup_fraction: share of the steps in which the learning rate rises.
+        final_lr_fraction: learning rate at the end, in units of `learning_rate`.
+        weight_decay: share of each parameter that a step takes off, in units of the learning rate.
+        beta1: decay of the mean of the gradients.
+        beta2: decay of the mean of the squares of the gradients.
+        clip_norm: largest norm of the gradient, over all parameters.
+        remat: what is kept for the backward pass: only the input of each layer (`full`; in host memory with `offload`), also
+            the wide activations of the MLP (`mlp`), all products with weights (`dots`), everything (`none`); `auto`: the
+            fastest that fits the memory of the device.
+        seeds: runs to train, from the seeds `seed`, `seed` + 1, ..., each into a folder of its own, OUTPUT/seed0, ...
+        accumulate: parts of a batch that are computed in turn, for less memory.
+        max_skipped: non-finite steps in a row before the run is aborted.
+        log_every: steps between two lines of metrics.jsonl.
+        save_every: steps between two checkpoints.
+        keep: checkpoints that are kept.
+        tensorboard: write event files into OUTPUT/tensorboard, beside metrics.jsonl.
+        wandb: project of Weights & Biases; empty: none.
+        profile: first and last step to trace, into OUTPUT/profile.
     """
 
-    batch_size: Annotated[int, Range("[1, 1e6]")] = 64  # over all devices
+    batch_size: Annotated[int, Range("[1, 1e6]")] = 64
     epochs: Annotated[int, Range("[1, 1e6]")] = 2
-    max_steps: Annotated[int, Range("[1, 1e9]")] | None = None  # stop earlier than `epochs` passes over the records
+    max_steps: Annotated[int, Range("[1, 1e9]")] | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Range("(0, 1000]")] = 1e-3
-    warmup_fraction: Annotated[float, Range("[0, 1]")] = 0.03  # of the steps
-    final_lr_fraction: Annotated[float, Range("[0, 1]")] = 0.0  # of `learning_rate`
+    warmup_fraction: Annotated[float, Range("[0, 1]")] = 0.03
+    final_lr_fraction: Annotated[float, Range("[0, 1]")] = 0.0
     weight_decay: Annotated[float, Range("[0, 1000]")] = 0.0
     beta1: Annotated[float, Range("[0, 1)")] = 0.9
     beta2: Annotated[float, Range("[0, 1)")] = 0.999
-    clip_norm: Annotated[float, Range("(0, 1e12]")] = 1.0  # of the global gradient norm
+    clip_norm: Annotated[float, Range("(0, 1e12]")] = 1.0
     remat: Remat = "full"
     seeds: Annotated[int, Range("[1, 1000]")] = 1
-    accumulate: Annotated[int, Range("[1, 1e6]")] = 1  # parts of a batch that are computed in turn, for less memory
-    max_skipped: Annotated[int, Range("[1, 1e6]")] = 5  # non-finite steps in a row before the run is aborted
-    log_every: Annotated[int, Range("[1, 1e9]")] = 1  # steps
-    save_every: Annotated[int, Range("[1, 1e9]")] = 100  # steps
-    keep: Annotated[int, Range("[1, 1e6]")] = 3  # checkpoints
-    tensorboard: bool = False  # event files in OUTPUT/tensorboard, beside metrics.jsonl
-    wandb: str = ""  # project of Weights & Biases
-    profile: tuple[Annotated[int, Range("[1, 1e9]")], ...] = ()  # first and last step to trace, into OUTPUT/profile
+    accumulate: Annotated[int, Range("[1, 1e6]")] = 1
+    max_skipped: Annotated[int, Range("[1, 1e6]")] = 5
+    log_every: Annotated[int, Range("[1, 1e9]")] = 1
+    save_every: Annotated[int, Range("[1, 1e9]")] = 100
+    keep: Annotated[int, Range("[1, 1e6]")] = 3
+    tensorboard: bool = False
+    wandb: str = ""
+    profile: tuple[Annotated[int, Range("[1, 1e9]")], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +120,13 @@ class TrainConfig(Table, name="train"):
 
 @dataclass(frozen=True)
 class MeshConfig(Table, name="mesh"):
-    """Sizes of the device mesh; -1 takes the remaining devices. See lsg_jax/sharding.py for what the axes do."""
+    """Sizes of the device mesh; -1 takes the remaining devices. See lsg_jax/sharding.py for what the axes do.
+
+    Attributes:
+        data: devices that each hold a copy of the model, and share the batch.
+        fsdp: devices that share the parameters and the batch.
+        tensor: devices that share the heads and the width of the MLP.
+    """
 
     data: Annotated[int, Range("[1, 1e6]", also=-1)] = 1
     fsdp: Annotated[int, Range("[1, 1e6]", also=-1)] = -1
@@ -105,16 +140,30 @@ class EvalConfig(Table, name="eval"):
     A question is answered again, alone on its device, where two tokens of its answer were closer than `near_tie` logits.
     Rounding errors depend on the batch size and the number of devices, and would otherwise decide such ties. None: 0.001 for
     float32 weights, and 0 (never) for bfloat16, whose errors are so large that too many questions would be asked twice.
+
+    Attributes:
+        benchmarks: name of each benchmark with its file, folder or glob; own questions as JSONL.
+        protocol: sets the prompts, the matchers and the aggregate.
+        limit: questions of each benchmark, evenly spread; there is no official score then.
+        batch_size: questions at a time on each device; `auto`: as many as its memory holds.
+        max_new_tokens: tokens of the longest answer; unset: the protocol's own for the benchmark, else 32.
+        max_length: tokens of a prompt, image tokens included.
+        near_tie: difference of two logits under which a question is asked again alone; unset: 0.001 for float32 weights, else
+            0.
+        num_threads: threads that read and decode images.
+        image_aspect: what is done to images that are no squares; unset: as the model folder says.
+        template: text template of prompts; unset: the checkpoint's chat template, else that of its family.
+        mesh: devices of evaluation; unset: chosen by what the model and the memory need.
     """
 
-    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> file, folder or glob; JSONL for own questions
-    protocol: Protocol = "paper"  # sets the prompts, the matchers and the aggregate
-    limit: Annotated[int, Range("[1, 1e9]")] | None = None  # questions a benchmark, evenly spread; no official score then
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    protocol: Protocol = "paper"
+    limit: Annotated[int, Range("[1, 1e9]")] | None = None
     batch_size: BatchSize = 16
-    max_new_tokens: Annotated[int, Range("[1, 1e8]")] | None = None  # None: the protocol's own for the benchmark, else 32
-    max_length: Annotated[int, Range("[1, 1e8]")] = 1024  # tokens per prompt, image tokens included
+    max_new_tokens: Annotated[int, Range("[1, 1e8]")] | None = None
+    max_length: Annotated[int, Range("[1, 1e8]")] = 1024
     near_tie: Annotated[float, Range("[0, 1e9]")] | None = None
-    num_threads: Annotated[int, Range("[1, 1024]")] = 2  # that read and decode images
+    num_threads: Annotated[int, Range("[1, 1024]")] = 2
     image_aspect: Aspect | None = None
     template: Template | None = None
-    mesh: MeshConfig | None = None  # None: as `sharding.answering_mesh` chooses
+    mesh: MeshConfig | None = None

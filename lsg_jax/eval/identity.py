@@ -68,7 +68,7 @@ def meaning_of(model: VLM, config: EvalConfig, *, max_new_tokens: int) -> dict[s
     model without a method change nothing and are left out.
     """
     return {
-        **digests_of(model),
+        **_digests(model),
         "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(model.frozen)}),
         "config": identity(model.config),
         **asdict(settings_of(model)),
@@ -92,7 +92,14 @@ def text_files(model: VLM) -> dict[str, str]:
 
 
 def digests_of(model: VLM) -> dict[str, Any]:
-    """What a study states of its model: the digests of the weights, of the text files, and of what was trained on it."""
+    """What a study states of its model: the digests of the weights, of the text files, and of what was trained on it.
+
+    With `hub`, the repository and commit that this was fetched from, if it was. Answers do not depend on it.
+    """
+    return {**_digests(model), **({"hub": model.origin} if model.origin else {})}
+
+
+def _digests(model: VLM) -> dict[str, Any]:
     trained = tree_sha256(model.trained) if model.trained else None
     return {"backbone": model.digest, "files": text_files(model), "trained": trained}
 

@@ -139,6 +139,7 @@ class EvaluationResult:
         model: name of the model folder. backbone: digest of its weights.
         files: sha256 of the model folder's tokenizer, processor and template files.
         trained: method -> sha256 of what was trained for it.
+        hub: method -> `owner/name@commit`, where that was fetched from the Hugging Face Hub.
         methods: method -> its settings, `base` first.
         settings: the `[eval]` table without its benchmarks.
         devices: number and kind.
@@ -149,6 +150,7 @@ class EvaluationResult:
     backbone: str
     files: Mapping[str, str] = field(default_factory=dict)
     trained: Mapping[str, str] = field(default_factory=dict)
+    hub: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, MethodSettings]
     settings: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)

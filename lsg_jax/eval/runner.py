@@ -152,6 +152,7 @@ def evaluate(
         methods={method: settings_of(model) for method, model in models.items()},
         settings={k: v for k, v in to_dict(config).items() if k != "benchmarks"} | {"decoding": "greedy"},
         trained={method: tree_sha256(model.trained) for method, model in models.items() if model.trained},
+        hub={method: model.origin for method, model in models.items() if model.origin},
         versions=surroundings()["versions"],
         devices=f"{jax.device_count()} {jax.devices()[0].device_kind}",
         benchmarks=benchmarks,

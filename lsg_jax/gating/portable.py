@@ -54,6 +54,7 @@ class PortableGates:
             norm_bias [n, D], fc1_kernel [n, D, H], fc1_bias [n, H], fc2_kernel [n, H, G], fc2_bias [n, G].
         backbone: name and digest of the model that they were trained on; empty if unknown.
         checked: whether they come from a file whose checksum fits; files of other tools and of earlier versions have none.
+        origin: `owner/name@commit` of gates that were fetched from the Hugging Face Hub; empty for others.
     """
 
     gate: GateConfig
@@ -61,6 +62,7 @@ class PortableGates:
     parameters: dict[str, Array]
     backbone: str = ""
     checked: bool = False
+    origin: str = ""
 
     @property
     def width_in(self) -> int:
@@ -92,7 +94,7 @@ def combine_gates(parts: Sequence[PortableGates]) -> PortableGates:
     order = np.argsort(layers)
     parameters = {k: np.concatenate([np.asarray(p.parameters[k]) for p in parts])[order] for k in first.parameters}
     gate = replace(first.gate, layers=tuple(sorted(layers)), independent=False)
-    return replace(first, gate=gate, parameters=parameters)
+    return replace(first, gate=gate, parameters=parameters, origin="")
 
 
 def choose_gates(gates: PortableGates, layers: Sequence[int], *, where: str) -> PortableGates:
@@ -126,23 +128,34 @@ def write_gates(path: str | Path, gates: PortableGates) -> None:
     """Writes a gate file atomically.
 
     Raises:
-        InputError: the parameters do not fit the configuration or are not finite, layers of independent gates were not chosen,
-            or the folder cannot be written.
+        InputError: as `gate_bytes`, or the folder cannot be written.
     """
-    from safetensors.numpy import save
-
-    check_together(gates)
     path = Path(path)
-    layers = to_torch_layout(gates.parameters, gates.gate.layers)
-    tensors = {f"{layer}.{name}": array for layer, named in layers.items() for name, array in named.items()}
-    _check_tensors(tensors, gates.gate, where=str(path))
-    metadata = _to_metadata(gates)
-    data = save(tensors, metadata=metadata | {CHECKSUM: _checksum(tensors, metadata)})
+    data = gate_bytes(gates, where=str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
     except OSError as error:
         raise InputError(f"{path}: cannot write the gate file: {error.strerror or error}") from None
+
+
+def gate_bytes(gates: PortableGates, *, where: str) -> bytes:
+    """The content of a gate file.
+
+    Args:
+        where: the file, for errors.
+
+    Raises:
+        InputError: the parameters do not fit the configuration or are not finite, or independent gates are no stack yet.
+    """
+    from safetensors.numpy import save
+
+    check_together(gates)
+    layers = to_torch_layout(gates.parameters, gates.gate.layers)
+    tensors = {f"{layer}.{name}": array for layer, named in layers.items() for name, array in named.items()}
+    _check_tensors(tensors, gates.gate, where=where)
+    metadata = _to_metadata(gates)
+    return save(tensors, metadata=metadata | {CHECKSUM: _checksum(tensors, metadata)})
 
 
 def read_gates(path: str | Path) -> PortableGates:
@@ -197,13 +210,14 @@ def is_portable(path: Path) -> bool:
 
 def check_width(gates: PortableGates, text_hidden_size: int, num_layers: int) -> None:
     """Raises InputError for gates that do not fit the language model: another width, or a layer that it does not have."""
+    start = f"{gates.origin}: " if gates.origin else ""
     if gates.width_in != text_hidden_size:
         raise InputError(
-            f"the gates read a width of {gates.width_in}, the language model has {text_hidden_size}: "
-            f"they belong to another backbone{f' ({gates.backbone})' if gates.backbone else ''}"
+            f"{start}the gates read a width of {gates.width_in}, the language model has {text_hidden_size}: they belong to "
+            f"another backbone{f' ({gates.backbone})' if gates.backbone else ''}; give gates that were trained on this model"
         )
     if bad := [layer for layer in gates.gate.layers if not 0 <= layer < num_layers]:
-        raise InputError(f"the gates are for layer {bad[0]}, the language model has layers 0 to {num_layers - 1}")
+        raise InputError(f"{start}the gates are for layer {bad[0]}, the language model has layers 0 to {num_layers - 1}")
 
 
 def to_torch_layout(parameters: Mapping[str, Array], layers: tuple[int, ...]) -> dict[int, dict[str, np.ndarray]]:

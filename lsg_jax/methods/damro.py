@@ -37,12 +37,15 @@ from lsg_jax.types import NEWLINE, NO_SOURCE, Batch, Sequence
 class DamroConfig(Table, name="damro"):
     """DAMRO (arXiv 2410.04514): logits contrasted with those of the patches of most class-token attention. Not trained.
 
-    `alpha = 0` is the base model.
+    Attributes:
+        alpha: weight of the contrast; 0 is the base model.
+        patches: number of patches of most class-token attention, of each image.
+        cutoff: least probability of a token, in units of the most probable one's.
     """
 
     alpha: Annotated[float, Range("[0, 100]")] = 2.0
-    patches: Annotated[int, Range("[1, 1e6]")] = 10  # of each image
-    cutoff: Annotated[float, Range("[0, 1]")] = 0.1  # least probability of a token, in units of the most probable one's
+    patches: Annotated[int, Range("[1, 1e6]")] = 10
+    cutoff: Annotated[float, Range("[0, 1]")] = 0.1
 
 
 @dataclass(frozen=True)

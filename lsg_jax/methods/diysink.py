@@ -57,13 +57,20 @@ class DiySinkConfig(Table, name="diysink"):
 
     The projectors start from the weights of the frozen one and are trained, and so is the network of `mlp`. With `cot`,
     training keeps both sets of patches, and each question is answered after two short ones on what it needs.
+
+    Attributes:
+        tau: norm of the features before the projector from which a patch is a sink.
+        routing: by the model's own answer on what the question needs (`cot`), or by weights of a small network (`mlp`).
+        width: hidden units of the network of `mlp`.
+        order: place of sinks among the patches of each image.
+        trains: both projectors, or `weights`: that network alone, over the frozen projector (the paper: over the two
+            projectors).
     """
 
-    tau: Annotated[float, Range("(0, 1e9]")] = 100.0  # norm of the features before the projector
-    routing: Literal["cot", "mlp"] = "cot"  # the model's own answer on what the question needs; or weights of a small network
-    width: Annotated[int, Range("[1, 1e6]")] = 64  # of that network
-    order: Literal["sinks_first", "image"] = "sinks_first"  # of the patches of each image
-    # `weights`: that network alone, over the frozen projector (the paper trains it over the two projectors)
+    tau: Annotated[float, Range("(0, 1e9]")] = 100.0
+    routing: Literal["cot", "mlp"] = "cot"
+    width: Annotated[int, Range("[1, 1e6]")] = 64
+    order: Literal["sinks_first", "image"] = "sinks_first"
     trains: Literal["projectors", "weights"] = "projectors"
 
     def __post_init__(self) -> None:

@@ -31,10 +31,14 @@ class EahConfig(Table, name="eah"):
     """EAH (arXiv 2411.09968): the head that attends to most visual tokens gives its attention to all heads. Not trained.
 
     No token receives more than 1, so a threshold of 1 is the base model.
+
+    Attributes:
+        threshold: mean attention weight above which a visual token counts for a head.
+        layer: decoder layer whose heads are edited, 0-based.
     """
 
-    threshold: Annotated[float, Range("[0, 1]")] = 0.0008  # mean attention weight
-    layer: Annotated[int, Range("[0, 1e4]")] = 1  # 0-based
+    threshold: Annotated[float, Range("[0, 1]")] = 0.0008
+    layer: Annotated[int, Range("[0, 1e4]")] = 1
 
 
 @flax.struct.dataclass

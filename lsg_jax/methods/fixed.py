@@ -20,7 +20,13 @@ from lsg_jax.types import Batch, Sequence
 
 @dataclass(frozen=True)
 class FixedConfig(Table, name="fixed"):
-    """Fixed coefficients instead of gates, the oracle of the paper: one for each group of `grouping`, at `layers`."""
+    """Fixed coefficients instead of gates, the oracle of the paper: one for each group of `grouping`, at `layers`.
+
+    Attributes:
+        layers: decoder layers whose keys are scaled, 0-based.
+        coefficients: a factor for each group, the same in all layers.
+        grouping: tokens that share a coefficient: V-sinks or L-sinks against the rest, or both kinds and the rest.
+    """
 
     layers: tuple[Annotated[int, Range("[0, 1e4]")], ...] = ()
     coefficients: tuple[Annotated[float, Range("[-1000, 1000]")], ...] = ()

@@ -19,6 +19,9 @@ class FullConfig(Table, name="full"):
     """Training of the model itself: all parameters of the parts that are named, the others frozen.
 
     LLaVA is made in two stages, with `["projector"]` on captions and the default on conversations.
+
+    Attributes:
+        parts: parts of the model that are trained.
     """
 
     parts: tuple[Part, ...] = ("projector", "language_model")

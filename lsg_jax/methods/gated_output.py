@@ -26,9 +26,13 @@ from lsg_jax.types import Batch, KVCache, LayerChange, Sequence
 
 @dataclass(frozen=True)
 class GatedOutputConfig(Table, name="gated_output"):
-    """Gated attention (arXiv 2505.06708): a trained factor for each head's output, 131,104 parameters a layer at 7B."""
+    """Gated attention (arXiv 2505.06708): a trained factor for each head's output, 131,104 parameters a layer at 7B.
 
-    layers: tuple[Annotated[int, Range("[0, 1e4]")], ...] = ()  # 0-based, ascending; empty: every layer, as in the paper
+    Attributes:
+        layers: decoder layers with such factors, 0-based, ascending; empty: every layer, as in the paper.
+    """
+
+    layers: tuple[Annotated[int, Range("[0, 1e4]")], ...] = ()
 
 
 class OutputGates(nnx.Module):

@@ -35,12 +35,18 @@ class GiftConfig(Table, name="gift"):
     """GIFT (arXiv 2510.22067): more attention to visual tokens that the question's words draw attention to. Not trained.
 
     The defaults are those of LLaVA-1.5-7B. 13B: 10, 14 to 20; Qwen2-VL-7B: 14, 5 to 18, alpha 4.
+
+    Attributes:
+        saliency_layer: decoder layer whose attention makes the saliency, 0-based.
+        first_layer: first decoder layer that is edited.
+        last_layer: last decoder layer that is edited.
+        alpha: attention is multiplied by 1 to exp(alpha); 0 does nothing.
     """
 
-    saliency_layer: Annotated[int, Range("[0, 1e4]")] = 11  # whose attention makes the saliency
-    first_layer: Annotated[int, Range("[0, 1e4]")] = 12  # of those that are edited
+    saliency_layer: Annotated[int, Range("[0, 1e4]")] = 11
+    first_layer: Annotated[int, Range("[0, 1e4]")] = 12
     last_layer: Annotated[int, Range("[0, 1e4]")] = 22
-    alpha: Annotated[float, Range("[0, 50]")] = 5.0  # attention is multiplied by 1 to exp(alpha); 0 does nothing
+    alpha: Annotated[float, Range("[0, 50]")] = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,11 +27,17 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class LoraConfig(Table, name="lora"):
-    """LoRA at one decoder layer, on the projections of its attention. Rank 8 at D = 4096 has 262,144 parameters, as a gate."""
+    """LoRA at one decoder layer, on the projections of its attention. Rank 8 at D = 4096 has 262,144 parameters, as a gate.
 
-    layer: Annotated[int, Range("[0, 1e4]")] = 10  # 0-based
+    Attributes:
+        layer: the decoder layer, 0-based.
+        rank: rank of the update of each projection.
+        alpha: the update is multiplied by alpha / rank.
+    """
+
+    layer: Annotated[int, Range("[0, 1e4]")] = 10
     rank: Annotated[int, Range("[1, 1e6]")] = 8
-    alpha: Annotated[float, Range("(0, 1e6]")] = 16.0  # the update is multiplied by alpha / rank
+    alpha: Annotated[float, Range("(0, 1e6]")] = 16.0
 
 
 class LowRankUpdate(nnx.Module):

@@ -38,14 +38,21 @@ from lsg_jax.types import NO_SOURCE, Batch, Sequence
 class PaiConfig(Table, name="pai"):
     """PAI (arXiv 2407.21771): more attention on visual tokens, and logits contrasted with those of the text alone.
 
-    `alpha = 0` edits no attention, `gamma = 1` contrasts nothing; both together are the base model. Not trained.
+    With `alpha = 0` and `gamma = 1` it is the base model. Not trained.
+
+    Attributes:
+        alpha: how much attention on visual tokens grows; 0 edits none.
+        gamma: weight of the contrast with the text alone; 1 contrasts nothing.
+        cutoff: least probability of a token, in units of the most probable one's.
+        first_layer: first decoder layer that is edited, 0-based.
+        last_layer: last decoder layer that is edited; unset: the model's last.
     """
 
     alpha: Annotated[float, Range("[0, 100]")] = 0.2
     gamma: Annotated[float, Range("[1, 100]")] = 1.1
-    cutoff: Annotated[float, Range("[0, 1]")] = 0.1  # least probability of a token, in units of the most probable one's
+    cutoff: Annotated[float, Range("[0, 1]")] = 0.1
     first_layer: Annotated[int, Range("[0, 1e4]")] = 2
-    last_layer: Annotated[int, Range("[0, 1e4]")] | None = None  # None: the model's last
+    last_layer: Annotated[int, Range("[0, 1e4]")] | None = None
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,14 @@ class RegistersConfig(Table, name="registers"):
     """Test-time registers (arXiv 2506.08010): activations of ViT neurons go to appended tokens. Not trained.
 
     `lsg calibrate MODEL --images DIR --registers N` proposes neurons.
+
+    Attributes:
+        neurons: pairs [layer, neuron], both from 0.
+        count: appended tokens; 0 leaves the tower as it is.
     """
 
-    neurons: tuple[tuple[Annotated[int, Range("[0, 1e7]")], ...], ...] = ()  # pairs [layer, neuron], both from 0
-    count: Annotated[int, Range("[0, 1000]")] = 1  # appended tokens; 0 leaves the tower as it is
+    neurons: tuple[tuple[Annotated[int, Range("[0, 1e7]")], ...], ...] = ()
+    count: Annotated[int, Range("[0, 1000]")] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,10 +22,14 @@ class SinkFrontConfig(Table, name="sink_front"):
     """Sink-to-the-front (arXiv 2510.08510): visual tokens of large ViT norm come first among the visual tokens. Not trained.
 
     `VLM.v_sinks` still lists the patches in the order of the image.
+
+    Attributes:
+        tau: norm of the features before the projector from which a token is moved to the front.
+        positions: rotary positions of moved tokens: those of their place in the image, as the authors have it, or of their new
+            place.
     """
 
-    tau: Annotated[float, Range("(0, 1e9]")] = 100.0  # norm of the features before the projector
-    # rotary positions of moved tokens: those of their place in the image, as the authors have it, or of their new place
+    tau: Annotated[float, Range("(0, 1e9]")] = 100.0
     positions: Literal["kept", "new"] = "kept"
 
 

@@ -28,6 +28,12 @@ class VafConfig(Table, name="vaf"):
 
     With several images the system prompt ends at the first, and queries are edited behind the last. Factors of 1 are the base
     model.
+
+    Attributes:
+        visual: factor of the attention scores on visual tokens.
+        system: factor of the attention scores on the system prompt.
+        first_layer: first decoder layer that is edited, 0-based.
+        last_layer: last decoder layer that is edited.
     """
 
     visual: Annotated[float, Range("[0, 100]")] = 1.15

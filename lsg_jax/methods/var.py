@@ -41,16 +41,21 @@ class VarConfig(Table, name="var"):
     """VAR (arXiv 2503.03321): in image-centric heads, attention goes from sinks to the other visual tokens. Not trained.
 
     It edits the queries after the image, in all layers from `first_layer` on; by the paper not in the last.
+
+    Attributes:
+        rules: what the paper says, or what its published code does.
+        tau: a token is a sink if |h[d]| / rms(h) reaches this for some d of sinks.llm_dims; it cannot exceed sqrt(D).
+        rho: an image-centric head has at most this share of its visual attention on sinks; unset: 0.5 by the code; by the paper
+            0.8, and in an evaluation 0.5 on hallucination, 0.9 on vision-centric benchmarks.
+        min_visual: least share of the attention of an image-centric head that is on visual tokens.
+        kept: share of their attention that sinks keep; unset: 0.4 by the paper (its 1 - p), 0.6 by the code (its p).
+        first_layer: first decoder layer that is edited, 0-based.
     """
 
-    rules: Rules = "paper"  # what the paper says, or what its published code does
-    # a token is a sink if |h[d]| / rms(h) >= tau for some d of sinks.llm_dims; the ratio cannot exceed sqrt(D)
+    rules: Rules = "paper"
     tau: Annotated[float, Range("(0, 1e6]")] = 20.0
-    # image-centric heads: at most `rho` of their visual attention is on visual sinks, at least `min_visual` of all is visual
-    # without a value: 0.5 by the code; by the paper 0.8, and in an evaluation 0.5 on hallucination, 0.9 on vision-centric ones
     rho: Annotated[float, Range("[0, 1]")] | None = None
     min_visual: Annotated[float, Range("[0, 1]")] = 0.2
-    # share of their attention that sinks keep; without a value 0.4 by the paper (its 1 - p), 0.6 by the code (its p)
     kept: Annotated[float, Range("[0, 1]")] | None = None
     first_layer: Annotated[int, Range("[0, 1e4]")] = 2
 

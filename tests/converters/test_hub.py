@@ -124,7 +124,10 @@ def behind(error: Exception) -> Exception:
         (behind(answered(HfHubHTTPError, 429)), "answered 429: too many requests; wait a few minutes and run it again"),
         (answered(HfHubHTTPError, 429, **{"Retry-After": "90"}), "answered 429: too many requests; wait 90 seconds"),
         (answered(HfHubHTTPError, 503), "could not be fetched from the Hugging Face Hub: 503 Client Error"),
-        (LocalEntryNotFoundError("Cannot find it; set HF_HUB_OFFLINE=0"), "could not be fetched .*: Cannot find it"),
+        (
+            LocalEntryNotFoundError("Cannot find it; set HF_HUB_OFFLINE=0"),
+            "could not be fetched .*: HF_HUB_OFFLINE is set; unset it",
+        ),
     ],
 )
 def test_answers_of_the_hub_say_what_to_do(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

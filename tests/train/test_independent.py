@@ -149,7 +149,7 @@ def test_gates_are_loaded_by_layer(config, each, tmp_path, capsys):
 
     one, both = tmp_path / "one.safetensors", tmp_path / "both@1.safetensors"
     assert main(["gates", "export", f"{each}@2", str(one)]) == 0
-    assert main(["gates", "combine", f"{each}@0", str(one), f"{each}@5", "--out", str(both)]) == 0
+    assert main(["gates", "combine", f"{each}@0", str(one), f"{each}@5", str(both)]) == 0
     jax.tree.map(np.testing.assert_array_equal, read_gates(both).parameters, stored)
     assert open_gates(both).gate.layers == LAYERS and open_gates(f"{both}@5").gate.layers == (5,)
     assert main(["gates", "export", str(each), str(tmp_path / "all.safetensors")]) == 65
