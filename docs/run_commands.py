@@ -1,11 +1,11 @@
-"""Runs the commands of a Markdown file, and compares what they print with what the file says.
+"""Runs the commands of Markdown files, and compares what they print with what the files say.
 
-    python docs/run_commands.py docs/tutorial.md [--update] [--folder DIR]
+    python docs/run_commands.py docs/tutorial.md ... [--update] [--folder DIR]
 
-Each block marked `sh` is run by bash, all in one folder (default: a temporary one). A block marked `text` right after it is the
-expected stdout; --update rewrites that block. Words must be equal and numbers close (within 5 %, or 8): another CPU rounds
-differently, and one answer of fifty is two points and moves the end of an interval by up to seven. Blocks with another mark,
-such as `sh not-run`, are skipped.
+Each block marked `sh` is run by bash, those of all files in one folder (default: a temporary one), which has links to docs/ and
+configs/ of the checkout. A block marked `text` right after it is the expected stdout; --update rewrites that block. Words must
+be equal and numbers close (within 5 %, or 8): another CPU rounds differently, and one answer of fifty is two points and moves
+the end of an interval by up to seven. A block below a line `<!-- not run: REASON -->` is skipped.
 """
 
 from __future__ import annotations
@@ -17,27 +17,38 @@ import sys
 import tempfile
 from pathlib import Path
 
-BLOCK = re.compile(r"```sh\n(?P<commands>.*?)```\n(?:\n```text\n(?P<output>.*?)```\n)?", re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = ("docs", "configs")
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>\S[^\n]*) -->\n)?```sh\n(?P<commands>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
+    re.DOTALL | re.MULTILINE,
+)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 RELATIVE, ABSOLUTE = 0.05, 8.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    differ = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        text, wrong = run(options.file.read_text(encoding="utf-8"), folder)
-    if options.update:
-        options.file.write_text(text, encoding="utf-8")
-        return 0
-    for commands, expected, printed in wrong:
-        print(f"{options.file}: after\n{commands}\nis\n{expected}\nbut this was printed\n{printed}", file=sys.stderr)
-    return 1 if wrong else 0
+        for name in LINKS:
+            if not (folder / name).exists():
+                (folder / name).symlink_to(ROOT / name)
+        for file in options.files:
+            text, wrong = run(file.read_text(encoding="utf-8"), folder)
+            if options.update:
+                file.write_text(text, encoding="utf-8")
+                continue
+            differ += len(wrong)
+            for commands, expected, printed in wrong:
+                print(f"{file}: after\n{commands}\nis\n{expected}\nbut this was printed\n{printed}", file=sys.stderr)
+    return 1 if differ else 0
 
 
 def run(text: str, folder: Path) -> tuple[str, list[tuple[str, str, str]]]:
@@ -46,6 +57,8 @@ def run(text: str, folder: Path) -> tuple[str, list[tuple[str, str, str]]]:
 
     def one(match: re.Match[str]) -> str:
         commands, expected = match["commands"], match["output"]
+        if match["reason"]:
+            return match[0]
         print(commands, end="", file=sys.stderr, flush=True)
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=folder, stdout=subprocess.PIPE, text=True)
         if done.returncode:

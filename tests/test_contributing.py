@@ -41,3 +41,18 @@ def test_hooks_are_the_checks_of_ci():
     checks = (ROOT / ".ci" / "run").read_text().splitlines()
     for hook in local["hooks"]:
         assert hook["language"] == "system" and any(line.startswith(hook["name"]) for line in checks)
+
+
+def test_ci_is_one_script_that_shellcheck_passes():
+    binary = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
+    subprocess.run([binary, ROOT / ".ci" / "run"], check=True)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["ci"]["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_issue_forms_are_whole():
+    for name in ("bug", "feature"):
+        form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+        ids = [field["id"] for field in form["body"]]
+        assert form["name"] and form["description"] and len(set(ids)) == len(ids)
+        assert all(field["attributes"]["label"] for field in form["body"])

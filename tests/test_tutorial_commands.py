@@ -27,7 +27,8 @@ cat file; echo 20.0
 {}
 ```
 
-```sh not-run
+<!-- not run: it fails -->
+```sh
 exit 1
 ```
 """

@@ -188,7 +188,7 @@ class TextConfig(Table, name="text"):
 
 @dataclass(frozen=True)
 class SinkConfig(Table, name="sinks"):
-    """What counts as a sink (paper.md, "Two kinds of visual sink").
+    """What counts as a sink (arXiv 2604.03316; the other criteria have their sources in `lsg_jax.sinks.criteria`).
 
     The paper does not state its thresholds. `vit_tau` and `llm_tau` are in units of the activation for `dim_abs` and `massive`,
     multiples of the token's RMS for `dim_rms`, a Euclidean norm for `norm`, a share in [0, 1] for `attention_share`. `massive`

@@ -1,4 +1,4 @@
-"""Layer-wise Sink Gating (paper.md): the gate module, its input signal, and the key scales that it gives the decoder.
+"""Layer-wise Sink Gating (arXiv 2604.03316): the gate module, its input signal, and the key scales that it gives the decoder.
 
 g_l: LayerNorm -> Linear D->64 -> activation -> Linear 64->G -> softmax = the ratios rho, which sum to 1.
 """

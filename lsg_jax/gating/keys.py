@@ -1,4 +1,4 @@
-"""Key gating as pure functions: Attn(Q, diag(s) K, V) with one scalar per token group (paper.md, "Key gating")."""
+"""Key gating as pure functions: Attn(Q, diag(s) K, V) with one scalar per token group (arXiv 2604.03316)."""
 
 from __future__ import annotations
 

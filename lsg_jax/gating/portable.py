@@ -1,4 +1,4 @@
-"""Portable gate files: safetensors in torch layout, readable without JAX (contract.md, "Portable gate file").
+"""Portable gate files: safetensors in torch layout, readable without JAX (docs/formats.md).
 
 A file holds `{layer}.norm.weight`, `{layer}.fc1.weight`, ... for each gated layer. Its metadata hold what is needed to apply
 them: activation, key scale, grouping, signal and sink criterion. This module uses numpy only.

@@ -8,7 +8,7 @@ take part, in one of two ways:
   sequence.
 - `mlp`: a small network reads the question's token embeddings and weighs the two sets of projected patches.
 
-The sinks of an image come before its other patches (`diysink.order`). There is no published code; docs/studies.md has what is
+The sinks of an image come before its other patches (`diysink.order`). There is no published code; docs/methods.md has what is
 known to differ. Our choices are the words of the two questions, what a complex one keeps, that training with `cot` keeps both
 sets, and the form of the network.
 """

@@ -243,7 +243,8 @@ def sink_value(
 
     Args:
         features: [B, T, D].
-        received, among: as `attention_share` takes them; only `attention_share` uses them.
+        received: float32 [B, T], as `attention_share` takes it, which alone uses it.
+        among: bool [B, T], likewise.
     """
     magnitude = jnp.abs(features.astype(jnp.float32))
     if criterion in ("dim_abs", "dim_rms"):
