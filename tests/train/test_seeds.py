@@ -36,7 +36,7 @@ def config(tiny_model, records, tmp_path_factory):
         sinks=SinkConfig(criterion="norm", vit_tau=10.0),
         data=DataConfig(records=str(records), max_length=256, max_answer_tokens=8),
         train=TrainConfig(
-            batch_size=2, epochs=2, max_steps=STEPS, learning_rate=0.05, clip_norm=1e-6, save_every=2, keep=1, seeds=len(SEEDS)
+            batch_size=2, epochs=2, max_steps=STEPS, learning_rate=0.01, clip_norm=1e-6, save_every=2, keep=1, seeds=len(SEEDS)
         ),
     )
 
