@@ -160,6 +160,13 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """Inside the block, what runs handles signals, and ends in its own time. The third Ctrl-C still ends the process."""
+    with _saving():
+        yield
+
+
+@contextlib.contextmanager
 def _saving() -> Iterator[None]:
     _signals.saving += 1
     try:

@@ -26,7 +26,7 @@ def examples(text):
 
 
 EXAMPLES = list(dict.fromkeys(line for _, text in helps() for line in examples(text)))
-SLOW = {"quickstart", "train", "eval", "probe", "sweep", "stack", "ablate", "plan", "explore", "pointing", "plant"}
+SLOW = {"quickstart", "train", "eval", "probe", "sweep", "stack", "ablate", "plan", "explore", "serve", "pointing", "plant"}
 """Commands that compile a lot, or that serve: run by the tutorial in `.ci/run`, and by their own tests."""
 ONCE = {"generate", "look", "sinks", "calibrate", "report"}
 """Commands of which one example is enough here."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 CARD = ROOT / "lsg_jax" / "embedded" / "checkpoint" / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("tpu/*.md")), CARD]
 FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
-KINDS = {"sh", "text", "python", "toml", "diff"}
+KINDS = {"sh", "text", "json", "python", "toml", "diff"}
 
 spec = importlib.util.spec_from_file_location("run_commands", ROOT / "docs" / "run_commands.py")
 assert spec and spec.loader

@@ -41,11 +41,13 @@ MAY_IMPORT = {
     "model_inputs": BELOW_VLM,
     "answer_programs": FOUNDATION | {"methods", "model"},
     "vlm": BELOW_VLM | {"answer_programs", "model_inputs", "look"},  # `vlm.look` imports it when it is called
-    "look": BELOW_VLM | {"vlm", "report"},
+    "web": {"errors"},
+    "look": BELOW_VLM | {"vlm", "report", "web"},
     "opening": BELOW_VLM | {"vlm", "run_config", "hub"},
     "train": OPENED,
     "eval": OPENED,
     "analysis": OPENED | {"train", "eval", "look"},
+    "serve": OPENED | {"eval", "web"},
     "plan": OPENED | {"train", "eval", "analysis", "look"},
     "report": FOUNDATION | {"gating", "checkpoint", "data", "eval"},  # see test_report_reads_files_and_runs_no_model
     "inspection": FOUNDATION | {"gating", "checkpoint", "data", "hub"},

@@ -26,6 +26,7 @@ from lsg_jax.cli import (
     pointing,
     probe,
     report,
+    serve,
     sinks,
     stack,
     sweep,
@@ -122,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the versions of lsg_jax, JAX and Python")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do")
-    for part in (models, look, explore, sinks, training, sweep, probe, pointing, stack, plan, report, config):
+    for part in (models, look, explore, serve, sinks, training, sweep, probe, pointing, stack, plan, report, config):
         part.add(_adder(commands))
     completion.add(_adder(commands), parser)
     below = _described(commands.add_parser, "portable gate files", gates.EXAMPLES, name="gates", help="portable gate files")

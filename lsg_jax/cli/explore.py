@@ -34,7 +34,8 @@ def add(command: Command) -> None:
 
 def _explore(options: argparse.Namespace) -> None:
     from lsg_jax.look.asking import Asker
-    from lsg_jax.look.server import ADDRESS, Explorer, bind, make_app, serve
+    from lsg_jax.look.server import Explorer, make_app
+    from lsg_jax.web import ADDRESS, bind, serve
 
     with bind(options.port) as listening:
         asker = Asker(load_model(options), max_new_tokens=options.max_new_tokens)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from lsg_jax.errors import ConfigError
 class TextTemplate:
     """How turns become text. `{}` stands for the turn's text, `{eos}` for the tokenizer's end-of-sequence token.
 
+    `system_turn` writes a conversation's own system text in place of `system`; None for a template without a place for one.
     `question` ends with the generation prompt. `answer` ends with the end marker, where generation stops. `between` follows
     each answer but the last. With `image`, a turn is a list of images and texts, as the chat templates of later models take it:
     the newline after an image is none of the text.
@@ -31,6 +33,7 @@ class TextTemplate:
     markers: tuple[str, ...] = ()  # control tokens that the tokenizer must know
     strip: bool = False  # turns, or their texts, lose outer whitespace
     image: str | None = None  # how `<image>` is written in a turn; None: as it stands there
+    system_turn: str | None = None
 
 
 _VICUNA_SYSTEM = (
@@ -38,11 +41,13 @@ _VICUNA_SYSTEM = (
     "and polite answers to the user's questions. "
 )
 _LLAMA3_QUESTION = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+_LLAMA3_SYSTEM = "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>"
 _LLAMA3_MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
 _HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 _CHATML = TextTemplate(
     system="",
+    system_turn="<|im_start|>system\n{}<|im_end|>\n",
     question="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     answer="{}<|im_end|>",
     between="\n",
@@ -54,7 +59,7 @@ _QWEN_VL = replace(
 
 TEMPLATES: dict[str, TextTemplate] = {
     # LLaVA-1.5: no space after the end marker.
-    "vicuna_v1": TextTemplate(system=_VICUNA_SYSTEM, question="USER: {} ASSISTANT:", answer=" {}{eos}"),
+    "vicuna_v1": TextTemplate(system=_VICUNA_SYSTEM, system_turn="{} ", question="USER: {} ASSISTANT:", answer=" {}{eos}"),
     # LLaVA-OneVision in HF format: a question without an image keeps the newline that would follow the image.
     "qwen2": TextTemplate(
         system="",
@@ -68,6 +73,7 @@ TEMPLATES: dict[str, TextTemplate] = {
     # LLaVA-1.6-34B.
     "chatml_direct": TextTemplate(
         system="<|im_start|>system\nAnswer the questions.<|im_end|>",
+        system_turn="<|im_start|>system\n{}<|im_end|>",
         question="<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
         answer="{}<|im_end|>",
         markers=_CHATML_MARKERS,
@@ -79,13 +85,16 @@ TEMPLATES: dict[str, TextTemplate] = {
         system="<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to "
         "understand the visual content that the user provides, and assist the user with a variety of tasks using natural "
         "language.<|eot_id|>",
+        system_turn=_LLAMA3_SYSTEM,
         question=_LLAMA3_QUESTION,
         answer="{}<|eot_id|>",
         markers=_LLAMA3_MARKERS,
         strip=True,
     ),
     # LLaVA-Llama-3 (xtuner).
-    "llama3": TextTemplate(system="", question=_LLAMA3_QUESTION, answer="{}<|eot_id|>", markers=_LLAMA3_MARKERS),
+    "llama3": TextTemplate(
+        system="", system_turn=_LLAMA3_SYSTEM, question=_LLAMA3_QUESTION, answer="{}<|eot_id|>", markers=_LLAMA3_MARKERS
+    ),
     # LLaVA-Phi-3 (xtuner).
     "phi3": TextTemplate(
         system="",
@@ -96,10 +105,18 @@ TEMPLATES: dict[str, TextTemplate] = {
     ),
     # TinyLLaVA with a Qwen2 base model, and with an instruct model: vicuna_v1 with an end marker of their own.
     "qwen2_base": TextTemplate(
-        system=_VICUNA_SYSTEM, question="USER: {} ASSISTANT:", answer=" {}<|endoftext|>", markers=("<|endoftext|>",)
+        system=_VICUNA_SYSTEM,
+        system_turn="{} ",
+        question="USER: {} ASSISTANT:",
+        answer=" {}<|endoftext|>",
+        markers=("<|endoftext|>",),
     ),
     "qwen2_instruct": TextTemplate(
-        system=_VICUNA_SYSTEM, question="USER: {} ASSISTANT:", answer=" {}<|im_end|>", markers=("<|im_end|>",)
+        system=_VICUNA_SYSTEM,
+        system_turn="{} ",
+        question="USER: {} ASSISTANT:",
+        answer=" {}<|im_end|>",
+        markers=("<|im_end|>",),
     ),
     # The published chat templates of Qwen2-VL and Qwen2.5-VL, Qwen3-VL, InternVL3, Gemma 3 and SmolVLM2.
     "qwen2_vl": replace(_QWEN_VL, system=_HELPFUL),
@@ -125,7 +142,11 @@ TEMPLATES: dict[str, TextTemplate] = {
     ),
     # LLaVA-1.5 as VLMEvalKit asks it: a human instead of a user, spaces around the image, and one after `ASSISTANT:`.
     "vlmevalkit_llava": TextTemplate(
-        system=_VICUNA_SYSTEM.replace("user", "human"), question="USER: {} ASSISTANT: ", answer="{}{eos}", image=" <image> "
+        system=_VICUNA_SYSTEM.replace("user", "human"),
+        system_turn="{} ",
+        question="USER: {} ASSISTANT: ",
+        answer="{}{eos}",
+        image=" <image> ",
     ),
 }
 
@@ -168,9 +189,15 @@ def default_template(family: str, *, tiles: bool, known: Collection[str], model:
     return "vicuna_v1"
 
 
-def render(template: TextTemplate, turns: Sequence[Turn], answer: str | None, *, eos: str) -> tuple[str, str | None]:
-    """(prompt, up to the generation prompt; answer with its end marker, or None)."""
-    parts = [template.system]
+def render(
+    template: TextTemplate, turns: Sequence[Turn], answer: str | None, *, eos: str, system: str | None = None
+) -> tuple[str, str | None]:
+    """(prompt, up to the generation prompt; answer with its end marker, or None).
+
+    Args:
+        system: in place of the template's own system text, which needs a `system_turn`; None for its own.
+    """
+    parts = [template.system if system is None else _fill(template.system_turn or "{}", system, eos)]
     for turn in turns:
         text = turn.text.strip() if template.strip else turn.text
         shows = IMAGE_TAG in text
@@ -301,8 +328,34 @@ class ChatTemplate:
             f"the checkpoint's chat template cannot be used ({'; '.join(problems)}); choose one of {', '.join(TEMPLATES)}"
         )
 
-    def _apply(self, turns: Sequence[Turn], *, generate: bool) -> str:
+    @functools.cached_property
+    def _system_content(self) -> Callable[[str], Any] | None:
+        """How a system message is given, as a text or in parts; None for a template that refuses, drops or misreads it."""
+        question, text = [Turn("human", "question")], "answer"
+        in_part = lambda system: [{"type": "text", "text": system}]
+        try:
+            as_answer = self._apply([Turn("gpt", text), *question], generate=True)
+        except RecordError:  # an answer without a question before it
+            as_answer = ""
+        for content in (str, in_part):
+            try:
+                written = self._apply(question, generate=True, system=content(text))
+            except RecordError:
+                continue
+            if text in written and "'type'" not in written and written != as_answer:
+                return content
+        return None
+
+    @property
+    def knows_system(self) -> bool:
+        """Whether it writes a system message, and not as if it were an answer."""
+        return self._system_content is not None
+
+    def _apply(self, turns: Sequence[Turn], *, generate: bool, system: Any = None) -> str:
+        """The text of turns, after a system message of this content."""
         messages = [{"role": "user" if t.role == "human" else "assistant", "content": self._as_content(t)} for t in turns]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
         shown = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
         try:
             text = RENDERER.render(self._source, {**self._tokens, **shown})
@@ -319,16 +372,19 @@ class ChatTemplate:
         text = turn.text.replace(IMAGE_TAG, self._image_token)
         return text if self._content == "text" else [{"type": "text", "text": text}]
 
-    def render(self, turns: Sequence[Turn], answer: str | None) -> tuple[str, str | None]:
-        """As the function `render`: (prompt, answer with its end marker or None).
+    def render(self, turns: Sequence[Turn], answer: str | None, *, system: Any = None) -> tuple[str, str | None]:
+        """As the function `render`: (prompt, answer with its end marker or None); `system` needs `knows_system`.
 
         Raises:
             RecordError: `chat_template_failed` or `image_not_written`: the template refuses these turns, or drops an image.
         """
-        prompt = self._apply(turns, generate=True)
+        if system is not None:
+            assert self._system_content is not None
+            system = self._system_content(system)
+        prompt = self._apply(turns, generate=True, system=system)
         if answer is None:
             return prompt, None
-        whole = self._apply([*turns, Turn("gpt", answer)], generate=False)
+        whole = self._apply([*turns, Turn("gpt", answer)], generate=False, system=system)
         if whole.startswith(prompt):
             tail = whole[len(prompt) :]
         else:

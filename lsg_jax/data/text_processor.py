@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -101,6 +102,7 @@ class TextProcessor:
         prompt_turns: Sequence[Turn],
         answer: str | None,
         *,
+        system: str | None = None,
         image_sizes: Sequence[ImageSize] | None = None,
         max_length: int | None = None,
         max_answer_tokens: int | None = None,
@@ -110,6 +112,8 @@ class TextProcessor:
         Args:
             prompt_turns: the turns before the answer.
             answer: None for generation.
+            system: the conversation's own system text, in place of the template's. A template without a place for one gets it
+                in front of the text of the first turn, with an empty line between, as Gemma's does.
             image_sizes: (width, height) in pixels of the images that the tags `<image>` stand for, in order; there may be more,
                 of turns that follow. None: all are as large as the vision tower's. Of at most one image, the tag is at the
                 start of its turn, and further tags are text.
@@ -122,7 +126,7 @@ class TextProcessor:
                 answer, `prompt_too_long`; with `words`, `question_rewritten`.
         """
         shown = self.shown(prompt_turns, image_sizes)
-        prompt, ending = self._render(prompt_turns, answer, image_sizes)
+        prompt, ending = self._render(prompt_turns, answer, image_sizes, system)
         prompt, image_ids = expand_tags(prompt, self.layouts(shown))
         ids, num_prompt = self._chunks.encode(prompt, ending, image_ids)
         self._check_text(ids, image_ids)
@@ -289,14 +293,27 @@ class TextProcessor:
         return Turn(turn.role, self._chunks.protect(turn.text, tags=tags))
 
     def _render(
-        self, prompt_turns: Sequence[Turn], answer: str | None, image_sizes: Sequence[ImageSize] | None
+        self,
+        prompt_turns: Sequence[Turn],
+        answer: str | None,
+        image_sizes: Sequence[ImageSize] | None,
+        system: str | None = None,
     ) -> tuple[str, str | None]:
         """(prompt, answer with its end marker). Special tokens within the turns' own text are hidden."""
         turns = [self._protected(turn, image_sizes) for turn in prompt_turns]
         protected = None if answer is None else self._chunks.protect(answer)
+        if system is not None:
+            system = self._chunks.protect(system)
+            if not self.knows_system:
+                turns[0], system = _with_system(turns[0], system), None
         if self._chat is not None:
-            return self._chat.render(turns, protected)
-        return render(TEMPLATES[self.template], turns, protected, eos=self.tokenizer.eos_token)
+            return self._chat.render(turns, protected, system=system)
+        return render(TEMPLATES[self.template], turns, protected, eos=self.tokenizer.eos_token, system=system)
+
+    @property
+    def knows_system(self) -> bool:
+        """Whether the template has a place for a conversation's own system text."""
+        return self._chat.knows_system if self._chat is not None else TEMPLATES[self.template].system_turn is not None
 
     def encode_question(
         self, text: str, *, image_sizes: Sequence[ImageSize] | None = None, max_length: int | None = None
@@ -314,12 +331,23 @@ class TextProcessor:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first end-of-sequence token. Special tokens and outer whitespace are removed."""
+        return self.decode_all(ids).strip()
+
+    def decode_all(self, ids: Sequence[int] | np.ndarray) -> str:
+        """As `decode`, with outer whitespace."""
         kept: list[int] = []
         for token in map(int, ids):
             if token in self.model.eos_token_ids:
                 break
             kept.append(token)
-        return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _with_system(turn: Turn, system: str) -> Turn:
+    """The turn with a system text in front of its own, behind images that it begins with."""
+    images = re.match(rf"(?:{IMAGE_TAG}\s*)*", turn.text)
+    end = images.end() if images else 0
+    return dataclasses.replace(turn, text=f"{turn.text[:end]}{system}\n\n{turn.text[end:]}")
 
 
 def expand_tags(text: str, layouts: Sequence[VisualLayout]) -> tuple[str, list[list[int]]]:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def _check(record: Record, processor: Processor, data: DataConfig, *, lengths: b
     """Every example of a record."""
     found = []
     whole, sizes = data.conversations == "whole", record.image_sizes
-    limits = {"max_length": data.max_length, "max_answer_tokens": data.max_answer_tokens}
+    limits: dict[str, Any] = {"max_length": data.max_length, "max_answer_tokens": data.max_answer_tokens}
     for number, (prompt, answer) in enumerate(examples(record.turns)[: 1 if whole else None]):
         length, truncated = 0, False
         try:
@@ -121,7 +122,7 @@ def encode_example(record: Record, number: int, processor: Processor, data: Data
     Raises:
         RecordError: those of `TextProcessor.encode` or `encode_conversation`.
     """
-    limits = {"max_length": data.max_length, "max_answer_tokens": data.max_answer_tokens}
+    limits: dict[str, Any] = {"max_length": data.max_length, "max_answer_tokens": data.max_answer_tokens}
     if data.conversations == "whole":
         return processor.encode_conversation(record.turns, image_sizes=record.image_sizes, **limits)
     prompt, answer = examples(record.turns)[number]

@@ -11,21 +11,19 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax.monitoring
-import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ModelConfig
 from lsg_jax.errors import InputError
 from lsg_jax.look.compute import look
 from lsg_jax.look.look import MAPS, Look
-from lsg_jax.methods.coefficients import GROUPS, Coefficients
+from lsg_jax.methods.coefficients import Coefficients, layer_coefficients
 from lsg_jax.methods.method import BASE, Method
 from lsg_jax.methods.registry import name_of
 from lsg_jax.vlm import VLM
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 1000.0  # coefficient, as of the method `fixed`
 TRACED, COMPILED = "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration"
 SMALL = 0.1  # seconds; programs that are traced faster, of single operations, are not spoken of
 
@@ -53,7 +51,7 @@ class Asker:
             self.methods["gates"], self.titles["gates"] = vlm, "Gates" if vlm.gate else name_of(vlm.method)
         if vlm.config.sinks.knows_v_sinks:
             self.titles["coefficients"] = "Coefficients"
-            self.methods["coefficients"] = vlm.with_method(Coefficients(), self._parameters(None))
+            self.methods["coefficients"] = vlm.with_method(Coefficients(), layer_coefficients(None, vlm.config))
 
     def look(
         self, method: str, coefficients: Any, pictures: Sequence[Image.Image], prompt: str, report: Report = lambda state: None
@@ -72,27 +70,13 @@ class Asker:
             raise InputError(f"there is no method {method!r} for this model: choose among {', '.join(self.methods)}")
         vlm = self.methods[method]
         if method != "gates" and "coefficients" in self.methods:
-            parameters = self._parameters(coefficients if method == "coefficients" else None)
+            parameters = layer_coefficients(coefficients if method == "coefficients" else None, self.config)
             vlm = self.methods["coefficients"].with_method(Coefficients(), parameters)
         report("answering" if vlm.method in self._ran else "compiling")
         with reporting_compilation(report):
             seen = look(vlm, list(pictures), prompt, self.max_new_tokens, maps=MAPS, most_text=self.config.text.max_positions)
         self._ran.add(vlm.method)
         return seen
-
-    def _parameters(self, coefficients: Any) -> dict[str, np.ndarray]:
-        shape = (self.config.text.num_layers, GROUPS)
-        if coefficients is None:
-            return {"by_layer": np.ones(shape, np.float32)}
-        try:
-            values = np.array(coefficients, np.float32)
-        except (TypeError, ValueError, OverflowError):
-            values = np.zeros(0, np.float32)
-        if values.shape != shape or not (np.abs(values) <= LARGEST).all():
-            raise InputError(
-                f"coefficients: give {shape[0]} pairs of numbers from -{LARGEST:g} to {LARGEST:g}, one for each layer"
-            )
-        return {"by_layer": values}
 
 
 @contextlib.contextmanager

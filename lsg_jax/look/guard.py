@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from lsg_jax.errors import InputError
 
 HOSTS = ("127.0.0.1", "localhost")
 MAX_JSON_BYTES = 1 << 20
@@ -87,28 +83,3 @@ def refusal(scope: Scope) -> str | None:
     if scope["method"] not in ("GET", "HEAD") and headers.get("origin") != f"http://{host}":
         return "this server takes requests of its own page only"
     return None
-
-
-STALLED = 20.0
-"""Seconds after which a body of which nothing comes is given up: others wait behind it."""
-
-
-async def bounded_body(request: Request, limit: int) -> bytes:
-    """The body of a request. InputError beyond `limit` bytes, of which not much more is read, or if nothing comes any more."""
-    too_large = InputError(f"more than {limit / (1 << 20):g} MiB: this is too large")
-    announced = request.headers.get("content-length", "0")
-    if not announced.isdecimal() or int(announced) > limit:
-        raise too_large
-    parts, size, stream = [], 0, request.stream()
-    while True:
-        try:
-            part = await asyncio.wait_for(anext(stream, None), STALLED)
-        except TimeoutError:
-            raise InputError(f"nothing came for {STALLED:g} s: try again") from None
-        if part is None:
-            break
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
-    return b"".join(parts)

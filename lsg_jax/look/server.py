@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import secrets
-import socket
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -25,17 +24,17 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from lsg_jax.data.images import MAX_PIXELS, open_image
-from lsg_jax.errors import BusyError, ConfigError, InputError, LsgError
+from lsg_jax.errors import ConfigError, InputError, LsgError
 from lsg_jax.look.asking import Asker, Worker
 from lsg_jax.look.examples import examples
-from lsg_jax.look.guard import MAX_JSON_BYTES, OwnPageOnly, bounded_body
+from lsg_jax.look.guard import MAX_JSON_BYTES, OwnPageOnly
 from lsg_jax.look.look import Look
 from lsg_jax.look.page import asset, in_script, page_html, templates, view_script
 from lsg_jax.look.page_data import head_data, look_data, picture_data
+from lsg_jax.web import bounded_body
 
 logger = logging.getLogger(__name__)
 
-ADDRESS = "127.0.0.1"
 MAX_BODY_BYTES = 64 << 20
 KEPT_PICTURES, KEPT_LOOKS = 16, 64
 LOOK_BYTES = 2 << 30  # of all looks that are kept: one of a 7B model may take some hundred MB
@@ -222,34 +221,6 @@ def make_app(explorer: Explorer, token: str) -> Starlette:
     ]
     handlers: dict[Any, Any] = {InputError: _refused, ConfigError: _refused, Exception: _failed}
     return Starlette(routes=routes, middleware=[Middleware(OwnPageOnly, token=token)], exception_handlers=handlers)
-
-
-def bind(port: int) -> socket.socket:
-    """A socket that listens on 127.0.0.1; port 0 takes any that is free. BusyError if the port is taken."""
-    if not 0 <= port < 1 << 16:
-        raise ConfigError(f"--port {port}: give a number from 0, for any free port, to 65535")
-    found = socket.socket()
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        found.bind((ADDRESS, port))
-        found.listen()  # who asks before the model is open waits
-    except OSError as error:
-        found.close()
-        hint = "choose another with --port, or any free one by --port 0"
-        raise BusyError(f"port {port} of {ADDRESS}: {error.strerror}; {hint}") from None
-    return found
-
-
-def serve(app: Starlette, listening: socket.socket) -> None:
-    """Answers until Ctrl-C."""
-    import uvicorn
-
-    # its log would have a traceback for each error that `_failed` has reported, and for each answer that Ctrl-C cuts off
-    config = uvicorn.Config(
-        app, log_level="critical", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=1, server_header=False
-    )
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
 
 
 def one_line(error: BaseException) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lsg_jax.config import GateConfig, ModelConfig
+from lsg_jax.errors import InputError
 from lsg_jax.gating.gate import GateParam, KeyScaling
 from lsg_jax.methods.gates import check_gate
 from lsg_jax.methods.method import Method
 from lsg_jax.methods.method_model import MethodModel
 from lsg_jax.types import Batch, Sequence
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 GROUPS = 2
+LARGEST = 1000.0  # coefficient, as of the method `fixed`
 
 
 class LayerCoefficients(nnx.Module):
@@ -56,3 +63,24 @@ class Coefficients(Method):
 
     def _as_gate(self, config: ModelConfig) -> GateConfig:
         return GateConfig(layers=tuple(range(config.text.num_layers)), grouping="v_sink_rest")
+
+
+def layer_coefficients(given: Any, config: ModelConfig) -> dict[str, NDArray[np.float32]]:
+    """The parameters of `Coefficients` from what a request has: L pairs of numbers, of V-sinks and of the rest.
+
+    Args:
+        given: None for coefficients of 1.
+
+    Raises:
+        InputError: it is something else, or a number is too large.
+    """
+    shape = (config.text.num_layers, GROUPS)
+    if given is None:
+        return {"by_layer": np.ones(shape, np.float32)}
+    try:
+        values = np.array(given, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        values = np.zeros(0, np.float32)
+    if values.shape != shape or not (np.abs(values) <= LARGEST).all():
+        raise InputError(f"coefficients: give {shape[0]} pairs of numbers from -{LARGEST:g} to {LARGEST:g}, one for each layer")
+    return {"by_layer": values}

@@ -223,7 +223,7 @@ def decode_greedily(
     """
     config = model.config
     states = [hidden] if contrast is None else [hidden, contrast.hidden]
-    caches = [_heads_apart(each, model.mesh) for each in ([cache] if contrast is None else [cache, contrast.cache])]
+    caches = [heads_apart(each, model.mesh) for each in ([cache] if contrast is None else [cache, contrast.cache])]
     next_positions = [each.valid.sum(1).astype(jnp.int32) + (0 if each.offset is None else each.offset) for each in caches]
     batch, slots = cache.valid.shape[0], cache.valid.shape[1] - max_new_tokens
     eos = jnp.array(config.eos_token_ids)
@@ -263,7 +263,8 @@ def decode_greedily(
     return tokens, step, margin
 
 
-def _heads_apart(cache: KVCache, mesh: Mesh | None) -> KVCache:
+def heads_apart(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """The cache with its heads sharded along `tensor`, as steps of decoding read it."""
     apart = lambda x: constrain(x, mesh, None, ROWS, "tensor")
     return cache.replace(key=apart(cache.key), value=apart(cache.value))  # type: ignore[attr-defined, no-any-return]
 

@@ -7,9 +7,10 @@ import pytest
 from golden.golden_cases import TEMPLATE_CONVERSATIONS
 from tokenizers_for_tests import byte_level_tokenizer, llama_tokenizer, model_config
 
-from lsg_jax.data.conversation import RecordError, parse_record
+from lsg_jax.data.conversation import RecordError, Turn, parse_record
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.templates import TEMPLATES, ChatTemplate, as_jinja, default_template, render
+from tests.data import published_templates
 
 MARKERS = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -72,6 +73,40 @@ def test_a_template_in_jinja_makes_the_same_text(name):
             assert tokenizer.apply_chat_template(content, chat_template=as_jinja(template), tokenize=False) == made
     with pytest.raises(Exception, match="this model knows no role system"):
         tokenizer.apply_chat_template([{"role": "system", "content": "x"}], chat_template=as_jinja(template), tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "knows"),
+    [
+        (published_templates.QWEN2_VL, True), (published_templates.QWEN3_VL, True), (published_templates.INTERNVL, True),
+        (published_templates.GEMMA3, True), (published_templates.SMOLVLM, True), (CHAT, True),
+        (as_jinja(TEMPLATES["vicuna_v1"]), False), ("{% for m in messages %}{% if m['role'] == 'user' %}USER: "
+        "{{ m['content'] }}{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}", False),
+    ],
+)  # fmt: skip
+def test_a_system_message_is_written_where_the_template_knows_the_role(source, knows):
+    """It may refuse the role, drop the message, or write it as if it were an answer."""
+    template = ChatTemplate(byte_level_tokenizer(MARKERS), source)
+    assert template.knows_system == knows
+    if knows:
+        turns = [Turn("human", "What?"), Turn("gpt", "That."), Turn("human", "And?")]
+        written, _ = template.render(turns, None, system="Be brief.")
+        assert written.count("Be brief.") == 1 and written.index("Be brief.") < written.index("What?")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_system_text_of_its_own(name):
+    """In place of the template's, else in front of the first question, behind its image."""
+    processor = Processor(byte_level_tokenizer(TEMPLATES[name].markers or ("</s>",)), model_config(), template=name)
+    turns = [Turn("human", "<image>\nWhat?"), Turn("gpt", "That."), Turn("human", "And?")]
+    text = lambda system: processor.tokenizer.decode(processor.encode(turns, None, system=system).ids)
+    plain, own = text(None), text("Be <image> brief.")
+    assert own.count("Be <image> brief.") == 1 and own.endswith(plain[plain.index("What?") :])
+    if processor.knows_system:
+        assert own.index("Be <image> brief.") < own.index("What?")
+        assert not TEMPLATES[name].system or TEMPLATES[name].system not in own
+    else:
+        assert own == plain.replace("What?", "Be <image> brief.\n\nWhat?")
 
 
 @pytest.mark.parametrize(

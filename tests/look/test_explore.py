@@ -27,10 +27,10 @@ from lsg_jax.config import SinkConfig
 from lsg_jax.errors import InputError
 from lsg_jax.look import server
 from lsg_jax.look.asking import Asker
-from lsg_jax.look.guard import bounded_body
 from lsg_jax.look.look import NEUTRAL_PROMPT
-from lsg_jax.look.server import Explorer, bind, make_app
+from lsg_jax.look.server import Explorer, make_app
 from lsg_jax.methods.fixed import Fixed, FixedConfig
+from lsg_jax.web import bind, bounded_body
 
 URL, TOKEN = "http://127.0.0.1:8411", "secret"
 OURS = {"origin": URL}
@@ -179,7 +179,7 @@ def test_bodies_are_bounded(client, monkeypatch):
 
 def test_a_body_that_stalls_is_given_up(monkeypatch):
     """Before, it held up all other uploads."""
-    monkeypatch.setattr("lsg_jax.look.guard.STALLED", 0.1)
+    monkeypatch.setattr("lsg_jax.web.STALLED", 0.1)
     request = Request({"type": "http", "headers": []}, lambda: asyncio.sleep(60))
     with pytest.raises(InputError, match=r"nothing came for 0\.1 s"):
         asyncio.run(asyncio.wait_for(bounded_body(request, 100), 5))

@@ -18,7 +18,8 @@ from report import chromium
 
 from lsg_jax.errors import InputError
 from lsg_jax.look.page import notebook_html, page_html
-from lsg_jax.look.server import Explorer, bind, make_app
+from lsg_jax.look.server import Explorer, make_app
+from lsg_jax.web import bind
 
 PICTURE = Image.effect_noise((60, 45), 60).convert("RGB")
 

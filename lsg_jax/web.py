@@ -1,0 +1,101 @@
+"""What the servers of `lsg` have in common: a socket, bodies of bounded size, and the loop that answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import uvicorn
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from lsg_jax.errors import BusyError, ConfigError, InputError
+
+ADDRESS = "127.0.0.1"
+
+STALLED = 20.0
+"""Seconds after which a body of which nothing comes is given up: others wait behind it."""
+
+
+KEPT = 75
+"""Seconds that an idle connection is kept: longer than clients do, which may ask again just as it is closed."""
+
+
+class TooLarge(InputError):
+    """A body has more bytes than it may."""
+
+
+class Stalled(InputError):
+    """The rest of a body does not come."""
+
+
+def bind(port: int, host: str = ADDRESS) -> socket.socket:
+    """A socket that listens; port 0 takes any that is free. BusyError if the port is taken, ConfigError for no such host."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port {port}: give a number from 0, for any free port, to 65535")
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError):
+        raise ConfigError(
+            f"--host {host}: there is no such host; give an address of this machine, or 0.0.0.0 for all"
+        ) from None
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(where)
+        found.listen(socket.SOMAXCONN)  # who asks before the model is open waits
+    except OSError as error:
+        found.close()
+        hint = "choose another with --port, or any free one by --port 0"
+        raise BusyError(f"port {port} of {host}: {error.strerror}; {hint}") from None
+    return found
+
+
+def web_server(app: ASGIApp, *, grace: int) -> uvicorn.Server:
+    """The server of an application. Told to stop, it takes no more requests, and gives those it has `grace` seconds."""
+    # its log would have a traceback for each error that the application has reported, and for each answer that is cut off
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="critical",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=KEPT,
+            timeout_graceful_shutdown=grace,
+            server_header=False,
+        )
+    )
+
+
+def serve(app: ASGIApp, listening: socket.socket, *, grace: int = 1) -> None:
+    """Answers until Ctrl-C or SIGTERM; see `web_server`."""
+    with contextlib.suppress(KeyboardInterrupt):
+        web_server(app, grace=grace).run(sockets=[listening])
+
+
+async def bounded_body(request: Request, limit: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        TooLarge: it has more than `limit` bytes, of which not much more is read.
+        Stalled: nothing comes any more.
+    """
+    too_large = TooLarge(f"more than {limit / (1 << 20):g} MiB: this is too large")
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal() or len(announced) > 18 or int(announced) > limit:
+        raise too_large
+    parts, size, stream = [], 0, request.stream()
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(stream, None), STALLED)
+        except TimeoutError:
+            raise Stalled(f"nothing came for {STALLED:g} s: try again") from None
+        if part is None:
+            break
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
