@@ -27,7 +27,8 @@ def load(
         model_dir: folder written by `lsg convert`.
         gates: run folder of `lsg train` (`RUN@10` for the gate of layer 10 only), portable gate file, Hub id of gates
             (`owner/name` or `owner/name@revision`, unless there is such a path here), PortableGates, or None.
-        dtype: of the weights, e.g. "float32"; None keeps them as stored.
+        dtype: of the weights: "float32", "bfloat16" or "float16"; None keeps them as stored. 8-bit weights stay 8-bit, and
+            "int8" demands a folder of them.
         mesh: devices to spread the weights over (lsg_jax.sharding.make_mesh); None for one device.
         sinks: what counts as a sink; None takes what the gates were trained with, else what the model folder says.
         template: the text template of prompts, by the names of `data.template`; None takes the checkpoint's own.

@@ -18,7 +18,7 @@ from lsg_jax.checkpoint import LeafEntry, RunRecord, load_base, read_manifest, r
 from lsg_jax.checkpoint.processes import on_primary, share_bytes, tree_sha256
 from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_dict, is_scale
 from lsg_jax.digest import text_sha256
-from lsg_jax.errors import InputError, NonFiniteError
+from lsg_jax.errors import ConfigError, InputError, NonFiniteError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
 from lsg_jax.hub import HubFile, HubName, download_gates, on_hub
 from lsg_jax.memory import GIB, agreed_memory, check_fits, tree_bytes
@@ -30,6 +30,8 @@ from lsg_jax.sharding import answering_mesh, replicated, shard_params, state_sha
 from lsg_jax.vlm import VLM
 
 logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def load_backbone(
@@ -44,12 +46,17 @@ def load_backbone(
     """Opens a model folder without gates.
 
     Args:
-        dtype: of the weights, except 8-bit ones and their scales; None keeps them as stored. "int8" demands 8-bit weights.
+        dtype: of the weights, except 8-bit ones and their scales: one of DTYPES, as text or type. None keeps them as stored.
+            "int8" demands 8-bit weights.
         sinks: instead of the sink settings of the folder.
         mesh: devices to spread the weights over; None for one device.
         template: the text template of prompts; None for the checkpoint's own.
+
+    Raises:
+        ConfigError: another dtype, a sink dimension that does not exist, or a model that cannot fit.
+        InputError: no model folder, or one without 8-bit weights for "int8". CheckpointError: a damaged one.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), None if dtype is None else _dtype_name(dtype)
     manifest = read_manifest(folder)
     config = manifest.config if sinks is None else dataclasses.replace(manifest.config, sinks=sinks)
     if dtype == "int8":
@@ -63,6 +70,17 @@ def load_backbone(
         logger.info("reading %.1f GiB of weights from %s", size / GIB, folder)
     frozen = load_base(folder, stored if mesh is None else shard_params(stored, mesh), dtype=dtype, verify=verify)
     return VLM(config, frozen, folder=folder, digest=manifest.digest, mesh=mesh, template=template)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype that weights can be opened in. Raises ConfigError for another one."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name[:80]}: weights are opened in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return name
 
 
 def open_to_answer(config: RunConfig, *, sinks: SinkConfig | None = None) -> VLM:

@@ -92,6 +92,17 @@ def test_a_line_begins_while_the_program_compiles(monkeypatch):
         assert stream.getvalue() == ("compiling f ...\ncompiling f ... 14 s\n" if bar else "compiling f ... 14 s\n")
 
 
+def test_a_line_that_has_begun_is_ended(monkeypatch):
+    """JAX measures less than SLOW seconds where its clock starts after the timer, or is set back meanwhile."""
+    monkeypatch.setattr(sys, "stderr", stream := Stream())
+    monkeypatch.setattr(compiling, "SLOW", 0.01)
+    with compilations_told():
+        monitoring.record_scalar(STAGES[2], 0.0, fun_name="jit(f)")
+        assert stream.written.wait(60)
+        monitoring.record_event_duration_secs(STAGES[2], 0.009, fun_name="jit(f)")
+    assert stream.getvalue() == "compiling f ... 0.0 s\n"
+
+
 def test_each_shape_is_named_when_jax_compiles_it(monkeypatch, capsys):
     @jax.jit
     def program(tokens):

@@ -21,6 +21,7 @@ from test_vlm import gates
 
 import lsg_jax
 from converters.convert import convert
+from lsg_jax.checkpoint import read_manifest
 from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.cli import main
 from lsg_jax.config import GateConfig
@@ -160,6 +161,23 @@ def test_the_card_tells_where_gates_come_from_and_what_they_change(run, model):
         assert re.search(rf"\| [+]?{each['accuracy']['value']:.2f} \[[-+\d., ]+\] ", text), each
     assert "learning_rate = 0.001" in text and f"jax {record['versions']['jax']}" in text
     assert str(run.parent) not in text and str(model.parent) not in text and "private-place" not in text
+
+
+@pytest.mark.parametrize(("dtype", "option"), [("int8", " --dtype int8"), ("bfloat16", " --dtype bfloat16"), ("float32", "")])
+def test_the_card_converts_to_the_weights_of_the_run(run, model, tiny_hf_folder, tmp_path, dtype, option):
+    """A model in another dtype has another digest, and those who follow the card would be told that it is another model."""
+    snapshot = tmp_path / "snapshots" / COMMIT
+    shutil.copytree(tiny_hf_folder, snapshot)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: str(snapshot))
+        convert("llava-hf/tiny", tmp_path / "model", dtype=dtype)
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    record = read_sealed(run / "run.json")
+    digest = read_manifest(tmp_path / "model").digest
+    config = record["config"] | {"model": str(tmp_path / "model")}
+    write_sealed(tmp_path / "run" / "run.json", record | {"config": config, "backbone": digest})
+    text = gate_files(tmp_path / "run", "owner/gate")["README.md"].decode()
+    assert f"lsg convert llava-hf/tiny models/base --revision {COMMIT}{option}\n" in text
 
 
 def test_the_card_is_whole_markdown(run):

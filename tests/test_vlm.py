@@ -243,6 +243,12 @@ def test_dtype(tiny_model, base, arrays):
     assert 0 < np.abs(exact - rounded).mean() < 0.05 * exact.std()
 
 
+@pytest.mark.parametrize("dtype", ["half a byte", "uint8", "int4", "float64", int, np.int32])
+def test_weights_are_not_opened_in_another_dtype(tiny_model, dtype):
+    with pytest.raises(ConfigError, match="weights are opened in float32, bfloat16, float16 or int8"):
+        lsg_jax.load(tiny_model, dtype=dtype)
+
+
 def test_a_run_of_another_backbone_is_refused(tiny_model, tmp_path):
     import json
 

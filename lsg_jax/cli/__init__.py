@@ -35,7 +35,7 @@ from lsg_jax.cli import (
 from lsg_jax.cli.causes import cause_of, is_about_a_file
 from lsg_jax.cli.compiling import compilations_told
 from lsg_jax.cli.options import Command
-from lsg_jax.cli.printable import PrintableFormatter, printable, printable_stdout
+from lsg_jax.cli.printable import PrintableFormatter, printable, printable_stdout, say
 from lsg_jax.errors import LsgError, Preempted
 from lsg_jax.files import check_output
 from lsg_jax.stopping import AGAIN, handled, was_stopped
@@ -60,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, text = _exit_code(error), cause_of(error)
             if "--traceback" in arguments:
                 traceback.print_exc()
-    with contextlib.suppress(OSError, ValueError):  # a closed stderr
-        print(printable(f"{' '.join(command)}: {' '.join(text.split())}"), file=sys.stderr)
+    say(printable(f"{' '.join(command)}: {' '.join(text.split())}\n"))
     return code
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from lsg_jax import distributed
+from lsg_jax.cli.printable import say
 from lsg_jax.progress import PROGRAM
 
 SLOW = 2.0  # seconds from which a program is named
@@ -94,23 +95,17 @@ class _Line:
     def _begin(self) -> None:
         # where a progress bar has taken the place of stderr, only whole lines appear
         self._begun = sys.stderr is self._stream
-        _write(self._text if self._begun else f"{self._text}\n")
+        say(self._text if self._begun else f"{self._text}\n")
 
     def end(self, seconds: float, saved: float) -> None:
         """Ends it, with its seconds; `saved` are those that the cache has saved."""
         self._timer.cancel()
         self._timer.join()
-        if seconds + saved >= SLOW:
+        if self._begun or seconds + saved >= SLOW:  # JAX's clock may be a little behind the timer
             found = "found in the cache of compiled programs, " if saved else ""
-            _write(f"{'' if self._begun else self._text} {found}{seconds:.{0 if seconds >= 10 else 1}f} s\n")
+            say(f"{'' if self._begun else self._text} {found}{seconds:.{0 if seconds >= 10 else 1}f} s\n")
 
 
 def _function(module: str) -> str:
     """`jit(f)` -> `f`."""
     return module.removeprefix("jit(").removesuffix(")")
-
-
-def _write(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a closed stderr
-        sys.stderr.write(text)
-        sys.stderr.flush()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lsg_jax import distributed
 from lsg_jax.cli.compile_cache import use_compile_cache
+from lsg_jax.cli.printable import say
 from lsg_jax.config.ranges import Range, shown
 from lsg_jax.errors import ConfigError
 from lsg_jax.progress import Progress, silent
@@ -216,7 +217,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
             nonlocal due
             if time.monotonic() >= due:
                 due = time.monotonic() + SECONDS_BETWEEN_LINES
-                print(f"{title} {done}{f'/{total}' if total else ''} {what}", file=sys.stderr, flush=True)
+                say(f"{title} {done}{f'/{total}' if total else ''} {what}\n")
 
         yield print_line
         return

@@ -18,6 +18,13 @@ def printable(text: str) -> str:
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def say(text: str) -> None:
+    """Writes to stderr. One that is closed, or whose reader has gone, ends no command."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 class PrintableFormatter(logging.Formatter):
     """Messages of logs as `printable` writes them."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from lsg_jax.cli.compile_cache import use_compile_cache
@@ -18,6 +17,7 @@ from lsg_jax.cli.options import (
     process_options,
     progress_bar,
 )
+from lsg_jax.cli.printable import say
 from lsg_jax.config.ranges import Range
 from lsg_jax.files import check_output
 
@@ -115,7 +115,7 @@ def _sweep(options: argparse.Namespace) -> None:
         return
     for name, entry in result["benchmarks"].items():
         run, naive, share = (entry["work"][key] for key in ("layers_run", "layers_naive", "share"))
-        print(f"{name}: {run} layers run of {naive} in separate runs ({share:.2f})", file=sys.stderr)
+        say(f"{name}: {run} layers run of {naive} in separate runs ({share:.2f})\n")
     if result["best"]:
         draw_oracle_map(result["rows"], out / "oracle", groups=result["groups"])
     print(json.dumps(result, indent=2) if options.json else table(result))

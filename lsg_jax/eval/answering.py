@@ -83,10 +83,7 @@ def answer_all(
         NonFiniteError: logits of an item are not finite; names the item. Answers of its batch are not kept.
     """
     job = _Answers(models, items, prompts, config, max_new_tokens, known or {}, on_batch)
-    everything: Sequence[int] = range(len(items))
-    if job.routes is not None:
-        everything = [i for i in everything if i in job.routes]
-    undecided = job.run(models, everything, config.batch_size)
+    undecided = job.run(models, range(len(items)), config.batch_size)
     for name, which in undecided.items():
         job.run({name: models[name]}, which, 1)
     return {name: [found[i] for i in range(len(items))] for name, found in job.outputs.items()}
@@ -155,7 +152,8 @@ class _Answers:
         if self.text_only:
             local = local.without_images()
         if self.routes is not None:
-            local = replace(local, route=np.array([self.routes[members[row]] for row in rows], np.int32))
+            route = [self.routes.get(members[row], 0) for row in rows]  # what is known is not routed again, nor kept
+            local = replace(local, route=np.array(route, np.int32))
         return local
 
     def _keep(self, name: str, model: VLM, members: Sequence[int], made: Generated, *, several: bool) -> list[int]:

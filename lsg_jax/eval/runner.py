@@ -219,7 +219,8 @@ def _answers(
                 raise Preempted(f"{out}: stopped at {done} of {total} answers of {name}; run the same command to go on")
 
         found: dict[str, list[Answer]] = {}
-        split = groups(models)
+        shown = any(item.images for item in test.items)
+        split = groups(models) if shown else [{method: model} for method, model in models.items()]
         for group in split:
             found |= answer_all(group, test.items, test.prompts, config, max_new_tokens=limit, known=known, on_batch=save)
     return {method: found[method] for method in models}, work_of(split, len(test.items))

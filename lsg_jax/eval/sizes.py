@@ -1,8 +1,8 @@
 """How many questions a device answers at a time (`eval.batch_size = "auto"`), and in how many parts a sweep runs coefficients.
 
 Their memory is estimated from the shapes of the model. On accelerators the compiled programs confirm it: where they need more,
-fewer are taken. The sizes depend on the model, the devices and the lengths of the questions alone, so that a run that goes on
-computes the batches of the first.
+fewer are taken. The sizes depend on the model, its methods, the devices, and the lengths and number of all questions alone, so
+that a run that goes on computes the batches of the first.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ them: activation, key scale, grouping, signal and sink criterion. This module us
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lsg_jax.config import GateConfig, SinkConfig, from_dict
-from lsg_jax.digest import arrays_sha256, json_sha256
+from lsg_jax.digest import arrays_sha256, canonical_json, json_sha256
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
@@ -140,7 +141,7 @@ def write_gates(path: str | Path, gates: PortableGates) -> None:
 
 
 def gate_bytes(gates: PortableGates, *, where: str) -> bytes:
-    """The content of a gate file.
+    """The content of a gate file; equal gates give equal bytes.
 
     Args:
         where: the file, for errors.
@@ -155,7 +156,15 @@ def gate_bytes(gates: PortableGates, *, where: str) -> bytes:
     tensors = {f"{layer}.{name}": array for layer, named in layers.items() for name, array in named.items()}
     _check_tensors(tensors, gates.gate, where=where)
     metadata = _to_metadata(gates)
-    return save(tensors, metadata=metadata | {CHECKSUM: _checksum(tensors, metadata)})
+    return _in_order(save(tensors, metadata=metadata | {CHECKSUM: _checksum(tensors, metadata)}))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its header in the order of names; `save` writes metadata in another order each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = canonical_json(json.loads(data[8:end])).encode()
+    header += b" " * (-len(header) % 8)  # as the format aligns what follows
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def read_gates(path: str | Path) -> PortableGates:

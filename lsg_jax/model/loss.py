@@ -68,8 +68,9 @@ def chunked_cross_entropy(
     Returns:
         losses float32 [B, A] in nats, and the most likely token int32 [B, A], the first of equals.
     """
-    words = head.shape[1]
+    words, dtype = head.shape[1], hidden.dtype
     chunk = min(chunk, words)
+    hidden = hidden.astype(jnp.float32)  # so that its gradient, a sum over chunks, is rounded once
 
     def add(carry: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         largest, total, hit, best = carry
@@ -77,7 +78,7 @@ def chunked_cross_entropy(
         start = jnp.minimum(first, words - chunk)  # the last chunk overlaps the one before
         logits = jnp.einsum(
             "BAD,DV->BAV",
-            hidden,
+            hidden.astype(dtype),
             jax.lax.dynamic_slice_in_dim(head, start, chunk, axis=1),
             preferred_element_type=jnp.float32,  # bfloat16 logits would round away the differences between close candidates
         )

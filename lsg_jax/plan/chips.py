@@ -72,6 +72,11 @@ class Topology:
         return len({device.process_index for device in self.devices})
 
     @property
+    def has_links(self) -> bool:
+        """Whether its chips have neighbours."""
+        return math.isfinite(self.ici_gbps)
+
+    @property
     def ici_gbps(self) -> float:
         """Receiving rate of a chip in a corner, which has the fewest links, GB/s; infinite for a single chip."""
         links = sum(0 if side == 1 else 2 if side % self.chip.ring == 0 else 1 for side in self.shape)

@@ -80,7 +80,7 @@ def _slice(found: SlicePlan) -> dict[str, Any]:
         "name": topology.name,
         "devices": len(topology.devices),
         "hosts": topology.hosts,
-        "device": {**asdict(topology.chip), "ici_gbps": topology.ici_gbps},
+        "device": {**asdict(topology.chip), "ici_gbps": topology.ici_gbps if topology.has_links else None},
         "mesh": {"training": dict(found.training_mesh), "answering": dict(found.answering_mesh)},
         "attention": found.attention,
         "answering": {name: asdict(size) for name, size in found.sizes.items()},

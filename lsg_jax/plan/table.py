@@ -28,9 +28,10 @@ def _model(plan: Plan) -> str:
 def _slice(found: SlicePlan) -> str:
     topology, chip = found.topology, found.topology.chip
     what = "chips" if chip.per_chip == 1 else f"devices ({chip.per_chip} a chip)"
+    links = f", {topology.ici_gbps:g} GB/s from its neighbours" if topology.has_links else ""
     lines = [
         f"{topology.name}: {len(topology.devices)} {what} on {topology.hosts} hosts; each {chip.hbm_gib:g} GiB, "
-        f"{chip.tflops:g} TFLOP/s, {chip.hbm_gbps:g} GB/s of memory, {topology.ici_gbps:g} GB/s from its neighbours",
+        f"{chip.tflops:g} TFLOP/s, {chip.hbm_gbps:g} GB/s of memory{links}",
         f"mesh: training {_mesh(found.training_mesh)}; answering {_mesh(found.answering_mesh)}",
         *([] if found.attention == "kernel" else [f"attention: {found.attention}"]),
         "",

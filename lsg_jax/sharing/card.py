@@ -103,9 +103,9 @@ def _front_matter(shared: Shared) -> str:
 
 
 def _use(shared: Shared) -> list[str]:
-    made, pin = shared.made, ""
-    if made.base_revision is not None:
-        pin = f" --revision {made.base_revision}"
+    made = shared.made
+    options = {"revision": made.base_revision, "dtype": made.base_dtype}
+    converted = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
     source = made.base_model or "SOURCE"
     python = [
         "import lsg_jax",
@@ -122,7 +122,7 @@ def _use(shared: Shared) -> list[str]:
         "    hf_model.generate(**inputs)",
     ]
     shell = [
-        f"lsg convert {source} models/base{pin}",
+        f"lsg convert {source} models/base{converted}",
         f'lsg generate models/base --image photo.jpg --prompt "What is on the table?" --gates {shared.name}',
     ]
     unknown = "`SOURCE` is the checkpoint that the gates were trained on. Its Hub id was not known; its digest is below."

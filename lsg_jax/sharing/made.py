@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from lsg_jax.checkpoint import MANIFEST, RunRecord, read_manifest, read_run, read_step
+from lsg_jax.checkpoint import MANIFEST, Manifest, RunRecord, read_manifest, read_run, read_step
 from lsg_jax.hub import REPOSITORY
 
 _TABLES = ("gate", "data", "train", "mesh")
@@ -21,6 +21,7 @@ class Made:
 
     Attributes:
         base_model: Hub id of the model; None if unknown. base_revision: the commit that it was converted from.
+        base_dtype: what `lsg convert --dtype` was; None where the weights are as the checkpoint stores them, or if unknown.
         run: None for gates that were read from a file.
         step: the step whose gates these are.
         config: the run's configuration, with the names of folders instead of their paths, and without other methods' tables.
@@ -28,6 +29,7 @@ class Made:
 
     base_model: str | None = None
     base_revision: str | None = None
+    base_dtype: str | None = None
     run: RunRecord | None = None
     step: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -38,26 +40,34 @@ def made_by(run: Path | None, *, base_model: str | None = None) -> Made:
     if run is None:
         return Made(base_model=base_model)
     record = read_run(run)
-    name, revision = _source(Path(str(record.config["model"])), record.backbone)
-    known = name is not None and base_model in (None, name)
+    model = _converted(Path(str(record.config["model"])), record.backbone)
+    source = None if model is None else model.source
+    if source is not None and not re.fullmatch(REPOSITORY, source.name):
+        source = None  # a local folder
+    name = None if source is None else source.name
     return Made(
         base_model=base_model or name,
-        base_revision=revision if known else None,
+        base_revision=source.revision if source is not None and base_model in (None, name) else None,
+        base_dtype=None if model is None else _chosen_dtype(model),
         run=record,
         step=read_step(run)[0],
         config=_public(record.config),
     )
 
 
-def _source(model: Path, backbone: str) -> tuple[str | None, str | None]:
-    """Hub id and commit of the checkpoint that the model folder was converted from, if both are there and it is the same."""
+def _converted(model: Path, backbone: str) -> Manifest | None:
+    """The manifest of the model folder, if it is there and holds the same weights."""
     if not (model / MANIFEST).is_file():
-        return None, None
+        return None
     manifest = read_manifest(model)
-    source = manifest.source
-    if manifest.digest != backbone or source is None or not re.fullmatch(REPOSITORY, source.name):
-        return None, None
-    return source.name, source.revision
+    return manifest if manifest.digest == backbone else None
+
+
+def _chosen_dtype(model: Manifest) -> str | None:
+    if model.config.text.weights == "int8":
+        return "int8"
+    stored, source = {leaf.dtype for leaf in model.leaves.values()}, set(model.dtypes.values())
+    return stored.pop() if source and len(stored) == 1 and stored != source else None
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def set_up(config: RunConfig, run: RunFolder | SeedFolders, began: float | None 
     shapes = functools.partial(
         sharding.abstract_batch, tiles=data.tiles, patches=data.patches, answers=config.data.max_answer_tokens
     )
-    batches = [shapes(vlm.config, mesh, config.train.batch_size, length) for length in reversed(data.lengths)]
+    lengths = data.lengths if step < total else ()  # a finished run makes no step
+    batches = [shapes(vlm.config, mesh, config.train.batch_size, length) for length in reversed(lengths)]
     compiled = _step(config, method, graphdef, total, mesh, state, vlm.frozen, batches)
     goodput.now("compile")
     return Trainer(config=config, vlm=vlm, data=data, step=compiled, state=state, total_steps=total, run=run, goodput=goodput)
@@ -179,11 +180,11 @@ def _step(
     For batches of several lengths it is compiled here, so that none is too large, or makes the run wait, in the middle of it.
 
     Args:
-        batches: shapes and shardings for each length, the longest first.
+        batches: shapes and shardings for each length, the longest first; none where no step is made.
     """
     make = functools.partial(compiled_step, graphdef, total_steps=total, mesh=mesh, independent=method.independent)
     train = config.train
-    if train.remat == "auto" and not method.independent:
+    if train.remat == "auto" and not method.independent and batches:
         compile_with = lambda policy: make(replace(train, remat=policy)).lower(state, frozen, batches[0]).compile()
         remat: Any = fastest_that_fits(compile_with, device_memory())[0]
         train = replace(train, remat=remat)

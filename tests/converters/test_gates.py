@@ -19,6 +19,7 @@ from lsg_jax.gating.portable import (
     check_width,
     combine_gates,
     from_torch_layout,
+    gate_bytes,
     read_gates,
     to_torch_layout,
     write_gates,
@@ -55,6 +56,17 @@ def test_round_trip(tmp_path, layers, grouping):
     gates = make_gates(layers, grouping)
     write_gates(tmp_path / "g.safetensors", gates)
     assert_same(read_gates(tmp_path / "g.safetensors"), gates)
+
+
+def test_equal_gates_give_equal_bytes(tmp_path):
+    """So that the sha256 of a file, as on the card of pushed gates, is found again."""
+    gates = replace(make_gates(), backbone="modèle 中")
+    first = gate_bytes(gates, where="here")
+    assert all(gate_bytes(gates, where="here") == first for _ in range(5))
+    start = 8 + struct.unpack("<Q", first[:8])[0]
+    assert start % 8 == 0 and first[8:start].isascii()
+    (tmp_path / "gates.safetensors").write_bytes(first)
+    assert read_gates(tmp_path / "gates.safetensors").backbone == "modèle 中"
 
 
 def test_gates_trained_apart_are_one_stack():

@@ -131,3 +131,12 @@ def test_a_resumed_evaluation_equals_one_run(models, tmp_path):
     work = whole.benchmarks["scenes"].work
     layers = models["base"].config.text.num_layers
     assert work == {"layers_run": 8 * (3 * layers - 1 - 2), "layers_naive": 24 * layers, "share": work["share"]}
+
+
+def test_questions_without_images_share_no_pass(models, tmp_path):
+    chosen = {name: models[name] for name in ("base", "lsg", "fixed")}
+    (tmp_path / "text.jsonl").write_text('{"id": "1", "question": "How many?", "answer": "2"}\n')
+    settings = EvalConfig(benchmarks={"text": str(tmp_path / "text.jsonl")}, max_new_tokens=2)
+    result = evaluate(chosen, settings, tmp_path / "out").benchmarks["text"]
+    layers = models["base"].config.text.num_layers
+    assert result.work == {"layers_run": 3 * layers, "layers_naive": 3 * layers, "share": 1.0}

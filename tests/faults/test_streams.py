@@ -2,12 +2,13 @@
 
 import io
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
 
-from lsg_jax.cli import main, models
+from lsg_jax.cli import main, models, options
 from lsg_jax.cli.printable import PrintableFormatter, printable
 from lsg_jax.data.reports import Report
 from lsg_jax.report.drawing import as_csv
@@ -45,6 +46,20 @@ def test_a_closed_stream_is_no_error(streams):
 def test_an_error_with_stderr_closed_keeps_its_code():
     command = f"{sys.executable} -m lsg_jax inspect nothing-there 2>&-"
     assert subprocess.run(["bash", "-c", command], capture_output=True, timeout=120).returncode == 65
+
+
+def test_progress_without_a_reader_ends_nothing(monkeypatch):
+    """As of `lsg train 2>&1 | tee log` whose tee was stopped: hours of training would be gone at the next line."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(options, "SECONDS_TO_FIRST_LINE", 0.0)
+    with os.fdopen(write, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(pipe, write_through=True))
+        with pytest.raises(BrokenPipeError):
+            sys.stderr.write("x")
+        with options.progress_bar("train") as progress:
+            progress(1, 2, "loss 0.5")
+        monkeypatch.undo()
 
 
 class Terminal(io.StringIO):

@@ -15,6 +15,7 @@ from whole_model import loss_and_gradients, plain_logits
 
 from lsg_jax.checkpoint import RunFolder, read_step
 from lsg_jax.config import DataConfig, EvalConfig, MeshConfig, TrainConfig
+from lsg_jax.eval import answering
 from lsg_jax.eval.answering import answer
 from lsg_jax.eval.benchmark import Item
 from lsg_jax.methods.diysink import BOTH, GLOBAL, LOCAL, DiySink, DiySinkConfig, QuestionWeights, read_route, taking_part
@@ -22,7 +23,7 @@ from lsg_jax.methods.method_model import abstract_model, assemble
 from lsg_jax.methods.sink_front import SinkFront, SinkFrontConfig
 from lsg_jax.opening import load_backbone, open_trained
 from lsg_jax.run_config import RunConfig
-from lsg_jax.sharding import make_mesh, shard_params
+from lsg_jax.sharding import make_mesh, place_rows, shard_params
 from lsg_jax.train.loop import _loop, set_up
 from lsg_jax.types import IGNORE
 
@@ -279,8 +280,11 @@ def test_questions_are_asked_in_two_steps(tiny_model, scenes, monkeypatch):
     config = EvalConfig(batch_size=4, near_tie=0.0)
     found = answer(vlm, items, prompts, config, max_new_tokens=4)
     assert [one.text for one in found] == answers
-    known = {i: one for i, one in enumerate(found) if i}
+    known, placed = {i: one for i, one in enumerate(found) if i}, []
+    place = lambda batch, *where: placed.append(batch) or place_rows(batch, *where)
+    monkeypatch.setattr(answering, "place_rows", place)
     assert answer(vlm, items, prompts, config, max_new_tokens=4, known=known) == found
+    assert placed[-1].route.tolist() == [routes[said[0]], 0, 0, 0]  # the batch of the whole run, for the same rounding
 
 
 @dataclasses.dataclass(frozen=True)

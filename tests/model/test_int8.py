@@ -159,9 +159,11 @@ def test_export_writes_bfloat16_and_says_so(llava, tmp_path):
 
 
 def test_what_8_bit_weights_cannot_do_is_refused_in_words(llava, tmp_path):
-    with pytest.raises(InputError, match="float32: holds no 8-bit weights; convert its source with --dtype int8"):
-        lsg_jax.load(llava / "float32", dtype="int8")
-    vlm = lsg_jax.load(llava / "int8", dtype="int8")
+    for dtype in ("int8", np.int8, np.dtype("int8")):  # weights that are only cast to int8 would be zeros
+        with pytest.raises(InputError, match="float32: holds no 8-bit weights; convert its source with --dtype int8"):
+            lsg_jax.load(llava / "float32", dtype=dtype)
+    vlm = lsg_jax.load(llava / "int8", dtype=np.int8)
+    assert vlm.frozen["language_model"]["embed_tokens"].dtype == "bfloat16"
     with pytest.raises(ConfigError, match="whose weights are 8-bit here"):
         Full().for_model(vlm.config)
     with pytest.raises(ConfigError, match="has 8-bit weights; plant sinks in the same model at bfloat16 or float32"):

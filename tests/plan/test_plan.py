@@ -35,9 +35,11 @@ from lsg_jax.plan.programs import (
     train_program,
     training_batch,
 )
-from lsg_jax.plan.recipe import assume, recipe
+from lsg_jax.plan.recipe import Assumptions, assume, recipe
 from lsg_jax.plan.record_lengths import RecordLengths, record_lengths
+from lsg_jax.plan.results import Plan, SlicePlan, as_json
 from lsg_jax.plan.search import fastest, largest_batch, try_policies
+from lsg_jax.plan.table import table
 from lsg_jax.plan.traced import traced_flops
 from lsg_jax.run_config import RunConfig, load_run_config
 from lsg_jax.sharding import answering_mesh, make_mesh, place_rows
@@ -243,6 +245,16 @@ def test_links_of_a_slice():
     assert rate("v5e:1x1") == math.inf
     assert [rate(name) / 50 for name in ("v5e:2x2", "v5e:4x4", "v5e:8x16", "v5e:16x16")] == [2, 2, 3, 4]
     assert [rate(name) / 100 for name in ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4")] == [2, 4, 6]
+
+
+def test_a_chip_without_neighbours_is_json():
+    """JSON has no infinity, and other programs than Python refuse it."""
+    topology = Topology("v5e:1x1", *parse_topology("v5e:1x1"), ())
+    alone = SlicePlan(topology, training_mesh={}, answering_mesh={}, programs=(), largest_batch=None, costs=())
+    assumed = Assumptions(0.5, 10, "the paper's", 10, "one benchmark", 4)
+    found = Plan(parameters=1, dtype="bfloat16", assumptions=assumed, versions={"libtpu": "1", "jax": "2"}, topologies=(alone,))
+    assert json.loads(json.dumps(as_json(found), allow_nan=False))["topologies"][0]["device"]["ici_gbps"] is None
+    assert "GB/s of memory\n" in table(found)
 
 
 def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):

@@ -1,6 +1,7 @@
 """What stands behind metrics sinks in tests: a reader of TensorBoard's files, and a stand-in for W&B."""
 
 import struct
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -26,7 +27,7 @@ class Wandb(SimpleNamespace):
     """Stands in for the module wandb: keeps what it is told in `runs`."""
 
     def __init__(self, **fails):
-        super().__init__(runs=[], fails=fails)
+        super().__init__(runs=[], fails=fails, __spec__=ModuleSpec("wandb", None))
 
     def init(self, **settings):
         self.raise_if("init")

@@ -131,6 +131,11 @@ def test_a_program_for_each_length_is_compiled_before_the_first_step(config, who
     assert any(f"{len(lengths)} lengths: {', '.join(map(str, reversed(lengths)))}; " in message for message in said)
 
 
+def test_a_finished_run_compiles_nothing(config, whole, monkeypatch):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
+    assert train(config) == whole.folder
+
+
 @pytest.mark.parametrize("stop", range(1, STEPS))
 def test_stopped_and_resumed_equals_whole_and_compiles_nothing(config, whole, tmp_path, stop, caplog):
     part = replace(config, output=str(tmp_path / "run"))

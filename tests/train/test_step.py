@@ -89,3 +89,21 @@ def test_cross_entropy_in_chunks_is_that_of_all_words(chunk):
     ours = lambda hidden, head: chunked_cross_entropy(hidden, head, target, chunk=chunk)[0].sum()
     jax.tree.map(close, jax.value_and_grad(ours, (0, 1))(hidden, head), jax.value_and_grad(whole, (0, 1))(hidden, head))
     np.testing.assert_array_equal(chunked_cross_entropy(hidden, head, target, chunk=chunk)[1], (hidden @ head).argmax(-1))
+
+
+def test_a_gradient_in_bfloat16_is_as_good_in_chunks_as_at_once():
+    """The parts of its sum over chunks are large and cancel; rounding each of these sums would lose much of it."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    words, dtype = 2432, jnp.bfloat16
+    hidden = jax.random.normal(keys[0], (3, 7, 16), dtype)
+    head = (0.5 * jax.random.normal(keys[1], (16, words)) + jax.random.normal(keys[2], (16, 1))).astype(dtype)
+    target = jax.random.randint(keys[3], (3, 7), 0, words)
+    gradient = jax.grad(lambda hidden, head, chunk: chunked_cross_entropy(hidden, head, target, chunk=chunk)[0].sum())
+    exact = gradient(hidden.astype(jnp.float32), head.astype(jnp.float32), words)
+
+    def error(chunk):
+        found = gradient(hidden, head, chunk)
+        assert found.dtype == dtype
+        return jnp.linalg.norm(found.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+
+    assert error(128) < 3 * error(words)
