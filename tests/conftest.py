@@ -89,3 +89,9 @@ def records(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("records") / "scenes"
     prepare_llava(scenes / "llava.jsonl", scenes, folder)
     return folder
+
+
+@pytest.fixture
+def no_process_that_reads_first(monkeypatch):
+    """Parquet files are read in this process alone: what ends a process is tested in tests/faults, and small files are many."""
+    monkeypatch.setattr("lsg_jax.data.parquet.fatal_file", lambda paths: None)

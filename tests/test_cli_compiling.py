@@ -156,9 +156,10 @@ def test_commands_say_what_they_compile(monkeypatch, tmp_path, tiny_model, recor
     monkeypatch.setattr(compiling, "SLOW", 0.0)
     Path("c.toml").write_text(CONFIG.format(model=tiny_model, records=records))
     image = str(scenes / "images" / "0.png")
+    asked = ["--method", "base", "--set", "eval.limit=1", "--benchmark", f"own={scenes / 'questions.jsonl'}"]
     for arguments, programs in (
         (["train", "c.toml"], ["the training step for 4 x 347 tokens"]),
-        (["eval", "c.toml", "--benchmark", f"own={scenes / 'questions.jsonl'}"], ["the prompt pass", "decoding 3 tokens"]),
+        (["eval", "c.toml", *asked], ["the prompt pass", "decoding 3 tokens"]),
         (["look", str(tiny_model), "--image", image, "--prompt", "q", "--max-new-tokens", "5"], ["the pass that looks"]),
     ):
         assert main(arguments) == 0

@@ -9,7 +9,7 @@ import lsg_jax.quickstart as quickstart
 from lsg_jax.cli import main, parser
 from lsg_jax.cli.completion import parsers_of
 
-SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2, "PLANTED_SCENES": 8}
+SMALL = {"TRAIN_SCENES": 32, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 4, "SHOWN_SCENES": 1, "PLANTED_SCENES": 8}
 
 
 def helps():

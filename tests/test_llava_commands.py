@@ -75,7 +75,9 @@ def lsg(*arguments):
 
 
 def answers(path):
-    return [json.loads(line)["output"] for line in path.read_text().splitlines()]
+    """Output of each question, by its id."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["id"]: row["output"] for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +99,12 @@ def test_trained_and_evaluated(folder, prepared, capfd):
     shapes, of_gates = read_first._cache_size() - before[0], read_rest._cache_size() - before[1]
     assert shapes == of_gates
     assert shapes <= 4  # six sizes: (3 or 4, 5) tiles x (up to 64, 128) tokens
-    lsg("eval", folder / "run.toml", "--out", folder / "alone", "--set", "eval.batch_size=1")
-    for method in ("base", "lsg"):
-        assert answers(folder / f"eval/mine.{method}.jsonl") == answers(folder / f"alone/mine.{method}.jsonl")
     if folder.name.startswith("onevision"):  # the more general of the two
         devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
         command = [sys.executable, "-m", "lsg_jax", "eval", folder / "run.toml", "--out", folder / "devices"]
-        subprocess.run(command, env=os.environ | devices, check=True)
-        assert answers(folder / "devices/mine.lsg.jsonl") == answers(folder / "eval/mine.lsg.jsonl")
+        subprocess.run([*command, "--set", "eval.limit=3"], env=os.environ | devices, check=True)  # of two shapes
+        some, every = (answers(folder / where / "mine.lsg.jsonl") for where in ("devices", "eval"))
+        assert len(some) == 3 and some.items() <= every.items()
     result = json.loads((folder / "eval/result.json").read_text())
     assert result["ratios"] and all(row["questions"] == 6 or row["questions"] == 12 for row in result["ratios"])
 
@@ -129,13 +129,14 @@ def test_answers_about_any_number_of_images_do_not_depend_on_the_batch(folder, m
     moved = jax.tree.map(lambda leaf: np.asarray(leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape)), start)
     write_gates(folder / "gates.safetensors", PortableGates(method.gate, vlm.config.sinks, moved))
     gated = lsg_jax.load(folder / "model", folder / "gates.safetensors")
-    found = [answer(gated, *mixed, EvalConfig(batch_size=size), max_new_tokens=4) for size in (4, 1)]
+    items, prompts = (rows[:6] for rows in mixed)  # each number of images is there, and two of them twice
+    found = [answer(gated, items, prompts, EvalConfig(batch_size=size), max_new_tokens=4) for size in (4, 1)]
     texts = [[each.text for each in run] for run in found]
-    assert texts[0] == texts[1] and len(set(texts[0])) > 4
-    assert [each.ratios is None for each in found[0]] == [not item.images for item in mixed[0]]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 3
+    assert [each.ratios is None for each in found[0]] == [not item.images for item in items]
     ask = ["generate", folder / "model", "--gates", folder / "gates.safetensors", "--max-new-tokens", 4]
     shown = [folder / f"images/{k}.png" for k in (2, 3)]
-    lsg(*ask, "--prompt", mixed[1][2], "--image", shown[0], "--image", shown[1])
+    lsg(*ask, "--prompt", prompts[2], "--image", shown[0], "--image", shown[1])
     assert capfd.readouterr().out.strip() == texts[0][2]
     assert main([*map(str, ask), "--prompt", "a <image>", "--image", *map(str, shown)]) == 65
     assert "1 <image> tag in the text for 2 images; write one for each image, or none" in capfd.readouterr().err
@@ -174,9 +175,10 @@ def test_studies_run_and_are_reported(folder, prepared):
     config = folder / "run.toml"
     each = ["gate.layers=each", "train.remat=full", "train.max_steps=1", f"output={folder / 'each'}"]
     lsg("train", config, "--set", *each)
-    lsg("stack", config, "--gates", folder / "each", "--max-gates", 1, "--out", folder / "stack")
+    few = ["--set", "eval.limit=3"]  # of two shapes
+    lsg("stack", config, "--gates", folder / "each", "--max-gates", 1, "--out", folder / "stack", *few)
     assert len(json.loads((folder / "stack/stack.json").read_text())["singles"]) == 5
-    lsg("sweep", config, "--out", folder / "sweep", "--layers", 1, 3, "--coefficients", "0,1", "1,1")
+    lsg("sweep", config, "--out", folder / "sweep", "--layers", 1, 3, "--coefficients", "0,1", "1,1", *few)
     sweep = json.loads((folder / "sweep/sweep.json").read_text())
     assert len(sweep["rows"]) > 0
     lsg("probe", folder / "model", "--data", "scenes", "--images", 60, "--draws", 2, "--tokens", 2, "--out", folder / "probe")
@@ -185,12 +187,14 @@ def test_studies_run_and_are_reported(folder, prepared):
 
 
 def test_sinks_lie_on_the_original_image(folder, capfd):
-    files = [folder / f"images/{index}.png" for index in range(4)]
-    lsg("sinks", folder / "model", "--images", *files, "--out", folder / "sinks", "--max-new-tokens", 2)
+    chosen = (0, 2)  # of different shapes
+    files = [folder / f"images/{index}.png" for index in chosen]
+    answer = 2 if folder.name.startswith("vipllava") else 0  # V-sinks need none
+    lsg("sinks", folder / "model", "--images", *files, "--out", folder / "sinks", "--max-new-tokens", answer)
     found = json.loads(capfd.readouterr().out)["images"]
     vlm = lsg_jax.load(folder / "model")
-    for file, size in zip(files, SIZES, strict=False):
-        entry, layout = found[str(file)], lay_out(size, vlm.config)
+    for file, index in zip(files, chosen, strict=True):
+        entry, layout = found[str(file)], lay_out(SIZES[index], vlm.config)
         assert len(entry["boxes"]) == len(entry["norms"]) == (layout.source[:, 0] >= 0).sum()
         with Image.open(file) as image:
             encoded = vlm.processor.encode_question("x", image_sizes=[image.size])
@@ -198,7 +202,7 @@ def test_sinks_lie_on_the_original_image(folder, capfd):
         marked = np.asarray(_marked(vlm, batch))
         assert entry["v_sinks"] == np.flatnonzero(marked).tolist()
         assert 0 < len(entry["v_sinks"]) < len(marked)
-    lsg("calibrate", folder / "model", "--images", folder / "images", "--out", folder / "sinks.toml")
+    lsg("calibrate", folder / "model", "--images", folder / "images", "--limit", 3, "--out", folder / "sinks.toml")
 
 
 def _marked(vlm, batch):

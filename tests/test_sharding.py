@@ -63,13 +63,11 @@ labels = np.where(np.arange(60) >= 55, ids, -100)
 whole = lsg_jax.load(model, gates())
 logits, (loss, grads) = whole.logits(ids, pixels), whole.loss_and_grads(ids, pixels, labels)
 tokens = whole.generate_ids(ids, pixels, max_new_tokens=4)
-# every program on the mixed mesh; on the others those that such a mesh is for, since each has to be compiled
-for sizes, parts, programs in [
-    ((2, 2, 2), 4, ("logits", "gradients", "tokens")),
-    ((8, 1, 1), 1, ("gradients",)),
-    ((1, 8, 1), 8, ("gradients", "tokens")),
-    ((1, 1, 8), 8, ("tokens",)),
-]:
+# every program on the mixed mesh; on the others one that such a mesh is for, since each has to be compiled
+layouts = [((2, 2, 2), 4, ("logits", "gradients", "tokens")), ((1, 8, 1), 8, ("gradients",)), ((1, 1, 8), 8, ("tokens",))]
+if sys.argv[3:] == ["long"]:
+    layouts = [(sizes, parts, layouts[0][2]) for sizes, parts in [*(each[:2] for each in layouts), ((8, 1, 1), 1)]]
+for sizes, parts, programs in layouts:
     vlm = lsg_jax.load(model, gates(), mesh=make_mesh(MeshConfig(*sizes)))
     kernel = vlm.frozen["language_model"]["layers"]["mlp"]["gate_proj"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
@@ -128,12 +126,14 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.devic
 """
 
 
-def test_sharded_equals_unsharded_on_eight_devices_in_every_layout(tiny_model, tmp_path):
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["short", "long"])
+def test_sharded_equals_unsharded_on_eight_devices_in_every_layout(tiny_model, tmp_path, long):
+    """One program on a mesh of one axis and all on one of three; `pytest -m soak` compiles every program for every mesh."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "TESTS": os.path.dirname(__file__)}
     export(tiny_model, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "int8", dtype="int8")
-    command = [sys.executable, "-c", SHARDED, str(tiny_model), str(tmp_path / "int8")]
+    command = [sys.executable, "-c", SHARDED, str(tiny_model), str(tmp_path / "int8"), *["long"] * long]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert jax.device_count() == 1

@@ -126,6 +126,7 @@ def test_near_ties_are_answered_alone(vlm, outputs):
     assert batches == [{i: Answer(outputs[i])} for i in range(4)]
 
 
+@pytest.mark.soak
 def test_devices_change_nothing(tiny_model, outputs, tmp_path):
     """The model twice, each over four devices; once over four is what the two processes below do."""
     run_processes(MANY_DEVICES, 1, devices_each=8, args=[tiny_model, tmp_path], timeout=300)

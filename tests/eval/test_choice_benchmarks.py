@@ -28,6 +28,8 @@ from lsg_jax.eval.letters import chosen_letter
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.runner import ask
 
+pytestmark = pytest.mark.usefixtures("no_process_that_reads_first")
+
 BENCHMARKS = {b.name: b for b in (MMSTAR, CV_BENCH, SCIENCEQA_IMG, AI2D, SEED_IMG, REALWORLDQA)}
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "choice.json").read_text(encoding="utf-8"))
 

@@ -23,6 +23,8 @@ from lsg_jax.eval.benchmarks.vstar import VSTAR
 from lsg_jax.eval.runner import ask, grade, summary
 from lsg_jax.eval.table import table
 
+pytestmark = pytest.mark.usefixtures("no_process_that_reads_first")
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/hallucination.json").read_text(encoding="utf-8"))
 
 

@@ -24,6 +24,8 @@ from lsg_jax.eval.benchmarks.vizwiz import VIZWIZ
 from lsg_jax.eval.benchmarks.vstar import VSTAR
 from lsg_jax.eval.runner import ask
 
+pytestmark = pytest.mark.usefixtures("no_process_that_reads_first")
+
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (MMBENCH, MMMU, VIZWIZ, MATHVISTA, VSTAR)}
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "mixed.json").read_text(encoding="utf-8"))
 CASES = [case for case in GOLDEN["cases"] if "row" in case]
@@ -69,12 +71,6 @@ def read(name, folder, *rows):
 def score(benchmark, items, right):
     graded = Graded(items, [None] * len(items), np.array(right, float), np.ones((1, len(items))))
     return {name: value[0] for name, value in benchmark.metrics(graded).items()}
-
-
-@pytest.fixture(autouse=True)
-def no_process_that_reads_first(monkeypatch):
-    """Damaged files are tested elsewhere, and there are many small ones here."""
-    monkeypatch.setattr("lsg_jax.data.parquet.fatal_file", lambda paths: None)
 
 
 # ------------------------------------------------------------------------------------------------------------- recorded cases

@@ -14,6 +14,8 @@ from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.runner import ask, grade, summary
 from lsg_jax.eval.table import table
 
+pytestmark = pytest.mark.usefixtures("no_process_that_reads_first")
+
 PARTS = {  # benchmark -> rows of a file that lacks questions, and what is missing of them
     "mmstar": (
         TABLES["mmstar"][:15],

@@ -20,6 +20,8 @@ from lsg_jax.eval.benchmarks.pope import POPE
 from lsg_jax.eval.benchmarks.textvqa import TEXTVQA
 from lsg_jax.eval.short_answers import soft_accuracy
 
+pytestmark = pytest.mark.usefixtures("no_process_that_reads_first")
+
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (POPE, MME, GQA, TEXTVQA, CHARTQA, OCRBENCH)}
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "short.json").read_text(encoding="utf-8"))
 

@@ -48,8 +48,8 @@ def models(tiny_model):
 
 def test_answers_and_ratios_are_those_of_each_model_alone(models):
     assert [list(group) for group in groups(models)] == [list(models)]
-    models = {name: models[name] for name in ("base", "lsg", "fixed", "pai", "sink_front")}
-    items, prompts = questions()
+    models = {name: models[name] for name in ("base", "lsg", "pai")}  # the logits of the others are compared below
+    items, prompts = (rows[:8] for rows in questions())
     together = answer_all(models, items, prompts, CONFIG, max_new_tokens=6)
     for name, model in models.items():
         alone = answer(model, items, prompts, CONFIG, max_new_tokens=6)
@@ -58,7 +58,7 @@ def test_answers_and_ratios_are_those_of_each_model_alone(models):
             assert (a.ratios is None) == (b.ratios is None) == (name != "lsg")
             if a.ratios is not None:
                 np.testing.assert_allclose(a.ratios, b.ratios, atol=1e-5)
-    for name in ("lsg", "fixed"):
+    for name in ("lsg", "pai"):
         assert any(a.text != b.text for a, b in zip(together[name], together["base"], strict=True)), name
 
 
@@ -120,7 +120,7 @@ def test_starts_are_few_and_below_what_is_changed(lowest):
 def test_a_resumed_evaluation_equals_one_run(models, tmp_path):
     """One model's answers are there already; the others go on from the same pass."""
     chosen = {name: models[name] for name in ("base", "lsg", "fixed")}
-    settings = EvalConfig(benchmarks={"scenes": ""}, limit=8, batch_size=3, max_new_tokens=4)
+    settings = EvalConfig(benchmarks={"scenes": ""}, limit=8, batch_size=3, max_new_tokens=2)
     whole = evaluate(chosen, settings, tmp_path / "whole")
     for log in (tmp_path / "whole/answers").iterdir():
         if "lsg" in log.name:

@@ -53,7 +53,12 @@ def test_a_channel_of_zeros_stays_zero():
     np.testing.assert_allclose(scale, [1, 3 / 127], rtol=1e-6)
 
 
-@pytest.fixture(scope="module", params=[*LLAVAS, *(name for name in CONFIGS if name != "internvl-llama")])
+NAMES = [*LLAVAS, *(name for name in CONFIGS if name != "internvl-llama")]
+DEFAULT = {"llava-phi3", "llava-qwen2-tied", "qwen2_5_vl", "qwen3_vl", "internvl-qwen3", "gemma3", "smolvlm"}
+"""Every family; the others have decoders that `llava` or one of these has, and are in `pytest -m soak`."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.soak] * (name not in DEFAULT)) for name in NAMES])
 def folders(request, tmp_path_factory):
     """(name, folder): `hf` the checkpoint, `model` its 8-bit model, `back` what that exports to float32."""
     root = tmp_path_factory.mktemp("int8") / request.param

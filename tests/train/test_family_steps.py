@@ -96,21 +96,32 @@ def differentiated(name, layers, differentiate, *, take=None, parts=1):
     return step(vlm.frozen, gates, batch)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
-def test_remat_policies_and_parts_of_a_batch_change_nothing(name):
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("gemma3", [("full", 2)]),
+        ("qwen3_vl", [("dots", 1)]),
+        *[pytest.param(name, [("full", 2), ("dots", 1)], marks=pytest.mark.soak) for name in ("gemma3", "qwen3_vl")],
+    ],
+    ids=["gemma3", "qwen3_vl", "gemma3-long", "qwen3_vl-long"],
+)
+def test_remat_policies_and_parts_of_a_batch_change_nothing(name, others):
+    """A policy for each family, since each has to be compiled; test_step has all, and `pytest -m soak` all of both."""
     policy = lambda remat: lambda *arguments: _loss_and_gradients(*arguments, remat=remat)
     expected = differentiated(name, LAYERS, policy("none"))
     assert all(np.abs(leaf).max() > 0 for leaf_name, leaf in expected[2].items() if leaf_name != "fc2_bias")
     assert 0 < expected[1]["v_sinks"] < expected[1]["visual_tokens"]
-    for remat, parts in (("full", 2), ("dots", 1)):
+    for remat, parts in others:
         jax.tree.map(close, differentiated(name, LAYERS, policy(remat), parts=parts), expected)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
-def test_independent_gates_are_what_single_gates_give(name):
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["short", "long"])
+def test_independent_gates_are_what_single_gates_give(name, long):
+    """The gate of the second layer; `pytest -m soak` has that of the first, and test_step that of the last layer."""
     losses, metrics, gradients = differentiated(name, LAYERS, losses_and_gradients)
-    for slot, layer in list(enumerate(LAYERS))[:2]:  # test_step has the last layer
-        loss, told, own = differentiated(name, (layer,), lambda *a: _loss_and_gradients(*a, remat="none"), take=slot)
+    for slot in (0, 1) if long else (1,):
+        loss, told, own = differentiated(name, (LAYERS[slot],), lambda *a: _loss_and_gradients(*a, remat="none"), take=slot)
         close(losses[slot], loss)
         close(metrics["ratios"][slot], told["ratios"][0])
         for counted in ("tokens", "visual_tokens", "v_sinks"):
@@ -136,12 +147,12 @@ def stepped(name, sizes, *, independent=False, **settings):
     return jax.device_get((changes, metrics))
 
 
-def compare():
+def compare(*names):
     """In a process with eight devices: a step on a mesh of all axes is that of one device."""
     assert jax.device_count() == 8
     # each has other settings, since each has to be compiled
     settings = {"gemma3": {"independent": True}, "qwen2_5_vl": {"accumulate": 2}, "smolvlm": {"remat": "dots"}}
-    for name in ("gemma3", "internvl-qwen3", "smolvlm", "qwen2_5_vl"):  # every layout
+    for name in names:
         found = stepped(name, (2, 2, 2), **settings.get(name, {}))
         expected = stepped(name, (1, 1, 1), independent=name == "gemma3", remat="none")
         assert all(np.abs(leaf).max() > 0 for leaf_name, leaf in expected[0].items() if leaf_name != "fc2_bias")
@@ -149,9 +160,15 @@ def compare():
         jax.tree.map(close, found, expected)
 
 
-def test_a_step_on_a_mesh_equals_that_of_one_device():
+@pytest.mark.parametrize(
+    "names",
+    [("gemma3", "qwen2_5_vl"), pytest.param(("internvl-qwen3", "smolvlm"), marks=pytest.mark.soak)],
+    ids="-".join,
+)
+def test_a_step_on_a_mesh_equals_that_of_one_device(names):
+    """Layers of two kinds, and images of any number of patches; `pytest -m soak` has tiles."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-c", "import test_family_steps as here; here.compare()"]
+    command = [sys.executable, "-c", f"import test_family_steps as here; here.compare(*{names})"]
     here = Path(__file__).parent
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": with_torch()}
     done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True)

@@ -57,7 +57,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("slot", [0, 2])
+@pytest.mark.parametrize("slot", [pytest.param(0, marks=pytest.mark.soak), 2])  # test_step has those below the top
 def test_each_gate_is_what_a_run_of_its_own_gives(config, each, tmp_path, slot):
     alone = train(replace(config.with_settings(GateConfig(layers=(LAYERS[slot],))), output=str(tmp_path / "alone")))
     together, own = metrics(each), metrics(alone)

@@ -78,8 +78,9 @@ def test_each_seed_is_what_a_run_of_it_alone_gives(config, whole, tmp_path):
     assert abs(metrics(folder)[-1]["ratios"][0][0] - 0.5) > 0.01
 
 
-@pytest.mark.parametrize("method", ["lora", "independent gates"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.soak), "independent gates"])
 def test_so_is_each_seed_of_other_methods(config, tmp_path, method):
+    """Of LoRA by `pytest -m soak`: by default test_bucketed_training trains two seeds of it."""
     short = replace(config, train=replace(config.train, seeds=2, max_steps=2), output=str(tmp_path / "seeds"))
     gates = GateConfig(layers=(2, 5), independent=True)
     short = replace(short.with_settings(LoraConfig(layer=3)), method="lora") if method == "lora" else short.with_settings(gates)
