@@ -124,18 +124,42 @@ def assert_same(samples, scores, entry, lines):
     assert len(set(outputs)) > 2 and {line["score"] for line in lines} == {0.0, 1.0}, outputs  # else nothing was compared
 
 
-def test_command_line(model, gates, folder, ours, tmp_path):
-    command = [sys.executable, "-m", "lmms_eval", "--model", "lsg_jax", "--model_args", f"model={model},gates={gates}"]
-    command += ["--tasks", "cv_bench_here", "--include_path", str(folder), "--batch_size", "4"]
-    command += ["--log_samples", "--output_path", str(tmp_path / "out")]
-    environment = os.environ | OFFLINE | {"HF_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+def asked_by_lmms_eval(name, arguments, folder, out, batch_size):
+    """Samples and scores of the command `lmms_eval`."""
+    command = [sys.executable, "-m", "lmms_eval", "--model", name, "--model_args", arguments, "--tasks", "cv_bench_here"]
+    command += [
+        "--include_path",
+        str(folder),
+        "--batch_size",
+        str(batch_size),
+        "--log_samples",
+        "--output_path",
+        str(out / "out"),
+    ]
+    environment = os.environ | OFFLINE | {"HF_HOME": str(out), "OPENAI_API_KEY": "none"}
+    done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    (results,), (samples,) = ((tmp_path / "out").rglob(pattern) for pattern in ("*_results.json", "*_samples_*.jsonl"))
+    (results,), (samples,) = ((out / "out").rglob(pattern) for pattern in ("*_results.json", "*_samples_*.jsonl"))
     scores = json.loads(results.read_text())["results"]["cv_bench_here"]
+    return map(json.loads, samples.read_text().splitlines()), scores
+
+
+def test_command_line(model, gates, folder, ours, tmp_path):
+    samples, scores = asked_by_lmms_eval("lsg_jax", f"model={model},gates={gates}", folder, tmp_path, 4)
     entry, lines = ours
-    assert_same(map(json.loads, samples.read_text().splitlines()), scores, entry["methods"]["lsg"], lines["lsg"])
+    assert_same(samples, scores, entry["methods"]["lsg"], lines["lsg"])
     assert math.isnan(scores["official,none"]) and entry["score"] is None  # a part of the benchmark has no official score
+
+
+def test_its_openai_client_against_our_server(model, gates, folder, ours, tmp_path):
+    command = [sys.executable, "-m", "lsg_jax", "serve", str(model), "--gates", str(gates), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        arguments = f"model=model,base_url={server.stdout.readline().strip()},num_concurrent=8,timeout=600"
+        samples, scores = asked_by_lmms_eval("openai", arguments, folder, tmp_path, 1)
+        server.terminate()
+    entry, lines = ours
+    assert_same(samples, scores, entry["methods"]["lsg"], lines["lsg"])
+    assert server.returncode == 0
 
 
 def test_official_score_of_a_whole_file(model, folder, ours, monkeypatch, tmp_path):
