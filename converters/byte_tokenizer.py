@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsg_jax.data.conversation import IMAGE_TAG
-from lsg_jax.installed import check_installed
+from lsg_jax.installed import transformers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,9 +45,7 @@ def byte_level(image_token: str) -> Tokenizer:
 
 def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, image_token: str, *, chat_template: str | None = None) -> None:
     """Saves it as `AutoTokenizer` and `AutoProcessor` of transformers load it."""
-    check_installed("transformers")
-    from transformers import PreTrainedTokenizerFast
-
+    PreTrainedTokenizerFast = transformers().PreTrainedTokenizerFast
     template = {} if chat_template is None else {"chat_template": chat_template}
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

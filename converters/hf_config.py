@@ -21,7 +21,7 @@ from lsg_jax.config.model import PLANTED
 from lsg_jax.config.ranges import Range
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError
-from lsg_jax.installed import check_installed
+from lsg_jax.installed import transformers
 from lsg_jax.json_files import read_object
 
 logger = logging.getLogger(__name__)
@@ -186,9 +186,7 @@ def _image_token(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
 
 def _with_defaults(family: Family, config: Mapping[str, Any], where: str) -> HFConfig:
     """The same as a configuration object of transformers, with every default filled in."""
-    check_installed("transformers")
-    from transformers import CONFIG_MAPPING
-
+    CONFIG_MAPPING = transformers().CONFIG_MAPPING
     try:
         return CONFIG_MAPPING[family.model_type](**copy.deepcopy(dict(config)))
     except Exception as error:  # its validators raise many kinds

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
 from lsg_jax.errors import LsgError
 
@@ -25,3 +28,17 @@ def check_installed(package: str) -> None:
         raise LsgError(f"{package} is not installed; run: pip install '{needed}'") from None
     if not needed.specifier.contains(found, prereleases=True):
         raise LsgError(f"{package} {found} is installed, but lsg_jax needs {needed.specifier}; run: pip install '{needed}'")
+
+
+def transformers() -> Any:
+    """The package transformers, checked, and imported without its warning that PyTorch is missing: nothing here needs it."""
+    check_installed("transformers")
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before

@@ -8,7 +8,7 @@ from typing import Any
 
 from converters.families.values import shortened
 from lsg_jax.errors import ConfigError
-from lsg_jax.installed import check_installed
+from lsg_jax.installed import transformers
 
 GENERIC = frozenset(
     {
@@ -94,9 +94,7 @@ def undefined_fields(part: Mapping[str, Any], handled: frozenset[str], model_typ
 
 def defined_fields(model_type: str) -> dict[str, Any]:
     """The fields of the configuration class that the installed transformers has for a model_type -> their defaults."""
-    check_installed("transformers")
-    from transformers import CONFIG_MAPPING
-
+    CONFIG_MAPPING = transformers().CONFIG_MAPPING
     cls = CONFIG_MAPPING[model_type]
     members = {name: getattr(cls, name) for name in dir(cls)}
     defaults: dict[str, Any] = {name: None for name, value in members.items() if isinstance(value, property) and value.fset}

@@ -74,7 +74,6 @@ def _run(options: argparse.Namespace) -> None:
     logging.getLogger("converters").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.INFO if options.verbose else logging.ERROR)  # Orbax logs through it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not found: nothing here needs it
     if (out := getattr(options, getattr(options, "writes", ""), None)) is not None:
         check_output(out, folder=options.writes_folder)
     _quieten_libtpu()

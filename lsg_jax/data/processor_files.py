@@ -9,7 +9,7 @@ from typing import Any
 from lsg_jax.data.conversation import IMAGE_TAG
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.files import read_regular
-from lsg_jax.installed import check_installed
+from lsg_jax.installed import transformers
 from lsg_jax.json_files import read_object
 
 PROCESSOR_FILE = "processor_config.json"
@@ -28,9 +28,7 @@ def open_tokenizer(folder: Path, where: Path | None = None) -> Any:
     Raises:
         InputError: the folder has no tokenizer, or it cannot be read.
     """
-    check_installed("transformers")
-    from transformers import AutoTokenizer
-
+    AutoTokenizer = transformers().AutoTokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for missing and damaged files
