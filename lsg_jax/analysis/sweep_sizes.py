@@ -64,8 +64,9 @@ def sweep_sizes(
         if is_accelerator(vlm.mesh):
             kept = given is not None
             size = confirmed(size, functools.partial(needed, bucket), room, coefficients=count, keep_questions=kept)
-        what = "%d questions of %d tokens at a time on a device, %d coefficients in %d parts"
-        logger.info("sweep: " + what, size.questions, bucket.length, count, size.parts)
+        how = "at once" if size.parts == 1 else f"in {size.parts} parts"
+        what = "sweep: %d questions of %d tokens at a time on a device, %d coefficients %s"
+        logger.info(what, size.questions, bucket.length, count, how)
         return size
 
     return size_of
