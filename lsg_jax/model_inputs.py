@@ -83,15 +83,14 @@ def make_batch(
 
 def _text(config: ModelConfig, input_ids: Any, attention_mask: Any, gate_position: Any) -> Batch:
     """The fields of text, checked."""
-    found = "text" if isinstance(input_ids, str) else type(input_ids).__name__
     try:
         ids = np.asarray(input_ids, np.int32)
         found = str(list(ids.shape))
     except (TypeError, ValueError):  # texts, images, rows of several lengths
-        ids = np.zeros(0, np.int32)
+        ids, found = np.zeros(0, np.int32), type(input_ids).__name__
     if ids.ndim != 2 or ids.size == 0:
-        where = "as a Hugging Face processor returns them: processor(images=..., text=..., return_tensors='np')"
-        raise InputError(f"input_ids must be token ids [B, T], not {found}, {where}; vlm.generate takes images and texts")
+        where = "a Hugging Face processor returns them: processor(images=..., text=..., return_tensors='np')"
+        raise InputError(f"input_ids must be token ids [B, T], not {found}; {where}; vlm.generate takes images and texts")
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}")

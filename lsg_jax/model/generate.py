@@ -224,7 +224,7 @@ def decode_greedily(
     config = model.config
     states = [hidden] if contrast is None else [hidden, contrast.hidden]
     caches = [heads_apart(each, model.mesh) for each in ([cache] if contrast is None else [cache, contrast.cache])]
-    next_positions = [each.valid.sum(1).astype(jnp.int32) + (0 if each.offset is None else each.offset) for each in caches]
+    next_positions = [next_position(each) for each in caches]
     batch, slots = cache.valid.shape[0], cache.valid.shape[1] - max_new_tokens
     eos = jnp.array(config.eos_token_ids)
 
@@ -267,6 +267,12 @@ def heads_apart(cache: KVCache, mesh: Mesh | None) -> KVCache:
     """The cache with its heads sharded along `tensor`, as steps of decoding read it."""
     apart = lambda x: constrain(x, mesh, None, ROWS, "tensor")
     return cache.replace(key=apart(cache.key), value=apart(cache.value))  # type: ignore[attr-defined, no-any-return]
+
+
+def next_position(cache: KVCache) -> jax.Array:
+    """Rotary position of the token after those in the cache: int32 [B]."""
+    position: jax.Array = cache.valid.sum(1).astype(jnp.int32) + (0 if cache.offset is None else cache.offset)
+    return position
 
 
 def is_sound(hidden: jax.Array) -> jax.Array:

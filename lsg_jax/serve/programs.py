@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lsg_jax.methods.method_model import MethodModel, assemble
-from lsg_jax.model.generate import heads_apart, is_sound, read_prompts
+from lsg_jax.model.generate import heads_apart, is_sound, next_position, read_prompts
 from lsg_jax.progress import tracing
 from lsg_jax.types import Array, Batch, KVCache, Sequence, VisualTokens
 
@@ -79,7 +79,7 @@ def begin(params: dict, batch: Batch, choosing: Choosing, graphdef: Any, room: i
     tracing("the prompt pass of a served batch", batch.input_ids)
     model = assemble(graphdef, params)
     read, cache = read_prompts(model, batch, max_new_tokens=room)
-    first = cache.valid.sum(1).astype(jnp.int32) + (0 if cache.offset is None else cache.offset)
+    first = next_position(cache)
     token, margin = _choose(model, read.hidden, choosing, jnp.int32(0))
     done = _ended(model, token, choosing, jnp.int32(1))
     running = Running(batch.without_images(), read.visual, cache, first, token, done, jnp.int32(1))
