@@ -95,3 +95,13 @@ def records(scenes, tmp_path_factory):
 def no_process_that_reads_first(monkeypatch):
     """Parquet files are read in this process alone: what ends a process is tested in tests/faults, and small files are many."""
     monkeypatch.setattr("lsg_jax.data.parquet.fatal_file", lambda paths: None)
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_slow_machines(monkeypatch):
+    """Progress and compilations are not told: what a command prints would depend on how busy the machine is.
+
+    The tests of these lines set their own seconds.
+    """
+    monkeypatch.setattr("lsg_jax.cli.options.SECONDS_TO_FIRST_LINE", 1e9)
+    monkeypatch.setattr("lsg_jax.cli.compiling.SLOW", 1e9)

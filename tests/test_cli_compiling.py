@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import monitoring
 from jax._src.monitoring import get_event_duration_listeners, get_event_listeners, get_scalar_listeners
 
@@ -22,6 +23,11 @@ from lsg_jax.progress import tracing
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "lsg_jax"
 STAGES = [f"/jax/core/compile/{name}_duration" for name in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")]
+
+
+@pytest.fixture(autouse=True)
+def compilations_are_told(monkeypatch, no_lines_of_slow_machines):
+    monkeypatch.setattr(compiling, "SLOW", 2.0)
 
 
 def listeners():
