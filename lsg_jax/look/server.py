@@ -109,10 +109,10 @@ class Explorer:
 
     async def example(self, request: Request) -> Response:
         """The picture of one example, as PNG."""
-        number = request.path_params["number"]
-        if number >= len(examples()):
+        found = {str(number): example for number, example in enumerate(examples())}.get(request.path_params["number"])
+        if found is None:
             return PlainTextResponse("there is no such example", 404)
-        return Response(examples()[number].png, media_type="image/png")
+        return Response(found.png, media_type="image/png")
 
     async def add_picture(self, request: Request) -> Response:
         """Takes an image file as the body, and returns its name, its size and what the model sees of it."""
@@ -213,7 +213,7 @@ def make_app(explorer: Explorer, token: str) -> Starlette:
         Route("/", explorer.page),
         Route("/explore.js", explorer.script),
         Route("/explore.css", explorer.style),
-        Route("/examples/{number:int}.png", explorer.example),
+        Route("/examples/{number}.png", explorer.example),
         Route("/pictures", explorer.add_picture, methods=["POST"]),
         Route("/ask", explorer.ask, methods=["POST"]),
         Route("/head", explorer.head),
