@@ -185,7 +185,7 @@ def _listing(what: str, names: Sequence[str]) -> list[str]:
     """All names in one phrase. A name that occurs in several layers is written once, with their numbers."""
     layers: dict[str, list[int]] = {}
     for name in names:
-        match = re.search(r"\.(layers?|blocks|deepstack_merger_list)\.(\d+)\.", name)
+        match = re.search(r"\.(layers?|blocks|deepstack_merger_list)\.(\d{1,9})\.", name)
         key = name if match is None else f"{name[: match.start()]}.{match[1]}.{{}}.{name[match.end() :]}"
         layers.setdefault(key, []).extend([] if match is None else [int(match[2])])
     shown = [name.replace("{}", _ranges(numbers)) if numbers else name for name, numbers in layers.items()]

@@ -29,7 +29,7 @@ CHOICE_KEYS = ("choices", "options")
 KEYS = ("question", "answer", "category", *CHOICE_KEYS)
 
 _LABEL = re.compile(r"\(?([A-Za-z])[).:]\s*")
-_NUMBERED_TAG = re.compile(r"<\|?image[ _]?(\d+)\|?>")
+_NUMBERED_TAG = re.compile(r"<\|?image[ _]?(\d{1,6})\|?>")
 
 
 def text_field(row: dict[str, Any], name: str, where: str) -> str:

@@ -185,7 +185,7 @@ def read_gates(path: str | Path) -> PortableGates:
     config, sinks = _from_metadata(metadata, where=str(path))
     layers: dict[int, dict[str, np.ndarray]] = {}
     for key, array in tensors.items():
-        match = re.fullmatch(r"(\d+)\.(\w+\.\w+)", key)
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(\w+\.\w+)", key)
         if not match or match[2] not in TORCH_NAMES.values():
             raise InputError(f"{path}: unknown tensor {key}; a gate file holds {{layer}}.norm|fc1|fc2.weight|bias")
         layers.setdefault(int(match[1]), {})[match[2]] = array

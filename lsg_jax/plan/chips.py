@@ -85,7 +85,7 @@ class Topology:
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     """`v5e:4x4` -> the chip and the sides of the slice. Raises InputError that lists the known ones."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    found = re.fullmatch(r"(\w+):(\d{1,5}(?:x\d{1,5}){1,2})", name)
     if found is None or found[1] not in CHIPS:
         known = "; ".join(f"{chip.name}:{{{', '.join(chip.shapes)}}}" for chip in CHIPS.values())
         raise InputError(f"--topology {name}: no such topology; known: {known}")

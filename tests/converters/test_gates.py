@@ -152,6 +152,11 @@ def _nan(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _rename_layer(tensors: dict[str, np.ndarray], number: str) -> None:
+    for key in [key for key in tensors if key.startswith("2.")]:
+        tensors[number + key[1:]] = tensors.pop(key)
+
+
 TENSOR_FAULTS = {
     "missing": (lambda t: t.pop("5.fc1.bias"), r"missing tensor 5\.fc1\.bias"),
     "extra": (lambda t: t.update({"2.fc3.weight": np.zeros((2, 2), np.float32)}), r"unknown tensor 2\.fc3\.weight"),
@@ -164,6 +169,10 @@ TENSOR_FAULTS = {
     "half": (lambda t: t.update({"2.norm.bias": np.zeros(20, np.float16)}), r"2\.norm\.bias is F16"),
     "nan": (lambda t: t.update({"2.fc2.weight": _nan(t["2.fc2.weight"])}), r"2\.fc2\.weight holds values that are not finite"),
     "empty": (lambda t: t.clear(), "holds no gates"),
+    "a leading zero": (lambda t: _rename_layer(t, "02"), r"unknown tensor 02\.\w+\.\w+"),
+    "a layer twice": (lambda t: t.update({"02.fc1.bias": t["2.fc1.bias"] + 1}), r"unknown tensor 02\.fc1\.bias"),
+    "another script": (lambda t: _rename_layer(t, "\u0662"), "unknown tensor \u0662"),
+    "thousands of digits": (lambda t: _rename_layer(t, "9" * 5000), "unknown tensor 9+"),
 }
 
 

@@ -199,6 +199,7 @@ def test_all_problems_are_listed_at_once() -> None:
     for layer in (0, 1, 2, 4):
         del tensors[f"language_model.model.layers.{layer}.mlp.up_proj.weight"]
     tensors["language_model.model.norm.bias"] = ((40,), "float32")
+    tensors[f"model.layers.{'9' * 5000}.bias"] = ((40,), "float32")
     tensors["multi_modal_projector.linear_1.weight"] = ((41, 40), "float32")
     tensors["multi_modal_projector.linear_2.weight"] = ((40, 40), "int8")
     tensors["multi_modal_projector.linear_2.bias"] = ((40,), "bfloat16")
@@ -208,7 +209,7 @@ def test_all_problems_are_listed_at_once() -> None:
     assert "\n" not in text
     for expected in (
         "missing: language_model.model.layers.[0-2,4].mlp.up_proj.weight",
-        "not understood: language_model.model.norm.bias",
+        "not understood: language_model.model.norm.bias, model.layers.999",
         "multi_modal_projector.linear_1.weight has shape [41, 40], expected [40, 40]",
         "of dtype int8, expected one of float32, bfloat16, float16: multi_modal_projector.linear_2.weight",
         "of dtype bfloat16 among float32 (choose one with --dtype): multi_modal_projector.linear_2.bias",

@@ -152,6 +152,7 @@ def test_tags_of_images(tmp_path, images, question, choices, asked):
     ("images", "question", "choices", "message"),
     [
         (0, "<image 1> Which?", (), "images are marked as <image 1>; write <image> once for each, in order"),
+        (1, f"<image {'9' * 5000}> Which?", (), "marked as <image 999"),
         (0, "<image> Which?", (), "<image> in the text, but there is no image"),
         (1, "<image 2> Which?", (), "marked as <image 2>"),
         (1, "<image 1> and <image 1>?", (), "marked as <image 1>, <image 1>"),

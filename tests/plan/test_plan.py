@@ -269,6 +269,7 @@ def test_errors_are_one_line(capfd, monkeypatch, tmp_path, tiny_hf_folder):
             ["--topology", "v5e:2x2"],
         ),
         (65, "no such topology; known: v4:{", ["--topology", "v3:8", *shapes]),
+        (65, "no such topology; known: v4:{", ["--topology", f"v5e:{'9' * 5000}x4", *shapes]),
         (65, "libtpu refuses it", ["--topology", "v5e:3x5", *shapes]),
         (65, "layer 99 does not exist", ["--topology", "v5e:2x2", *shapes]),
         (65, "no multiple of 4 devices", ["--topology", "v5e:2x2", "--batch", "6", "--set", "gate.layers=[1]", *shapes]),
