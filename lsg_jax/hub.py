@@ -12,7 +12,7 @@ from lsg_jax.errors import InputError
 GATE_FILE = "gates.safetensors"
 """Name of the gate file in a repository."""
 
-REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
 """Pattern of a Hub id such as owner/name."""
 
 
@@ -104,8 +104,8 @@ def failure(repository: str, revision: str | None, error: Exception, *, sought: 
         return f"{where}: your token may not read this repository; run `hf auth login` with one that may"
     if status == 404:
         return f"{where}: no such repository; check its name"
-    if status == 429:
-        return f"{where}: {_too_many(http)}"
+    if (later := not_now(http)) is not None:
+        return f"{where}: {later}"
     return f"{repository}: {sought}, and it could not be fetched from the Hugging Face Hub: {unanswered(error)}"
 
 
@@ -117,22 +117,31 @@ def answer_of(error: Exception) -> tuple[Exception | None, int | None]:
     return http, getattr(getattr(http, "response", None), "status_code", None)
 
 
+def not_now(http: Exception | None) -> str | None:
+    """What to do after an answer that may be another one later; None for other answers."""
+    response = getattr(http, "response", None)
+    status = getattr(response, "status_code", 0)
+    if status == 429:
+        after = response.headers.get("Retry-After")  # type: ignore[union-attr]
+        wait = f"{after} seconds" if after else "a few minutes"
+        return f"too many requests; wait {wait} and run it again (`hf auth login` raises the limit)"
+    return "it has trouble; run it again later, see https://status.huggingface.co" if status >= 500 else None
+
+
 def unanswered(error: Exception) -> str:
     """Why the Hub was not asked or gave no answer that is known, and what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
     http, _ = answer_of(error)
+    if isinstance(error, UnicodeEncodeError):
+        return "the token holds a character that no token has; set HF_TOKEN anew, or run `hf auth login`"
+    if http is None and isinstance(error, OSError) and error.errno is not None:
+        place = "the cache" if error.filename is None else error.filename
+        return f"{place}: {error.strerror}; free it, or name another folder in HF_HOME"
     if http is None and constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; unset it to ask the Hub"
     lost = next((e for e in (error, error.__cause__) if isinstance(e, HTTPError)), None)
     if http is None and lost is not None:
         return f"{constants.ENDPOINT} cannot be reached: {first_line(lost)}; check the network and run it again"
     return first_line(http or error)
-
-
-def _too_many(http: Exception | None) -> str:
-    """Advice after status 429."""
-    after = getattr(http, "response", None).headers.get("Retry-After")  # type: ignore[union-attr]
-    wait = f"{after} seconds" if after else "a few minutes"
-    return f"too many requests; wait {wait} and run it again (`hf auth login` raises the limit)"

@@ -41,10 +41,10 @@ class Repository:
 
 
 class FakeHub:
-    """Attributes: url; repositories: id -> Repository; asked: (method, path) of each request."""
+    """Attributes: url; repositories: id -> Repository; asked: (method, path) of each request; refuses: of such -> status."""
 
     def __init__(self):
-        self.repositories, self.large, self.asked = {}, {}, []
+        self.repositories, self.large, self.asked, self.refuses = {}, {}, [], {}
         hub = self
 
         class Handler(_Handler):
@@ -81,6 +81,13 @@ class _Refusal(Exception):
         self.status, self.code = status, code
 
 
+def _oid(data, mode):
+    """What a file is compared by: of Git for a small one, of Git LFS for a large one."""
+    if mode == "lfs":
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
 class _Handler(BaseHTTPRequestHandler):
     ROUTES = (
         ("POST", r"/api/repos/create", "create"),
@@ -106,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         method = "GET" if self.command == "HEAD" else self.command
         try:
+            if status := self.hub.refuses.get((self.command, path)):
+                raise _Refusal(status)
             for verb, pattern, name in self.ROUTES:
                 if verb == method and (match := re.fullmatch(pattern, path)):
                     getattr(self, name)(*map(unquote, match.groups()))
@@ -113,6 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404)
         except _Refusal as refusal:
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
+            headers |= {"Retry-After": "7"} if refusal.status == 429 else {}
             message = {"X-Error-Message": str(refusal)} if str(refusal) else {}
             self.answer({"error": str(refusal)}, refusal.status, headers | message)
 
@@ -176,11 +186,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, name, revision):
         self.may_write(name)
-        if self.seen(name).find(revision) is None:
+        commit = self.seen(name).find(revision)
+        if commit is None:
             raise _Refusal(404, "RevisionNotFound")
+        held = self.seen(name).commits[commit]
         mode = lambda path: "lfs" if path.endswith(".safetensors") else "regular"
         paths = [each["path"] for each in json.loads(self.body)["files"]]
-        self.answer({"files": [{"path": path, "uploadMode": mode(path), "shouldIgnore": False} for path in paths]})
+        oid = lambda path: {"oid": _oid(held[path], mode(path))} if path in held else {}
+        self.answer({"files": [{"path": path, "uploadMode": mode(path), "shouldIgnore": False, **oid(path)} for path in paths]})
 
     def batch(self, name):
         self.may_write(name)

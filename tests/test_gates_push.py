@@ -190,11 +190,56 @@ def test_the_card_is_whole_markdown(run):
 def test_a_card_without_an_evaluation_says_so(run, tmp_path):
     write_gates(tmp_path / "g.safetensors", gates())
     text = card_of(tmp_path / "g.safetensors")
-    assert "were not evaluated" in text and "does not say how they were trained" in text and "base_model" not in text
+    assert "no evaluation of these gates was given" in text and "does not say how they were trained" in text
+    assert "base_model" not in text and "made with" not in text  # another tool may have written the file
     assert "base_model: some/model" in card_of(tmp_path / "g.safetensors", base_model="some/model")
     with pytest.raises(InputError, match="an evaluation of other gates than these"):
         card_of(tmp_path / "g.safetensors", evaluation=run / "eval")
-    assert "were not evaluated" not in card_of(run / ".", evaluation=run / "eval")
+    assert "no evaluation" not in card_of(run / ".", evaluation=run / "eval")
+
+
+@pytest.mark.parametrize(("part", "change"), [("gate", {"key_scale": 7.0}), ("sinks", {"vit_tau": 77.0})])
+def test_scores_with_other_settings_than_the_gate_file_holds_are_not_shown(run, tmp_path, caplog, part, change):
+    """The digest is of the parameters alone."""
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "eval" / "result.json"
+    result = read_sealed(file)
+    result["methods"]["lsg"][part] |= change
+    write_sealed(file, result)
+    assert "no evaluation of these gates was given" in card_of(tmp_path / "run")
+    assert f"{file.parent}: not an evaluation of these gates, so the card shows no scores" in caplog.text
+    with pytest.raises(InputError, match=f"of these gates with other {part} settings than they have"):
+        card_of(tmp_path / "run", evaluation=file.parent)
+
+
+def test_a_run_without_an_evaluation_is_told(run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    card_of(tmp_path / "run")
+    assert f"{tmp_path / 'run'}: no evaluation in it, so the card shows no scores; name one with --eval" in caplog.text
+
+
+def test_scores_of_other_weights_are_told(run, tmp_path):
+    text = "The weights that were asked have another digest than those that the gates were trained on"
+    assert text not in card_of(run)
+    shutil.copytree(run / "eval", tmp_path / "eval")
+    write_sealed(tmp_path / "eval" / "result.json", read_sealed(run / "eval" / "result.json") | {"backbone": "e" * 64})
+    assert text in card_of(run, evaluation=tmp_path / "eval")
+
+
+def test_names_of_others_are_no_markup_in_the_card(tmp_path):
+    """A gate file from elsewhere names its model as it likes."""
+    from dataclasses import replace
+
+    name = "a`b``c\n\n# Heading\n\n<b>x</b> [y](http://z) \\` | d"
+    write_gates(tmp_path / "g.safetensors", replace(gates(), backbone=f"{name} {'d' * 64}"))
+    text = card_of(tmp_path / "g.safetensors").split("---\n", 2)[2]
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inline = [token for token in tokens if token.type == "inline"]
+    assert "Heading" not in [token.content for token in inline]
+    kinds = {child.type for token in inline if "Heading" in token.content for child in token.children}
+    assert kinds == {"text", "code_inline", "link_open", "link_close"}  # one link, to the paper
+    assert all(child.attrs["href"] != "http://z" for token in inline for child in token.children if child.type == "link_open")
+    assert any(len([c for c in row.split(" | ")]) == 2 for row in text.splitlines() if row.startswith("| model |"))
 
 
 def test_toml_of_the_card_is_read_as_it_was_meant():
@@ -306,6 +351,8 @@ def test_what_may_not_be_written(hub, lsg, tmp_path, monkeypatch):  # noqa: F811
     push = lambda *more: refused(lsg, "gates", "push", file, *more)
     assert "not a Hub id; write it as owner/name" in push("gate")
     assert "not a Hub id" in push("owner/gate", "--base-model", "llava 1.5")
+    for name in ("owner/g\u00e4te", "owner/gate.safetensors", "owner/a--b", f"owner/{'n' * 97}"):  # no --gates takes these
+        assert "not a Hub id" in push(name)
     assert "holds a README.md and no gates.safetensors: it is of something else" in push("owner/model")
     assert "is public already, and --private is for new repositories" in push("owner/open", "--private")
     assert "answered 403: your token may not write there; run `hf auth login`" in push("other/gate")
@@ -314,6 +361,31 @@ def test_what_may_not_be_written(hub, lsg, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.delenv("HF_TOKEN")
     assert "answered 401: there is no token, or an invalid one; run `hf auth login`" in push("owner/gate")
     assert set(hub.repositories) == {"owner/model", "owner/open"} and len(hub.repositories["owner/open"].commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (409, "answered 409: something else writes to it at the same time; run it again"),
+        (412, "answered 412: something else writes to it at the same time; run it again"),
+        (429, "answered 429: too many requests; wait 7 seconds and run it again"),
+        (500, "answered 500: it has trouble; run it again later, see https://status.huggingface.co"),
+    ],
+)
+def test_a_push_that_the_hub_cannot_take_now(hub, lsg, tmp_path, status, message):  # noqa: F811
+    write_gates(tmp_path / "g.safetensors", gates())
+    hub.add("owner/gate", {".gitattributes": b""})
+    hub.refuses[("POST", "/api/models/owner/gate/commit/main")] = status
+    assert message in refused(lsg, "gates", "push", tmp_path / "g.safetensors", "owner/gate")
+    assert len(hub.repositories["owner/gate"].commits) == 1
+
+
+def test_the_same_gates_again_make_no_commit(hub, lsg, tmp_path):  # noqa: F811
+    write_gates(tmp_path / "g.safetensors", gates())
+    first = lsg("gates", "push", tmp_path / "g.safetensors", "owner/gate")
+    again = lsg("gates", "push", tmp_path / "g.safetensors", "owner/gate")
+    assert first[:2] == again[:2] and first[0] == 0
+    assert hub.repositories["owner/gate"].messages == ["initial commit", "Upload gates of lsg_jax"]
 
 
 def test_a_private_repository_and_a_branch(hub, lsg, tmp_path):  # noqa: F811

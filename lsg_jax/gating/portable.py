@@ -37,8 +37,10 @@ TORCH_NAMES = {
 }
 """Leaf of the model's `gates` subtree -> name in the file. Kernels are [in, out] in the model and [out, in] in the file."""
 
+GATE_FIELDS = ("activation", "layer_norm_eps", "key_scale", "grouping", "signal")
+"""Fields of GateConfig that a file holds beside the tensors."""
+
 _REQUIRED = ("activation", "layer_norm_eps", "key_scale", "grouping", "signal", "criterion", "vit_dims", "vit_tau")
-_GATE_FIELDS = ("activation", "layer_norm_eps", "key_scale", "grouping", "signal")
 _SINK_FIELDS = ("criterion", "vit_dims", "vit_tau", "llm_criterion", "llm_dims", "llm_tau", "massive_ratio")
 _FLOATS = ("layer_norm_eps", "key_scale", "vit_tau", "llm_tau", "massive_ratio")
 _DIMS = ("vit_dims", "llm_dims")
@@ -306,7 +308,7 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], config: GateConfig, *, whe
 
 
 def _to_metadata(gates: PortableGates) -> dict[str, str]:
-    fields = {name: getattr(gates.gate, name) for name in _GATE_FIELDS}
+    fields = {name: getattr(gates.gate, name) for name in GATE_FIELDS}
     fields |= {name: getattr(gates.sinks, name) for name in _SINK_FIELDS}
     text = {"format": FORMAT, "backbone": gates.backbone}
     for name, value in fields.items():
@@ -323,7 +325,7 @@ def _from_metadata(metadata: Mapping[str, str], *, where: str) -> tuple[GateConf
     if missing := [name for name in _REQUIRED if name not in metadata]:
         raise InputError(f"{where}: metadata field {missing[0]} is missing")
     values: dict[str, str | float | list[int]] = {}
-    for name in (*_GATE_FIELDS, *_SINK_FIELDS):
+    for name in (*GATE_FIELDS, *_SINK_FIELDS):
         if name not in metadata:
             continue
         text = metadata[name]
@@ -337,7 +339,7 @@ def _from_metadata(metadata: Mapping[str, str], *, where: str) -> tuple[GateConf
         except ValueError:
             raise InputError(f"{where}: metadata field {name} is {text!r}, which is not a number") from None
     try:
-        gate = from_dict(GateConfig, {k: v for k, v in values.items() if k in _GATE_FIELDS}, where=where)
+        gate = from_dict(GateConfig, {k: v for k, v in values.items() if k in GATE_FIELDS}, where=where)
         return gate, from_dict(SinkConfig, {k: v for k, v in values.items() if k in _SINK_FIELDS}, where=where)
     except ConfigError as error:
         raise InputError(str(error)) from None

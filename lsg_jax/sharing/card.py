@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ _SCALED = {
     "three": "V-sinks (sink tokens that come from the vision tower) and of L-sinks (that arise in the language model)",
 }
 """What each grouping tells from the other visual tokens."""
+
+_NOT_IN_CODE = re.compile(r"[`|\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,14 @@ class Shared:
     def model(self) -> str:
         """The model in words: its Hub id, else the name of the folder that it was in."""
         if self.made.base_model is not None:
-            return f"`{self.made.base_model}`"
+            return _code(self.made.base_model)
         folder = self.gates.backbone.rpartition(" ")[0]
-        return "a vision-language model" + (f" that was in the folder `{folder}`" if folder else "")
+        return "a vision-language model" + (f" that was in the folder {_code(folder)}" if folder else "")
+
+    @property
+    def backbone(self) -> str:
+        """Digest of the weights that the gates were trained on; empty if unknown."""
+        return self.made.run.backbone if self.made.run else self.gates.backbone.rpartition(" ")[2]
 
     @property
     def layers(self) -> str:
@@ -72,14 +80,14 @@ def model_card(shared: Shared) -> str:
         f"---\n{_front_matter(shared)}\n---",
         f"# Sink gates{f' for {base}' if base else ''}",
         f"{'Gates' if several else 'A gate'} of [Layer-wise Sink Gating]({PAPER}) for {shared.model}, "
-        f"at decoder {shared.layers}, with {count:,} trained parameters, made with `lsg_jax`. "
+        f"at decoder {shared.layers}, with {count:,} trained parameters{', made with `lsg_jax`' if shared.made.run else ''}. "
         "A gate reads the question with its image, and scales the keys "
         f"of {_SCALED[shared.gates.gate.grouping]} against those of the other visual tokens. "
         "The weights of the model stay as they are.",
         "## Use",
         *_use(shared),
         "## Scores",
-        *_scores(shared.scores),
+        *_scores(shared),
         "## How they were made" if several else "## How it was made",
         *_made(shared),
         "## What counts as a sink",
@@ -139,10 +147,10 @@ def _use(shared: Shared) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------------- scores
 
 
-def _scores(scores: Scores | None) -> list[str]:
-    if scores is None:
-        return ["These gates were not evaluated before they were uploaded, so nothing is known of what they change."]
-    result, method = scores.result, scores.method
+def _scores(shared: Shared) -> list[str]:
+    if shared.scores is None:
+        return ["With the upload no evaluation of these gates was given, so this card does not say what they change."]
+    result, method = shared.scores.result, shared.scores.method
     rows, notes = [], []
     for name, found in result.benchmarks.items():
         if method not in found.methods:
@@ -165,6 +173,11 @@ def _scores(scores: Scores | None) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     digests = f"sha256 of the weights `{result.backbone[:12]}...`, of the gates `{result.trained[method][:12]}...`"
     same = f"Answered greedily on {result.devices}; {versions}; {digests}."
+    if shared.backbone not in ("", result.backbone):
+        same += (
+            " The weights that were asked have another digest than those that the gates were trained on: "
+            "they are the same model in another dtype, or another model."
+        )
     text = "In percent unless the benchmark says otherwise, with 95 % bootstrap intervals over questions"
     return [f"{text}; * marks an official score; p is of a paired test.", _table(heading, rows), *_listed(notes), same]
 
@@ -197,8 +210,7 @@ def _made(shared: Shared) -> list[str]:
     facts = [("model", shared.model)]
     if made.base_revision:
         facts.append(("its commit", f"`{made.base_revision}`"))
-    backbone = made.run.backbone if made.run else gates.backbone.rpartition(" ")[2]
-    facts.append(("sha256 of its weights", f"`{backbone}`" if backbone else "unknown"))
+    facts.append(("sha256 of its weights", _code(shared.backbone) if shared.backbone else "unknown"))
     facts.append(("decoder layers", ", ".join(map(str, gates.gate.layers))))
     facts += _of_run(made)
     facts.append(("sha256 of the gates", f"`{shared.digest}`"))
@@ -233,6 +245,11 @@ def _of_run(made: Made) -> list[tuple[str, str]]:
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     line = lambda cells: "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
     return "\n".join([line(heading), "|" + "---|" * len(heading), *map(line, rows)])
+
+
+def _code(name: str) -> str:
+    """A name as code. A gate file of others may hold any: what would end the code or a cell of a table becomes `_`."""
+    return f"`{_NOT_IN_CODE.sub('_', name)}`"
 
 
 def _block(language: str, lines: Sequence[str]) -> str:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsg_jax.checkpoint.problem import first_line
 from lsg_jax.checkpoint.processes import tree_sha256
 from lsg_jax.checkpoint.run_record import RUN
 from lsg_jax.config import to_dict
 from lsg_jax.errors import InputError, LsgError
 from lsg_jax.gating.portable import gate_bytes
-from lsg_jax.hub import GATE_FILE, REPOSITORY, answer_of, on_hub, unanswered
+from lsg_jax.hub import GATE_FILE, REPOSITORY, answer_of, not_now, on_hub, unanswered
 from lsg_jax.opening import open_gates, split_layers
 from lsg_jax.sharing.card import Shared, model_card, toml_lines
 from lsg_jax.sharing.made import made_by
@@ -61,11 +62,25 @@ def push_gates(
         InputError: nothing that can be pushed, an evaluation of other gates, or a repository that holds something else.
         LsgError: the Hub refused, or was not reached.
     """
-    for name in (repository, *([base_model] if base_model is not None else [])):
-        if not re.fullmatch(REPOSITORY, name):
-            raise InputError(f"{name}: not a Hub id; write it as owner/name")
+    _check_name(repository)
+    if base_model is not None:
+        _check_name(base_model)
+    if repository.endswith(".safetensors"):
+        raise InputError(f"{repository}: not a Hub id that --gates takes: what ends in .safetensors is a file")
     files = gate_files(source, repository, revision=revision, evaluation=evaluation, base_model=base_model)
     return _upload(files, repository, private=private, revision=revision, message=message or MESSAGE)
+
+
+def _check_name(name: str) -> None:
+    """Raises InputError for what is no Hub id."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not re.fullmatch(REPOSITORY, name):
+        raise InputError(f"{name}: not a Hub id; write it as owner/name")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"{name}: not a Hub id: {first_line(error)}") from None
 
 
 def gate_files(
@@ -89,7 +104,7 @@ def gate_files(
         digest=digest,
         file=data,
         made=made_by(run, base_model=base_model),
-        scores=find_scores(run, evaluation, digest),
+        scores=find_scores(run, evaluation, gates, digest),
     )
     sinks = "\n".join(["# What counts as a sink for these gates.", *toml_lines({"sinks": to_dict(gates.sinks)})])
     return {GATE_FILE: data, SINKS: f"{sinks}\n".encode(), CARD: model_card(shared).encode()}
@@ -143,7 +158,7 @@ def _make_ready(api: Any, repository: str, *, private: bool, revision: str | Non
 
 def _refusal(repository: str, error: Exception) -> str:
     """What went wrong when something was written to the Hub and what to do, in one line."""
-    _, status = answer_of(error)
+    http, status = answer_of(error)
     where = f"{repository}: the Hugging Face Hub answered {status}"
     if status == 401:
         return f"{where}: there is no token, or an invalid one; run `hf auth login` with a token that may write"
@@ -151,4 +166,8 @@ def _refusal(repository: str, error: Exception) -> str:
         return f"{where}: your token may not write there; run `hf auth login` with one that may, or choose a name of your own"
     if status == 404:
         return f"{where}: no such owner, or nothing that your token may see; check the name"
+    if status in (409, 412):
+        return f"{where}: something else writes to it at the same time; run it again"
+    if (later := not_now(http)) is not None:
+        return f"{where}: {later}"
     return f"{repository}: could not be written to the Hugging Face Hub: {unanswered(error)}"

@@ -123,7 +123,18 @@ def behind(error: Exception) -> Exception:
         (answered(RevisionNotFoundError, 404), "answered 404: the repository has no revision v9; look it up"),
         (behind(answered(HfHubHTTPError, 429)), "answered 429: too many requests; wait a few minutes and run it again"),
         (answered(HfHubHTTPError, 429, **{"Retry-After": "90"}), "answered 429: too many requests; wait 90 seconds"),
-        (answered(HfHubHTTPError, 503), "could not be fetched from the Hugging Face Hub: 503 Client Error"),
+        (answered(HfHubHTTPError, 503), "answered 503: it has trouble; run it again later, see https://status.huggingface.co"),
+        (behind(answered(HfHubHTTPError, 500)), "answered 500: it has trouble; run it again later"),
+        (answered(HfHubHTTPError, 409), "could not be fetched from the Hugging Face Hub: 409 Client Error"),
+        (
+            PermissionError(13, "Permission denied", "/cache/models--o--n"),
+            "/cache/models--o--n: Permission denied; free it, or name another folder in HF_HOME",
+        ),
+        (OSError(28, "No space left on device"), "No space left on device; free it, or name another folder in HF_HOME"),
+        (
+            UnicodeEncodeError("ascii", "Bearer t\xf6", 8, 9, "ordinal not in range"),
+            "the token holds a character that no token has; set HF_TOKEN anew, or run `hf auth login`",
+        ),
         (
             LocalEntryNotFoundError("Cannot find it; set HF_HUB_OFFLINE=0"),
             "could not be fetched .*: HF_HUB_OFFLINE is set; unset it",
