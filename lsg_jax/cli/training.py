@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from lsg_jax.cli.options import (
     progress_bar,
 )
 from lsg_jax.files import check_output
+
+logger = logging.getLogger(__name__)
 
 
 def add(command: Command) -> None:
@@ -180,6 +183,8 @@ def _eval(options: argparse.Namespace) -> None:
     asked = ask_all(settings)  # a wrong file is reported before the model is loaded
     use_compile_cache()
     gates = options.gates or (output if any((output / name).exists() for name in (RUN, SEEDS)) else None)
+    if gates is None and not options.method and jax.process_index() == 0:
+        logger.info("%s: no run in it, so only the unchanged model is asked; name trained gates with --gates", output)
     base = open_to_answer(config)
     models = open_methods(base, config, options.method, gates)
     with progress_bar("eval") as progress:

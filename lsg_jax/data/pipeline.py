@@ -92,7 +92,10 @@ class TrainingData(Iterator[Batch]):
             raise InputError(f"{records_path}: no example is usable: {self.left_out}")
         if batch_size > self.num_examples:
             also = f" ({self.left_out})" if self.dropped else ""
-            raise InputError(f"batch of {batch_size} is larger than the {self.num_examples} examples of {records_path}{also}")
+            raise InputError(
+                f"batch of {batch_size} is larger than the {self.num_examples} examples of {records_path}{also}; "
+                f"set train.batch_size to {self.num_examples} or less"
+            )
         if self.dropped:
             logger.warning("%s: %s", records_path, self.left_out)
         self.num_batches = min(self.num_examples * epochs // batch_size, steps or self.num_examples * epochs)

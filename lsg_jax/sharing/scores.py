@@ -63,7 +63,7 @@ def find_scores(run: Path | None, named: Path | None, gates: PortableGates, dige
 def _other_settings(result: EvaluationResult, method: str, gates: PortableGates) -> str:
     """Which settings an evaluation changed: `gate`, `sinks`, or none (empty). The digest of gates does not cover them."""
     asked, own = result.methods[method], to_dict(gates.gate)
-    if any((asked.gate or {}).get(name) != own[name] for name in GATE_FIELDS):
+    if any((asked.gate or {}).get(name) != own[name] for name in ("layers", *GATE_FIELDS)):
         return "gate"
     return "" if asked.sinks == to_dict(gates.sinks) else "sinks"
 

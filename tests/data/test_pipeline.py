@@ -165,7 +165,7 @@ def test_state_of_another_run_is_refused(make):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (DATA, {"batch_size": 11}, "batch of 11 is larger than the 10 examples"),
+        (DATA, {"batch_size": 11}, "batch of 11 is larger than the 10 examples of .*; set train.batch_size to 10 or less"),
         (DATA, {"batch_size": 0}, "batch_size is 0: it must lie in"),
         (DATA, {"epochs": 0}, "epochs is 0: it must lie in"),
         (
