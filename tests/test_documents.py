@@ -160,6 +160,9 @@ def test_links_of_the_pages_lead_somewhere():
 
 def test_the_citation_is_of_this_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    for work in (cited, *cited["references"]):  # every author once, says the schema: two Kims need first names
+        names = [str(author) for author in work["authors"]]
+        assert len(set(names)) == len(names)
     assert cited["version"] == lsg_jax.__version__ and cited["license"] == "Apache-2.0"
 
 

@@ -73,7 +73,7 @@ def _add_push(command: Command) -> None:
         _gates_push,
         "upload gates with a model card to the Hugging Face Hub; prints what --gates takes then",
         (
-            "lsg gates push lsg-quickstart/run owner/embedded-gate --private",
+            "lsg gates push lsg-quickstart/run owner/embedded-gate --eval lsg-quickstart/eval --private",
             "lsg gates push runs/each@4,6 owner/two-gates --revision layers-4-6 --eval runs/each/eval-4-6",
         ),
     )

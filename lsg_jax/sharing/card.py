@@ -178,7 +178,10 @@ def _scores(shared: Shared) -> list[str]:
             " The weights that were asked have another digest than those that the gates were trained on: "
             "they are the same model in another dtype, or another model."
         )
-    text = "In percent unless the benchmark says otherwise, with 95 % bootstrap intervals over questions"
+    text = (
+        "In percent unless the benchmark says otherwise, with 95 % intervals over questions "
+        "(bootstrap, or Wilson's where all answers are right or all are wrong)"
+    )
     return [f"{text}; * marks an official score; p is of a paired test.", _table(heading, rows), *_listed(notes), same]
 
 
