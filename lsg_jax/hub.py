@@ -138,7 +138,7 @@ def unanswered(error: Exception) -> str:
         return "the token holds a character that no token has; set HF_TOKEN anew, or run `hf auth login`"
     if http is None and isinstance(error, OSError) and error.errno is not None:
         place = "the cache" if error.filename is None else error.filename
-        return f"{place}: {error.strerror}; free it, or name another folder in HF_HOME"
+        return f"{place}: {error.strerror}; check it and its free space, or name another folder in HF_HOME"
     if http is None and constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; unset it to ask the Hub"
     lost = next((e for e in (error, error.__cause__) if isinstance(e, HTTPError)), None)

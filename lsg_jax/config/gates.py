@@ -19,7 +19,7 @@ class GateConfig(Table, name="gate"):
     """Layer-wise Sink Gating. The activation, the biases and `key_scale` are open in the paper; these are our defaults.
 
     Attributes:
-        layers: gated decoder layers, 0-based; in a file, "each": every decoder layer, with `independent`.
+        layers: gated decoder layers, 0-based; in a configuration, "each": every decoder layer, with `independent`.
         independent: train each gate as if it were alone, all in one run; without `layers`, one at every decoder layer.
         width: hidden units of a gate.
         activation: between the two linear layers of a gate.
