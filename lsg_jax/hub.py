@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,16 @@ def download_gates(name: HubName) -> HubFile:
     except (OSError, ValueError, HTTPError) as error:
         raise InputError(failure(name.repository, name.revision, error, sought=sought)) from None
     return HubFile(file, name.repository, file.parent.name)
+
+
+@contextlib.contextmanager
+def reading(found: HubFile) -> Iterator[None]:
+    """Within the block, an InputError of the file's content also says where on the Hub the file is from."""
+    try:
+        yield
+    except InputError as error:
+        advice = "if only the copy in the cache is broken, delete it, and it is fetched again"
+        raise InputError(f"{found.origin}: {error}; {advice}") from None
 
 
 def failure(repository: str, revision: str | None, error: Exception, *, sought: str) -> str:

@@ -30,7 +30,7 @@ from lsg_jax.digest import file_sha256
 from lsg_jax.errors import CheckpointError, InputError
 from lsg_jax.files import read_regular
 from lsg_jax.gating.portable import is_portable, read_gates
-from lsg_jax.hub import download_gates, on_hub
+from lsg_jax.hub import download_gates, on_hub, reading
 from lsg_jax.json_files import LINE_CHECK, read_object, read_sealed, sealed_lines
 
 RESULT = "result.json"
@@ -75,7 +75,8 @@ def describe(path: Path) -> dict[str, Any]:
     """The content of a folder, of a file, or of the gate file of a Hub id `owner/name@revision`, as plain data."""
     if (name := on_hub(path)) is not None:
         found = download_gates(name)
-        return {**_gates(found.file), "hub": {"repository": found.repository, "commit": found.commit}}
+        with reading(found):
+            return {**_gates(found.file), "hub": {"repository": found.repository, "commit": found.commit}}
     return {"model": _model, "run": _run, "seeds": _seeds, "records": _records, "gates": _gates}[kind_of(path)](path)
 
 
@@ -89,7 +90,9 @@ def problems(path: Path) -> tuple[list[str], list[str]]:
         InputError: a broken gate file, or nothing there that `lsg` wrote.
     """
     if (name := on_hub(path)) is not None:
-        path = download_gates(name).file
+        fetched = download_gates(name)
+        with reading(fetched):
+            return problems(fetched.file)
     if path.is_file():
         return [], [] if read_gates(path).checked else [f"{path}: no checksum in it; its values were not compared"]
     found, remarks, known = list[str](), list[str](), _kind(path) is not None

@@ -20,7 +20,7 @@ from lsg_jax.config import GateConfig, MeshConfig, SinkConfig, Template, from_di
 from lsg_jax.digest import text_sha256
 from lsg_jax.errors import ConfigError, InputError, NonFiniteError
 from lsg_jax.gating.portable import PortableGates, check_together, check_width, choose_gates, read_gates
-from lsg_jax.hub import HubFile, HubName, download_gates, on_hub
+from lsg_jax.hub import HubFile, HubName, download_gates, on_hub, reading
 from lsg_jax.memory import GIB, agreed_memory, check_fits, tree_bytes
 from lsg_jax.methods.gates import Gates
 from lsg_jax.methods.method_model import abstract_model, join_trained
@@ -226,11 +226,8 @@ def _fetch(name: HubName) -> HubFile:
 
 
 def _hub_gates(found: HubFile) -> PortableGates:
-    try:
+    with reading(found):
         return dataclasses.replace(read_gates(found.file), origin=found.origin)
-    except InputError as error:
-        advice = "if only the copy in the cache is broken, delete it, and it is fetched again"
-        raise InputError(f"{found.origin}: {error}; {advice}") from None
 
 
 def split_layers(path: str | Path) -> tuple[Path, tuple[int, ...]]:

@@ -327,6 +327,8 @@ def test_names_that_cannot_be_loaded(hub, token, name, message, model, lsg, monk
     hub.add("owner/damaged", {"gates.safetensors": whole[:-40] + b"1234" + whole[-36:]})
     hub.add("owner/wide", {"gates.safetensors": gate_bytes(gates(width=32), where="x")})
     assert re.search(message, refused(lsg, "generate", model, "--prompt", "x", "--gates", name))
+    if name != "owner/wide":
+        assert re.search(message, refused(lsg, "inspect", name)) and re.search(message, refused(lsg, "verify", name))
 
 
 def test_without_a_network(hub, lsg, tmp_path, monkeypatch):  # noqa: F811

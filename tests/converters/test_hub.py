@@ -130,7 +130,7 @@ def behind(error: Exception) -> Exception:
             PermissionError(13, "Permission denied", "/cache/models--o--n"),
             "/cache/models--o--n: Permission denied; check it and its free space, or name another folder in HF_HOME",
         ),
-        (OSError(28, "No space left on device"), "No space left on device; check it and its free space, or name another folder in HF_HOME"),
+        (OSError(28, "No space left on device"), "the cache: No space left on device; check it and its free space, or name"),
         (
             UnicodeEncodeError("ascii", "Bearer t\xf6", 8, 9, "ordinal not in range"),
             "the token holds a character that no token has; set HF_TOKEN anew, or run `hf auth login`",
