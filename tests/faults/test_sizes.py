@@ -1,6 +1,7 @@
 """Sizes that cannot fit: refused by arithmetic with what is needed, what is there, and which setting to lower."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -22,11 +23,14 @@ def config(tiny_model, scenes, records, tmp_path):
     return str(path)
 
 
+ANNOUNCED = "^mine: 4 questions under base$|: no run in it, so only the unchanged model is asked; name trained gates"
+
+
 def refused(arguments, capsys, *named):
     assert main(arguments) == 65
     out, error = capsys.readouterr()
     *announced, last = error.splitlines()
-    assert out == "" and announced in ([], ["mine: 4 questions under base"]) and all(each in last for each in named), error
+    assert out == "" and all(re.search(ANNOUNCED, line) for line in announced) and all(each in last for each in named), error
 
 
 @pytest.mark.parametrize(
