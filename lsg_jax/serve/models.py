@@ -9,7 +9,7 @@ from lsg_jax.methods.coefficients import Coefficients, layer_coefficients
 from lsg_jax.methods.method import BASE
 from lsg_jax.methods.registry import name_of
 from lsg_jax.serve.engine import Model
-from lsg_jax.serve.request import OWN, Refused
+from lsg_jax.serve.request import OWN, Refused, shortened
 from lsg_jax.vlm import VLM
 
 
@@ -44,7 +44,10 @@ class Models:
         if name not in self.names:
             known = ", ".join(self.names)
             raise Refused(
-                400, f"{OWN}.method: {name[:80]!r} is not offered; choose among {known}", param=OWN, code="invalid_value"
+                400,
+                f"{OWN}.method: {shortened(repr(name))} is not offered; choose among {known}",
+                param=OWN,
+                code="invalid_value",
             )
         if name != "coefficients":
             return self._fixed[name]

@@ -168,7 +168,8 @@ def _nuclei(logits: jax.Array, choosing: Choosing) -> list[jax.Array]:
     They are the most probable tokens up to the one with which they reach `top_p`, and all that are as probable as that.
     """
     hot = choosing.temperature > 0
-    probability = jax.nn.softmax(logits / jnp.where(hot, choosing.temperature, 1.0)[:, None], axis=-1)
+    below = logits - logits.max(-1, keepdims=True)  # so that at the smallest temperatures the largest stays finite
+    probability = jax.nn.softmax(below / jnp.where(hot, choosing.temperature, 1.0)[:, None], axis=-1)
     ordered = jnp.sort(probability, axis=-1, descending=True)
     before = jnp.cumsum(ordered, axis=-1) - ordered
     kept = []

@@ -10,6 +10,7 @@ from typing import Any, Literal
 MAX_STOPS, MAX_STOP = 4, 1_000  # stop strings, and characters of one
 MAX_MESSAGES, MAX_TEXT = 256, 400_000  # messages, and characters of all of them
 MAX_TEMPERATURE = 2.0
+SHOWN = 80  # characters of a name that an error repeats
 SEEDS = -(1 << 63), (1 << 63) - 1
 
 OWN = "lsg"
@@ -173,7 +174,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def shortened(name: str) -> str:
+    """A name of a request, short enough for an error."""
+    return name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
+
+
 def _bad(param: str, problem: str, *, code: str = "invalid_value") -> Refused:
+    param = shortened(param)
     return Refused(400, f"{param}: {problem}", param=param, code=code)
 
 

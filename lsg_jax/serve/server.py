@@ -25,7 +25,7 @@ from lsg_jax.serve.models import Models
 from lsg_jax.serve.pictures import Pictures
 from lsg_jax.serve.question import Limits, Question, question
 from lsg_jax.serve.reply import DONE, Completion, error_body, event
-from lsg_jax.serve.request import ChatRequest, Refused, parse
+from lsg_jax.serve.request import ChatRequest, Refused, parse, shortened
 from lsg_jax.vlm import VLM
 from lsg_jax.web import Stalled, TooLarge, bounded_body
 
@@ -97,7 +97,7 @@ class ChatServer:
             asked = await run_in_threadpool(parse, body, max_images=self.limits.max_images)
             del body
             if asked.model != self.name:
-                problem = f"model: there is no {asked.model[:200]!r}, this server has {self.name!r}"
+                problem = f"model: there is no {shortened(repr(asked.model))}, this server has {self.name!r}"
                 raise Refused(404, problem, param="model", code="model_not_found")
             model = self.models.choose(asked.method, asked.coefficients)
             files = await self.pictures.fetched(asked.images)
@@ -134,8 +134,9 @@ class ChatServer:
             if not answer.done():
                 self._left(ticket, told)
                 return Response(status_code=GONE)
+            reply = await answer
             told.end(200)
-            return await answer
+            return reply
         except Refused as error:
             told.ended = True
             return self._refuse(error)
@@ -269,7 +270,8 @@ def _error(refused: Refused) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = "POST /v1/chat/completions, GET /v1/models, /health, /metrics"
-    return _error(Refused(error.status_code, f"this server has {known}", code="not_found", headers=error.headers))
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return _error(Refused(error.status_code, f"this server has {known}", code=code, headers=error.headers))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -92,7 +92,8 @@ def test_draws_depend_on_the_seed_alone(tiny, gated):
         assert at_once(found, requests[::-1])[::-1][: len(alone)] == list(alone.values())
         assert found.counted("lsg_batch_requests_bucket", le="1.0") == 1  # the other four in pairs
     greedy = tiny.text(messages, max_tokens=16)
-    assert tiny.text(messages, **hot | {"top_p": 0}) == tiny.text(messages, **hot | {"temperature": 1e-4}) == greedy
+    for cold in ({"top_p": 0}, {"temperature": 1e-4}, {"temperature": 1e-37}, {"temperature": 1e-300}):
+        assert tiny.text(messages, **hot | cold) == greedy
     assert tiny.text(messages, **hot) != tiny.text(messages, **hot)
 
 
@@ -180,3 +181,4 @@ def test_values_that_are_not_finite_are_an_error(gated):
         with pytest.raises(openai.APIError, match="NaN or infinity"):
             found.stream(asked(QUESTION, scene(0)), max_tokens=4)
         assert found.counted("lsg_requests_total", status="500") == 2
+        assert found.counted("lsg_requests_total", status="200") == found.counted("lsg_request_seconds_count") == 0

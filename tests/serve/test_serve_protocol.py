@@ -223,6 +223,14 @@ def test_bodies_that_are_too_large_or_no_json(client, server):
     assert server.engine.idle
 
 
+def test_names_of_any_length_are_refused_in_one_short_line(client):
+    long = "a" * 100_000
+    message = VALID["messages"][-1]
+    for fields in ({long: 1}, {"messages": [message | {long: 1}]}, {"model": "\ue000" * 1000}, {"lsg": {"method": long}}):
+        error = error_of(client.post(COMPLETIONS, json=VALID | fields), 404 if "model" in fields else 400)
+        assert len(error["param"] or "") < 500
+
+
 def test_bodies_that_do_not_come(server, monkeypatch):
     """Of a client that goes away in the midst of its body nothing is kept; one that sends no more is not waited for."""
     monkeypatch.setattr("lsg_jax.web.STALLED", 0.2)
@@ -268,7 +276,7 @@ def test_the_other_endpoints(client):
     assert error_of(client.post(COMPLETIONS, json=VALID | {"model": "other"}), 404)["code"] == "model_not_found"
     assert client.get("/health").json() == {"status": "ok"}
     error_of(client.get("/v1/completions"), 404)
-    error_of(client.get(COMPLETIONS), 405)
+    assert error_of(client.get(COMPLETIONS), 405)["code"] == "method_not_allowed"
     text = client.get("/metrics").text
     assert 'lsg_requests_total{status="404"} 1.0' in text and "lsg_waiting_requests 0.0" in text
 
