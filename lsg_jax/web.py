@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
 
 import uvicorn
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from lsg_jax import stopping
 from lsg_jax.errors import BusyError, ConfigError, InputError
 
 ADDRESS = "127.0.0.1"
@@ -52,10 +57,19 @@ def bind(port: int, host: str = ADDRESS) -> socket.socket:
     return found
 
 
+class _Server(uvicorn.Server):
+    """It also stops at a signal that came just before it handles signals, which the command had left to it."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if threading.current_thread() is threading.main_thread():  # to which signals go
+            self.should_exit = self.should_exit or stopping.was_stopped()
+
+
 def web_server(app: ASGIApp, *, grace: int) -> uvicorn.Server:
     """The server of an application. Told to stop, it takes no more requests, and gives those it has `grace` seconds."""
     # its log would have a traceback for each error that the application has reported, and for each answer that is cut off
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             app,
             log_level="critical",
@@ -75,12 +89,22 @@ def serve(app: ASGIApp, listening: socket.socket, *, grace: int = 1) -> None:
         web_server(app, grace=grace).run(sockets=[listening])
 
 
-async def bounded_body(request: Request, limit: int) -> bytes:
+async def bounded_body(
+    request: Request,
+    limit: int,
+    *,
+    seconds: float = math.inf,
+    take: Callable[[int], Awaitable[None]] | None = None,
+) -> bytes:
     """The body of a request.
+
+    Args:
+        seconds: that the client may take to send it.
+        take: awaited with the size of each part, before the next one is read.
 
     Raises:
         TooLarge: it has more than `limit` bytes, of which not much more is read.
-        Stalled: nothing comes any more.
+        Stalled: nothing comes any more, or the client is too slow.
     """
     too_large = TooLarge(f"more than {limit / (1 << 20):g} MiB: this is too large")
     announced = request.headers.get("content-length", "0")
@@ -88,14 +112,18 @@ async def bounded_body(request: Request, limit: int) -> bytes:
         raise too_large
     parts, size, stream = [], 0, request.stream()
     while True:
+        began, patience = time.monotonic(), max(min(STALLED, seconds), 0.0)
         try:
-            part = await asyncio.wait_for(anext(stream, None), STALLED)
+            part = await asyncio.wait_for(anext(stream, None), patience)
         except TimeoutError:
-            raise Stalled(f"nothing came for {STALLED:g} s: try again") from None
+            raise Stalled(f"nothing came for {patience:g} s: try again") from None
+        seconds -= time.monotonic() - began
         if part is None:
             break
         size += len(part)
         if size > limit:
             raise too_large
+        if take is not None:
+            await take(len(part))
         parts.append(part)
     return b"".join(parts)

@@ -76,9 +76,12 @@ class Processor(TextProcessor):
 
     def all_pixels(self, shown: Sequence[Image.Image | bytes | str | Path]) -> Pixels | None:
         """The images that one example shows after each other, as `row` takes them; None for none."""
-        if not shown:
+        return self.together([self.pixels(image, alone=len(shown) == 1) for image in shown])
+
+    def together(self, pixels: list[np.ndarray]) -> Pixels | None:
+        """What `pixels` makes of each image of one example, as `row` takes it; None for none."""
+        if not pixels:
             return None
-        pixels = [self.pixels(image, alone=len(shown) == 1) for image in shown]
         return pixels if self.model.vision.native else np.concatenate(pixels)
 
     @property

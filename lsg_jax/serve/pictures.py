@@ -7,13 +7,13 @@ import base64
 import binascii
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
-from PIL import Image
 
-from lsg_jax.data.images import image_size, open_image
+from lsg_jax.data.grids import ImageSize
+from lsg_jax.data.images import image_size
 from lsg_jax.errors import InputError
 from lsg_jax.serve.request import Refused
 
@@ -22,6 +22,13 @@ FETCH_SECONDS, MAX_REDIRECTS = 15.0, 3
 MAX_ADDRESS = 4_096  # characters of an address that is fetched
 
 _DATA = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
+
+
+class Picture(NamedTuple):
+    """An image file, and its width and height in pixels as its header states them."""
+
+    file: bytes
+    size: ImageSize
 
 
 class Pictures:
@@ -41,8 +48,8 @@ class Pictures:
         """The files at addresses, each fetched; data URLs stay as they are. Raises Refused."""
         return [await self._file(address, f"image {number}") for number, address in enumerate(addresses, 1)]
 
-    def opened(self, files: Sequence[bytes | str]) -> list[Image.Image]:
-        """The images in files and data URLs, as RGB. Raises Refused."""
+    def checked(self, files: Sequence[bytes | str]) -> list[Picture]:
+        """The images in files and data URLs, none of them decoded. Raises Refused."""
         found = []
         for number, file in enumerate(files, 1):
             data = _decoded(file, f"image {number}") if isinstance(file, str) else file
@@ -50,10 +57,9 @@ class Pictures:
                 width, height = image_size(data)
                 if width * height > self.max_pixels:
                     raise InputError(f"{width} x {height} pixels: {self.max_pixels:,} pixels is the most, shrink it")
-                found.append(open_image(data))
             except InputError as error:
-                problem = str(error).removeprefix("image: ")
-                raise Refused(400, f"image {number}: {problem}", param="messages", code="invalid_image") from None
+                raise refused_image(number, error) from None
+            found.append(Picture(data, (width, height)))
         return found
 
     async def _file(self, address: str, name: str) -> bytes | str:
@@ -119,6 +125,11 @@ async def _body(reply: httpx.Response, name: str) -> bytes:
             raise _refused(f"{name}: larger than {MAX_FETCHED >> 20} MiB")
         parts.append(part)
     return b"".join(parts)
+
+
+def refused_image(number: int, error: InputError) -> Refused:
+    """What is said of an image, number `number` of its request, that cannot be read."""
+    return Refused(400, f"image {number}: {str(error).removeprefix('image: ')}", param="messages", code="invalid_image")
 
 
 def _refused(problem: str) -> Refused:

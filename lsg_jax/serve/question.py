@@ -6,14 +6,13 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-
 from lsg_jax.data.conversation import IMAGE_TAG, RecordError, Turn
 from lsg_jax.data.encoded import Encoded
 from lsg_jax.data.processor import Processor
 from lsg_jax.data.record_shapes import tags_in_front
 from lsg_jax.data.rows import Pixels
 from lsg_jax.errors import InputError
+from lsg_jax.serve.pictures import Picture, refused_image
 from lsg_jax.serve.request import ChatRequest, Message, Refused
 
 
@@ -55,7 +54,7 @@ class Question:
     stop: tuple[str, ...]
 
 
-def question(request: ChatRequest, pictures: Sequence[Image.Image], processor: Processor, limits: Limits) -> Question:
+def question(request: ChatRequest, pictures: Sequence[Picture], processor: Processor, limits: Limits) -> Question:
     """Tokenizes a request, and prepares its images.
 
     Raises:
@@ -71,22 +70,30 @@ def question(request: ChatRequest, pictures: Sequence[Image.Image], processor: P
             image_sizes=[picture.size for picture in pictures],
             max_length=limits.max_length - 1,
         )
-        pixels = processor.all_pixels(pictures)
     except RecordError as error:
         too_long = error.reason in ("prompt_too_long", "image_truncated")
         code = "context_length_exceeded" if too_long else "invalid_value"
         raise Refused(400, f"messages: {error}", param="messages", code=code) from None
-    except InputError as error:
-        raise Refused(400, f"messages: {error}", param="messages", code="invalid_image") from None
     return Question(
         encoded,
-        pixels,
+        _pixels(pictures, processor),
         max_tokens=_max_tokens(request.max_tokens, len(encoded.ids), limits),
         temperature=request.temperature,
         top_p=request.top_p,
         seed=secrets.randbits(63) if request.seed is None else request.seed,
         stop=request.stop,
     )
+
+
+def _pixels(pictures: Sequence[Picture], processor: Processor) -> Pixels | None:
+    """The images as the model takes them; None without any. One is decoded at a time, and its memory counts (`use_image`)."""
+    made = []
+    for number, picture in enumerate(pictures, 1):
+        try:
+            made.append(processor.pixels(picture.file, alone=len(pictures) == 1))
+        except InputError as error:
+            raise refused_image(number, error) from None
+    return processor.together(made)
 
 
 def _turn(message: Message) -> Turn:

@@ -26,13 +26,16 @@ from lsg_jax.serve.pictures import Pictures
 from lsg_jax.serve.question import Limits, Question, question
 from lsg_jax.serve.reply import DONE, Completion, error_body, event
 from lsg_jax.serve.request import ChatRequest, Refused, parse, shortened
+from lsg_jax.serve.room import Room
 from lsg_jax.vlm import VLM
 from lsg_jax.web import Stalled, TooLarge, bounded_body
 
 logger = logging.getLogger(__name__)
 
-READING = 8  # requests whose bodies are read, and whose images are decoded, at a time: that bounds their memory
-READING_SECONDS = 60.0  # that one may take
+# These bound the memory of what is not yet a question. One body is parsed at a time: JSON may take 30 times its bytes.
+BODIES = 256 << 20  # bytes of bodies that are held
+PREPARING = 8  # requests whose images are fetched and decoded at a time
+READING_SECONDS = 60.0  # that a client may take to send a body
 
 GONE = 499
 """Status, in the metrics alone, of a request whose client did not wait for the answer."""
@@ -59,7 +62,7 @@ class ChatServer:
     ):
         self.models, self.engine, self.pictures, self.metrics, self.limits = models, engine, pictures, metrics, limits
         self.name, self.fingerprint, self.created = name, fingerprint, int(time.time())
-        self.reading = asyncio.Semaphore(READING)
+        self.room, self.parsing, self.preparing = Room(BODIES), asyncio.Lock(), asyncio.Semaphore(PREPARING)
 
     async def chat(self, request: Request) -> Response:
         """Answers a chat completion, in one piece or as a stream of events."""
@@ -72,8 +75,6 @@ class ChatServer:
         except BaseException as error:
             if ticket is not None:
                 self.engine.leave(ticket)
-            if not isinstance(error, Exception):
-                raise
             return self._refuse(error)
         self.metrics.prompt_tokens.inc(completion.prompt_tokens)
         told = _Told(self.metrics, started)
@@ -84,33 +85,38 @@ class ChatServer:
 
     async def _asked(self, request: Request, ticket: Ticket) -> tuple[ChatRequest, Completion]:
         """Reads a request and queues its question. Raises Refused."""
-        async with self.reading:
+        async with self.room.of_one() as take:
             try:
-                async with asyncio.timeout(READING_SECONDS):
-                    body = await bounded_body(request, self.limits.max_body)
+                body = await bounded_body(request, self.limits.max_body, seconds=READING_SECONDS, take=take)
             except TooLarge as error:
                 raise Refused(413, f"the request has {error}", code="request_too_large") from None
             except ClientDisconnect:
                 raise Refused(GONE, "the client has gone", code="gone") from None
-            except (Stalled, TimeoutError):
+            except Stalled:
                 raise Refused(408, "the request does not come in time: try again", code="timeout") from None
-            asked = await run_in_threadpool(parse, body, max_images=self.limits.max_images)
+            async with self.parsing:
+                asked = await run_in_threadpool(parse, body, max_images=self.limits.max_images)
             del body
             if asked.model != self.name:
                 problem = f"model: there is no {shortened(repr(asked.model))}, this server has {self.name!r}"
                 raise Refused(404, problem, param="model", code="model_not_found")
             model = self.models.choose(asked.method, asked.coefficients)
-            files = await self.pictures.fetched(asked.images)
-            made = await run_in_threadpool(self._question, asked, files, model)
+            async with self.preparing:
+                files = await self.pictures.fetched(asked.images)
+                made = await run_in_threadpool(self._question, asked, files, model)
         completion = Completion(self.name, asked.method or self.models.default, len(made.encoded.ids), self.fingerprint)
         self.engine.ask(ticket, model, made)
         return asked, completion
 
     def _question(self, asked: ChatRequest, files: Sequence[bytes | str], model: Model) -> Question:
-        return question(asked, self.pictures.opened(files), model.processor, self.limits)
+        return question(asked, self.pictures.checked(files), model.processor, self.limits)
 
-    def _refuse(self, error: Exception) -> Response:
+    def _refuse(self, error: BaseException) -> Response:
         """The reply to a request that is not answered."""
+        if isinstance(error, asyncio.CancelledError):
+            error = Refused(503, "the server stops: ask again when it is back", code="stopping")
+        if not isinstance(error, Exception):
+            raise error
         if not isinstance(error, Refused):
             # its text may be of the request, so the log does not have it
             logger.error("lsg serve: %s while a request was read", type(error).__name__)
@@ -137,7 +143,7 @@ class ChatServer:
             reply = await answer
             told.end(200)
             return reply
-        except Refused as error:
+        except (Refused, asyncio.CancelledError) as error:
             told.ended = True
             return self._refuse(error)
         finally:

@@ -42,10 +42,10 @@ def asked(prompt, *pngs):
 
 
 @contextlib.contextmanager
-def running(server, token=None):
+def running(server, token=None, grace=5):
     """The address of a server that answers in a thread of this process."""
     with bind(0) as listening:
-        web = web_server(make_app(server, token), grace=5)
+        web = web_server(make_app(server, token), grace=grace)
         thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -15,7 +16,9 @@ import pytest
 from serving import asked, scene
 
 import lsg_jax
+from lsg_jax import stopping
 from lsg_jax.cli import main
+from lsg_jax.web import bind, serve
 
 QUESTION = "What is it?"
 
@@ -60,6 +63,16 @@ def test_told_to_stop_it_finishes_what_runs(tiny_model):
             ask(client_of(url), max_tokens=4)
         errors = server.stderr.read()
     assert not [line for line in errors.splitlines() if not line.startswith("compiling ")], errors
+
+
+def test_a_signal_that_comes_before_the_server_hears_of_them_stops_it():
+    again = threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))
+    with stopping.handled(), stopping.finishing(), bind(0) as listening:
+        signal.raise_signal(signal.SIGTERM)
+        again.start()
+        serve(lambda *_: None, listening)
+        assert not again.finished.is_set()
+        again.cancel()
 
 
 def test_killed_in_the_midst_it_starts_again(tiny_model):

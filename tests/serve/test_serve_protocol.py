@@ -1,6 +1,8 @@
 """What `lsg serve` takes and refuses. Answers are made up: only the tokenizer is a model's."""
 
+import asyncio
 import base64
+import contextlib
 import copy
 import json
 import random
@@ -8,6 +10,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 
 import httpx
 import pytest
@@ -22,6 +25,7 @@ from lsg_jax.serve.models import Models
 from lsg_jax.serve.pictures import Pictures
 from lsg_jax.serve.question import Limits
 from lsg_jax.serve.request import NEUTRAL, Refused
+from lsg_jax.serve.room import Room
 from lsg_jax.serve.server import ChatServer, make_app
 
 TOKEN = "a-secret"
@@ -175,6 +179,22 @@ def test_addresses_are_not_fetched(client, server, url):
     assert error_of(client.post(COMPLETIONS, json=VALID | {"messages": [message]}), 400)["param"] == "messages"
 
 
+def test_images_are_held_one_at_a_time(client, monkeypatch):
+    """A request of few bytes may have many large images."""
+    held = []
+
+    def to_rgb(image):
+        held.append(weakref.ref(image))
+        assert sum(seen() is not None for seen in held) == 1
+        return image
+
+    monkeypatch.setattr("lsg_jax.data.images.to_rgb", to_rgb)
+    assert client.post(COMPLETIONS, json=VALID | {"messages": asked("a", *[scene(0), scene(1), scene(2)])}).status_code == 200
+    assert len(held) == 3
+    broken = VALID | {"messages": asked("a", scene(0), scene(1)[:-50])}
+    assert error_of(client.post(COMPLETIONS, json=broken), 400)["message"].startswith("image 2: broken image file")
+
+
 def test_images_of_allowed_hosts(client, server, monkeypatch):
     """Only by https, of these hosts, without a redirect to others, and of bounded size."""
     png, seen = scene(0), []
@@ -250,6 +270,56 @@ def test_bodies_that_do_not_come(server, monkeypatch):
     assert 'lsg_requests_total{status="499"} 1.0' in text and 'lsg_requests_total{status="408"} 1.0' in text
 
 
+def test_bodies_that_come_slowly_keep_nobody_waiting(server):
+    body = json.dumps(VALID).encode()
+    server.engine.max_waiting = 100
+    with running(server) as url, contextlib.ExitStack() as opened:
+        for _ in range(50):
+            slow = opened.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))))
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
+        assert httpx.post(url + COMPLETIONS, content=body, timeout=120).status_code == 200
+        assert 'status="408"' not in server.metrics.text().decode()  # they are still waited for
+
+
+def test_bodies_take_bounded_memory():
+    """Beyond it the oldest request is read on, so that all are in the end."""
+
+    async def steps():
+        room, reading, tasks, ends = Room(10), [], {}, {}
+
+        async def one(name, count):
+            async with room.of_one() as take:
+                await take(count)
+                reading.append(name)
+                await ends[name].wait()
+
+        async def begin(name, count):
+            ends[name] = asyncio.Event()
+            tasks[name] = asyncio.ensure_future(one(name, count))
+            await settled()
+
+        async def settled():
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        for name, count in (("a", 50), ("b", 6), ("c", 1), ("d", 3)):
+            await begin(name, count)
+        assert reading == ["a"]
+        tasks["b"].cancel()
+        await settled()
+        assert reading == ["a"]
+        ends["a"].set()
+        await settled()
+        assert reading == ["a", "c", "d"]
+        await begin("e", 7)
+        assert reading == ["a", "c", "d"]
+        ends["d"].set()
+        await settled()
+        assert reading == ["a", "c", "d", "e"]
+
+    asyncio.run(steps())
+
+
 def test_a_full_queue_is_429(client, server):
     server.engine.held = threading.Event()
     answers = []
@@ -266,6 +336,19 @@ def test_a_full_queue_is_429(client, server):
     assert [answer.status_code for answer in answers] == [200] * 4
     assert client.post(COMPLETIONS, json=VALID).status_code == 200
     assert 'lsg_requests_total{status="429"} 1.0' in client.get("/metrics").text
+
+
+def test_what_is_not_done_when_the_server_ends_is_503(server):
+    server.engine.held, replies = threading.Event(), []
+    with running(server, grace=0) as url:
+        asking = threading.Thread(target=lambda: replies.append(httpx.post(url + COMPLETIONS, json=VALID)))
+        asking.start()
+        while not server.engine.asked:
+            time.sleep(0.001)
+    asking.join()
+    server.engine.held.set()
+    assert error_of(replies[0], 503)["code"] == "stopping"
+    assert 'lsg_requests_total{status="503"} 1.0' in server.metrics.text().decode()
 
 
 def test_the_other_endpoints(client):
