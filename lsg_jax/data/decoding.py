@@ -24,10 +24,14 @@ _PER_PIXEL = {"PNG": 4.0, "GIF": 5.0, "BMP": 6.0, "PPM": 12.0, "WEBP": 16.1, "AV
 MAX_NUMBERS, MAX_RATIONALS, MAX_EXIF = 1 << 18, 1 << 14, 16
 """Numbers in a tag of a TIFF (as strips of one row, of 65,535 rows and 4 planes), and segments of EXIF in a JPEG."""
 
+MAX_SCANS = 100
+"""Scans of a JPEG: each passes over all pixels, and few bytes may hold thousands. Progressive ones have about ten."""
+
 BLOCK = 64 << 20
 """Bytes of the pieces in which Pillow stores large images; see `give_back`."""
 
 _EXIF = re.compile(rb"\xff\xe1..Exif\0\0", re.DOTALL)
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")  # of JPEG: those that a segment follows, and the end
 _AS_RGB = 4  # bytes a pixel of an RGB image
 
 
@@ -80,6 +84,18 @@ def check_decodable(image: Image.Image) -> None:
     if cost > MAX_DECODING:
         most = f"a {image.format} image of mode {image.mode} may have {int(MAX_DECODING / cost * pixels):,}"
         raise InputError(f"{pixels:,} pixels take {cost >> 20} MiB to decode; {most}: shrink it, or save it as PNG")
+
+
+def check_scans(data: bytes) -> None:
+    """Raises InputError if a JPEG has so many scans that it takes minutes to decode."""
+    if data.count(b"\xff\xda") <= MAX_SCANS:
+        return  # almost always; the bytes may also be part of a segment, or lie behind the end
+    place, scans = 2, 0
+    while (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        if scans > MAX_SCANS:
+            raise InputError(f"a JPEG of more than {MAX_SCANS} scans; save it again")
+        place = found.end() + max(int.from_bytes(data[found.end() : found.end() + 2]), 2)
 
 
 def check_tags(data: bytes) -> None:

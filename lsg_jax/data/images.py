@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lsg_jax.config import ImageConfig, ModelConfig
-from lsg_jax.data.decoding import DECODING, MAX_FILE, check_cost, check_decodable, check_tags, give_back, rgb_cost
+from lsg_jax.data.decoding import DECODING, MAX_FILE, check_cost, check_decodable, check_scans, check_tags, give_back, rgb_cost
 from lsg_jax.data.grids import ImageSize, best_grid, split_sizes
 from lsg_jax.data.layout import best_canvas, image_of, resized_to_cover, resized_to_fit
 from lsg_jax.data.native import native_size
@@ -118,6 +118,8 @@ def _decode(
             _check_size(image)
             if cost is not None:
                 check_decodable(image)
+                if image.format in ("JPEG", "MPO"):
+                    check_scans(data)
                 give_back()
                 held.enter_context(DECODING.take(cost(image) + len(data)))
             found = read(image)

@@ -9,16 +9,16 @@ import sys
 import pytest
 from PIL import Image
 
-from lsg_jax.data.images import check_image
+from lsg_jax.data.images import check_image, open_image
 from lsg_jax.errors import InputError
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 RECORD = json.dumps({"image": "a.tif", "conversations": TURNS})
 
 
-def jpeg():
+def jpeg(**options):
     file = io.BytesIO()
-    Image.new("RGB", (20, 24)).save(file, "JPEG")
+    Image.new("RGB", (20, 24)).save(file, "JPEG", **options)
     return file.getvalue()
 
 
@@ -48,3 +48,16 @@ def test_odd_tags_are_no_lines_on_stderr(tmp_path):
     command = [sys.executable, "-m", "lsg_jax", "prepare", tmp_path / "r.jsonl", tmp_path / "out", "--images", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Warning" not in done.stderr
+
+
+def test_a_jpeg_of_many_scans_is_refused_at_once():
+    """Each scan passes over all pixels. Those in a segment that is skipped, and behind the end, do not count."""
+    data = jpeg(progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    start, _, _ = data.partition(b"\xff\xdb")
+    hidden = b"\xff\xe5\xff\xfe" + b"\xff\xd9\xff\xda" * 16383  # in a segment that readers skip
+    for many in (data[:-2] + scan * 200 + b"\xff\xd9", start + hidden + data[len(start) : -2] + scan * 200):
+        with pytest.raises(InputError, match="more than 100 scans"):
+            open_image(many)
+    for few in (data[:-2] + scan * 80 + b"\xff\xd9", start + hidden + data[len(start) :] + scan * 200):
+        assert open_image(few).tobytes() == open_image(data).tobytes()
