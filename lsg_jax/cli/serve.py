@@ -60,16 +60,20 @@ def _limits(sub: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     from lsg_jax import stopping
+    from lsg_jax.serve.pictures import check_hosts
     from lsg_jax.serve.server import chat_server, make_app
     from lsg_jax.web import bind, serve
 
-    token = _token(options)
+    token, name = _token(options), options.name or options.model.resolve().name
+    if not name.isprintable():
+        raise ConfigError(f"--name {name!a}: no reply can hold this name: give one of visible characters")
+    check_hosts(options.allow_hosts)
     with bind(options.port, options.host) as listening:
         vlm = load_model(options, _mesh(options))
         server = chat_server(
             vlm,
             _checked_limits(options, vlm),
-            name=options.name or options.model.resolve().name,
+            name=name,
             batch_size=options.batch_size,
             max_waiting=options.queue,
             hosts=options.allow_hosts,

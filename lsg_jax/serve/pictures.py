@@ -14,7 +14,7 @@ import httpx
 
 from lsg_jax.data.grids import ImageSize
 from lsg_jax.data.images import image_size
-from lsg_jax.errors import InputError
+from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.serve.request import Refused
 
 MAX_FETCHED = 32 << 20  # bytes
@@ -104,6 +104,17 @@ class Pictures:
         if host not in self.hosts:
             raise _refused(f"{name}: this server fetches images of some hosts only, and not of this one")
         return host
+
+
+def check_hosts(hosts: Collection[str]) -> None:
+    """ConfigError for what is no name of a host, since no address would have it."""
+    for host in hosts:
+        try:
+            named = urlsplit(f"https://{host}").hostname
+        except ValueError:
+            named = None
+        if named != host.lower():
+            raise ConfigError(f"--allow-hosts {host}: name a host alone, such as images.example.org")
 
 
 def _decoded(address: str, name: str) -> bytes:

@@ -121,6 +121,12 @@ def test_options_that_cannot_be(tiny_model, capsys):
             (["--host", "nowhere.invalid", "--token-file", __file__], "a token is one line"),
             (["--port", "0", "--max-length", "4096"], "2048 positions"),
             (["--port", "0", "--batch-size", "0"], "--batch-size"),
+            (["--port", "0", "--name", "a\nb"], "--name"),
+            (["--port", "0", "--name", "\udcff"], "--name"),
+            (["--port", "0", "--allow-hosts", "a.org", "https://b.org"], "https://b.org: name a host alone"),
+            (["--port", "0", "--allow-hosts", "b.org:443"], "b.org:443: name a host alone"),
+            (["--port", "0", "--allow-hosts", "b.org/path"], "b.org/path: name a host alone"),
+            (["--port", "0", "--allow-hosts", "[::1"], "[::1: name a host alone"),
         ):
             assert main(["serve", str(tiny_model), *options]) in (1, 65)
             assert part in capsys.readouterr().err
