@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import uvicorn
 from starlette.requests import Request
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lsg_jax import stopping
 from lsg_jax.errors import BusyError, ConfigError, InputError
@@ -24,7 +25,10 @@ STALLED = 20.0
 
 
 KEPT = 75
-"""Seconds that an idle connection is kept: longer than clients do, which may ask again just as it is closed."""
+"""Seconds that an idle connection is kept: longer than clients do, which may ask again just as it is closed.
+
+So long may the head of a request take, too.
+"""
 
 
 class TooLarge(InputError):
@@ -57,6 +61,33 @@ def bind(port: int, host: str = ADDRESS) -> socket.socket:
     return found
 
 
+class _Connection(H11Protocol):
+    """Closed if the head of a request does not come in time: uvicorn would wait without end, and hold a connection for each."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # there is a request
+            if self._late is not None:
+                self._late.cancel()
+            self._late = None
+        elif self._late is None:
+            self._late = self.loop.call_later(KEPT, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+
 class _Server(uvicorn.Server):
     """It also stops at a signal that came just before it handles signals, which the command had left to it."""
 
@@ -72,6 +103,7 @@ def web_server(app: ASGIApp, *, grace: int) -> uvicorn.Server:
     return _Server(
         uvicorn.Config(
             app,
+            http=_Connection,
             log_level="critical",
             access_log=False,
             lifespan="off",

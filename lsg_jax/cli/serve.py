@@ -79,8 +79,8 @@ def _serve(options: argparse.Namespace) -> None:
             hosts=options.allow_hosts,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"http://{host}:{listening.getsockname()[1]}/v1", flush=True)
         with server.metrics.compilations(), stopping.finishing():
+            print(f"http://{host}:{listening.getsockname()[1]}/v1", flush=True)
             server.engine.start()
             serve(make_app(server, token), listening, grace=options.grace)
         if not server.engine.idle:

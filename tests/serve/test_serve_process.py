@@ -16,9 +16,7 @@ import pytest
 from serving import asked, scene
 
 import lsg_jax
-from lsg_jax import stopping
 from lsg_jax.cli import main
-from lsg_jax.web import bind, serve
 
 QUESTION = "What is it?"
 
@@ -65,14 +63,17 @@ def test_told_to_stop_it_finishes_what_runs(tiny_model):
     assert not [line for line in errors.splitlines() if not line.startswith("compiling ")], errors
 
 
-def test_a_signal_that_comes_before_the_server_hears_of_them_stops_it():
-    again = threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))
-    with stopping.handled(), stopping.finishing(), bind(0) as listening:
-        signal.raise_signal(signal.SIGTERM)
+def test_told_to_stop_as_soon_as_it_says_its_address_it_stops(tiny_model, monkeypatch):
+    again = threading.Timer(60, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def say(*_, **__):
         again.start()
-        serve(lambda *_: None, listening)
-        assert not again.finished.is_set()
-        again.cancel()
+        signal.raise_signal(signal.SIGTERM)  # before the server hears of signals
+
+    monkeypatch.setattr("lsg_jax.cli.serve.print", say, raising=False)
+    assert main(["serve", str(tiny_model), "--port", "0"]) == 0
+    assert not again.finished.is_set()
+    again.cancel()
 
 
 def test_killed_in_the_midst_it_starts_again(tiny_model):

@@ -7,10 +7,12 @@ import copy
 import json
 import random
 import re
+import select
 import socket
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -279,6 +281,36 @@ def test_bodies_that_come_slowly_keep_nobody_waiting(server):
             slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
         assert httpx.post(url + COMPLETIONS, content=body, timeout=120).status_code == 200
         assert 'status="408"' not in server.metrics.text().decode()  # they are still waited for
+
+
+def test_a_head_that_does_not_come_is_given_up(server, monkeypatch):
+    """Else connections of slow clients would add up, until no more can be opened. An answer may take longer."""
+    monkeypatch.setattr("lsg_jax.web.KEPT", 1.0)
+    server.engine.held, whole = threading.Event(), b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+    def replies(start):
+        """What comes until the connection is closed, while the client goes on to send a byte now and then."""
+        with socket.create_connection(where, timeout=20) as slow, contextlib.suppress(ConnectionError):
+            slow.sendall(start)
+            parts = []
+            for _ in range(200):
+                if select.select([slow], [], [], 0.1)[0]:
+                    parts.append(slow.recv(1000))
+                    if not parts[-1]:
+                        break
+                elif start:
+                    slow.sendall(b"a")
+            else:
+                raise AssertionError("it is still open")
+        return b"".join(parts)
+
+    with running(server) as url, ThreadPoolExecutor() as pool:
+        where = ("127.0.0.1", int(url.rpartition(":")[2]))
+        answer = pool.submit(httpx.post, url + COMPLETIONS, json=VALID, timeout=60)
+        given_up = list(pool.map(replies, (b"", whole[:20], whole + whole[:20])))
+        assert [reply.count(b" 200 OK") for reply in given_up] == [0, 0, 1]
+        server.engine.held.set()
+        assert answer.result().status_code == 200
 
 
 def test_bodies_take_bounded_memory():
