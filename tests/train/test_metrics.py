@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -197,36 +198,45 @@ def test_every_second_is_counted_once():
     assert start_of_process() < BEFORE
 
 
-def test_profiler_traces_its_steps_and_its_failure_stops_nothing(tmp_path, caplog):
+def profiled(folder):
+    """Traces of some steps, and two that fail."""
     called = []
 
-    def run(folder, steps, made=range(1, 6)):
-        with StepProfiler(folder, steps, lambda: called.append("settle")) as profiler:
+    def run(name, steps, made=range(1, 6)):
+        with StepProfiler(folder / name, steps, lambda: called.append("settle")) as profiler:
             for step in made:
                 profiler.before(step)
                 called.append(step)
                 jnp.arange(3).block_until_ready()
                 profiler.after(step)
 
-    run(tmp_path / "none", ())
-    assert called == [1, 2, 3, 4, 5] and not (tmp_path / "none").exists()
+    run("none", ())
+    assert called == [1, 2, 3, 4, 5] and not (folder / "none").exists()
     called.clear()
-    run(tmp_path / "some", (2, 3))
+    run("some", (2, 3))
     assert called == [1, "settle", 2, 3, "settle", 4, 5]
-    run(tmp_path / "resumed", (2, 9), made=range(4, 6))  # and it ends before the range does
-    run(tmp_path / "past", (2, 3), made=range(4, 6))
+    run("resumed", (2, 9), made=range(4, 6))  # and it ends before the range does
+    run("past", (2, 3), made=range(4, 6))
     for name, traces in {"some": 1, "resumed": 1, "past": 0}.items():
-        assert len(list((tmp_path / name).rglob("*.xplane.pb"))) == traces
-    assert not caplog.messages
-    (tmp_path / "blocked").write_text("a file")
-    run(tmp_path / "blocked", (2, 3))
-    jax.profiler.start_trace(tmp_path / "other")  # nothing is left open
+        assert len(list((folder / name).rglob("*.xplane.pb"))) == traces
+    (folder / "blocked").write_text("a file")
+    run("blocked", (2, 3))
+    jax.profiler.start_trace(folder / "other")  # nothing is left open
     try:
-        run(tmp_path / "second", (2, 3))
+        run("second", (2, 3))
     finally:
         jax.profiler.stop_trace()
-    for name, warning in zip(("blocked", "second"), caplog.messages, strict=True):
-        assert warning.startswith(f"{tmp_path / name}: no trace of steps: ")
+
+
+def test_profiler_traces_its_steps_and_its_failure_stops_nothing(tmp_path):
+    """In a process of its own: a trace holds all programs of its process, and one that runs many tests has thousands."""
+    command = "import pathlib, sys, test_metrics; test_metrics.profiled(pathlib.Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, tmp_path], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    warned = [line.split(": no trace of steps: ")[0] for line in done.stderr.splitlines() if ": no trace of steps: " in line]
+    assert warned == [f"{tmp_path / name}" for name in ("blocked", "second")]
 
 
 def git(folder, *arguments):
