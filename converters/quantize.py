@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from lsg_jax.config import is_scale
@@ -13,7 +15,7 @@ def scale_of(kernel: str) -> str:
     return f"{kernel}_scale"
 
 
-def scales(leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def scales(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Name of each int8 kernel among the leaves of a model -> shape of its scale, with the layer axis."""
     return {name.removesuffix("_scale"): shape for name, shape in leaves.items() if is_scale(name)}
 

@@ -9,9 +9,11 @@ Names of source tensors are canonical here (`Family.canonical_name`), whichever 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax.numpy as jnp
 from flax import nnx
@@ -80,10 +82,12 @@ class Plan:
     repeats: dict[str, str]
 
 
-def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
+@functools.cache  # a conversion asks twice, and tracing a model takes a moment
+def leaf_shapes(config: ModelConfig) -> Mapping[str, Shape]:
     """Leaf name -> shape of the whole model, without making any array."""
     model = nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
-    return {name: tuple(leaf.shape) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
+    shapes = {name: tuple(leaf.shape) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
+    return MappingProxyType(shapes)
 
 
 def layout(config: ModelConfig, rules: Sequence[Rule]) -> Layout:

@@ -1,5 +1,6 @@
 """Shared settings and fixtures. Tests run on CPU, without a network, on tiny models that are made here."""
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ if "LSG_TEST_CACHE" not in os.environ:
     OWN_CACHE = os.environ["LSG_TEST_CACHE"] = tempfile.mkdtemp(prefix="lsg-jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LSG_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+gc.set_threshold(100_000)  # tracing makes millions of short-lived objects, among all those that many tests leave in caches
 sys.path.insert(0, str(Path(__file__).parent))
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers themselves are started with this environment too, and need PyTorch
     hidden = str(Path(__file__).parent / "without_torch")

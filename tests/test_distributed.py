@@ -138,7 +138,7 @@ config, out = sys.argv[1:]
 
 def train(folder):
     both_need_all_rows = "mesh.fsdp=1", "mesh.tensor=4"
-    return main(["train", config, "--set", f"output={out}/{folder}", "train.max_steps=3", *both_need_all_rows])
+    return main(["train", config, "--set", f"output={out}/{folder}", "train.max_steps=5", *both_need_all_rows])
 
 assert train("whole") == 0
 assert main(["eval", config, "--out", f"{out}/eval"]) == 0
@@ -155,8 +155,8 @@ assert main(["sweep", config, "--out", f"{out}/sweep", "--layers", "4", "--coeff
 def test_two_processes_train_and_answer_as_one(config, tmp_path, capsys):
     run_processes(WORKER, 2, devices_each=2, args=[config, tmp_path], timeout=300)
     whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "resumed")
-    assert len(whole) == 3 and [x.hex() for x in whole] == [x.hex() for x in resumed]
-    train(load_run_config(config, [f"output={tmp_path / 'one'}", "train.max_steps=3"]))
+    assert len(whole) == 5 and [x.hex() for x in whole] == [x.hex() for x in resumed]
+    train(load_run_config(config, [f"output={tmp_path / 'one'}", "train.max_steps=5"]))
     np.testing.assert_allclose(losses(tmp_path / "one"), whole, rtol=1e-5)
 
     assert main(["eval", str(config), "--out", str(tmp_path / "eval1")]) == 0

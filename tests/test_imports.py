@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "model_inputs": BELOW_VLM,
     "answer_programs": FOUNDATION | {"methods", "model"},
     "vlm": BELOW_VLM | {"answer_programs", "model_inputs", "look"},  # `vlm.look` imports it when it is called
-    "web": {"errors"},
+    "web": {"errors", "stopping"},
     "look": BELOW_VLM | {"vlm", "report", "web"},
     "opening": BELOW_VLM | {"vlm", "run_config", "hub"},
     "train": OPENED,
