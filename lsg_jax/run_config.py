@@ -116,7 +116,9 @@ class RunConfig(RunSettings):
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a TOML file and applies `a.b=value` overrides (values in TOML syntax; a bare word is a string).
+    """Reads a TOML file and applies `a.b=value` overrides.
+
+    Values are in TOML syntax; a bare word is a string, and `a.b=unset` takes a key out.
 
     Raises:
         ConfigError: the file is missing or no TOML, or a field is unknown, missing, of another type or out of range.

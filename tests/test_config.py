@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lsg_jax.config import GateConfig, SinkConfig, from_dict
+from lsg_jax.config import GateConfig, SinkConfig, TrainConfig, from_dict
 from lsg_jax.errors import ConfigError
 from lsg_jax.run_config import RunConfig, load_run_config, run_config
 
@@ -33,6 +33,9 @@ def test_values_and_overrides(tmp_path):
     assert config.gate == GateConfig(layers=(1,))
     assert (config.train.learning_rate, config.sinks, config.model, config.seed) == (1.0, SinkConfig("norm"), "/a/b", 7)
     assert read(tmp_path, GOOD).train.learning_rate == 1e-4
+    default = read(tmp_path, GOOD, "train.learning_rate=unset", "eval.limit=unset", "dtype=unset")
+    assert default.train == TrainConfig() and default.eval.limit is default.dtype is None
+    assert read(tmp_path, GOOD, 'model="unset"').model == "unset"
 
 
 def test_round_trip():

@@ -92,7 +92,7 @@ def config_arguments(sub: argparse.ArgumentParser) -> None:
         default=[],
         metavar="A.B=VALUE",
         dest="overrides",
-        help="change keys of CONFIG, values as in TOML; `lsg config` lists them",
+        help="change keys of CONFIG, values as in TOML; `unset` takes a key out; `lsg config` lists them",
     )
 
 

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from lsg_jax.config.loading import to_dict
+from lsg_jax.config.loading import UNSET, to_dict
 from lsg_jax.config.ranges import Range, field_types, other_values, range_of, without_none
 
 REQUIRED = "required"
-UNSET = "unset"
 _NAMES = {bool: "bool", int: "int", float: "float", str: "text"}
 
 

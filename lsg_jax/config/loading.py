@@ -14,9 +14,12 @@ from lsg_jax.errors import ConfigError
 
 T = TypeVar("T")
 
+UNSET = "unset"
+"""Default of a field that may be left out, and the value that leaves it out: TOML has no null. As a text it needs quotes."""
+
 
 def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:
-    """Sets one field of plain data from text such as `a.b=1e-4`. `where` names the source in errors."""
+    """Sets a field of plain data from text such as `a.b=1e-4`; `a.b=unset` takes it out. `where` starts every error."""
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"{where} {override}: write it as a.b=value")
@@ -29,7 +32,10 @@ def apply_override(tree: dict[str, Any], override: str, *, where: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{where} {override}: {parent} is not a table")
-    tree[leaf] = value
+    if text.strip() == UNSET:
+        tree.pop(leaf, None)
+    else:
+        tree[leaf] = value
 
 
 def from_dict(cls: type[T], tree: Any, *, where: str) -> T:
