@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,16 +156,28 @@ def write_sealed(path: Path, content: Mapping[str, Any], *, sort_keys: bool = Fa
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The content of a file of `write_sealed`. Files of versions that wrote no checksum are read as they are.
+    """The content of a file of `write_sealed`. Files of versions that wrote no checksum, at no depth, are read as they are.
 
     Raises:
         InputError: as of `read_object`, or the content does not fit its checksum.
     """
     content = read_object(path)
     check = content.pop(FILE_CHECK, None)
-    if damaged_name(content, FILE_CHECK) or (check is not None and check != json_sha256(content)):
+    if damaged_name(content, FILE_CHECK) or (FILE_CHECK in _names(content) if check is None else check != json_sha256(content)):
         raise InputError(f"{path}: was changed after it was written, or is damaged: its content does not fit its checksum")
     return content
+
+
+def _names(content: Any) -> Iterator[str]:
+    """All names in it, at any depth."""
+    left = [content]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, dict):
+            yield from inner
+            left += inner.values()
+        elif isinstance(inner, list):
+            left += inner
 
 
 def damaged_name(names: Iterable[str], name: str) -> bool:

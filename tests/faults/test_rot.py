@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_vlm import gates
 
@@ -361,6 +361,7 @@ def test_damaged_parquet_long(tmp_path):
 DRAWN = {"name": st.sampled_from(sorted(KINDS)), "way": st.sampled_from(WAYS), "seed": st.integers(0, 2**32)}
 
 
+@example(name="evaluation", way="lines", seed=964)  # the line of the checksum changes places with one of a table inside
 @settings(max_examples=120)
 @given(**DRAWN)
 def test_rot(kept, name, way, seed):
