@@ -57,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError) and _reader_is_gone():
                 return 0
-            code, text = _exit_code(error), cause_of(error)
             if "--traceback" in arguments:
                 traceback.print_exc()
+            if was_stopped() and not isinstance(error, LsgError):
+                error = Preempted(AGAIN)  # a library has made another error of it
+            code, text = _exit_code(error), cause_of(error)
     say(printable(f"{' '.join(command)}: {' '.join(text.split())}\n"))
     return code
 

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C at any moment, once or more often: 75, one line, no traceback, and the next run completes the work."""
 
+import contextlib
 import os
 import random
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from commands import COMMANDS
 from runs import Runner, contents, differences
+
+from lsg_jax.cli import main
 
 
 def said_once(said):
@@ -175,3 +178,16 @@ def test_what_does_not_end_is_ended(body, grace, numbers):
         time.sleep(0.05)  # two signals of one kind that come at once are one
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75 and said_once(said), (process.returncode, said)
+
+
+def test_an_error_that_a_library_makes_of_a_stop_is_a_stop(monkeypatch, capfd):
+    """C++ code may drop what is raised in a Python function that it calls, take that for an answer, and fail over it."""
+
+    def describe(path):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise AttributeError("'Leaf' object has no attribute 'keys'")
+
+    monkeypatch.setattr("lsg_jax.inspection.describe", describe)
+    assert main(["inspect", "model"]) == 75
+    assert said_once(said := capfd.readouterr().err), said
