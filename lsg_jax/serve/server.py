@@ -32,9 +32,10 @@ from lsg_jax.web import Stalled, TooLarge, bounded_body
 
 logger = logging.getLogger(__name__)
 
-# These bound the memory of what is not yet a question. One body is parsed at a time: JSON may take 30 times its bytes.
+# These bound the memory of what is not yet a question.
 BODIES = 256 << 20  # bytes of bodies that are held
-PREPARING = 8  # requests whose images are fetched and decoded at a time
+LARGE = 1 << 20  # bytes of a body from which on one is parsed at a time: JSON may take 30 times its bytes
+PREPARING = 8  # requests that are parsed, or whose images are fetched and decoded, at a time
 READING_SECONDS = 60.0  # that a client may take to send a body
 
 GONE = 499
@@ -94,7 +95,8 @@ class ChatServer:
                 raise Refused(GONE, "the client has gone", code="gone") from None
             except Stalled:
                 raise Refused(408, "the request does not come in time: try again", code="timeout") from None
-            async with self.parsing:
+            # one by one, small bodies would reach the engine too slowly to share a batch
+            async with self.parsing if len(body) > LARGE else contextlib.nullcontext(), self.preparing:
                 asked = await run_in_threadpool(parse, body, max_images=self.limits.max_images)
             del body
             if asked.model != self.name:
