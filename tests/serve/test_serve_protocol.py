@@ -21,12 +21,13 @@ from starlette.testclient import TestClient
 
 from lsg_jax.checkpoint import read_manifest
 from lsg_jax.data.processor import Processor
+from lsg_jax.serve import server as server_module
 from lsg_jax.serve.engine import Engine, Model, Piece
 from lsg_jax.serve.metrics import Metrics
 from lsg_jax.serve.models import Models
 from lsg_jax.serve.pictures import Pictures
 from lsg_jax.serve.question import Limits
-from lsg_jax.serve.request import NEUTRAL, Refused
+from lsg_jax.serve.request import NEUTRAL, Refused, parse
 from lsg_jax.serve.room import Room
 from lsg_jax.serve.server import ChatServer, make_app
 
@@ -350,6 +351,29 @@ def test_bodies_take_bounded_memory():
         assert reading == ["a", "c", "d", "e"]
 
     asyncio.run(steps())
+
+
+def test_small_bodies_are_parsed_together_and_large_ones_one_by_one(client, monkeypatch):
+    """Together, so that their questions share a batch; but JSON may take many times the memory of its text."""
+    inside, most, both = set(), [], threading.Barrier(2)
+
+    def counted(body, **limits):
+        inside.add(threading.get_ident())
+        most.append(len(inside))
+        if server_module.LARGE:
+            both.wait(60)
+        else:
+            time.sleep(0.05)
+        inside.remove(threading.get_ident())
+        return parse(body, **limits)
+
+    monkeypatch.setattr(server_module, "parse", counted)
+    for large, expected in ((1 << 20, 2), (0, 1)):
+        monkeypatch.setattr(server_module, "LARGE", large)
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda _: client.post(COMPLETIONS, json=VALID), range(2)))
+        assert [answer.status_code for answer in answers] == [200, 200] and max(most) == expected
+        most.clear()
 
 
 def test_a_full_queue_is_429(client, server):
