@@ -87,7 +87,7 @@ def check_decodable(image: Image.Image) -> None:
 
 
 def check_scans(data: bytes) -> None:
-    """Raises InputError if a JPEG has so many scans that it takes minutes to decode."""
+    """Raises InputError if a JPEG has more than MAX_SCANS scans: a thousand, in 76 KB, take ten seconds to decode."""
     if data.count(b"\xff\xda") <= MAX_SCANS:
         return  # almost always; the bytes may also be part of a segment, or lie behind the end
     place, scans = 2, 0
