@@ -26,6 +26,7 @@ MODULES = (
 )  # fmt: skip
 SMALL = {"TRAIN_SCENES": 64, "TEST_QUESTIONS": 8, "ORACLE_QUESTIONS": 8, "SHOWN_SCENES": 2, "PLANTED_SCENES": 8}
 """Sizes of the quickstart."""
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class ForkServer:
@@ -77,9 +78,11 @@ def serve():
     print("ready", flush=True)
     for line in sys.stdin:
         command = json.loads(line)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the command handles them
         pid = os.fork()
         if pid == 0:
             run(command)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         print(pid, flush=True)
         print(os.waitpid(pid, 0)[1], flush=True)
 
@@ -93,13 +96,16 @@ def run(command):
         os.close(descriptor)
     os.chdir(command["cwd"])
     sys.argv = ["lsg", *command["arguments"]]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
     try:
-        from lsg_jax.__main__ import run as run_command
+        from lsg_jax import __main__, stopping
 
-        run_command()
+        stopping.handle_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        __main__.run()
         code = 0
+    except KeyboardInterrupt:
+        stopping.end_now()
     except SystemExit as stop:
         code = stop.code or 0
     finally:
