@@ -5,9 +5,9 @@
 It is a list of `lsg` commands, which are printed; what is finished is kept. `strength` plants sinks of several strengths and
 asks 400 validation questions, as they are and with the keys of V-sinks scaled back. For the strength that was chosen there,
 `gates` trains gates of three seeds in the planted layers, and others elsewhere, and asks the 2,000 test questions; `signals`
-trains gates that read other signals; `map` draws the oracle map; `text` asks questions without their images. `layer` plants
-sinks in one layer alone, draws the map of that, trains a gate at each layer alone and stacks them. Then it prints the bounds
-that must hold, and exits with 1 if one does not.
+trains gates that read other signals; `methods` asks these questions under the methods of others; `map` draws the oracle map;
+`text` asks questions without their images. `layer` plants sinks in one layer alone, draws its map, trains a gate at each
+layer alone and stacks them. Then it prints the bounds that must hold, and exits with 1 if one does not.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from embedded import LAYERS, UNTRAINED
 
 import lsg_jax
 from converters.convert import convert
@@ -36,6 +37,7 @@ ONE_LAYER, ITS_STRENGTH = 3, 24
 ASKED, RECORDS, SEEDS, SIDE = 400, 1024, 3, 112
 GATES = ("gate.key_scale=1.0", "train.learning_rate=3e-3")
 ELSEWHERE = [0, 7]
+TRAINED = {"gated_output": (), "lora": (f"lora.layer={ONE_LAYER}",), "diysink": ("diysink.routing=mlp",)}
 Held = list[tuple[str, bool]]
 
 
@@ -176,6 +178,25 @@ def other_signals(out: Path) -> Held:
     return []
 
 
+def other_methods(out: Path) -> Held:
+    runs = []
+    for method, settings in TRAINED.items():
+        lsg("train", *configured(out, method, f"method={method}", *settings))
+        runs.append(f"{method}={out / 'runs' / method}")
+    scaled = (f"fixed.layers={list(PLANTED_LAYERS)}", f"fixed.coefficients=[{1 / (1 + STRENGTH)}, 1.0]")
+    found = asked(out, "methods", "scenes", "--method", "fixed", *UNTRAINED, *runs, overrides=(*LAYERS, *scaled))
+    print_changes(found)
+    return []
+
+
+def print_changes(found: dict[str, Any]) -> None:
+    """The change of the accuracy under each method, with its interval, and how many questions it won and lost."""
+    for name, of in found["change"].items():
+        change, test = of["accuracy"], found["paired_test"][name]
+        line = f"{name:16}{change['value']:+7.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
+        print(f"{line}{test['better']:6} / {test['worse']}")
+
+
 def oracle_map(out: Path) -> Held:
     best = _map(out, "sweep", model(out))
     first = sorted(best, key=best.__getitem__, reverse=True)[:5]
@@ -207,8 +228,7 @@ def one_layer(out: Path) -> Held:
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))["benchmarks"]["scenes"]
     loss, gain = accuracy(found) - sound, {name: of["accuracy"]["value"] for name, of in found["change"].items()}
     print(f"test: {sound:.2f} without planted sinks, {accuracy(found):.2f} with them")
-    for name, of in found["change"].items():
-        print(f"{name:16}{of['accuracy']['value']:+7.2f} [{of['accuracy']['low']:+.2f}, {of['accuracy']['high']:+.2f}]")
+    print_changes(found)
     others = [gain[name] for name in map("L{}".format, best) if name != f"L{ONE_LAYER}"]
     return [
         (f"layer {ONE_LAYER} gains most in the oracle map", max(best, key=best.__getitem__) == ONE_LAYER),
@@ -230,6 +250,7 @@ STEPS: dict[str, Callable[[Path], Held]] = {
     "strength": choose_strength,
     "gates": train_gates,
     "signals": other_signals,
+    "methods": other_methods,
     "map": oracle_map,
     "layer": one_layer,
     "text": text_alone,

@@ -23,6 +23,10 @@ from lsg_jax.quickstart import CHECKPOINT
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
 TRAIN, VALIDATION, SIDE = 4096, 2400, 112
+# methods of others that are not trained, in the layers of their authors, in proportion to 8 layers instead of 32
+UNTRAINED = ("pai", "vaf", "eah", "damro", "gift")
+LAYERS = ("pai.first_layer=1", "vaf.first_layer=2", "vaf.last_layer=3", "eah.layer=1")
+LAYERS += ("gift.saliency_layer=2", "gift.first_layer=3", "gift.last_layer=5")
 STUDIES = ("probe", "sweep", "each", "stack", "baselines", "ablate", "report")
 
 
@@ -71,9 +75,11 @@ def commands(study: str, out: Path) -> list[list[str]]:
         return [
             train("lora", "method=lora", f"lora.layer={layer}"),
             train("diysink", "method=diysink", "diysink.routing=mlp"),
+            train("gated_output", "method=gated_output"),
             [
-                *("eval", *run("baselines", only), "--gates", f"{out / 'each'}@{layer}", "--benchmark", test),
-                *("--method", "lsg", "sink_front", f"lora={out / 'lora'}", f"diysink={out / 'diysink'}"),
+                *("eval", *run("baselines", only, *LAYERS), "--gates", f"{out / 'each'}@{layer}", "--benchmark", test),
+                *("--method", "lsg", "sink_front", *UNTRAINED),
+                *(f"{name}={out / name}" for name in ("lora", "diysink", "gated_output")),
                 *("--out", str(out / "baselines")),
             ],
         ]
