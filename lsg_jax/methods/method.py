@@ -117,8 +117,8 @@ class Method:
     def contrast(self, model: MethodModel, batch: Batch, sequence: Sequence) -> Sequence | None:
         """What the model reads besides, without the intervention, for `contrasted`; None for nothing and without images.
 
-        It has the shape of `sequence`: tokens that it leaves out are not valid. The logits of these, and of rows without an
-        image, are left as they are.
+        It has the shape of `sequence`: tokens that it leaves out are not valid. Which logits are contrasted,
+        `model.contrast.contrasted_positions` says.
         """
         return None
 

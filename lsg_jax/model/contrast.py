@@ -58,8 +58,21 @@ def contrast(logits: jax.Array, others: jax.Array, *, weight: float, cutoff: flo
     return Contrasted((1.0 + weight) * logits - weight * others, logits - lowest)
 
 
-def contrasted_positions(sequence: Sequence, other: Sequence) -> jax.Array:
-    """bool [B, T], positions whose logits are contrasted: tokens of both sequences, in rows with an image."""
+def contrasted_positions(sequence: Sequence, other: Sequence, prompt_end: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which positions have their logits contrasted, and with those of which position of the other sequence.
+
+    These are the tokens of both sequences in rows with an image. The end of the prompt is one of them also where the other
+    sequence leaves it out, as of a prompt that ends in an image: what follows is then predicted by the last token before it
+    that the other one has. A row whose prompt has no token in the other sequence is left as it is.
+
+    Args:
+        prompt_end: int32 [B], index of the last token of each prompt.
+
+    Returns:
+        bool [B, T], and int32 [B, T].
+    """
     assert sequence.visual is not None
-    both: jax.Array = sequence.valid & other.valid & sequence.visual.mask.any(axis=1, keepdims=True)
-    return both
+    places, end = jnp.arange(sequence.valid.shape[1]), jnp.asarray(prompt_end)[:, None]
+    read = (other.valid & (places <= end)).any(axis=1, keepdims=True) & sequence.visual.mask.any(axis=1, keepdims=True)
+    where = sequence.valid & (other.valid | (places == end)) & read
+    return where, jax.lax.cummax(jnp.where(other.valid, places, 0), axis=1)

@@ -161,9 +161,9 @@ def _read(
     rows = last_token(sequence.valid)[:, None]
     contrast = None
     if (other := model.contrast(batch, sequence)) is not None:
-        beside = model.language_model(other, keep_kv=True, room=room, rows=rows)
-        where = take_rows(contrasted_positions(sequence, other), rows)[:, 0]
-        contrast = Contrast(beside.hidden[:, 0], cache_of(other, beside, room=room), where)
+        where, places = (take_rows(of, rows) for of in contrasted_positions(sequence, other, rows[:, 0]))
+        beside = model.language_model(other, keep_kv=True, room=room, rows=places)
+        contrast = Contrast(beside.hidden[:, 0], cache_of(other, beside, room=room), where[:, 0])
     return ReadPrompts(out.hidden[:, 0], sequence.visual, out.ratios, contrast), cache_of(sequence, out, room=room)
 
 

@@ -173,9 +173,13 @@ class VisionLanguageModel(nnx.Module):
         hidden = self(batch, sequence=sequence, rows=rows).hidden
         logits = self.language_model.logits(hidden)
         if (other := self.contrast(batch, sequence)) is not None:
-            where = contrasted_positions(sequence, other)
-            where = where if rows is None else take_rows(where, rows)
-            others = self.language_model.logits(self.language_model(other, rows=rows).hidden)
+            where, places = contrasted_positions(sequence, other, batch.gate_position)
+            if rows is None:
+                beside = take_rows(self.language_model(other).hidden, places)
+            else:
+                where, places = take_rows(where, rows), take_rows(places, rows)
+                beside = self.language_model(other, rows=places).hidden
+            others = self.language_model.logits(beside)
             logits = self.contrasted(logits, others).where(where, logits).logits
         return logits, hidden
 

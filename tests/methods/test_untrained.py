@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from renderings import IMAGE_TOKEN, NEW_TOKENS, PATCHES, Rendering, embed, features_of, greedy, padded, pair, rows
+from renderings import IMAGE_TOKEN, NEW_TOKENS, PATCHES, Rendering, Row, embed, features_of, greedy, padded, pair, rows
 
 from lsg_jax.methods.damro import Damro, DamroConfig
 from lsg_jax.methods.eah import Eah, EahConfig
@@ -142,6 +142,21 @@ def test_the_last_layer_that_runs_for_one_query_is_edited_alike(monkeypatch):
     margin = vlm.generate_in_full(vlm.batch(*padded("left")[0]), 1).margin
     np.testing.assert_allclose(margin, expected, rtol=0, atol=1e-4)
     assert (np.abs(np.subtract(expected, plain)) > 0.01).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prompt_that_ends_in_its_image(name, monkeypatch):
+    """Its next token is contrasted with what follows the last token that the second pass has."""
+    method, rendering = METHODS[name]
+    vlm, ends_in_image = pair()[1].with_method(method), Row(rows()[0].ids[: 4 + PATCHES], rows()[0].pixels)
+    expected = greedy(rendering(), ends_in_image, monkeypatch)
+    for room in (0, 3):  # of padding
+        ids = np.pad(ends_in_image.ids, (room, 0))[None]
+        mask = np.pad(np.ones_like(ends_in_image.ids), (room, 0))[None]
+        np.testing.assert_array_equal(vlm.generate_ids(ids, ends_in_image.pixels, mask, NEW_TOKENS)[0], expected.tokens)
+        whole = np.concatenate([ids, expected.tokens[None, :-1]], axis=1)
+        mask, last = np.pad(mask, ((0, 0), (0, NEW_TOKENS - 1)), constant_values=1), np.array([ids.shape[1] - 1])
+        close(vlm.logits(whole, ends_in_image.pixels, mask, last)[0, last[0] :], expected.logits)
 
 
 @pytest.mark.parametrize("name", NOTHING)
