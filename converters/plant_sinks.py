@@ -107,9 +107,9 @@ def plant(
 
     Returns:
         What the field `lsg_planted_sinks` of its config.json holds: digest of the model, settings, and for each layer d·x of
-        `v_sink` (mean, std), of `ordinary` and `text` tokens (root mean square, largest size), in scenes that d was not made
-        from. Other keys change by strength times as much of a V-sink's key. With a mark also `unit`, which one it took, and
-        `unit_share`, the part of the norm of a token that the unit contributed before (root mean square).
+        `v_sink` (mean, std), of `ordinary` and `text` tokens (root mean square, largest size), in the planted model and in
+        scenes that d was not made from. Other keys change by strength times as much of a V-sink's key. With a mark also `unit`,
+        which one it took, and `unit_share`, the part of the norm of a token that it contributed before (root mean square).
 
     Raises:
         InputError: the scenes have no V-sinks, no model there or a planted one, or `out_dir` exists.
@@ -137,16 +137,19 @@ def plant(
         record |= noted
         vlm = VLM(vlm.config, {**vlm.frozen, "projector": projector}, folder=vlm.folder)
         seen = _seen(vlm, "train", settings.scenes, settings.seed, progress)
-    held_out = _seen(vlm, "validation", settings.scenes // 2, settings.seed, progress)
     attention = vlm.frozen["language_model"]["layers"]["attention"]["k_proj"]
-    kernel = np.array(attention["kernel"], np.float32)
-    record["keys"] = []
+    kernel, directions = np.array(attention["kernel"], np.float32), {}
     for layer in sorted(set(settings.layers)):
         bias = np.asarray(attention["bias"][layer], np.float32) if text.qkv_bias else np.float32(0)
         direction, mean = direction_of(seen.x[layer], seen.visual, seen.v_sink, within=settings.within, text=settings.text)
         key = np.einsum("D,DKH->KH", mean, kernel[layer]) + bias
         kernel[layer] += np.float32(settings.strength) * direction[:, None, None] * key
-        record["keys"].append({"layer": layer, **_spill(held_out.x[layer] @ direction, held_out)})
+        directions[layer] = direction
+    # sinks in a layer change what enters those above it
+    held_out = _seen(_with_keys(vlm, kernel), "validation", settings.scenes // 2, settings.seed, progress)
+    record["keys"] = [
+        {"layer": layer, **_spill(held_out.x[layer] @ direction, held_out)} for layer, direction in directions.items()
+    ]
     _write(vlm, model, out, changed | {K_PROJ: kernel}, record)
     return record
 
@@ -217,6 +220,12 @@ def _observe(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, Any]
     hidden = model(batch, sequence=sequence, observe=lambda view: view.hidden).observed
     norm, scales = nnx.split(model.language_model.layers.input_norm)
     return jax.vmap(lambda scale, states: nnx.merge(norm, scale)(states))(scales, hidden), sequence.visual
+
+
+def _with_keys(vlm: VLM, kernel: np.ndarray) -> VLM:
+    """The model with other key projections float32 [L, D, K, H], rounded as they will be stored."""
+    put = lambda path, leaf: kernel.astype(leaf.dtype) if "/".join(key.key for key in path) == K_PROJ else leaf
+    return VLM(vlm.config, jax.tree.map_with_path(put, vlm.frozen), folder=vlm.folder)
 
 
 def _spill(values: np.ndarray, tokens: _Tokens) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ import pytest
 
 import lsg_jax
 from converters.convert import convert
-from converters.plant_sinks import K_PROJ, PlantSettings, _batch, direction_of, plant
+from converters.plant_sinks import K_PROJ, PlantSettings, _batch, _seen, direction_of, plant
 from lsg_jax.analysis.pointing import measure, scene_target
 from lsg_jax.checkpoint import iter_base, read_manifest, verify_base
 from lsg_jax.cli import main
@@ -17,6 +17,7 @@ from lsg_jax.data.scene_targets import questions_with_target
 from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.inspection import describe
 from lsg_jax.methods.method_model import assemble
+from lsg_jax.progress import silent
 from lsg_jax.quickstart import CHECKPOINT, check_planted
 
 LAYERS, STRENGTH, SCENES = (2, 5), 5.0, 16
@@ -77,6 +78,22 @@ def test_only_the_named_key_projections_change(embedded, planted):
     assert record["source"] == before.digest and [row["layer"] for row in record["keys"]] == [2, 5]
     for row in record["keys"]:
         assert 0.8 < row["v_sink"]["mean"] < 1.2 and row["ordinary"]["rms"] < 0.25 and row["text"]["rms"] < 0.25
+
+
+def test_the_note_says_what_tokens_get_in_the_planted_model(embedded, planted):
+    """Sinks in layer 2 change what enters layer 5, so that more of the planted key spills there."""
+    folder, record = planted
+    before, after = (
+        _seen(lsg_jax.load(path), split, scenes, 0, silent)
+        for path, split, scenes in ((embedded, "train", SCENES), (folder, "validation", SCENES // 2))
+    )
+    for row in record["keys"]:
+        layer = row["layer"]
+        direction, _ = direction_of(before.x[layer], before.visual, before.v_sink, within=0.25)
+        found, ordinary = after.x[layer] @ direction, after.visual & ~after.v_sink
+        assert row["v_sink"]["mean"] == pytest.approx(found[after.v_sink].mean(), abs=1e-4)
+        assert row["ordinary"]["rms"] == pytest.approx(np.sqrt(np.mean(np.square(found[ordinary]))), abs=1e-4)
+        assert row["text"]["max"] == pytest.approx(np.abs(found[~after.visual]).max(), abs=1e-4)
 
 
 def test_sinks_draw_attention_in_planted_layers_and_not_below(embedded, planted):
