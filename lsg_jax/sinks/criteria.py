@@ -150,14 +150,15 @@ def sink_heads(weights: jax.Array, valid: jax.Array, tau: float = 0.3) -> jax.Ar
     """The heads in which each token is a sink by Gu et al.: bool [B, N, T]. A token of which one is true is a sink.
 
     Token k is a sink of a head if the mean of A[i, k] over the queries i >= k, its own among them, is > tau. It competes with
-    all tokens, text included.
+    all tokens, text included. Attention of earlier queries, where images see themselves in both directions, does not count.
 
     Args:
-        weights: float32 [B, N, T, T], causal attention weights.
+        weights: float32 [B, N, T, T], attention weights.
         valid: bool [B, T]; the others are neither queries nor sinks.
     """
     queries = jnp.cumsum(valid[:, ::-1], axis=1)[:, ::-1]  # of each token, those that see it
-    received = jnp.where(valid[:, None, :, None], weights, 0.0).sum(-2) / jnp.maximum(queries, 1)[:, None]
+    counted = jnp.tril(valid[:, None, :, None] & jnp.ones(weights.shape[-2:], bool))
+    received = jnp.where(counted, weights, 0.0).sum(-2) / jnp.maximum(queries, 1)[:, None]
     return (received > tau) & valid[:, None]
 
 

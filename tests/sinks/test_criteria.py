@@ -162,6 +162,14 @@ def test_sinks_of_heads_equal_those_of_the_published_rule():
         assert not found[row][:, ~valid[row]].any()
 
 
+def test_attention_of_earlier_queries_makes_no_sink_head():
+    """As among the tokens of an image in Gemma 3: all look at the last one, which looks at the first."""
+    weights = np.zeros((1, 1, 5, 5), np.float32)
+    weights[..., :4, 4] = weights[..., 4, 0] = 1.0
+    found = sink_heads(jnp.asarray(weights), jnp.ones((1, 5), bool), 0.1)
+    np.testing.assert_array_equal(found[0, 0], [True, False, False, False, False])
+
+
 def test_a_model_has_massive_activations_where_both_thresholds_are_reached():
     largest, median = np.array([99.0, 100.0, 150.0, 900.0]), np.array([0.01, 0.1, 0.16, 0.5])
     np.testing.assert_array_equal(has_massive_activations(largest, median), [False, True, False, True])
