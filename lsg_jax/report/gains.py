@@ -31,9 +31,12 @@ METHODS = {
     "vaf": "VAF",
     "eah": "EAH",
     "damro": "DAMRO",
+    "gift": "GIFT",
     "sink_front": "Sink-to-the-front",
     "diysink": "DIYSink",
+    "registers": "test-time registers",
     "lora": "LoRA",
+    "gated_output": "gated attention",
     "full": "trained model",
     "fixed": "fixed coefficients",
 }

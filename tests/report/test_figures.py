@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from lsg_jax.errors import InputError
 from lsg_jax.eval.results import Estimate, result_of
+from lsg_jax.methods import registry
 from lsg_jax.report import figures
-from lsg_jax.report.gains import rows_of_ablation, rows_of_gains
+from lsg_jax.report.gains import METHODS, rows_of_ablation, rows_of_gains
 from lsg_jax.report.heat_map import lines_of
 from lsg_jax.report.ratios import _draw_points, greatest_ratio, table_of_ratios
 from lsg_jax.report.stacks import rows_of_stack
@@ -66,6 +67,10 @@ def drawn(tmp_path_factory):
         assert settings_of_matplotlib() == before
     assert "matplotlib.pyplot" not in set(sys.modules) - loaded
     return paths
+
+
+def test_every_method_has_a_name():
+    assert METHODS.keys() == registry.METHODS.keys()
 
 
 @pytest.mark.parametrize("name", FIGURES)
