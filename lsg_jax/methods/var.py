@@ -48,7 +48,8 @@ class VarConfig(Table, name="var"):
         rho: an image-centric head has at most this share of its visual attention on sinks; unset: 0.5 by the code; by the paper
             0.8, and in an evaluation 0.5 on hallucination, 0.9 on vision-centric benchmarks.
         min_visual: least share of the attention of an image-centric head that is on visual tokens.
-        kept: share of their attention that sinks keep; unset: 0.4 by the paper (its 1 - p), 0.6 by the code (its p).
+        kept: share of their attention that sinks keep; 1 changes nothing; unset: 0.4 by the paper (its 1 - p), 0.6 by the code
+            (its p).
         first_layer: first decoder layer that is edited, 0-based.
     """
 
@@ -227,7 +228,7 @@ class Var(Method):
 
     def intervention(self, model: MethodModel, batch: Batch, sequence: Sequence) -> AttentionRedistribution | None:
         """Edited attention; None for a batch without images."""
-        if sequence.visual is None:
+        if sequence.visual is None or self.settings.filled().kept == 1:
             return None
         dims, num_layers = model.config.sinks.llm_dims, model.config.text.num_layers
         found = attention_redistribution(

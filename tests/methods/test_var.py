@@ -273,3 +273,9 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 def test_unknown_sink_dimensions_are_refused():
     with pytest.raises(ConfigError, match=r"none are known: set sinks\.llm_dims"):
         pair("heads")[1].with_method(Var())
+
+
+def test_sinks_that_keep_all_leave_the_base_model_to_the_bit():
+    vlm, given = pair("heads")[1], inputs("left")
+    idle = vlm.with_method(Var(replace(CONFIG, kept=1.0)), sinks=SinkConfig(llm_dims=DIMS))
+    np.testing.assert_array_equal(idle.logits(*given), vlm.logits(*given))
