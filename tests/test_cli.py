@@ -13,6 +13,7 @@ import lsg_jax
 from lsg_jax.cli import main
 from lsg_jax.gating.portable import write_gates
 from lsg_jax.json_files import read_sealed
+from lsg_jax.methods.pai import Pai, PaiConfig
 
 UNKNOWN_TEMPLATE = ("generate", "m", "--prompt", "x", "--template", "alpaca")
 SINK_OPTIONS = ["--sinks", "criterion=norm", "vit_tau=10.0", "llm_criterion=norm", "llm_tau=12.0"]
@@ -107,6 +108,15 @@ def test_generate_prints_the_answer_only(lsg, tiny_model, scenes, tmp_path):
     for options, source in ([], None), (["--gates", tmp_path / "g.safetensors"], gates()):
         (answer,) = lsg_jax.load(tiny_model, source).generate([image], ["What is this?"], 5)
         assert lsg(*common, "--image", image, *options) == (0, f"{answer}\n", "")
+    # a method that is not trained, with its settings
+    settings = PaiConfig(alpha=2.0, gamma=3.0, first_layer=1)
+    (answer,) = lsg_jax.load(tiny_model).with_method(Pai(settings)).generate([image], ["What is this?"], 5)
+    assert answer not in [
+        lsg_jax.load(tiny_model, source).generate([image], ["What is this?"], 5)[0] for source in (None, gates())
+    ]
+    chosen = ("--method", "pai", "alpha=2", "gamma=3", "first_layer=1")
+    assert lsg(*common, "--image", image, *chosen) == (0, f"{answer}\n", "")
+    assert lsg("look", *common[1:], "--image", image, *chosen)[1].split("\n")[0] == answer
     # text only, with another template
     vlm = lsg_jax.load(tiny_model, template="mistral_instruct")
     prompt = vlm.processor.decode(vlm.processor.encode_question("What is this?", image_sizes=()).ids)
@@ -204,6 +214,27 @@ def test_no_configuration_is_needed_for_text_help(lsg):
             "template qwen2: the tokenizer lacks <|im_start|>",
         ),
         (["generate", "{model}", "--prompt", "x", "--template", "chat_template"], 65, "the checkpoint has no chat template"),
+        (["generate", "{model}", "--prompt", "x", "--method", "vcd"], 65, "--method vcd: unknown; known are var, pai, vaf, "),
+        (
+            ["generate", "{model}", "--prompt", "x", "--method", "lora"],
+            65,
+            "--method lora: it is trained; name its run with --gates",
+        ),
+        (
+            ["generate", "{model}", "--prompt", "x", "--method", "pai", "alfa=1"],
+            65,
+            "--method pai: unknown field alfa; did you mean alpha",
+        ),
+        (
+            ["generate", "{model}", "--prompt", "x", "--method", "pai", "--gates", "g"],
+            65,
+            "--method pai: cannot be combined with --gates",
+        ),
+        (
+            ["look", "{model}", "--prompt", "x", "--image", "{tmp}/a.png", "--method", "vaf"],
+            65,
+            "vaf.first_layer: layer 9 does not exist",
+        ),
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dim=[3]"], 65, "did you mean vit_dims?"),
         (["sinks", "{model}", "--images", "{tmp}/a.png", "--sinks", "vit_dims=[999]"], 65, "outside the model width 64"),
         (["sinks", "{model}", "--images", "{tmp}/junk.safetensors"], 65, "junk.safetensors"),

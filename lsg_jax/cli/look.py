@@ -8,7 +8,16 @@ import logging
 from pathlib import Path
 
 from lsg_jax.cli.models import IMAGE
-from lsg_jax.cli.options import Command, gate_options, load_model, model_argument, number_option, out_option, template_option
+from lsg_jax.cli.options import (
+    Command,
+    gate_options,
+    load_model,
+    method_option,
+    model_argument,
+    number_option,
+    out_option,
+    template_option,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +42,7 @@ def add(command: Command) -> None:
     sub.add_argument("--json", action="store_true", help="print look.json instead of the answer and the shares")
     template_option(sub)
     gate_options(sub)
+    method_option(sub)
 
 
 def _look(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from lsg_jax.cli.options import (
     Command,
     gate_options,
     load_model,
+    method_option,
     model_argument,
     number_option,
     out_folder,
@@ -105,6 +106,7 @@ def _add_readers(command: Command) -> None:
     )
     template_option(sub)
     gate_options(sub)
+    method_option(sub)
     number_option(
         sub, "--max-new-tokens", int, "[1, 1e8]", default=128, metavar="N", help="longest answer; default: %(default)s"
     )

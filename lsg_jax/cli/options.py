@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from lsg_jax.config import SinkConfig
+    from lsg_jax.methods.method import Method
     from lsg_jax.vlm import VLM
 
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 2.0, 30.0
@@ -140,17 +141,46 @@ def template_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--template", choices=get_args(Template), metavar="NAME", help=text)
 
 
+def method_option(sub: argparse.ArgumentParser) -> None:
+    """Adds --method, for `load_model`."""
+    text = "a method that is not trained, and its settings, e.g. pai alpha=0.3; fields as in its table of a configuration"
+    sub.add_argument("--method", nargs="+", metavar=("METHOD", "FIELD=VALUE"), help=text)
+
+
 def load_model(options: argparse.Namespace, mesh: Mesh | None = None) -> VLM:
-    """The model, gates and sink settings that the options name. Programs compiled for it are kept for the next command."""
+    """The model with the gates or method, and the sink settings, that the options name. Its programs are kept once compiled."""
     import lsg_jax
 
+    method = _method(options)
     use_compile_cache()
     template = getattr(options, "template", None)
     vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, template=template)
     if options.sinks:
         sinks = sink_config(options, vlm.config.sinks)
         vlm = lsg_jax.load(options.model, options.gates, mesh=mesh, template=template, sinks=sinks)
-    return vlm
+    return vlm if method is None else vlm.with_method(method)
+
+
+def _method(options: argparse.Namespace) -> Method | None:
+    """What --method names; None without it."""
+    if not (words := getattr(options, "method", None)):
+        return None
+    from lsg_jax.config import apply_override, from_dict
+    from lsg_jax.methods.registry import METHODS
+
+    name, *settings = words
+    where, kind = f"--method {name}", METHODS.get(name)
+    if kind is not None and kind.trains:
+        raise ConfigError(f"{where}: it is trained; name its run with --gates RUN")
+    if kind is None or kind.Settings is None:
+        untrained = [known for known, each in METHODS.items() if each.Settings is not None and not each.trains]
+        raise ConfigError(f"{where}: unknown; known are {', '.join(untrained)}")
+    if options.gates is not None:
+        raise ConfigError(f"{where}: cannot be combined with --gates; give one of them")
+    tree: dict[str, Any] = {}
+    for override in settings:
+        apply_override(tree, override, where=where)
+    return kind(from_dict(kind.Settings, tree, where=where))
 
 
 def sink_config(options: argparse.Namespace, base: SinkConfig) -> SinkConfig:
