@@ -185,6 +185,14 @@ class Row:
         """The text of a requested column. Raises InputError for any other cell, such as an empty one."""
         return _text(self.values[column], self.where, column)
 
+    def none(self, column: str) -> NoReturn:
+        """Raises InputError for an empty cell."""
+        raise InputError(f"{self.where}: {column} is empty")
+
+    def label(self, column: str) -> str:
+        """A text or number of a column that a file may lack, as text; see `as_label`."""
+        return as_label(self.values.get(column), self.where, column)
+
     def texts(self, column: str) -> tuple[str, ...]:
         """The texts of a requested column of lists; () for an empty cell. Raises InputError for any other."""
         value = self.values[column]
@@ -202,6 +210,15 @@ class Row:
     def where(self) -> str:
         """`file: row n`, for error messages."""
         return f"{self.file.path}: row {self.number}"
+
+
+def as_label(value: Any, where: str, column: str) -> str:
+    """A text or number as text; "" for an empty cell. Raises InputError for any other value, such as a list."""
+    if value is None or value != value:  # NaN: how some writers make an empty cell
+        return ""
+    if not isinstance(value, str | int | float):
+        raise InputError(f"{where}: {column} is {str(value)[:80]}, neither a text nor a number")
+    return str(value)
 
 
 def _text(value: Any, where: str, column: str) -> str:

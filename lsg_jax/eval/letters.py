@@ -12,6 +12,7 @@ import string
 from collections.abc import Callable, Sequence
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import Row
 from lsg_jax.data.prompts import LETTER_SUFFIX, multiple_choice_prompt
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Item, Match
@@ -30,6 +31,14 @@ def answer_letter(index: object, choices: Sequence[str], where: str) -> str:
     if not 0 <= position < min(len(choices), len(LETTERS)):
         raise InputError(f"{where}: answer {repr(index)[:80]} is no position among {len(choices)} choices, counted from 0")
     return LETTERS[position]
+
+
+def row_choices(row: Row, column: str) -> tuple[str, ...]:
+    """The texts of a row's choices, A first. Raises InputError for more of them than there are letters."""
+    choices = row.texts(column)
+    if len(choices) > len(LETTERS):
+        raise InputError(f"{row.where}: {column} holds {len(choices)} choices; only {len(LETTERS)} have a letter")
+    return choices
 
 
 def is_number(text: str) -> bool:

@@ -14,6 +14,7 @@ from lsg_jax.eval.letters import (
     chosen_letter,
     letter_match,
     lmms_dotted_letter,
+    row_choices,
     vlmevalkit_letter,
     vlmevalkit_prompt,
 )
@@ -25,8 +26,8 @@ def read(path: str) -> list[Item]:
         Item(
             id=str(number),
             question=row.text("question"),
-            answers=(answer_letter(row["answer"], row.texts("options"), row.where),),
-            choices=row.texts("options"),
+            answers=(answer_letter(row["answer"], row_choices(row, "options"), row.where),),
+            choices=row_choices(row, "options"),
             images=row.images(),
         )
         for number, row in enumerate(read_rows(path, needs=("question", "options", "answer"), images=("image",)))

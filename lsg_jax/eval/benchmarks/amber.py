@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.config import Protocol
+from lsg_jax.data.parquet import as_label
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import LOWER, Benchmark, Graded, Item, Match, Metrics, check_unique, check_values, mean, ratio
@@ -159,6 +160,8 @@ def read(path: str) -> list[Item]:
         for row in _rows(file, ("id", "image", "query")):
             if (name := str(row["id"])) not in annotations:
                 raise InputError(f"{file}: question {name} is not in annotations.json")
+            if not as_label(row["query"], f"{file}: id {name}", "query"):
+                raise InputError(f"{file}: id {name}: query is empty")
             items.append(_item(row, annotations[name], folders, lexicon, f"{base / 'annotations.json'}: id {name}"))
     check_unique(items, path)
     return with_their_images(items, path)

@@ -6,8 +6,10 @@ human_or_machine).
 
 from __future__ import annotations
 
+from typing import Any
+
 from lsg_jax.config import Protocol
-from lsg_jax.data.parquet import Row, open_files, parquet_files, read_rows
+from lsg_jax.data.parquet import Row, as_label, open_files, parquet_files, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
@@ -34,11 +36,11 @@ def read(path: str) -> list[Item]:
     ]
 
 
-def _answers(value: str | list[str] | None, row: Row) -> tuple[str, ...]:
-    answers = tuple(value) if isinstance(value, list) else (value,)
-    if not answers or any(not answer for answer in answers):
+def _answers(value: Any, row: Row) -> tuple[str, ...]:
+    answers = tuple(as_label(each, row.where, "answer") for each in (value if isinstance(value, list) else [value]))
+    if not answers or not all(answers):
         raise InputError(f"{row.where}: no answer")
-    return tuple(map(str, answers))
+    return answers
 
 
 def prompt(item: Item, protocol: Protocol) -> str:

@@ -14,6 +14,7 @@ from lsg_jax.eval.letters import (
     check_letter,
     choice_match,
     lmms_first_letter,
+    row_choices,
     vlmevalkit_prompt,
 )
 
@@ -35,7 +36,7 @@ def read(path: str) -> list[Item]:
 
 
 def _item(row: Row, number: int) -> Item:
-    choices = row.texts("choices")
+    choices = row_choices(row, "choices")
     name = f"{row['type']}-{row.get('idx', number)}"
     return Item(
         id=name,
@@ -43,7 +44,8 @@ def _item(row: Row, number: int) -> Item:
         answers=(check_letter(str(row["answer"]).strip("()"), len(choices), row.where),),
         choices=choices,
         images=row.images(),
-        fields={key: row[key] for key in ("type", "task", "source", "prompt")} | {"photo": row.get("source_filename") or name},
+        fields={key: row.text(key) for key in ("type", "task", "source", "prompt")}
+        | {"photo": row.label("source_filename") or name},
     )
 
 

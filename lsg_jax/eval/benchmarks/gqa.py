@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 
 from lsg_jax.config import Protocol
-from lsg_jax.data.parquet import Row, read_rows
+from lsg_jax.data.parquet import Row, as_label, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, mean
@@ -39,7 +39,7 @@ def read(path: str) -> list[Item]:
             Item(
                 id=str(row["id"]),
                 question=row.text("question"),
-                answers=(row.text("answer"),),
+                answers=(row.text("answer") or row.none("answer"),),
                 images=images[name],
                 fields={"image": name, **_types(row)},
             )
@@ -50,7 +50,9 @@ def read(path: str) -> list[Item]:
 
 def _types(row: Row) -> dict[str, str]:
     types = row.get("types") or {}
-    return {name: types[name] for name in ("structural", "semantic") if types.get(name)}
+    if not isinstance(types, dict):
+        raise InputError(f"{row.where}: types is {str(types)[:80]}, no table of types")
+    return {name: kind for name in ("structural", "semantic") if (kind := as_label(types.get(name), row.where, "types"))}
 
 
 def prompt(item: Item, protocol: Protocol) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lsg_jax.config import Protocol
-from lsg_jax.data.parquet import named_files, read_rows
+from lsg_jax.data.parquet import as_label, named_files, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import (
@@ -91,6 +91,9 @@ def _of_json(file: Path) -> list[Item]:
 def _item(row: Mapping[str, Any], images: Sequence[ImageSource], where: str) -> Item:
     if (answer := str(row["gt_answer"])) not in ("0", "1"):
         raise InputError(f"{where}: gt_answer {answer!r} is neither 0 nor 1")
+    question = as_label(row["question"], where, "question")
+    if not question:
+        raise InputError(f"{where}: question is empty")
     category, figure, seen = str(row["category"]), str(row["figure_id"]), str(row["visual_input"])
     if (seen != "0") != bool(images):
         raise InputError(f"{where}: visual_input {seen}, but {len(images)} images")
@@ -102,7 +105,7 @@ def _item(row: Mapping[str, Any], images: Sequence[ImageSource], where: str) -> 
         fields["figure"] = f"{group}_{figure}"
     return Item(
         id=f"{group}_{figure}_{row['question_id']}",
-        question=str(row["question"]),
+        question=question,
         answers=("yes" if answer == "1" else "no",),
         images=tuple(images),
         fields=fields,

@@ -14,7 +14,7 @@ from lsg_jax.data.parquet import Row, read_rows
 from lsg_jax.data.prompts import LETTER_SUFFIX, WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_unique, check_values, mean
-from lsg_jax.eval.letters import LETTERS, chosen_letter, letter_match
+from lsg_jax.eval.letters import LETTERS, chosen_letter, letter_match, row_choices
 from lsg_jax.eval.short_answers import cambrian_relaxed_match
 
 ANSWER_TYPES = ("text", "integer", "float", "list")  # text: a choice
@@ -76,7 +76,7 @@ def _digits(row: Row) -> int:
 
 def _item(row: Row) -> Item:
     kind, about = row["answer_type"], row["metadata"]
-    answer, choices = str(row["answer"]), row.texts("choices")
+    answer, choices = str(row["answer"]), row_choices(row, "choices")
     if kind == "text":
         if answer not in choices:
             raise InputError(f"{row.where}: answer {answer[:80]!r} is none of the choices")

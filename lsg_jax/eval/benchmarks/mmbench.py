@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import takewhile
 
 from lsg_jax.config import Protocol
-from lsg_jax.data.parquet import Row, read_rows
+from lsg_jax.data.parquet import Row, as_label, read_rows
 from lsg_jax.data.prompts import LETTER_SUFFIX, multiple_choice_prompt, question_with_options
 from lsg_jax.data.tsv import TsvRow, read_tsv
 from lsg_jax.errors import InputError
@@ -64,8 +64,8 @@ def read(path: str) -> list[Item]:
 
 def _cell(row: Row | TsvRow, column: str) -> str:
     """The text of a cell; empty for a missing one."""
-    value = row.get(column)
-    return "" if value is None or str(value) == MISSING else str(value)
+    text = as_label(row.get(column), row.where, column)
+    return "" if text == MISSING else text
 
 
 def _item(row: Row | TsvRow) -> Item:

@@ -57,6 +57,8 @@ def _subject(row: Row) -> str:
 def _item(row: Row) -> Item:
     kind, subject = row["question_type"], _subject(row)
     choices = _list(str(row["options"]), row.where) if kind == CHOICE else ()
+    if len(choices) > len(LETTERS):
+        raise InputError(f"{row.where}: options holds {len(choices)} choices; only {len(LETTERS)} have a letter")
     answer = str(row["answer"])
     if kind == CHOICE:
         answers: tuple[str, ...] = (check_letter(answer, len(choices), row.where),)
@@ -76,7 +78,7 @@ def _list(text: str, where: str) -> tuple[str, ...]:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         found = None
-    if not isinstance(found, list) or not found:
+    if not isinstance(found, list) or not found or not all(isinstance(each, str | int | float) for each in found):
         raise InputError(f"{where}: {text[:80]!r} is no list of texts")
     return tuple(map(str, found))
 

@@ -31,7 +31,7 @@ def read(path: str) -> list[Item]:
     if table is None:
         check_folder(path, QUESTIONS)
         rows = read_rows(path, needs=COLUMNS, images=("image",))
-        items = [_item([str(row[name]) for name in COLUMNS], row.images(), row.where) for row in rows]
+        items = [_item([row.label(name) for name in COLUMNS], row.images(), row.where) for row in rows]
     else:
         images = table.parent / "MMVP Images"
         found = [
@@ -70,6 +70,8 @@ def _csv_rows(table: Path) -> list[list[str]]:
 
 def _item(cells: Sequence[str], images: tuple[ImageSource, ...], where: str) -> Item:
     index, question, options, answer = (cell.strip() for cell in cells)
+    if not question:
+        raise InputError(f"{where}: Question is empty")
     if not is_number(index) or int(index) < 1:
         raise InputError(f"{where}: Index {index[:80]!r} is no number from 1")
     before, *texts = re.split(r"\([ab]\)", options)

@@ -6,7 +6,7 @@ File: `echo840/OCRBench`, split test.
 from __future__ import annotations
 
 from lsg_jax.config import Protocol
-from lsg_jax.data.parquet import Row, read_rows
+from lsg_jax.data.parquet import Row, as_label, read_rows
 from lsg_jax.data.prompts import WORD_SUFFIX
 from lsg_jax.errors import InputError
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Match, Metrics, by, check_values, mean
@@ -40,7 +40,7 @@ def read(path: str) -> list[Item]:
             question=row.text("question"),
             answers=_answers(row),
             images=row.images(),
-            fields={"category": row["question_type"], "group": GROUPS[row["question_type"]], "dataset": row["dataset"]},
+            fields={"category": row["question_type"], "group": GROUPS[row["question_type"]], "dataset": row.label("dataset")},
         )
         for number, row in enumerate(rows)
     ]
@@ -48,8 +48,8 @@ def read(path: str) -> list[Item]:
 
 def _answers(row: Row) -> tuple[str, ...]:
     value = row["answer"]
-    answers = tuple(map(str, value if isinstance(value, list) else [value]))
-    if not value or not all(answers):  # an empty answer is part of every output
+    answers = tuple(as_label(each, row.where, "answer") for each in (value if isinstance(value, list) else [value]))
+    if not answers or not all(answers):  # an empty answer is part of every output
         raise InputError(f"{row.where}: no answer")
     return answers
 

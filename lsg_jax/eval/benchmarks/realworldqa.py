@@ -20,7 +20,7 @@ def read(path: str) -> list[Item]:
 
 
 def _item(row: Row, number: int) -> Item:
-    answer = str(row["answer"] or "").strip()
+    answer = row.label("answer").strip()
     if not answer:
         raise InputError(f"{row.where}: no answer")
     kind = "letter" if answer.upper() in ("A", "B", "C", "D") else "short"

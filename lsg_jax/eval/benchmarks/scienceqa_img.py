@@ -19,6 +19,7 @@ from lsg_jax.eval.letters import (
     letter_match,
     llava_letter,
     lmms_scienceqa_letter,
+    row_choices,
     vlmevalkit_letter,
     vlmevalkit_prompt,
 )
@@ -31,10 +32,10 @@ def read(path: str) -> list[Item]:
         Item(
             id=str(number),
             question=row.text("question"),
-            answers=(answer_letter(row["answer"], row.texts("choices"), row.where),),
-            choices=row.texts("choices"),
+            answers=(answer_letter(row["answer"], row_choices(row, "choices"), row.where),),
+            choices=row_choices(row, "choices"),
             images=images,
-            fields={"hint": row["hint"] or ""} | ({"subject": row["subject"]} if row.get("subject") else {}),
+            fields={"hint": row.label("hint")} | ({"subject": subject} if (subject := row.label("subject")) else {}),
         )
         for number, row in enumerate(rows)
         if (images := row.images(required=False))

@@ -37,7 +37,7 @@ def _item(row: Row) -> Item:
         question=row.text("question"),
         answers=answers,
         images=row.images(),
-        fields={"image": str(row["image_id"]), "ocr_tokens": ", ".join(row["ocr_tokens"] or ())},
+        fields={"image": str(row["image_id"]), "ocr_tokens": ", ".join(row.texts("ocr_tokens"))},
     )
 
 

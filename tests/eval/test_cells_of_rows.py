@@ -1,0 +1,90 @@
+"""A cell of a benchmark's file that is empty, or of a kind that its column cannot hold, is named with its row and column."""
+
+import json
+
+import pytest
+import test_mixed_benchmarks
+from test_choice_benchmarks import TABLES
+from test_choice_benchmarks import write as write_file
+from test_hallucination_benchmarks import amber_folder, hallusion_rows, mmvp_rows, write_json
+from test_short_benchmarks import IMAGE, ROWS, gqa_rows
+from test_short_benchmarks import write as write_folder
+
+from lsg_jax.config import EvalConfig
+from lsg_jax.errors import InputError
+from lsg_jax.eval.registry import BENCHMARKS
+from lsg_jax.eval.runner import ask, grade, summary
+
+pytestmark = pytest.mark.usefixtures("no_process_that_reads_first")
+
+MANY = [*"abcdefghijklmnopqrstuvwxyz", "too many"]
+MIXED = {"mmmu", "mathvista"}
+
+WRONG = [
+    ("cv_bench", {"prompt": None}, "prompt is empty, no text"),
+    ("cv_bench", {"source_filename": ["x"]}, r"source_filename is \['x'\], neither a text nor a number"),
+    ("cv_bench", {"choices": MANY}, "choices holds 27 choices; only 26 have a letter"),
+    ("scienceqa_img", {"hint": ["x"]}, r"hint is \['x'\], neither a text nor a number"),
+    ("scienceqa_img", {"subject": {"a": 1}}, "subject is {'a': 1}, neither a text nor a number"),
+    ("scienceqa_img", {"choices": MANY}, "choices holds 27 choices"),
+    ("ai2d", {"options": MANY}, "options holds 27 choices"),
+    ("seed_img", {"choice_c": None}, "choice_c is empty"),
+    ("realworldqa", {"answer": ["x"]}, r"answer is \['x'\], neither a text nor a number"),
+    ("gqa", {"types": "query"}, "types is query, no table of types"),
+    ("gqa", {"answer": ""}, "answer is empty"),
+    ("textvqa", {"ocr_tokens": [None]}, "ocr_tokens is empty, no text"),
+    ("textvqa", {"ocr_tokens": "STOP"}, "ocr_tokens is 'STOP', no list of texts"),
+    ("ocrbench", {"dataset": ["x"]}, r"dataset is \['x'\], neither a text nor a number"),
+    ("ocrbench", {"answer": [None]}, "no answer"),
+    ("mmvp", {"Question": None}, "Question is empty"),
+    ("hallusionbench", {"question": None}, "question is empty"),
+    ("mmbench", {"A": ["x"]}, r"A is \['x'\], neither a text nor a number"),
+    ("mmmu", {"options": str(MANY)}, "options holds 27 choices"),
+    ("mmmu", {"options": "[None, 'b']"}, "is no list of texts"),
+    ("mathvista", {"choices": MANY}, "choices holds 27 choices"),
+]
+
+
+def rows_of(name):
+    if name in test_mixed_benchmarks.BENCHMARKS:
+        return [test_mixed_benchmarks.row_of(name)]
+    if name == "mmvp":
+        return mmvp_rows()
+    if name == "hallusionbench":
+        return [row for row in hallusion_rows() if row["visual_input"] != "0"]
+    return [dict(row) for row in (TABLES[name] if name in TABLES else gqa_rows() if name == "gqa" else ROWS[name]())]
+
+
+@pytest.mark.parametrize(("name", "cells", "message"), WRONG)
+def test_a_cell_that_cannot_be_used_is_named(name, cells, message, tmp_path):
+    if name in MIXED and "choices" in cells:
+        rows = [test_mixed_benchmarks.row_of(name, **cells)]
+    else:
+        rows = [{**row, **cells} for row in rows_of(name)[:1]]
+    if name in ("mmvp", "hallusionbench"):
+        rows = [{**row, "image": {"bytes": b"x", "path": "x.png"}} for row in rows]
+    if name == "gqa":
+        write_folder(tmp_path, [{"id": "n1", "image": IMAGE}], "images.parquet")
+    write_file(tmp_path / "q.parquet", rows)
+    with pytest.raises(InputError, match=f"q.parquet: row 0: .*{message}"):
+        ask(BENCHMARKS[name], str(tmp_path), EvalConfig())
+
+
+def test_an_empty_request_of_amber_is_named(tmp_path):
+    folder = amber_folder(tmp_path)
+    file = next(folder.rglob("query_*.json"))
+    rows = json.loads(file.read_text())
+    rows[0]["query"] = None
+    write_json(file, rows)
+    with pytest.raises(InputError, match=f"{file.name}: id {rows[0]['id']}: query is empty"):
+        ask(BENCHMARKS["amber"], str(folder), EvalConfig())
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("source_filename", 7), ("source_filename", None), ("source_filename", float("nan"))]
+)
+def test_an_unused_label_may_be_a_number_or_empty(column, value, tmp_path):
+    rows = [{**row, column: value} for row in TABLES["cv_bench"]]
+    asked = ask(BENCHMARKS["cv_bench"], write_file(tmp_path / "q.parquet", rows), EvalConfig())
+    assert summary(asked, {"base": grade(asked, ["A"] * len(rows))}).questions == len(rows)
+    assert all(isinstance(item.fields["photo"], str) for item in asked.items)
