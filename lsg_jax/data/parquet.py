@@ -164,6 +164,9 @@ def _not_parquet(path: Path) -> str | None:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the data; run `git lfs pull`"
+    for packed, kind in ((b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "zip")):
+        if start.startswith(packed):
+            return f"compressed with {kind}; unpack it, and name what was in it"
     return None if start.startswith(b"PAR1") else "not a Parquet file"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,10 @@ def read_tsv(path: str, *, needs: Iterable[str], optional: Iterable[str] = ()) -
     if not is_file(Path(path)):
         raise InputError(f"{path}: no such file")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            header = file.readline().rstrip("\r\n").split("\t")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file, delimiter="\t"), [])
+        if not header:
+            raise InputError(f"{path}: the file is empty")
         if missing := sorted(set(needs) - set(header)):
             raise InputError(f"{path}: no column {', '.join(missing)}; there are {', '.join(header)[:200]}")
         columns = [name for name in header if name in {*needs, *optional}]
@@ -83,7 +86,7 @@ def read_tsv(path: str, *, needs: Iterable[str], optional: Iterable[str] = ()) -
                 column_types=dict.fromkeys(columns, pyarrow.string()), include_columns=columns
             ),
         )
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as tab-separated values: {str(error).splitlines()[0][:200]}") from None
     rows = table.to_pylist()
     shared = {row["index"]: row["image"] for row in rows if len(row["image"]) > MAX_INDEX}

@@ -1,6 +1,8 @@
 """A cell of a benchmark's file that is empty, or of a kind that its column cannot hold, is named with its row and column."""
 
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 import test_mixed_benchmarks
@@ -68,6 +70,14 @@ def test_a_cell_that_cannot_be_used_is_named(name, cells, message, tmp_path):
     write_file(tmp_path / "q.parquet", rows)
     with pytest.raises(InputError, match=f"q.parquet: row 0: .*{message}"):
         ask(BENCHMARKS[name], str(tmp_path), EvalConfig())
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("gzip", gzip.compress), ("zip", lambda data: b"PK\x03\x04" + data)])
+def test_a_compressed_file_is_to_be_unpacked(kind, pack, tmp_path):
+    file = tmp_path / "q.parquet.packed"
+    file.write_bytes(pack(Path(write_file(tmp_path / "q.parquet", TABLES["ai2d"])).read_bytes()))
+    with pytest.raises(InputError, match=f"{file}: compressed with {kind}; unpack it"):
+        ask(BENCHMARKS["ai2d"], str(file), EvalConfig())
 
 
 def test_an_empty_request_of_amber_is_named(tmp_path):

@@ -378,6 +378,9 @@ def test_wrong_mmvp_files(tmp_path):
         (lambda r: r[1].update({"Index": "x"}), "row 2: Index 'x' is no number from 1"),
         (lambda r: r[1].update({"Index": "9" * 5000}), "row 2: Index '9+' is no number from 1"),
     ])  # fmt: skip
+    (empty := tmp_path / "Questions.csv").write_text("\n")
+    with pytest.raises(InputError, match=f"{empty}: the file is empty"):
+        MMVP.read(str(tmp_path))
     rows = [{**row, "Index": int(row["Index"]), "image": image} for row, image in zip(mmvp_rows(1), (IMAGE, None), strict=True)]
     with pytest.raises(InputError, match="row 1: image is empty, but every question here has an image"):
         MMVP.read(str(write(tmp_path / "parquet", rows)))

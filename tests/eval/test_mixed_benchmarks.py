@@ -166,11 +166,18 @@ def test_mmbench_reads_the_owners_table(tmp_path):
     items = MMBENCH.read(str(table))
     assert [replace(item, images=()) for item in items] == [replace(item, images=()) for item in whole]
     assert {item.images[0].read() for item in items} == {b"x" * 300_000}
+    table.write_text("\t".join(f'"{name}"' for name in header) + "\n" + table.read_text().partition("\n")[2])
+    assert [item.id for item in MMBENCH.read(str(table))] == [item.id for item in items]  # a header in quotes
+    table.write_text("\t".join(header) + "\n" + table.read_text().partition("\n")[2])
+    table.with_name("empty.tsv").write_text("")
+    with pytest.raises(InputError, match=r"empty.tsv: the file is empty"):
+        MMBENCH.read(str(table.with_name("empty.tsv")))
     for change, message in [
-        (("\tl2-category", "\tl3"), "unknown l2-category ; known"),
+        (("\tl2-category", "\tl3"), "row 0: no text in a column l2-category (or L2-category)"),
         (("\tanswer\t", "\tright\t"), "no column answer; there are index, question"),
         (("\t7\t", "\t9\t"), "row 1: image 9 is the index of no row with an image"),
         (("\tWhich?\t", "\t\t"), "row 0: question is empty, no text"),
+        (("\ta\tb\tc\t\t", "\ta\tb\t\td\t"), "row 0: C is empty, but a choice after it is not"),
         (("\tocr\t7", "\t\t7"), "row 1: category is empty, no text"),
         (("\t7\tcoarse", "\t\tcoarse"), "row 1: image is empty, but every question here has an image"),
         (("\tcoarse", "\tcoarse\tcoarse"), "cannot be read as tab-separated values: CSV parse error"),

@@ -69,7 +69,13 @@ def _cell(row: Row | TsvRow, column: str) -> str:
 
 
 def _item(row: Row | TsvRow) -> Item:
-    choices = tuple(takewhile(bool, (_cell(row, letter) for letter in CHOICES)))
+    cells = [_cell(row, letter) for letter in CHOICES]
+    choices = tuple(takewhile(bool, cells))
+    if any(cells[len(choices) :]):
+        raise InputError(f"{row.where}: {CHOICES[len(choices)]} is empty, but a choice after it is not")
+    l2_category = _cell(row, "L2-category") or _cell(row, "l2-category")
+    if not l2_category:
+        raise InputError(f"{row.where}: no text in a column l2-category (or L2-category)")
     index = str(row["index"]).removesuffix(".0")
     if not is_number(index):
         raise InputError(f"{row.where}: index {index[:80]!r} is no number")
@@ -83,7 +89,7 @@ def _item(row: Row | TsvRow) -> Item:
             "question": str(int(index) % ROTATION),
             "rotation": str(int(index) // ROTATION),
             "category": row.text("category"),
-            "l2_category": _cell(row, "L2-category") or _cell(row, "l2-category"),
+            "l2_category": l2_category,
             "hint": _cell(row, "hint"),
         },
     )

@@ -54,9 +54,12 @@ def _csv_rows(table: Path) -> list[list[str]]:
     """The cells of COLUMNS of every row. Raises InputError: no such columns, a row that lacks one, or no rows."""
     try:
         text = read_regular(table).decode("utf-8-sig")
-        header, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
+        lines = [line for line in csv.reader(io.StringIO(text, newline=""), strict=True) if line]
     except (csv.Error, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"{table}: no CSV table with a header: {error}") from None
+    if not lines:
+        raise InputError(f"{table}: the file is empty")
+    header, *rows = lines
     names = ["Index" if name.strip() == "lndex" else name.strip() for name in header]  # the published file has this typo
     if missing := [name for name in COLUMNS if name not in names]:
         raise InputError(f"{table}: no column {', '.join(missing)}; there are {', '.join(names)}")
