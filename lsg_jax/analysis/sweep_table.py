@@ -10,9 +10,8 @@ import numpy as np
 
 from lsg_jax.eval.benchmark import Metrics
 from lsg_jax.eval.best_cells import WHERE_WORDS, WHICH, extreme_layer, where_words
-from lsg_jax.eval.intervals import Interval, items_of, resamples, score_intervals
+from lsg_jax.eval.intervals import Interval, change_intervals, items_of, resamples, score_intervals
 from lsg_jax.eval.runner import Asked, grade
-from lsg_jax.eval.statistics import interval
 
 Row = dict[str, Any]
 
@@ -31,7 +30,8 @@ class Grader:
         self._weight = resamples(test.benchmark, test.items)
         self._seen: dict[tuple[str, ...], tuple[Metrics, Metrics]] = {}
         self._base = self._metrics(base)
-        self._base_intervals = score_intervals(test.benchmark, grade(test, base), self._base[1])
+        self._of_base = grade(test, base)
+        self._base_intervals = score_intervals(test.benchmark, self._of_base, self._base[1])
         self._questions = {task: len(items_of(test.benchmark, test.items, task)) for task in self._base[0]}
 
     def base_rows(self) -> list[Row]:
@@ -46,6 +46,8 @@ class Grader:
         metric.
         """
         (base, base_resampled), (point, resampled) = self._base, self._metrics(outputs)
+        differences = {task: resampled[task] - base_resampled[task] for task in point}
+        bounds = change_intervals(self._test.benchmark, self._of_base, differences)
         place = {"layer": layer, "coefficients": list(coefficients)}
         return [
             self._row(
@@ -53,7 +55,7 @@ class Grader:
                 **place,
                 value=point[task],
                 change=point[task] - base[task],
-                bounds=interval(resampled[task] - base_resampled[task]),
+                bounds=bounds[task],
             )
             for task in point
         ]

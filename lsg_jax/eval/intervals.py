@@ -1,4 +1,4 @@
-"""Intervals of the scores of a benchmark: from resamples, and Wilson's where all answers are right or all are wrong."""
+"""Intervals of the scores of a benchmark: from resamples, and Wilson's where resamples are all the same and say nothing."""
 
 from __future__ import annotations
 
@@ -21,21 +21,47 @@ def resamples(benchmark: Benchmark, items: Sequence[Item]) -> np.ndarray:
 def score_intervals(benchmark: Benchmark, graded: Graded, resampled: Metrics) -> dict[str, Interval]:
     """95 % intervals of all metrics.
 
-    Resamples of answers that are all right, or all wrong, are all the same, and say nothing of how sure this is. There
-    Wilson's interval stands for the units (questions, or what the benchmark resamples together) behind the metric, scaled to
-    what the metric is if all answers are wrong and if all are right. A metric that has other parts, like a precision, keeps
-    that of the resamples.
+    Resamples of answers that are all right, or all wrong, or of a single unit (a question, or what the benchmark resamples
+    together), are all the same, and say nothing of how sure this is. There Wilson's interval stands for the units behind the
+    metric, scaled to what the metric is if all answers are wrong and if all are right. A metric that has other parts, like a
+    precision, keeps that of the resamples.
 
     Args:
         graded: every item with weight one.
         resampled: the metrics under the weights of `resamples`.
     """
-    zeros, ones = np.zeros_like(graded.score), np.ones_like(graded.score)
-    lowest, highest = (benchmark.metrics(replace(graded, score=score)) for score in (zeros, ones))
+    lowest, highest = _extremes(benchmark, graded)
     return {
-        name: _bounds(values, float(lowest[name][0]), float(highest[name][0]), count_units(benchmark, graded.items, name))
+        name: _bounds(values, lowest[name], highest[name], count_units(benchmark, graded.items, name))
         for name, values in resampled.items()
     }
+
+
+def change_intervals(benchmark: Benchmark, graded: Graded, resampled: Metrics) -> dict[str, Interval]:
+    """95 % intervals of the changes of all metrics against those of another method.
+
+    As for scores, Wilson's interval stands where every unit changed from all wrong to all right or back, or where there is a
+    single one: from the fall to the rise of all of them. No change at all keeps an interval of width 0.
+
+    Args:
+        graded: of either method, every item with weight one.
+        resampled: the differences under the weights of `resamples`.
+    """
+    found = {name: interval(values) for name, values in resampled.items()}
+    if not (certain := [name for name, (low, high) in found.items() if _equal(low, high) and not _equal(low, 0)]):
+        return found
+    lowest, highest = _extremes(benchmark, graded)
+    for name in certain:
+        rise = highest[name] - lowest[name]
+        found[name] = _bounds(resampled[name], -rise, rise, count_units(benchmark, graded.items, name))
+    return found
+
+
+def _extremes(benchmark: Benchmark, graded: Graded) -> tuple[dict[str, float], dict[str, float]]:
+    """All metrics if all answers are wrong, and if all are right."""
+    scores = np.zeros_like(graded.score), np.ones_like(graded.score)
+    of_none, of_all = (benchmark.metrics(replace(graded, score=score)) for score in scores)
+    return {name: float(at[0]) for name, at in of_none.items()}, {name: float(at[0]) for name, at in of_all.items()}
 
 
 def items_of(benchmark: Benchmark, items: Sequence[Item], metric: str) -> list[Item]:
@@ -62,8 +88,15 @@ def _unit(benchmark: Benchmark, item: Item) -> str:
 
 def _bounds(values: np.ndarray, lowest: float, highest: float, units: int) -> Interval:
     low, high = interval(values)
-    if low != high or lowest == highest or low not in (lowest, highest):
+    extreme = _equal(low, lowest) or _equal(low, highest)
+    if not _equal(low, high) or lowest == highest or not (extreme or units == 1):
         return low, high
-    below, above = wilson(units if low == highest else 0, units)
-    one, other = (lowest + (highest - lowest) * share for share in (below, above))
+    share = 1.0 if _equal(low, highest) else 0.0 if _equal(low, lowest) else (low - lowest) / (highest - lowest)
+    below, above = wilson(units * share, units)
+    one, other = (lowest + (highest - lowest) * at for at in (below, above))
     return min(one, other), max(one, other)  # where lower is better, the lowest is the larger number
+
+
+def _equal(a: float, b: float) -> bool:
+    """Whether two numbers in percent are the same up to rounding: resamples of one unit are so."""
+    return abs(a - b) < 1e-9

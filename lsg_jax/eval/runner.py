@@ -18,7 +18,7 @@ from lsg_jax.eval.answering import Answer, answer_all
 from lsg_jax.eval.answers import AnswerLog
 from lsg_jax.eval.benchmark import Benchmark, Graded, Item, Metrics, is_whole
 from lsg_jax.eval.identity import meaning_of, question_sha256, settings_of, surroundings, text_files, with_hashed_images
-from lsg_jax.eval.intervals import Interval, resamples, score_intervals
+from lsg_jax.eval.intervals import Interval, change_intervals, resamples, score_intervals
 from lsg_jax.eval.methods import fit
 from lsg_jax.eval.registry import find_benchmark
 from lsg_jax.eval.results import (
@@ -33,7 +33,7 @@ from lsg_jax.eval.results import (
     questions_file,
     write_result,
 )
-from lsg_jax.eval.statistics import interval, paired_test
+from lsg_jax.eval.statistics import paired_test
 from lsg_jax.eval.together import groups, work_of
 from lsg_jax.files import write_atomic
 from lsg_jax.gating.keys import GROUPS
@@ -246,7 +246,6 @@ def summary(test: Asked, graded: Mapping[str, Graded], seeds: Mapping[str, Seque
     difference = lambda of, method: {metric: of[method][metric] - of[BASE][metric] for metric in of[BASE]}
     others = [method for method in graded if method != BASE] if BASE in graded else []
     majority = benchmark.metrics(grade(test, _most_frequent(test)))
-    scores = {m: _estimates(points[m], score_intervals(benchmark, graded[m], resampled[m])) for m in graded}
     return BenchmarkResult(
         path=test.path,
         files=test.files,
@@ -263,32 +262,31 @@ def summary(test: Asked, graded: Mapping[str, Graded], seeds: Mapping[str, Seque
         score=test.score,
         unread={method: sum(parsed is None for parsed in g.parsed) for method, g in graded.items()},
         majority={name: _number(values[0]) for name, values in majority.items()},
-        methods=scores,
-        change={m: _estimates(difference(points, m), _intervals(difference(resampled, m))) for m in others},
+        methods={m: _estimates(points[m], score_intervals(benchmark, graded[m], resampled[m])) for m in graded},
+        change={
+            m: _estimates(difference(points, m), change_intervals(benchmark, graded[m], difference(resampled, m)))
+            for m in others
+        },
         paired_test={method: paired_test(graded[BASE].score, graded[method].score) for method in others},
-        over_seeds={method: _over_seeds(names, points, resampled, scores) for method, names in seeds.items()},
+        over_seeds={m: _over_seeds(benchmark, names, graded[names[0]], points, resampled) for m, names in seeds.items()},
     )
 
 
 def _over_seeds(
-    names: Sequence[str],
-    points: Mapping[str, Metrics],
-    resampled: Mapping[str, Metrics],
-    scores: Mapping[str, Mapping[str, Estimate]],
+    benchmark: Benchmark, names: Sequence[str], graded: Graded, points: Mapping[str, Metrics], resampled: Mapping[str, Metrics]
 ) -> OverSeeds:
-    """Means over the methods of these names, and their deviation. Seeds that are all right have the interval of one."""
+    """Means over the methods of these names, and their deviation; `graded`: the answers of one of them.
+
+    Seeds that are all right have the interval of one.
+    """
 
     def mean(of: Mapping[str, Metrics], base: int) -> Metrics:
         return {metric: np.mean([of[n][metric] - base * of[BASE][metric] for n in names], axis=0) for metric in of[BASE]}
 
-    methods = _estimates(mean(points, 0), _intervals(mean(resampled, 0)))
-    for metric, found in methods.items():
-        if found.low == found.high and len({scores[n][metric] for n in names}) == 1:
-            methods[metric] = scores[names[0]][metric]
     return OverSeeds(
         seeds=tuple(names),
-        methods=methods,
-        change=_estimates(mean(points, 1), _intervals(mean(resampled, 1))),
+        methods=_estimates(mean(points, 0), score_intervals(benchmark, graded, mean(resampled, 0))),
+        change=_estimates(mean(points, 1), change_intervals(benchmark, graded, mean(resampled, 1))),
         deviation={metric: _number(np.std([points[n][metric][0] for n in names], ddof=1)) for metric in points[BASE]},
     )
 
@@ -343,10 +341,6 @@ def _most_frequent(test: Asked) -> list[str]:
 
 def _estimates(point: Metrics, bounds: Mapping[str, Interval]) -> dict[str, Estimate]:
     return {name: Estimate(_number(values[0]), *map(_number, bounds[name])) for name, values in point.items()}
-
-
-def _intervals(resampled: Metrics) -> dict[str, Interval]:
-    return {name: interval(values) for name, values in resampled.items()}
 
 
 def _number(value: float) -> float | None:

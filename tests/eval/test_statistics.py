@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import binom, norm
+from scipy.stats import binom, binomtest, norm
 
 from lsg_jax.eval.benchmark import LOWER, Benchmark, Graded, Item, by, macro, mean
-from lsg_jax.eval.intervals import items_of, resamples, score_intervals
+from lsg_jax.eval.intervals import change_intervals, items_of, resamples, score_intervals
 from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.statistics import PairedTest, interval, paired_test, resample_weights, wilson
 
@@ -96,6 +96,39 @@ def test_all_right_and_all_wrong_have_wilsons_interval():
     graded = replace(graded, items=of_pairs)
     found = score_intervals(pairs, graded, metrics(replace(graded, weight=resamples(pairs, of_pairs))))
     assert found["kind: b"] == pytest.approx((0, 100 * bound(5)))
+
+
+def test_a_change_of_every_unit_is_no_certainty():
+    """From all wrong to all right: Wilson's interval of all rising, scaled from a fall to a rise of all; 4 are enough."""
+    for name, units in (("gqa", 1), ("gqa", 3), ("gqa", 4), ("gqa", 30)):
+        items = [Item(f"{i}", "?", ("yes",), fields={"image": str(i // 2)}) for i in range(2 * units)]
+        graded = Graded(items, ["yes"] * len(items), np.ones(len(items)), np.ones((1, len(items))))
+        rise = {"accuracy": np.full(1000, 100.0)}
+        low, high = change_intervals(BENCHMARKS[name], graded, rise)["accuracy"]
+        assert high == 100 and low == pytest.approx(200 * binomtest(units, units).proportion_ci(method="wilson").low - 100)
+        assert (low > 0) == (units > 3)
+        fall = change_intervals(BENCHMARKS[name], graded, {"accuracy": -rise["accuracy"]})["accuracy"]
+        assert fall == pytest.approx((-high, -low))
+    none = {"accuracy": np.zeros(1000)}
+    assert change_intervals(BENCHMARKS["gqa"], graded, none)["accuracy"] == (0, 0)
+    some = {"accuracy": np.linspace(-1, 1, 1000)}
+    assert change_intervals(BENCHMARKS["gqa"], graded, some)["accuracy"] == interval(some["accuracy"])
+
+
+def test_questions_about_a_single_image_have_an_interval():
+    """Its resamples are all the same, whatever share of its questions is answered rightly."""
+    items = [Item(str(i), "?", ("yes",), fields={"image": "x"}) for i in range(3)]
+    graded = Graded(items, ["yes"] * 3, np.array([1.0, 1, 0]), np.ones((1, 3)))
+    weight = resamples(BENCHMARKS["gqa"], items)
+    weight[1] = 3  # 2/3 under other weights differs by rounding
+    resampled = BENCHMARKS["gqa"].metrics(replace(graded, weight=weight))
+    z2, share = norm.ppf(0.975) ** 2, 2 / 3
+    middle, reach = (share + z2 / 2) / (1 + z2), np.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)
+    expected = (100 * (middle - reach), 100 * (middle + reach))
+    assert score_intervals(BENCHMARKS["gqa"], graded, resampled)["accuracy"] == pytest.approx(expected)
+    for right, count in ((0, 1), (1, 1), (3, 10), (10, 10)):
+        found = binomtest(right, count).proportion_ci(method="wilson")
+        assert wilson(right, count) == pytest.approx((found.low, found.high))
 
 
 def test_the_questions_behind_a_metric_are_counted_whatever_its_name_looks_like():
