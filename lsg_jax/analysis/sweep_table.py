@@ -99,12 +99,14 @@ def _benchmark(name: str, entry: Mapping[str, Any], result: Mapping[str, Any]) -
     part = f"; PARTIAL, {entry['questions']} of {entry['of']}" if entry["partial"] else ""
     title = f"{name}: {entry['questions']} questions, protocol {entry['protocol']}{part}"
     bias = f"each the best of {cells} cells on the same questions: an upper bound (the worst: a lower one), not what to expect"
-    return "\n".join([title, *text, bias, WHERE_WORDS])
+    return "\n".join([title, *text, *[bias] * (cells > 1), WHERE_WORDS])
 
 
 def _interval(value: float | None, row: Mapping[str, Any], sign: str = "") -> str:
-    numbers = [value, row["low"], row["high"]]
-    return "-" if None in numbers else "{} [{}, {}]".format(*(f"{number:{sign}.2f}" for number in numbers))
+    if value is None:
+        return "-"
+    texts = ("-" if number is None else f"{number:{sign}.2f}" for number in (value, row["low"], row["high"]))
+    return "{} [{}, {}]".format(*texts)
 
 
 def _number(value: float) -> float | None:

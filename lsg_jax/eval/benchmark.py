@@ -102,6 +102,15 @@ LOWER = " (lower is better)"
 """Ends the names of metrics of which a smaller value is the better one, so that every table says so."""
 
 
+NEITHER = ("yes_ratio", "mean_length")
+"""Metrics that describe answers: neither more nor less of them is better."""
+
+
+def has_better(metric: str) -> bool:
+    """Whether a change of a metric, also of a part of the questions (`random: yes_ratio`), is for the better or the worse."""
+    return metric.split(": ")[-1] not in NEITHER
+
+
 def gain(metric: str, change: float) -> float:
     """The change of a metric, positive where it is for the better."""
     return -change if metric.endswith(LOWER) else change

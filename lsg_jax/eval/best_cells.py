@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from lsg_jax.eval.benchmark import gain
+from lsg_jax.eval.benchmark import gain, has_better
 
 Row = Mapping[str, Any]
 Which = Literal["best", "worst"]
@@ -19,7 +19,8 @@ WHERE_WORDS = "tie: all have this change; (+n): n more layers and coefficients h
 def extreme_cells(rows: Sequence[Row], which: Which) -> list[Row]:
     """The row with the greatest change for the better or the worse for each benchmark, task and layer; of equal ones the first.
 
-    Coefficients that are all 1 are the base model and are ignored. Without a row that has a change there is no best one.
+    Coefficients that are all 1 are the base model and are ignored. Without a row that has a change there is no best one, nor
+    of a task of which neither more nor less is better (`has_better`).
 
     Args:
         rows: of sweep.json.
@@ -30,7 +31,7 @@ def extreme_cells(rows: Sequence[Row], which: Which) -> list[Row]:
     """
     cells: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        if row["change"] is not None and set(row["coefficients"]) != {1}:
+        if row["change"] is not None and set(row["coefficients"]) != {1} and has_better(row["task"]):
             cells.setdefault((row["benchmark"], row["task"], row["layer"]), []).append(row)
     found: list[Row] = []
     for own in cells.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +183,8 @@ def painted(
     from matplotlib.figure import Figure
 
     png = io.BytesIO()
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the SVG and the CSV have the text
         matplotlib.rcdefaults()  # ignore a user's matplotlibrc
         matplotlib.rcParams.update(SETTINGS)
         figure = Figure(figsize=size, dpi=dots_per_inch, layout="constrained")
@@ -234,8 +236,18 @@ def distinct(rows: Iterable[Row], *names: str) -> list[Any]:
 
 
 def unit_of(rows: Iterable[Row]) -> str:
-    """The unit of changes: a score above 100 means that the benchmark counts points (MME, OCRBench)."""
-    return "points" if any(abs(row["value"] or 0.0) > HIGHEST_PERCENTAGE for row in rows) else PERCENTAGE_POINTS
+    """The unit of changes: points for metrics that count them (MME, OCRBench), as any score above 100 does."""
+    return (
+        "points" if any(abs(row["value"] or 0.0) > HIGHEST_PERCENTAGE or _in_points(row) for row in rows) else PERCENTAGE_POINTS
+    )
+
+
+def _in_points(row: Row) -> bool:
+    """Whether a metric of a known benchmark counts points, however few there are: a part of MME may have less than 100."""
+    benchmark, metric = row.get("benchmark"), str(row.get("metric", row.get("task")))
+    if benchmark == "mme":
+        return metric != "accuracy" and not metric.endswith((": acc", ": acc_plus"))
+    return benchmark == "ocrbench" and metric.startswith("points")
 
 
 def plain(value: float | None, sign: str = "") -> str:

@@ -13,6 +13,7 @@ from lsg_jax.report.drawing import FAINT, PAPER, RIM, STROKE
 LINE_HEIGHT = 0.185  # inches of a line of the map
 BAR_WIDTH = 0.11  # inches
 MAX_COLUMN_LABELS = 17
+MAX_LABEL = 56  # characters; longer ones would leave no room for the map
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,14 @@ def lines_of(tasks: Sequence[tuple[str, str]]) -> Lines:
     for benchmark in benchmarks:
         own = [(name, task) for name, task in tasks if name == benchmark]
         keys += [None, *own]
-        labels += [benchmark, *(task for _, task in own)]
+        labels += [_shortened(label) for label in (benchmark, *(task for _, task in own))]
     return Lines(tuple(keys), tuple(labels))
+
+
+def _shortened(label: str) -> str:
+    """The start and the end of a label that is too long."""
+    end = MAX_LABEL // 4
+    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - end - 1]}\N{HORIZONTAL ELLIPSIS}{label[-end:]}"
 
 
 def draw_map(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import LOWER, gain, has_better
 from lsg_jax.eval.best_cells import Which, extreme_cells
 from lsg_jax.gating.keys import GROUPS
 from lsg_jax.report.drawing import PAGE_WIDTH, PERCENTAGE_POINTS, Kept, Row, check_rows, distinct, look_of, render, unit_of
@@ -25,8 +26,9 @@ COEFFICIENTS = "cividis"
 def draw_oracle_map(rows: Sequence[Row], stem: Path | Kept, *, groups: Sequence[str] = ()) -> list[Path]:
     """Heat maps over tasks and layers: the best and the worst change over the coefficients, and those that gave the best.
 
-    A change whose interval covers 0 is hatched, a cell without a value has a cross. Where all coefficients tie, none is drawn;
-    where several do, the first of them, with a dot.
+    Blue is better, also where that is less. A change whose interval covers 0 or is unknown is hatched, a cell without a value
+    has a cross. Where all coefficients tie, none is drawn; where several do, the first of them, with a dot. Tasks that were
+    measured in no cell, or of which neither more nor less is better, are left out.
     The best of many settings, chosen on the same questions, is an upper bound and no estimate of what a gate would reach.
     Benchmarks scored in points (MME) are drawn only if all are: beside percentages their changes would take up the whole
     colour scale.
@@ -42,7 +44,8 @@ def draw_oracle_map(rows: Sequence[Row], stem: Path | Kept, *, groups: Sequence[
     check_rows(rows, READ, study="lsg sweep", stem=stem)
     in_points = [b for b in distinct(rows, "benchmark") if unit_of(r for r in rows if r["benchmark"] == b) != PERCENTAGE_POINTS]
     alone = len(in_points) == len(distinct(rows, "benchmark"))
-    shown = [row for row in rows if alone or row["benchmark"] not in in_points]
+    measured = {_task(row) for row in rows if row["change"] is not None and has_better(row["task"])}
+    shown = [row for row in rows if (alone or row["benchmark"] not in in_points) and _task(row) in measured]
     found = {which: extreme_cells(shown, which) for which in TITLES}
     if not found["best"]:
         raise InputError(f"{stem}: no row of lsg sweep has a change under coefficients other than 1; nothing to draw")
@@ -75,6 +78,10 @@ def _all_cells(rows: Sequence[Row], found: Sequence[Row], which: Which) -> list[
     return list(cells.values())
 
 
+def _task(row: Row) -> tuple[str, str]:
+    return row["benchmark"], row["task"]
+
+
 def _place(row: Row) -> tuple[str, str, int]:
     return row["benchmark"], row["task"], row["layer"]
 
@@ -88,18 +95,27 @@ def _free_groups(coefficients: Sequence[Sequence[float]], groups: Sequence[str])
 
 
 def _draw_changes(panels: Sequence[Any], cells: Sequence[Row], lines: Lines, layers: Sequence[int], unit: str) -> None:
-    """The best and the worst changes, each with its own scale of colours: harm is often far greater than help."""
+    """The best and the worst changes, each with its own scale of colours: harm is often far greater than help.
+
+    Colours show changes for the better: where less is better, a fall.
+    """
+    if any(cell["task"].endswith(LOWER) for cell in cells):
+        unit += " better"
     for axes, (which, title) in zip(panels, TITLES.items(), strict=True):
         own = {_place(cell): cell for cell in cells if cell["which"] == which}
         change, low, high = (
-            lines.table({place: cell[name] for place, cell in own.items()}, layers) for name in ("change", "low", "high")
+            lines.table({place: _gain(cell, name) for place, cell in own.items()}, layers) for name in ("change", "low", "high")
         )
         bound = max(float(np.nanmax(np.abs(change))), 0.1)
         mesh = draw_map(axes, lines, layers, change, colours=CHANGES, limits=(-bound, bound), across=1)
-        hatch_cells(axes, (low <= 0) & (high >= 0))
+        hatch_cells(axes, ~np.isnan(change) & ~(low * high > 0))
         axes.set_title(title)
-        axes.set_title("hatched: interval covers 0; cross: not measured", loc="right", fontsize=7)
+        axes.set_xlabel("decoder layer\nhatched: interval covers 0; cross: not measured")
         draw_bar(axes.figure, mesh, [axes], lines, unit)
+
+
+def _gain(cell: Row, name: str) -> float | None:
+    return None if cell[name] is None else gain(cell["task"], cell[name])
 
 
 def _draw_coefficients(
@@ -107,12 +123,13 @@ def _draw_coefficients(
 ) -> None:
     tied = {_place(cell): float(cell["coefficients"] is None) for cell in cells}
     known = {_place(cell): cell["tied"][0] for cell in cells}
-    top = max(1.0, *(coefficient for values in known.values() for coefficient in values))
+    drawn = [values[index] for values in known.values() for index in free]
+    limits = min(0.0, *drawn), max(1.0, *drawn)
     tie = lines.table(tied, layers) > 0
     some = lines.table({_place(cell): float(len(cell["tied"]) > 1) for cell in cells}, layers) > 0
     for axes, (index, name) in zip(panels, free.items(), strict=True):
         table = lines.table({place: values[index] for place, values in known.items()}, layers)
-        mesh = draw_map(axes, lines, layers, table, colours=COEFFICIENTS, limits=(0.0, top), across=len(panels), left_out=tie)
+        mesh = draw_map(axes, lines, layers, table, colours=COEFFICIENTS, limits=limits, across=len(panels), left_out=tie)
         mark_cells(axes, tie)
         mark_cells(axes, some & ~tie, filled=True)
         axes.set_title(f"Coefficient of {name}")

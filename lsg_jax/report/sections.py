@@ -90,8 +90,8 @@ def sweep_section(study: Study, *, title: str) -> Section:
     groups = study.get("groups", ())
     caption = (
         "The best and the worst change over fixed coefficients, and the coefficients that gave the best, by task and layer. "
-        "Hatched: the interval covers 0; circle: all coefficients tie; dot: several tie, and the first is drawn. The best of "
-        "several settings on the same questions is an upper bound."
+        "Blue is better. Hatched: the interval covers 0; circle: all coefficients tie; dot: several tie, the first is drawn. "
+        "The best of several settings on the same questions is an upper bound."
     )
     parts.append(drawing(partial(draw_oracle_map, groups=groups), study["rows"], "oracle", caption))
     lines = []

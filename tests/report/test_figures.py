@@ -13,9 +13,12 @@ import study_rows
 from matplotlib.figure import Figure
 
 from lsg_jax.errors import InputError
+from lsg_jax.eval.benchmark import LOWER
+from lsg_jax.eval.best_cells import extreme_cells
 from lsg_jax.eval.results import Estimate, result_of
 from lsg_jax.methods import registry
 from lsg_jax.report import figures
+from lsg_jax.report.drawing import unit_of
 from lsg_jax.report.gains import METHODS, rows_of_ablation, rows_of_gains
 from lsg_jax.report.heat_map import lines_of
 from lsg_jax.report.ratios import _draw_points, greatest_ratio, table_of_ratios
@@ -235,3 +238,45 @@ def test_the_trend_of_a_loss():
     gaps = figures.trend_of([1.0, None, math.nan, 3.0])
     assert gaps[1:3] == [None, None] and gaps[0] == 1 and gaps[3] == pytest.approx((0.5 * 1 + 3) / 1.5)
     assert figures.trend_of([None]) == [None]
+
+
+def test_the_oracle_map_draws_harm_as_harm_where_less_is_better(tmp_path):
+    """`chair_s` rises at every layer under one setting and falls under the other; lengths and ratios of yes are no gain."""
+    rows, place = [], {"benchmark": "chair", "layer": 0, "questions": 9, "value": 50.0}
+    for task, first in ((f"chair_s{LOWER}", 7.0), ("mean_length", 40.0), ("random: yes_ratio", 30.0), ("unasked", None)):
+        for change, values in ((first, [0.0, 1.0]), (None if first is None else -first, [1.0, 0.0])):
+            rows.append({**place, "task": task, "coefficients": values, "change": change, "low": change, "high": change})
+    table, svg, _ = figures.draw_oracle_map(rows, tmp_path / "lower")
+    drawn = {cell["which"]: float(cell["change"]) for cell in read(table)}
+    assert {cell["task"] for cell in read(table)} == {f"chair_s{LOWER}"} and drawn == {"best": -7, "worst": 7}
+    fills = re.findall(r"fill: (#[0-9a-f]{6})", svg.read_text())
+    blue, red = "#053061", "#67001f"  # the ends of the scale
+    assert fills.index(blue) < fills.index(red) and "percentage points better" in drawn_text(svg)
+    assert extreme_cells(rows, "best") == [row | {"tied": [[1.0, 0.0]], "of": 2} for row in rows[1:2]]
+
+
+@pytest.mark.filterwarnings("error")  # a font that lacks a script is no news to a user
+def test_a_cell_of_unknown_interval_is_hatched_and_long_names_leave_room(tmp_path):
+    rows = [row | {"low": None, "high": None} for row in study_rows.sweep()]
+    name = "\N{CJK UNIFIED IDEOGRAPH-65E5}, the start of a name of many words that would leave no room for a map, and its end"
+    rows = [row | {"task": name} if row["task"] == "Count" else row for row in rows]
+    _, svg, _ = figures.draw_oracle_map(rows, tmp_path / "unknown")
+    hatched = [path for path in ElementTree.parse(svg).getroot().iter(f"{SVG}path") if "url(#" in path.get("style", "")]
+    assert len(hatched) == 2 * 8  # all cells but the one without a change, in both maps
+    (label,) = {text for text in drawn_text(svg) if "the start" in text}
+    assert label.endswith("and its end") and len(label) == 56
+
+
+def test_coefficients_below_0_have_their_own_colour(tmp_path):
+    """Clipped at 0 they would look like 0."""
+    rows = study_rows.sweep(((-2.0, 1.0), (0.0, 3.0)))
+    _, svg, _ = figures.draw_oracle_map(rows, tmp_path / "negative")
+    assert "\N{MINUS SIGN}2" in drawn_text(svg)
+
+
+def test_points_are_points_however_few():
+    row = lambda benchmark, metric, value=40.0: [{"benchmark": benchmark, "metric": metric, "value": value}]
+    assert unit_of(row("mme", "perception")) == unit_of(row("ocrbench", "points: Text Recognition")) == "points"
+    assert unit_of(row("other", "x", 101.0)) == unit_of([{"benchmark": "mme", "task": "count", "value": 1.0}]) == "points"
+    percent = [("mme", "accuracy"), ("mme", "count: acc_plus"), ("ocrbench", "accuracy"), ("cv_bench", "official")]
+    assert {unit_of(row(*place)) for place in percent} == {"percentage points"}
