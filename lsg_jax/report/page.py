@@ -9,6 +9,7 @@ import base64
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,12 @@ def _ordered(sections: Sequence[Section]) -> list[Section]:
 
 
 def _found(sections: Sequence[Section]) -> list[str]:
-    """What was found, in the order of the page; all evaluations at once."""
+    """What was found, in the order of the page; all evaluations at once. Of several studies of a kind each is named."""
+    kind = lambda section: section.title.partition(": ")[0]
+    counts = Counter(map(kind, sections))
+    named = lambda section: f"{section.title}: " if counts[kind(section)] > 1 else ""
     first, later = (
-        [sentence for section in _ordered(sections) if (section.group == "sinks") == sinks for sentence in section.found]
+        [named(each) + text for each in _ordered(sections) if (each.group == "sinks") == sinks for text in each.found]
         for sinks in (True, False)
     )
     return [*first, *found_in([section.evaluation for section in sections if section.evaluation is not None]), *later]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lsg_jax.cli import main
 from lsg_jax.eval.benchmark import LOWER
+from lsg_jax.report.page import _found
 from lsg_jax.report.sections import sweep_section
 
 
@@ -118,3 +119,11 @@ def test_a_sweep_counts_a_clear_fall_as_an_improvement_where_lower_is_better():
         f"Fixed coefficients clearly improve a task at a layer in 1 of 3 cases, most chair, {task}, at layer 0: "
         "\u22126.00 [\u22129.00, \u22123.00], an upper bound."
     ]
+
+
+def test_of_several_sweeps_each_finding_says_whose_it_is():
+    rows = [row | {"low": -1.0, "high": 1.0} for row in study_rows.sweep()]
+    sweeps = [sweep_section({"rows": rows}, title=f"Oracle sweep: {name}") for name in ("a", "b")]
+    nothing = "No fixed coefficients clearly improve any task at any layer."
+    assert _found(sweeps) == [f"Oracle sweep: {name}: {nothing}" for name in ("a", "b")]
+    assert _found(sweeps[:1]) == [nothing]
