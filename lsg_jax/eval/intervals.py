@@ -23,8 +23,8 @@ def score_intervals(benchmark: Benchmark, graded: Graded, resampled: Metrics) ->
 
     Resamples of answers that are all right, or all wrong, or of a single unit (a question, or what the benchmark resamples
     together), are all the same, and say nothing of how sure this is. There Wilson's interval stands for the units behind the
-    metric, scaled to what the metric is if all answers are wrong and if all are right. A metric that has other parts, like a
-    precision, keeps that of the resamples.
+    metric, scaled to what the metric is if all answers are wrong and if all are right. A metric of counts, like the share of
+    objects that captions name, keeps that of the resamples.
 
     Args:
         graded: every item with weight one.
@@ -58,9 +58,10 @@ def change_intervals(benchmark: Benchmark, graded: Graded, resampled: Metrics) -
 
 
 def _extremes(benchmark: Benchmark, graded: Graded) -> tuple[dict[str, float], dict[str, float]]:
-    """All metrics if all answers are wrong, and if all are right."""
-    scores = np.zeros_like(graded.score), np.ones_like(graded.score)
-    of_none, of_all = (benchmark.metrics(replace(graded, score=score)) for score in scores)
+    """All metrics if all answers are wrong, and if all are right, also as they are read: precision and recall count these."""
+    right, unread = [item.answers[0] for item in graded.items], [None] * len(graded.items)
+    of_none = benchmark.metrics(replace(graded, score=np.zeros_like(graded.score), parsed=unread))
+    of_all = benchmark.metrics(replace(graded, score=np.ones_like(graded.score), parsed=right))
     return {name: float(at[0]) for name, at in of_none.items()}, {name: float(at[0]) for name, at in of_all.items()}
 
 

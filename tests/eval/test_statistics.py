@@ -131,6 +131,20 @@ def test_questions_about_a_single_image_have_an_interval():
         assert wilson(right, count) == pytest.approx((found.low, found.high))
 
 
+def test_precision_recall_and_f1_of_all_right_or_all_wrong_have_an_interval_too():
+    """F1 is POPE's official score: none or all of 30 are no certainty."""
+    fields = lambda i: {"category": ("random", "popular", "adversarial")[i % 3], "image": str(i)}
+    items = [Item(str(i), "?", (("yes", "no")[i % 2],), fields=fields(i)) for i in range(30)]
+    bound = wilson(0, 30)[1]
+    for right in (0, 1):
+        read = [item.answers[0] if right else {"yes": "no", "no": "yes"}[item.answers[0]] for item in items]
+        graded = Graded(items, read, np.full(30, float(right)), np.ones((1, 30)))
+        resampled = BENCHMARKS["pope"].metrics(replace(graded, weight=resamples(BENCHMARKS["pope"], items)))
+        found = score_intervals(BENCHMARKS["pope"], graded, resampled)
+        expected = pytest.approx((100 - 100 * bound, 100) if right else (0, 100 * bound))
+        assert [found[name] for name in ("f1_macro", "f1", "precision", "recall")] == [expected] * 4
+
+
 def test_the_questions_behind_a_metric_are_counted_whatever_its_name_looks_like():
     made = lambda **fields: Item(str(fields), "?", ("yes",), fields=fields)
     pairs = [("VD", "0", "easy"), ("VD", "1", "easy"), ("VS", "2", "hard")]
