@@ -24,9 +24,14 @@ class ImageCell:
     row: int
     column: str
 
+    @property
+    def where(self) -> str:
+        """`file: row n`, for error messages."""
+        return f"{self.file.path}: row {self.row}"
+
     def read(self) -> bytes:
         """The encoded image. Raises InputError that names the file and row."""
-        where = f"{self.file.path}: row {self.row}"
+        where = self.where
         value: Any = self.file.cell(self.row, self.column)
         if isinstance(value, list):
             if len(value) != 1:
@@ -49,11 +54,14 @@ def no_image(where: str, column: str) -> NoReturn:
 
 
 def from_base64(text: str, where: str) -> bytes:
-    """The encoded image of a cell of text. Raises InputError, which starts with `where`, if it is none."""
+    """The encoded image of a cell of text, also of a data URI. Raises InputError, which starts with `where`, if it is none."""
+    if text.startswith("data:image/"):
+        text = text.partition(";base64,")[2] or text
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise InputError(f"{where} is text, but no base64 image") from None
+        what = f"{text[:80]!r}, but no base64 image"
+        raise InputError(f"{where} is text, {what}; paths and addresses are not followed, use the file with images") from None
 
 
 @contextlib.contextmanager

@@ -177,11 +177,17 @@ def read_images(item: Item) -> Images:
         raise InputError(f"question {item.id}: {error}") from None
 
 
+def _unreadable(item: Item, error: InputError) -> InputError:
+    """The error of an image that was read but is none, with the places where the images of the question are."""
+    places = ", ".join(dict.fromkeys(where for image in item.images if (where := getattr(image, "where", ""))))
+    return InputError(": ".join(filter(None, (f"question {item.id}", places, str(error)))))
+
+
 def _sizes(item: Item, images: Images) -> list[ImageSize]:
     try:
         return [image.size if isinstance(image, Image.Image) else image_size(image) for image in images]
     except InputError as error:
-        raise InputError(f"question {item.id}: {error}") from None
+        raise _unreadable(item, error) from None
 
 
 def item_pixels(processor: Processor, item: Item, images: Images | None = None) -> Pixels | None:
@@ -194,4 +200,4 @@ def item_pixels(processor: Processor, item: Item, images: Images | None = None) 
     try:
         return processor.all_pixels(images)
     except InputError as error:
-        raise InputError(f"question {item.id}: {error}") from None
+        raise _unreadable(item, error) from None

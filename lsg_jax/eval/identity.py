@@ -37,6 +37,11 @@ class HashedImage:
         return found
 
     @property
+    def where(self) -> str:
+        """The file of the image, and its row; "" for a drawn image."""
+        return getattr(self._source, "where", "")
+
+    @property
     def sha256(self) -> str:
         """Of the encoded file, or of the pixels of a drawn image; reads the image if it was not read. Errors as of `read`."""
         if self._sha256 is None:

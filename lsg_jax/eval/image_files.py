@@ -18,6 +18,11 @@ class ImageFile:
 
     path: Path
 
+    @property
+    def where(self) -> str:
+        """For error messages."""
+        return str(self.path)
+
     def read(self) -> bytes:
         """The encoded file. Raises InputError that names it."""
         return read_regular(self.path, limit=MAX_FILE)

@@ -1,19 +1,21 @@
 """A cell of a benchmark's file that is empty, or of a kind that its column cannot hold, is named with its row and column."""
 
+import base64
 import gzip
 import json
 from pathlib import Path
 
 import pytest
 import test_mixed_benchmarks
-from test_choice_benchmarks import TABLES
+from test_choice_benchmarks import TABLES, encoded
 from test_choice_benchmarks import write as write_file
-from test_hallucination_benchmarks import amber_folder, hallusion_rows, mmvp_rows, write_json
+from test_hallucination_benchmarks import amber_folder, hallusion_rows, mmvp_folder, mmvp_rows, write_json
 from test_short_benchmarks import IMAGE, ROWS, gqa_rows
 from test_short_benchmarks import write as write_folder
 
 from lsg_jax.config import EvalConfig
 from lsg_jax.errors import InputError
+from lsg_jax.eval.batches import _sizes, read_images
 from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.eval.runner import ask, grade, summary
 
@@ -78,6 +80,38 @@ def test_a_compressed_file_is_to_be_unpacked(kind, pack, tmp_path):
     file.write_bytes(pack(Path(write_file(tmp_path / "q.parquet", TABLES["ai2d"])).read_bytes()))
     with pytest.raises(InputError, match=f"{file}: compressed with {kind}; unpack it"):
         ask(BENCHMARKS["ai2d"], str(file), EvalConfig())
+
+
+def test_an_image_that_cannot_be_used_is_named_with_its_file_and_row(tmp_path):
+    def read(image, name="q.parquet"):
+        (item,) = ask(
+            BENCHMARKS["ai2d"], write_file(tmp_path / name, [{**TABLES["ai2d"][0], "image": image}]), EvalConfig()
+        ).items
+        return _sizes(item, read_images(item))
+
+    png = encoded()
+    address = "data:image/png;base64," + base64.b64encode(png).decode()
+    assert read(address) == read(base64.b64encode(png).decode()) == read(png)
+    for image, message in (
+        (b"no image", "q.parquet: row 0: image: not an image of a known format"),
+        (
+            "http://somewhere/1.jpg",
+            r"row 0: image is text, 'http://somewhere/1.jpg', but no base64 image; paths and addresses are",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"question 0: .*{message}"):
+            read(image)
+    folder = mmvp_folder(tmp_path / "mmvp")
+    item = ask(BENCHMARKS["mmvp"], str(folder), EvalConfig()).items[0]
+    with pytest.raises(InputError, match=r"question 1: .*MMVP Images/1\.jpg: image: not an image of a known format"):
+        _sizes(item, read_images(item))
+
+
+@pytest.mark.parametrize(("name", "file"), [("chair", "instances_val2014.json"), ("amber", "annotations.json")])
+def test_a_file_in_place_of_its_folder_is_told(name, file, tmp_path):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(InputError, match=f"{file}: a file; give its folder: no {file} in it"):
+        ask(BENCHMARKS[name], str(tmp_path / file), EvalConfig())
 
 
 def test_an_empty_request_of_amber_is_named(tmp_path):

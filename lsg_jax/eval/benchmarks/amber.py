@@ -116,7 +116,8 @@ def _places(objects: Sequence[str], relation: Mapping[str, Sequence[str]]) -> di
 def _base(path: str) -> Path:
     base = next((folder for folder in (Path(path), Path(path) / "data") if is_file(folder / "annotations.json")), None)
     if base is None:
-        raise InputError(f"{path}: no annotations.json in it or in its folder data")
+        file = "a file; give its folder: " if is_file(Path(path)) else ""
+        raise InputError(f"{path}: {file}no annotations.json in it or in its folder data")
     return base
 
 

@@ -47,7 +47,8 @@ def files(path: str) -> list[Path]:
     places = ([folder / name for folder in folders] for name in (INSTANCES, CAPTIONS, SYNONYMS, IMAGES))
     found = [next(filter(is_file, places_of_one)) for places_of_one in places if any(map(is_file, places_of_one))]
     if not found or found[0].name != INSTANCES:
-        raise InputError(f"{path}: no {INSTANCES} in it or in its folder annotations")
+        file = "a file; give its folder: " if is_file(Path(path)) else ""
+        raise InputError(f"{path}: {file}no {INSTANCES} in it or in its folder annotations")
     return found
 
 
