@@ -98,6 +98,11 @@ class BenchmarkResult:
     work: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, MethodSettings] = field(default_factory=dict)
 
+    def shown(self, method: str) -> str:
+        """The metric that stands for all of a method's: the official score, or the first with a value, or the first."""
+        metrics = self.methods[method]
+        return self.score or next((name for name, found in metrics.items() if found.value is not None), next(iter(metrics)))
+
     @property
     def lacks(self) -> list[str]:
         """What a partial run lacks of the benchmark, a sentence for each field without a final period."""

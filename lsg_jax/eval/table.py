@@ -54,8 +54,8 @@ def _title(name: str, found: BenchmarkResult) -> str:
 
 
 def _by_seed(found: BenchmarkResult) -> list[str]:
-    """The scores of each seed: the official one, or the first."""
-    metric, lines = found.score or next(iter(found.majority)), []
+    """The scores of each seed: the official one, or the first that there is."""
+    metric, lines = found.shown(next(iter(found.methods))), []
     for method, of in found.over_seeds.items():
         each = ", ".join(_value(found.methods[name][metric].value) for name in of.seeds)
         mean = f"{_estimate(of.methods[metric])} ± {_value(of.deviation[metric])}"

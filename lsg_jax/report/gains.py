@@ -54,12 +54,12 @@ def rows_of_gains(result: EvaluationResult, *, every_metric: bool = False) -> li
     A row has the interval of its value besides, as `score`, and the mean over seeds its `deviation` over them.
 
     Args:
-        every_metric: all metrics of each benchmark, not only its official score (its first metric where it has none).
+        every_metric: all metrics of each benchmark, not only its official score or, without one, the first with a value.
     """
     rows = []
     for name, benchmark in result.benchmarks.items():
         base = benchmark.methods[BASE]
-        for metric in base if every_metric else [benchmark.score or next(iter(base))]:
+        for metric in base if every_metric else [benchmark.shown(BASE)]:
             place = {"benchmark": name, "metric": metric}
             for method, scores in benchmark.methods.items():
                 change = benchmark.change.get(method, {}).get(metric, NO_CHANGE)

@@ -104,7 +104,10 @@ def sweep_section(study: Study, *, title: str) -> Section:
     named = "coefficients" + (f" ({', '.join(look_of(group).label for group in groups)})" if groups else "")
     header = ["task", "best change", "layer", named, "worst change", "layer", "coefficients"]
     parts.append(Table(f"The best and the worst cell of each task; {WHERE_WORDS}", header, lines))
-    gist = f"{len(lines)} tasks, {len(distinct(cells, 'layer'))} layers"
+    gist = ", ".join(
+        f"{count} {what}{'s' * (count != 1)}"
+        for count, what in ((len(lines), "task"), (len(distinct(cells, "layer")), "layer"))
+    )
     clear = [cell for cell in cells if cell["low"] is not None and min(_gains(cell, "low", "high")) > 0]
     found = ["No fixed coefficients clearly improve any task at any layer."]
     if clear:

@@ -155,7 +155,7 @@ def _scores(shared: Shared) -> list[str]:
     for name, found in result.benchmarks.items():
         if method not in found.methods:
             continue
-        metric = found.score or next(iter(found.methods[method]))
+        metric = found.shown(method)
         compared = method in found.change
         rows.append(
             [

@@ -92,3 +92,11 @@ def test_a_pair_that_lost_a_question_is_not_counted_as_a_pair(tmp_path):
     lone = ask(BENCHMARKS["mme"], str(tmp_path), EvalConfig(limit=1))
     assert lone.broken == {"pair": 1}
     assert summary(lone, {"base": grade(lone, ["no"])}).methods["base"]["existence: acc_plus"].value is None
+
+
+def test_a_part_without_the_official_score_is_shown_by_a_metric_that_has_a_value(tmp_path):
+    """Perception is the first metric of MME, and a sum over categories of which most were not asked."""
+    write_folder(tmp_path, ROWS["mme"]()[:2])
+    _, found, _ = asked_and_graded("mme", tmp_path)
+    assert found.methods["base"]["perception"].value is None and found.shown("base") == "accuracy"
+    assert replace(found, score="total").shown("base") == "total"
