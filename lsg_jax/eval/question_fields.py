@@ -65,11 +65,14 @@ def answers_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """The accepted answers: a text or number, or a list of these.
 
     Raises:
-        InputError: another type, an empty one, or a list written as text: that may be one answer or several.
+        InputError: another type, an empty one, a list written as text: that may be one answer or several, or true or false:
+            that may stand for yes or no.
     """
     value = row["answer"]
     if isinstance(value, str) and not any(row.get(key) for key in CHOICE_KEYS) and isinstance(_literal(value), list):
         raise InputError(f"{where}: answer is the text of a list; write a JSON list of accepted texts, or of this one text")
+    if isinstance(value, bool) and not any(row.get(key) for key in CHOICE_KEYS):
+        raise InputError(f"{where}: answer is {str(value).lower()}; write the text that is right, such as yes or no")
     answers = tuple(_text(entry, "answer", where) for entry in (value if isinstance(value, list) else [value]))
     if not answers or "" in answers:
         raise InputError(f"{where}: answer is empty")

@@ -232,6 +232,7 @@ def test_mathvista_finds_answers_by_rule():
         "14": "14", "The number is 14.": "14", "2 + 3 = 5": "5", "The answer is 14, not 15": "14", "1,234 cars": "1234",
         "-3": "-3", "14.9": "14", "$1.45": "1", "3e2": "300", "none": None, "": None, "1e999": None, "1, 2, 3": "3",
         ".5": "0", "14%": "14", "2014-2016": "2016", "12,34": "34",
+        "The answer is \N{MINUS SIGN}7.": "-7",
     }  # fmt: skip
     assert {text: number_of(text, None) for text in numbers} == numbers
     digits = {"0.666": "0.67", "1.2": "1.2", ".5": "0.5", "The answer is 1,234.567 m": "1234.57", "3": "3.0", "no": None}

@@ -208,6 +208,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
         ({"question": "x", "answer": {"a": 1}}, "answer is \"{'a': 1}\", of type dict; give a text"),
         ({"question": "x", "answer": ["y", None]}, "answer is 'None', of type NoneType"),
         ({"question": "x", "answer": ["y", " "]}, "answer is empty"),
+        ({"question": "x", "answer": True}, "answer is true; write the text that is right"),
         ({"question": "x", "answer": float("nan")}, "answer is 'nan', of type float"),
         ({"question": "x", "answer": "['a', 'b']"}, "answer is the text of a list"),
         ({"question": "x", "answer": "y", "id": ["a"]}, "id is"),

@@ -35,6 +35,8 @@ SKILLS = (
     "statistical reasoning",
 )
 
+MINUS = "\N{MINUS SIGN}"  # as some models write it
+
 NOTE = "the owner has GPT-4 find the answer in an output; here rules do, and under cambrian the whole output is the answer"
 
 
@@ -158,6 +160,7 @@ def number_of(output: str, precision: int | None) -> str | None:
 
     The owner rounds and compares in this way: `14.7` answers 14 where an integer is asked for.
     """
+    output = output.replace(MINUS, "-")
     said = _said(output)
     found = _NUMBER.findall(said)
     if not found:
@@ -171,7 +174,7 @@ def number_of(output: str, precision: int | None) -> str | None:
 
 def list_of(output: str) -> str | None:
     """The last list of numbers in brackets, written as Python would."""
-    lists = re.findall(r"\[[^\[\]]*\]", output)
+    lists = re.findall(r"\[[^\[\]]*\]", output.replace(MINUS, "-"))
     return f"[{', '.join(_NUMBER.findall(lists[-1]))}]" if lists else None
 
 
