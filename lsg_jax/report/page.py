@@ -105,7 +105,7 @@ def _scores(evaluations: Sequence[tuple[str, EvaluationResult]]) -> Entry:
     every = pivot("Every task and metric, and differences to the base", evaluations, every_metric=True)
     if len(every.rows) > len(table.rows):
         parts.append(Details(f"Every task and metric: {len(every.rows)} rows", [every]))
-    lead = "A triangle marks a difference whose interval excludes 0."
+    lead = "A triangle marks a difference for the better or the worse whose interval excludes 0."
     asked = list(dict.fromkeys(name for _, result in evaluations for name in result.benchmarks))
     return Entry("scores", "Scores", f"all in one table: {', '.join(asked)}", parts, lead)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lsg_jax.eval.benchmark import gain
+from lsg_jax.eval.benchmark import gain, has_better
 from lsg_jax.eval.results import BASE, EvaluationResult
 from lsg_jax.report.drawing import Row, interval_text, plain
 from lsg_jax.report.gains import METHODS, rows_of_gains, score_text
@@ -92,7 +92,7 @@ def found_in(evaluations: Sequence[tuple[str, EvaluationResult]]) -> list[str]:
 
 
 def _clear(row: Row) -> str:
-    if row["low"] is None or row["high"] is None:
+    if row["low"] is None or row["high"] is None or not has_better(row["metric"]):
         return ""
     low, high = sorted(gain(row["metric"], bound) for bound in (row["low"], row["high"]))
     return "up" if low > 0 else "down" if high < 0 else ""

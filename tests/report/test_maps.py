@@ -132,5 +132,9 @@ def test_one_table_of_many_runs():
     falls = dataclasses.replace(benchmark, score=None, methods=errors(benchmark.methods), change=errors(benchmark.change))
     (told,) = found_in([("a", dataclasses.replace(first, benchmarks={"x": falls}))])
     assert told == "LSG changes x, errors (lower is better), by +3.00 [+1.00, +5.00] to 53.00, a loss."
+    lengths = lambda of: {method: {"mean_length": scores["accuracy"]} for method, scores in of.items()}
+    longer = dataclasses.replace(benchmark, score=None, methods=lengths(benchmark.methods), change=lengths(benchmark.change))
+    table = pivot("all", [("a", dataclasses.replace(first, benchmarks={"x": longer}))])
+    assert table.rows[0][2][1].clear == ""  # longer captions are neither better nor worse
     many = [("a", first), ("b", other), ("c", third)]
     assert found_in(many) == ["Of 4 changes over the base model 4 are gains, 0 losses, and 0 unclear."]
