@@ -9,7 +9,7 @@ import pytest
 import test_mixed_benchmarks
 from test_choice_benchmarks import TABLES, encoded
 from test_choice_benchmarks import write as write_file
-from test_hallucination_benchmarks import amber_folder, hallusion_rows, mmvp_folder, mmvp_rows, write_json
+from test_hallucination_benchmarks import amber_folder, chair_folder, hallusion_rows, mmvp_folder, mmvp_rows, write_json
 from test_short_benchmarks import IMAGE, ROWS, gqa_rows
 from test_short_benchmarks import write as write_folder
 
@@ -132,3 +132,14 @@ def test_an_unused_label_may_be_a_number_or_empty(column, value, tmp_path):
     asked = ask(BENCHMARKS["cv_bench"], write_file(tmp_path / "q.parquet", rows), EvalConfig())
     assert summary(asked, {"base": grade(asked, ["A"] * len(rows))}).questions == len(rows)
     assert all(isinstance(item.fields["photo"], str) for item in asked.items)
+
+
+def test_chair_reads_ids_as_numbers_and_as_text(tmp_path):
+    def as_text(tree):
+        for row in tree["annotations"]:
+            row["image_id"] = str(row["image_id"])
+
+    plain, mixed = (
+        BENCHMARKS["chair"].read(str(chair_folder(tmp_path / str(at), change))) for at, change in enumerate((list, as_text))
+    )
+    assert [(item.id, item.answers) for item in plain] == [(item.id, item.answers) for item in mixed]

@@ -153,7 +153,8 @@ def test_wrong_chair_files(tmp_path):
         ({"listed": "1 8"}, "no image 8 in instances_val2014.json"),
         ({"listed": "1\n1"}, "id 1 occurs more than once"),
         ({"synonyms": "dog, puppy"}, r"synonyms.txt: no line has person, bicycle"),
-        ({"listed": "\n"}, "no questions in it"),
+        ({"listed": "\n"}, r"images\.txt: no ids in it"),
+        ({"captions": [(9, "A dog")]}, r"captions_val2014\.json: no caption is of an image in instances_val2014\.json"),
         ({"images": ()}, "no image of its questions is there, such as .*1.jpg"),
     ]):  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -59,54 +59,58 @@ def read(path: str) -> list[Item]:
     """
     given = {file.name: file for file in files(path)}
     tree = _tables(given[INSTANCES], NEEDED)
-    names = {row["id"]: row["name"] for row in tree["categories"]}
+    names = {str(row["id"]): row["name"] for row in tree["categories"]}
     check_values(names.values(), OBJECTS, what="category", where=str(given[INSTANCES]))
     words, source = by_rule(), "object words by rule, not the owner's synonyms.txt"
     if SYNONYMS in given:
         words, source = from_synonyms(_text(given[SYNONYMS]), str(given[SYNONYMS])), f"object words of {SYNONYMS}"
-    objects: dict[Any, set[str]] = {row["id"]: set() for row in tree["images"]}
+    objects: dict[str, set[str]] = {str(row["id"]): set() for row in tree["images"]}
     for row in tree["annotations"]:
-        image, category = row["image_id"], row["category_id"]
+        image, category = str(row["image_id"]), str(row["category_id"])
         if image not in objects or category not in names:
             raise InputError(f"{given[INSTANCES]}: an annotation is of image {image} and category {category}; one is unknown")
         objects[image].add(words.objects[names[category]])
     if CAPTIONS in given:
-        for row in _tables(given[CAPTIONS], {"annotations": ("image_id", "caption")})["annotations"]:
-            objects.get(row["image_id"], set()).update(words.mentions(str(row["caption"])))
+        captions = _tables(given[CAPTIONS], {"annotations": ("image_id", "caption")})["annotations"]
+        if not any(str(row["image_id"]) in objects for row in captions):
+            raise InputError(f"{given[CAPTIONS]}: no caption is of an image in {INSTANCES}; is it of another year?")
+        for row in captions:
+            objects.get(str(row["image_id"]), set()).update(words.mentions(str(row["caption"])))
     source += "; objects of segmentations and reference captions" if CAPTIONS in given else "; objects of segmentations alone"
     return _items(path, tree["images"], _asked(given.get(IMAGES), list(objects)), objects, Truth(words, source))
 
 
-def _items(path: str, images: Sequence[Any], asked: set[Any], objects: dict[Any, set[str]], truth: Truth) -> list[Item]:
+def _items(path: str, images: Sequence[Any], asked: set[str], objects: dict[str, set[str]], truth: Truth) -> list[Item]:
     common = Counter(name for image in asked for name in objects[image])
     folders = [Path(path) / "val2014", Path(path) / "images", Path(path)]
     items = [
         Item(
             id=str(row["id"]),
             question=PROMPT,
-            answers=tuple(sorted(objects[row["id"]], key=lambda name: (-common[name], name))) or ("",),
+            answers=tuple(sorted(objects[str(row["id"])], key=lambda name: (-common[name], name))) or ("",),
             images=(image_file(str(row["file_name"]), folders),),
             fields={"image": str(row["file_name"])},
             data=truth,
         )
         for row in images
-        if row["id"] in asked
+        if str(row["id"]) in asked
     ]
     check_unique(items, path)
     return with_their_images(items, path)
 
 
-def _asked(listed: Path | None, ids: list[Any]) -> set[Any]:
+def _asked(listed: Path | None, ids: list[str]) -> set[str]:
     """The ids of the images to describe: those with the smallest hashes, or those of a file."""
     if listed is None:
         return set(sorted(ids, key=lambda image: text_sha256(f"{SEED} {image}"))[:COUNT])
     wanted = _text(listed).split()
-    known = {str(image): image for image in ids}
-    if unknown := [name for name in wanted if name not in known]:
+    if not wanted:
+        raise InputError(f"{listed}: no ids in it")
+    if unknown := sorted(set(wanted) - set(ids)):
         raise InputError(f"{listed}: no image {', '.join(unknown)[:200]} in {INSTANCES}; give ids as 42, one a line")
     if repeated := [name for name, count in Counter(wanted).items() if count > 1]:
         raise InputError(f"{listed}: id {repeated[0]} occurs more than once")
-    return {known[name] for name in wanted}
+    return set(wanted)
 
 
 def _text(file: Path) -> str:
