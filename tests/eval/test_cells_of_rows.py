@@ -32,7 +32,7 @@ WRONG = [
     ("scienceqa_img", {"subject": {"a": 1}}, "subject is {'a': 1}, neither a text nor a number"),
     ("scienceqa_img", {"choices": MANY}, "choices holds 27 choices"),
     ("ai2d", {"options": MANY}, "options holds 27 choices"),
-    ("seed_img", {"choice_c": None}, "choice_c is empty"),
+    ("seed_img", {"choice_c": None}, "choice_c is empty, no text"),
     ("realworldqa", {"answer": ["x"]}, r"answer is \['x'\], neither a text nor a number"),
     ("gqa", {"types": "query"}, "types is query, no table of types"),
     ("gqa", {"answer": ""}, "answer is empty"),

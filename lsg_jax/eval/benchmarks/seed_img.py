@@ -50,7 +50,7 @@ def _item(row: Row) -> Item:
         id=name,
         question=row.text("question"),
         answers=(check_letter(row["answer"], len(CHOICES), row.where),),
-        choices=tuple(row.label(column) or row.none(column) for column in CHOICES),
+        choices=tuple(row.label(column) or row.text(column) for column in CHOICES),
         images=row.images(),
         fields={"dimension": DIMENSIONS[str(row["question_type_id"])], "photo": str(row.get("data_id") or name)},
     )
