@@ -15,7 +15,7 @@ from lsg_jax.eval.runner import Asked, grade
 
 Row = dict[str, Any]
 
-NO_VALUE = "no question of this task, or of a part of it, was asked"
+NO_VALUE = "no question of this task, or of a part of it, was asked, or no answer has what it is a share of"
 
 
 class Grader:
