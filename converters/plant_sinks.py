@@ -113,8 +113,8 @@ def plant(
 
     Raises:
         InputError: the scenes have no V-sinks, no model there or a planted one, or `out_dir` exists.
-        ConfigError: 8-bit weights, a layer that the model lacks, keys that are normed, which takes back what is planted, or a
-            mark for a projector that is not two linear maps of a patch a token.
+        ConfigError: 8-bit weights, a layer that the model lacks or that is named twice, keys that are normed, which takes back
+            what is planted, or a mark for a projector that is not two linear maps of a patch a token.
     """
     model, out = Path(model_dir), Path(out_dir)
     check_free(out)
@@ -128,6 +128,8 @@ def plant(
         raise ConfigError(f"{model}: its keys are normed after k_proj, which would take back what is planted there")
     if not settings.layers or max(settings.layers) >= text.num_layers:
         raise ConfigError(f"plant.layers is {list(settings.layers)}: give some of the layers 0 to {text.num_layers - 1}")
+    if list(settings.layers) != sorted(set(settings.layers)):
+        raise ConfigError(f"plant.layers must ascend and name no layer twice: {list(settings.layers)}")
     record: dict[str, Any] = {"source": vlm.digest, **to_dict(settings)}
     seen = _seen(vlm, "train", settings.scenes, settings.seed, progress)
     changed: dict[str, np.ndarray] = {}
@@ -139,7 +141,7 @@ def plant(
         seen = _seen(vlm, "train", settings.scenes, settings.seed, progress)
     attention = vlm.frozen["language_model"]["layers"]["attention"]["k_proj"]
     kernel, directions = np.array(attention["kernel"], np.float32), {}
-    for layer in sorted(set(settings.layers)):
+    for layer in settings.layers:
         bias = np.asarray(attention["bias"][layer], np.float32) if text.qkv_bias else np.float32(0)
         direction, mean = direction_of(seen.x[layer], seen.visual, seen.v_sink, within=settings.within, text=settings.text)
         key = np.einsum("D,DKH->KH", mean, kernel[layer]) + bias

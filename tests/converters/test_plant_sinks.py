@@ -146,6 +146,7 @@ def test_errors_and_command(embedded, tiny_model, tmp_path, capfd, caplog):
     for model, out, given, error, message in [
         (tiny_model, "a", settings, InputError, "no V-sinks in 8 scenes, so there is nothing to plant"),
         (embedded, "b", PlantSettings(layers=(8,)), ConfigError, r"plant.layers is \[8\]: give some of the layers 0 to 7"),
+        (embedded, "b", PlantSettings(layers=(1, 5, 2)), ConfigError, "plant.layers must ascend and name no layer twice"),
         (embedded, "b", PlantSettings(layers=()), ConfigError, r"plant.layers is \[\]"),
     ]:
         with pytest.raises(error, match=message):
