@@ -116,7 +116,10 @@ def test_generate_prints_the_answer_only(lsg, tiny_model, scenes, tmp_path):
     ]
     chosen = ("--method", "pai", "alpha=2", "gamma=3", "first_layer=1")
     assert lsg(*common, "--image", image, *chosen) == (0, f"{answer}\n", "")
-    assert lsg("look", *common[1:], "--image", image, *chosen)[1].split("\n")[0] == answer
+    seen = json.loads(lsg("look", *common[1:], "--image", image, *chosen, "--json")[1])
+    assert seen["answer"] == answer
+    assert seen["model"]["method"] == "pai alpha=2.0 gamma=3.0 first_layer=1" and seen["model"]["trained"] is None
+    assert (seen["model"]["name"], seen["model"]["backbone"]) == ("tiny", lsg_jax.load(tiny_model).digest)
     # text only, with another template
     vlm = lsg_jax.load(tiny_model, template="mistral_instruct")
     prompt = vlm.processor.decode(vlm.processor.encode_question("What is this?", image_sizes=()).ids)

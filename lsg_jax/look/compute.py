@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from lsg_jax.checkpoint.processes import host_array
-from lsg_jax.config import SinkConfig
+from lsg_jax.checkpoint.processes import host_array, tree_sha256
+from lsg_jax.config import SinkConfig, to_dict
 from lsg_jax.config.ranges import Range
 from lsg_jax.data.images import opened_images
 from lsg_jax.errors import InputError
@@ -20,7 +20,9 @@ from lsg_jax.look.answered import largest_behind, patches_behind, with_answer
 from lsg_jax.look.look import MAPS, NEUTRAL_PROMPT, Criterion, Look, relative_to, without_sinks
 from lsg_jax.memory import check_fits
 from lsg_jax.methods.finite import check_finite
+from lsg_jax.methods.method import BASE, Method
 from lsg_jax.methods.method_model import assemble
+from lsg_jax.methods.registry import name_of
 from lsg_jax.model.layers import layer_at
 from lsg_jax.progress import tracing
 from lsg_jax.sinks.attention import received_attention
@@ -86,7 +88,26 @@ def look(
         hidden={layer: seen["hidden"][index][valid] for index, layer in enumerate(layers)},
         attention={layer: seen["attention"][index][:, valid][..., valid] for index, layer in enumerate(layers)},
         warnings=_warnings(criteria, v_sink, l_sink, maps),
+        model=_model(vlm),
     )
+
+
+def _model(vlm: VLM) -> dict[str, str | None]:
+    """`Look.model`."""
+    trained = tree_sha256(vlm.trained) if vlm.trained else None
+    name = "" if vlm.folder is None else vlm.folder.absolute().name
+    return {"name": name, "backbone": vlm.digest, "trained": trained, "method": in_words(vlm.method)}
+
+
+def in_words(method: Method) -> str:
+    """A method with those of its settings that are not the default, such as `pai alpha=0.3`."""
+    if method == BASE:
+        return ""
+    if method.gate is not None:
+        return f"gates at layer{'s' * (len(method.gate.layers) > 1)} {', '.join(map(str, method.gate.layers))}"
+    settings = {} if method.settings is None else to_dict(method.settings)
+    default = {} if method.settings is None else to_dict(type(method.settings)())
+    return " ".join([name_of(method), *(f"{name}={value}" for name, value in settings.items() if value != default[name])])
 
 
 def _check(vlm: VLM, prompt: Any, max_new_tokens: Any, maps: Any, layers: Any) -> None:

@@ -73,6 +73,7 @@ def as_json(look: Look) -> dict[str, Any]:
     plain = lambda values: [[None if np.isnan(v) else round(float(v), 5) for v in row] for row in np.atleast_2d(values)]
     return {
         "format": FORMAT,
+        "model": dict(look.model),
         "prompt": look.prompt,
         "answer": look.answer,
         "tokens": look.tokens,

@@ -64,6 +64,8 @@ class Look:
         attention: layer -> float32 [N, T, T], its attention weights.
         visual: int32 [V], the positions of the visual tokens among these T.
         warnings: lines about sinks that could not be found.
+        model: what answered: `name` of its folder; `backbone` and `trained`, digests of the weights and of what was trained on
+            them; `method`, gates or another method in words, "" for none.
     """
 
     prompt: str
@@ -84,6 +86,7 @@ class Look:
     hidden: Mapping[int, Floats] = field(default_factory=dict)
     attention: Mapping[int, Floats] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    model: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[ImageSize]:

@@ -36,6 +36,7 @@ def page_html(*looks: Look, titles: Sequence[str] = (), state: Mapping[str, Any]
     """
     size = sum(len(look.maps) * look.maps["raw"].size for look in looks)
     named = [*titles, *[""] * len(looks)]
+    model = [looks[0].model.get(key) for key in ("name", "method")]
     payload = {
         "pictures": picture_data(looks[0].pictures),
         "looks": [look_data(look, named[index], heads=size <= HEAD_BYTES) for index, look in enumerate(looks)],
@@ -47,6 +48,7 @@ def page_html(*looks: Look, titles: Sequence[str] = (), state: Mapping[str, Any]
         .get_template("page.html.j2")
         .render(
             title=looks[0].prompt,
+            model=", ".join(filter(None, model if len(looks) == 1 else model[:1])),
             style=Markup(asset("page.css")),
             script=Markup(script),
             script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import cache
 
 import jax
@@ -21,9 +22,12 @@ from lsg_jax.errors import ConfigError, InputError
 from lsg_jax.gating.portable import PortableGates
 from lsg_jax.look import Look
 from lsg_jax.look.answered import patches_behind, with_answer
-from lsg_jax.look.compute import boxes
+from lsg_jax.look.compute import boxes, in_words
 from lsg_jax.look.look import without_sinks
+from lsg_jax.look.page import page_html
+from lsg_jax.methods.fixed import Fixed, FixedConfig
 from lsg_jax.methods.gates import Gates
+from lsg_jax.methods.method import BASE
 
 TOLERANCE = 1e-5  # absolute, of attention weights
 PINPOINTS = [[42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
@@ -227,6 +231,19 @@ def test_unusable_calls_are_refused(tiny_model):
     ):
         with pytest.raises((ConfigError, InputError), match=message):
             call()
+
+
+def test_a_page_says_what_answered(tmp_path):
+    assert in_words(BASE) == ""
+    assert in_words(Gates(GateConfig(layers=(3, 6)))) == "gates at layers 3, 6"
+    assert in_words(Fixed(FixedConfig(layers=(1,), coefficients=(0.5, 1.0)))) == "fixed layers=[1] coefficients=[0.5, 1.0]"
+    model = {"name": "tiny <1>", "backbone": "0", "trained": None, "method": "gates at layer 3"}
+    look = dataclasses.replace(scripted(), model=model)
+    look.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out/look.json").read_text())["model"] == model
+    line = re.compile("<p class=.faint.>tiny &lt;1&gt;(.*?)</p>")
+    assert line.search((tmp_path / "out/look.html").read_text())[1] == ", gates at layer 3"
+    assert line.search(page_html(look, look))[1] == ""  # each has a title of its own
 
 
 def test_a_saved_folder_holds_the_numbers_and_nothing_stale(tmp_path):
