@@ -196,10 +196,6 @@ class Row:
         """The text of a requested column. Raises InputError for any other cell, such as an empty one."""
         return _text(self.values[column], self.where, column)
 
-    def none(self, column: str) -> NoReturn:
-        """Raises InputError for an empty cell."""
-        raise InputError(f"{self.where}: {column} is empty")
-
     def label(self, column: str) -> str:
         """A text or number of a column that a file may lack, as text; see `as_label`."""
         return as_label(self.values.get(column), self.where, column)

@@ -39,13 +39,19 @@ def read(path: str) -> list[Item]:
             Item(
                 id=str(row["id"]),
                 question=row.text("question"),
-                answers=(row.text("answer") or row.none("answer"),),
+                answers=(_answer(row),),
                 images=images[name],
                 fields={"image": name, **_types(row)},
             )
         )
     check_unique(items, path)
     return items
+
+
+def _answer(row: Row) -> str:
+    if not (answer := row.text("answer")):
+        raise InputError(f"{row.where}: answer is empty")
+    return answer
 
 
 def _types(row: Row) -> dict[str, str]:
