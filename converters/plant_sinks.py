@@ -40,7 +40,7 @@ from PIL import Image
 from converters.convert import check_free, convert
 from converters.export import export
 from lsg_jax.activations import ACTIVATIONS
-from lsg_jax.checkpoint.tree import flatten
+from lsg_jax.checkpoint.tree import flatten, nest
 from lsg_jax.config import to_dict
 from lsg_jax.config.model import PLANTED
 from lsg_jax.config.ranges import Range, Table
@@ -226,8 +226,8 @@ def _observe(params: dict, batch: Batch, graphdef: Any) -> tuple[jax.Array, Any]
 
 def _with_keys(vlm: VLM, kernel: np.ndarray) -> VLM:
     """The model with other key projections float32 [L, D, K, H], rounded as they will be stored."""
-    put = lambda path, leaf: kernel.astype(leaf.dtype) if "/".join(key.key for key in path) == K_PROJ else leaf
-    return VLM(vlm.config, jax.tree.map_with_path(put, vlm.frozen), folder=vlm.folder)
+    leaves = flatten(vlm.frozen)
+    return VLM(vlm.config, nest(leaves | {K_PROJ: kernel.astype(leaves[K_PROJ].dtype)}), folder=vlm.folder)
 
 
 def _spill(values: np.ndarray, tokens: _Tokens) -> dict[str, dict[str, float]]:
