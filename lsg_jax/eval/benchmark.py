@@ -185,6 +185,7 @@ class Benchmark:
         whole: field -> size of the groups that its equal values make (pairs). A run that has only a part of one is partial.
         files: PATH -> the files that are read, for the digests of the result.
         behind: metric -> whether it is about an item, for metrics of some items whose name names no field or value of these.
+        points: metric -> whether it counts points, not percent.
         note: items -> how this scoring differs from the owner's, or on which files it depends; "" if there is nothing to say.
         unit: field; items of equal value are resampled together because they are not independent (several questions about one
             image). None: each item is a unit.
@@ -205,6 +206,7 @@ class Benchmark:
     whole: Mapping[str, GroupSize] = field(default_factory=dict)
     files: Callable[[str], Sequence[Path]] = named_files
     behind: Mapping[str, Callable[[Item], bool]] = field(default_factory=dict)
+    points: Callable[[str], bool] = lambda metric: False
     note: Callable[[Sequence[Item]], str] = lambda items: ""
     unit: str | None = None
     guess_by: str | None = None

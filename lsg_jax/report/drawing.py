@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lsg_jax.errors import InputError
+from lsg_jax.eval.registry import BENCHMARKS
 from lsg_jax.files import write_atomic
 
 Row = Mapping[str, Any]
@@ -244,10 +245,8 @@ def unit_of(rows: Iterable[Row]) -> str:
 
 def _in_points(row: Row) -> bool:
     """Whether a metric of a known benchmark counts points, however few there are: a part of MME may have less than 100."""
-    benchmark, metric = row.get("benchmark"), str(row.get("metric", row.get("task")))
-    if benchmark == "mme":
-        return metric != "accuracy" and not metric.endswith((": acc", ": acc_plus"))
-    return benchmark == "ocrbench" and metric.startswith("points")
+    benchmark, metric = BENCHMARKS.get(str(row.get("benchmark"))), str(row.get("metric", row.get("task")))
+    return benchmark is not None and benchmark.points(metric)
 
 
 def plain(value: float | None, sign: str = "") -> str:

@@ -115,6 +115,7 @@ MME = Benchmark(
     match=match,
     metrics=metrics,
     task="category",
+    points=lambda metric: metric != "accuracy" and not metric.endswith((": acc", ": acc_plus")),
     # Cambrian pairs rows by their order; for a complete file, where pairs are adjacent, the result is the same
     official={"paper": "perception", "lmms_eval": "perception", "vlmevalkit": "perception", "cambrian": "perception"},
     size=2374,

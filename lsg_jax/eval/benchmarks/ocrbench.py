@@ -108,6 +108,7 @@ OCRBENCH = Benchmark(
     match=match,
     metrics=metrics,
     task="category",
+    points=lambda metric: metric.startswith("points"),
     official={"paper": "points", "lmms_eval": "accuracy", "vlmevalkit": "points", "cambrian": "accuracy"},
     size=1000,
     groups={"category": tuple(GROUPS)},
